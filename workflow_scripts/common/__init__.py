@@ -1,0 +1,1 @@
+"""What every stage needs: atomic files, hashes, one-line errors, progress."""
