@@ -1,0 +1,92 @@
+"""Conversations to signed token ids, as XTuner 0.2.0 stores them: an id that is not trained on is negated.
+
+All turns of a batch go through the tokenizer in one call. Begins and ends repeat, so their ids are cached. The ids of
+a content are those of `begin + content + end` without the first `len(begin ids)` and the last `len(end ids)`: where
+the tokenizer merges across a border (a content that starts with a line break), this drops or shifts an id, and that
+is what XTuner's files hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+
+from ftdp.chat_template import MAX_LENGTH, Turn, turns
+from ftdp.tokenizer import ExtendedTokenizer
+
+
+class Piece(NamedTuple):
+    """Consecutive ids that are trained on all alike (ids still unsigned)."""
+
+    ids: list[int]
+    trained: bool
+
+
+class BatchEncoder:
+    """Encodes conversations with one tokenizer, caching the ids of begins and ends."""
+
+    # Names are free text: a corpus with a name a user must not fill the memory.
+    _MAX_CACHED = 4096
+
+    def __init__(self, tokenizer: ExtendedTokenizer):
+        self._tokenizer: Tokenizer = tokenizer.tokenizer
+        self.bos = Piece([tokenizer.bos_token_id], True)
+        self._cache: dict[str, list[int]] = {}
+
+    def encode_turns(self, conversations: Sequence[list[Turn]]) -> list[list[Piece]]:
+        """Returns the pieces of each conversation, BOS first, not truncated."""
+        texts = [
+            turn.begin + turn.content + turn.end for conversation in conversations for turn in conversation
+        ]
+        self._fill_cache(turn.begin for conversation in conversations for turn in conversation)
+        self._fill_cache(turn.end for conversation in conversations for turn in conversation)
+        encoded = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        cache = self._cache
+        result = []
+        for conversation in conversations:
+            pieces = [self.bos]
+            for turn in conversation:
+                begin, end = cache[turn.begin], cache[turn.end]
+                content = next(encoded).ids[len(begin) : -len(end)]
+                pieces.append(Piece(begin, False))
+                pieces.append(Piece(content, turn.content_trained))
+                pieces.append(Piece(end, turn.end_trained))
+            result.append(pieces)
+        if len(cache) > self._MAX_CACHED:
+            cache.clear()
+        return result
+
+    def _fill_cache(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            if text not in self._cache:
+                self._cache[text] = self._tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def signed_ids(pieces: Iterable[Piece], max_length: int | None = MAX_LENGTH) -> list[int]:
+    """Joins pieces to signed ids, cut at `max_length`."""
+    ids: list[int] = []
+    for piece in pieces:
+        ids += piece.ids if piece.trained else [-token for token in piece.ids]
+    return ids[:max_length]
+
+
+def encode_conversations(
+    conversations: Iterable[list[dict]], tokenizer: ExtendedTokenizer, max_length: int | None = MAX_LENGTH
+) -> list[list[int]]:
+    """Returns the signed ids of each conversation: BOS first, untrained ids negated, cut at `max_length`.
+
+    Raises:
+        MessageError: A conversation is not in the format.
+    """
+    encoder = BatchEncoder(tokenizer)
+    pieces = encoder.encode_turns([turns(messages) for messages in conversations])
+    return [signed_ids(each, max_length) for each in pieces]
+
+
+def encode_conversation(
+    messages: list[dict], tokenizer: ExtendedTokenizer, max_length: int | None = MAX_LENGTH
+) -> list[int]:
+    """Returns the signed ids of one conversation (see `encode_conversations`)."""
+    return encode_conversations([messages], tokenizer, max_length)[0]

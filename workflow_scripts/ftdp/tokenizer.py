@@ -1,0 +1,278 @@
+"""The extended tokenizer: a base tokenizer plus the six InternLM2 chat tokens, told by its `tokenizer.json` alone.
+
+transformers 4 and 5 build different tokenizers from one SentencePiece model, but give the same ids from one
+`tokenizer.json`. So that file is the truth here: it is read with the `tokenizers` library, the chat tokens that are
+missing are written into it as transformers would add them, and nothing else in it changes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from common.cli import UserError
+from common.files import sha256_file, write_json, write_text
+from ftdp.chat_template import CHAT_TEMPLATE, END_OF_TURN, SPECIAL_TOKENS
+
+_EXTEND = "run extend_tokenizer.py and pass the folder that it writes"
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+# transformers' classes know these tokens even where tokenizer_config.json leaves them out.
+_CLASS_TOKENS = {"LlamaTokenizer": _LLAMA, "CodeLlamaTokenizer": _LLAMA, "GPT2Tokenizer": _GPT2}
+
+
+@dataclass(frozen=True)
+class ExtendedTokenizer:
+    """A tokenizer that knows the six chat tokens.
+
+    Attributes:
+        tokenizer: The `tokenizers.Tokenizer`, without truncation and padding.
+        sha256: Of the tokenizer.json.
+        tokens: `bos_token`, `eos_token`, `unk_token`, `pad_token` -> text, those that exist.
+        ids: The six chat tokens -> id.
+        added: The chat tokens that the base lacked -> id.
+        base_sha256: Of the base's tokenizer.json.
+        base_vocab_size: Rows that the base tokenizer needs.
+    """
+
+    tokenizer: Tokenizer
+    sha256: str
+    tokens: dict[str, str]
+    ids: dict[str, int]
+    added: dict[str, int] = field(default_factory=dict)
+    base_sha256: str = ""
+    base_vocab_size: int = 0
+
+    @property
+    def bos_token_id(self) -> int:
+        return self.tokenizer.token_to_id(self.tokens["bos_token"])
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._id_of("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._id_of("pad_token")
+
+    @property
+    def vocab_size(self) -> int:
+        """Embedding rows that the ids need (the largest id and one more)."""
+        return rows_needed(self.tokenizer)
+
+    def _id_of(self, name: str) -> int | None:
+        return self.tokenizer.token_to_id(self.tokens[name]) if name in self.tokens else None
+
+
+def rows_needed(tokenizer: Tokenizer) -> int:
+    """Returns the largest id and one more: equal to the number of entries unless the ids have holes."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def load_tokenizer(folder: str | os.PathLike) -> ExtendedTokenizer:
+    """Loads an extended tokenizer.
+
+    Args:
+        folder: A folder with tokenizer.json and tokenizer_config.json.
+
+    Raises:
+        UserError: Files are missing or broken, a chat token is missing, or there is no BOS token.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        found = "a folder without it" if folder.is_dir() else "no such folder"
+        raise UserError(f"{path} is missing", found=found, expected="an extended tokenizer", fix=_EXTEND)
+    tokenizer = parse_tokenizer(path.read_text(encoding="utf-8"), path)
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    missing = [token for token, token_id in ids.items() if token_id is None]
+    if missing:
+        raise UserError(f"{path} lacks chat tokens", found=f"no {' '.join(missing)}", fix=_EXTEND)
+    tokens = special_tokens(folder, tokenizer)
+    sha = sha256_file(path)
+    manifest = folder / "manifest.json"
+    known: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    if known.get("tokenizer_sha256") != sha:
+        known = {}  # not written by us, or tokenizer.json was changed since
+    return ExtendedTokenizer(
+        tokenizer,
+        sha,
+        tokens,
+        ids,
+        known.get("added", {}),
+        known.get("base_sha256", sha),
+        known.get("base_vocab_size", rows_needed(tokenizer)),
+    )
+
+
+def parse_tokenizer(text: str, path: str | os.PathLike) -> Tokenizer:
+    """Returns the tokenizer of a tokenizer.json's text, without truncation and padding.
+
+    Raises:
+        UserError: The text is not a tokenizer.json.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises a bare Exception
+        raise UserError(
+            f"{path} is not a tokenizer.json",
+            found=error,
+            expected="a file that the tokenizers library reads",
+            fix="copy the file again from the model's folder",
+        ) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def special_tokens(folder: str | os.PathLike, tokenizer: Tokenizer) -> dict[str, str]:
+    """Returns bos, eos, unk and pad token of a tokenizer folder, as far as they exist.
+
+    Raises:
+        UserError: There is no BOS token (each conversation starts with it), or a token is not in the tokenizer.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / "tokenizer_config.json")
+    mapped = _read_config(folder / "special_tokens_map.json")
+    defaults = _CLASS_TOKENS.get(str(config.get("tokenizer_class")).removesuffix("Fast"), {})
+    tokens = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(name, mapped.get(name, defaults.get(name)))
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str) and tokenizer.token_to_id(text) is not None:
+            tokens[name] = text
+        elif text and name == "bos_token":
+            raise UserError(
+                f"{folder}: the BOS token is not in tokenizer.json",
+                found=f"bos_token {text!r}",
+                expected="a token with an id",
+                fix="correct bos_token in tokenizer_config.json",
+            )
+    if "bos_token" not in tokens:
+        raise UserError(
+            f"{folder}: the tokenizer has no BOS token, but every conversation starts with one",
+            found="no bos_token in tokenizer_config.json or special_tokens_map.json",
+            expected='an entry such as "bos_token": "<s>"',
+            fix="name one in tokenizer_config.json (for a base without BOS its end-of-text token is the usual choice)",
+        )
+    return tokens
+
+
+def extend(text: str, folder: str | os.PathLike) -> tuple[str, ExtendedTokenizer]:
+    """Adds the missing chat tokens to a tokenizer.json.
+
+    Tokens that the base has keep their ids; missing ones get the next ids in the order of `SPECIAL_TOKENS`, as
+    special tokens, which is how XTuner 0.2.0 adds them. Only `added_tokens` of the JSON grows.
+
+    Args:
+        text: The base's tokenizer.json.
+        folder: Where its tokenizer_config.json lies.
+
+    Returns:
+        The new tokenizer.json and the tokenizer that it makes.
+    """
+    import hashlib
+
+    tokenizer = parse_tokenizer(text, Path(folder) / "tokenizer.json")
+    base_rows = rows_needed(tokenizer)
+    tokens = special_tokens(folder, tokenizer)
+    present = tokenizer.get_vocab(with_added_tokens=True)
+    missing = [token for token in SPECIAL_TOKENS if token not in present]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    for token, token_id in ids.items():
+        got = tokenizer.encode(token, add_special_tokens=False).ids
+        if (
+            token_id not in got
+            or tokenizer.encode(f"a{token}b", add_special_tokens=False).ids.count(token_id) != 1
+        ):
+            raise UserError(
+                f"{folder}: the vocabulary holds {token!r}, but the tokenizer does not split it off",
+                found=f"ids {got} for it",
+                expected=f"id {token_id}",
+                fix="list it under added_tokens in tokenizer.json with that id",
+            )
+    added = {token: ids[token] for token in missing}
+    new_text = _with_added_tokens(text, added) if added else text
+    # What is written is what the library made: read it back.
+    reread = parse_tokenizer(new_text, "the extended tokenizer.json")
+    if {token: reread.token_to_id(token) for token in SPECIAL_TOKENS} != ids:
+        raise UserError(
+            f"{folder}: the chat tokens get other ids when tokenizer.json is read again", found=ids
+        )
+    tokens.setdefault("eos_token", END_OF_TURN)
+    tokens.setdefault("pad_token", tokens["eos_token"])
+    return new_text, ExtendedTokenizer(
+        reread,
+        hashlib.sha256(new_text.encode()).hexdigest(),
+        tokens,
+        ids,
+        added,
+        hashlib.sha256(text.encode()).hexdigest(),
+        base_rows,
+    )
+
+
+def save_tokenizer(folder: str | os.PathLike, text: str, extended: ExtendedTokenizer) -> None:
+    """Writes an extended tokenizer into a folder, file by file, the manifest last.
+
+    transformers 4 and 5 both load it as `PreTrainedTokenizerFast` and give the ids of tokenizer.json.
+    """
+    folder = Path(folder)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **extended.tokens,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1000000000000000019884624838656,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    pre_tokenizer = json.loads(text).get("pre_tokenizer") or {}
+    if pre_tokenizer.get("add_prefix_space"):
+        # transformers 4 would switch it off where the config does not ask for it.
+        config["add_prefix_space"] = True
+    (folder / "manifest.json").unlink(missing_ok=True)
+    write_text(folder / "tokenizer.json", text)
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", extended.tokens)
+    write_json(folder / "manifest.json", manifest(extended))
+
+
+def manifest(extended: ExtendedTokenizer) -> dict[str, Any]:
+    """Returns what `manifest.json` of an extended tokenizer says."""
+    return {
+        "format": 1,
+        "tokenizer_sha256": extended.sha256,
+        "base_sha256": extended.base_sha256,
+        "vocab_size": extended.vocab_size,
+        "base_vocab_size": extended.base_vocab_size,
+        "added": extended.added,
+        "ids": extended.ids,
+        "bos_token_id": extended.bos_token_id,
+        "eos_token_id": extended.eos_token_id,
+        "pad_token_id": extended.pad_token_id,
+    }
+
+
+def _with_added_tokens(text: str, added: dict[str, int]) -> str:
+    data = json.loads(text)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    entries = [{"id": token_id, "content": token, **flags} for token, token_id in added.items()]
+    data["added_tokens"] = [*(data.get("added_tokens") or []), *entries]
+    return json.dumps(data, ensure_ascii=False, indent=2) + "\n"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not JSON", found=error, fix="copy it again from the model's folder"
+        ) from None
+    return value if isinstance(value, dict) else {}
