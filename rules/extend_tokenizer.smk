@@ -1,0 +1,35 @@
+"""
+REQUIRED INPUT  the base tokenizer: a folder with tokenizer.json or tokenizer.model, or a hub name
+OUTPUT          shared/tokenizer/{tokenizer}/: tokenizer.json with the six chat tokens, manifest.json
+"""
+
+
+def base_tokenizer_digest(wildcards):
+    return folder_digest(TOKENIZERS[wildcards.tokenizer]["source"], ["tokenizer*", "special_tokens_map.json"])
+
+
+rule extend_tokenizer:
+    output:
+        directory(TOKENIZER),
+    log:
+        f"{LOGS}/extend_tokenizer/{{tokenizer}}.log",
+    benchmark:
+        f"{BENCHMARKS}/extend_tokenizer/{{tokenizer}}.tsv"
+    conda:
+        "../envs/snaketune.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=30,
+    params:
+        script=script("extend_tokenizer.py"),
+        base=lambda wildcards: TOKENIZERS[wildcards.tokenizer]["source"],
+        options=lambda wildcards: flags(
+            trust_remote_code=TOKENIZERS[wildcards.tokenizer]["trust_remote_code"]
+        ),
+        digest=base_tokenizer_digest,
+    message:
+        "Extend the tokenizer {params.base} by the InternLM2 chat tokens"
+    shell:
+        "{params.script} --tokenizer-path {params.base:q} {params.options}"
+        " --tokenizer-w-special-tokens-save-dir {output:q} 2>&1 | tee {log:q}"

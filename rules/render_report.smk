@@ -1,0 +1,65 @@
+"""
+REQUIRED INPUT  the manifests and evaluations of a run
+OUTPUT          {run}/config.json: its complete settings; {run}/report.html: one page that shows it all
+"""
+
+
+rule write_run_config:
+    output:
+        RUN_CONFIG,
+    log:
+        f"{LOGS}/write_run_config/{{run}}.log",
+    benchmark:
+        f"{BENCHMARKS}/write_run_config/{{run}}.tsv"
+    conda:
+        "../envs/snaketune.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        script=script("write_run_config.py"),
+        settings=lambda wildcards: json.dumps(RUNS[wildcards.run], sort_keys=True),
+    message:
+        "Write down the settings of run {wildcards.run}"
+    shell:
+        "{params.script} --output {output:q} --settings {params.settings:q} 2>&1 | tee {log:q}"
+
+
+def has_turbomind(wildcards):
+    return RUNS[wildcards.run]["turbomind"]["enabled"]
+
+
+rule render_report:
+    input:
+        config=RUN_CONFIG,
+        train=TRAIN_MANIFEST,
+        datasets=lambda wildcards: dataset_manifests(wildcards.run),
+        base=lambda wildcards: EVALUATION.format(run=wildcards.run, label="base"),
+        tuned=lambda wildcards: EVALUATION.format(run=wildcards.run, label="tuned"),
+        hf=HF,
+        turbomind=lambda wildcards: TURBOMIND.format(run=wildcards.run) if has_turbomind(wildcards) else [],
+    output:
+        REPORT,
+    log:
+        f"{LOGS}/render_report/{{run}}.log",
+    benchmark:
+        f"{BENCHMARKS}/render_report/{{run}}.tsv"
+    conda:
+        "../envs/snaketune.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=20,
+    params:
+        script=script("render_report.py"),
+        options=lambda wildcards, input: flags(
+            hf_manifest=f"{input.hf}/manifest.json",
+            turbomind_manifest=f"{input.turbomind}/manifest.json" if has_turbomind(wildcards) else None,
+        ),
+    message:
+        "Render the report of run {wildcards.run}"
+    shell:
+        "{params.script} --output {output:q} --run {wildcards.run:q} --config {input.config:q}"
+        " --train-manifest {input.train:q} --dataset-manifests {input.datasets:q}"
+        " --base-evaluation {input.base:q} --tuned-evaluation {input.tuned:q} {params.options} 2>&1 | tee {log:q}"

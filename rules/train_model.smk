@@ -1,0 +1,41 @@
+"""
+REQUIRED INPUT  the training config, the extended tokenizer, the tokenised data and their order
+OUTPUT          {run}/train.json, written last; the checkpoints it names lie in {run}/checkpoints/<identity>/
+
+Checkpoints are not declared: Snakemake deletes declared outputs before every attempt. Started again, the script
+goes on from the newest whole checkpoint of the same identity (model, data, hyperparameters), or finds that the
+training is done and only writes the manifest.
+"""
+
+
+rule train_model:
+    input:
+        config=TRAIN_CONFIG,
+        tokenizer=path_of(TOKENIZER),
+        data_order=path_of(DATA_ORDER),
+        manifests=lambda wildcards: dataset_manifests(wildcards.run),
+    output:
+        TRAIN_MANIFEST,
+    log:
+        f"{LOGS}/train_model/{{run}}.log",
+    benchmark:
+        f"{BENCHMARKS}/train_model/{{run}}.tsv"
+    conda:
+        "../envs/snaketune.yaml"
+    threads: workflow.cores or 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 12000 * attempt,
+        runtime=1440,
+    params:
+        script=script("train_model.py"),
+        runs_dir=path_of(CHECKPOINTS),
+        options=lambda wildcards: flags(
+            deepspeed=f"deepspeed_zero{RUNS[wildcards.run]['train']['zero_stage']}",
+            processes=RUNS[wildcards.run]["train"]["processes"] or "auto",
+        ),
+        model_digest=model_digest,
+    message:
+        "Train run {wildcards.run}"
+    shell:
+        "{params.script} {input.config:q} --runs-dir {params.runs_dir:q} --manifest {output:q} {params.options}"
+        " 2>&1 | tee {log:q}"

@@ -1,0 +1,30 @@
+"""
+REQUIRED INPUT  the manifests of all tokenised datasets
+OUTPUT          data_order.txt: the train .bin files, relative to the train folder, in the order of the loader
+"""
+
+
+rule write_data_order:
+    input:
+        lambda wildcards: expand(DATASET_MANIFEST, data=wildcards.data, dataset=DATASETS[wildcards.data]),
+    output:
+        DATA_ORDER,
+    log:
+        f"{LOGS}/write_data_order/{{data}}.log",
+    benchmark:
+        f"{BENCHMARKS}/write_data_order/{{data}}.tsv"
+    conda:
+        "../envs/snaketune.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        script=script("write_data_order.py"),
+        train_folder=lambda wildcards: TRAIN_FOLDER.format(data=wildcards.data),
+        save_folder=lambda wildcards, output: str(Path(output[0]).parent),
+    message:
+        "Write the order of the training files"
+    shell:
+        "{params.script} --data-folder {params.train_folder:q} --save-folder {params.save_folder:q}"
+        " --file-type .bin 2>&1 | tee {log:q}"

@@ -1,0 +1,128 @@
+"""The configuration: defaults, merging of runs, and errors that tell the user what to type."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import yaml
+from common.cli import UserError
+from settings.load import load_schema, load_settings
+
+
+@pytest.fixture(scope="module")
+def schema(repo_root):
+    return load_schema(repo_root / "rules" / "schemas" / "config.schema.yaml")
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """The smallest valid configuration, with real folders below the working folder."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return {"model": {"path": "model"}, "data": {"processed_dir": "data"}, "runs": {"one": {}}}
+
+
+def test_defaults_are_filled(config, schema):
+    run = load_settings(config, schema).runs["one"]
+    assert run["train"]["lr"] == 4e-5
+    assert run["train"]["betas"] == [0.9, 0.95]
+    assert run["data"]["max_tokens"] == 32768
+
+
+def test_a_run_goes_before_the_shared_section_and_that_before_the_default(config, schema):
+    config["train"] = {"lr": 1e-4, "zero_stage": 3}
+    config["runs"] = {"one": {"train": {"lr": 2e-4}}, "two": None}
+    runs = load_settings(config, schema).runs
+    assert (runs["one"]["train"]["lr"], runs["one"]["train"]["zero_stage"]) == (2e-4, 3)
+    assert (runs["two"]["train"]["lr"], runs["two"]["train"]["zero_stage"]) == (1e-4, 3)
+
+
+def test_runs_do_not_share_mutable_defaults(config, schema):
+    config["runs"] = {"one": {}, "two": {}}
+    runs = load_settings(config, schema).runs
+    runs["one"]["train"]["betas"].append(0.5)
+    assert runs["two"]["train"]["betas"] == [0.9, 0.95]
+
+
+def change(config, path, value):
+    config = copy.deepcopy(config)
+    *parents, key = path.split(".")
+    place = config
+    for parent in parents:
+        place = place.setdefault(parent, {})
+    place[key] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("train.learning_rate", 1e-4, ["train.learning_rate", "unknown key"]),
+        ("train.max_lenght", 512, ["train.max_lenght", "did you mean 'max_length'"]),
+        ("trian", {}, ["unknown key trian", "did you mean 'train'"]),
+        ("runs.one.train.l_r", 1e-4, ["runs.one.train.l_r", "unknown key"]),
+        ("runs.one.results_dir", "x", ["runs.one.results_dir", "unknown key"]),
+        ("train.lr", "1e-5", ["train.lr", "'1e-5' (string)", "1.0e-5"]),
+        ("runs.one.train.lr", "2e-4", ["runs.one.train.lr", "2.0e-4"]),
+        ("train.lr", -1, ["train.lr", "more than 0"]),
+        ("train.zero_stage", 4, ["train.zero_stage", "one of 1, 2, 3"]),
+        ("train.save_optimizer", "no", ["train.save_optimizer", "boolean"]),
+        ("train.max_steps", True, ["train.max_steps", "boolean", "integer or null"]),
+        ("train.betas", [0.9], ["train.betas"]),
+        ("runs", {"shared": {}}, ["run name 'shared'"]),
+        ("runs", {"a/b": {}}, ["run name 'a/b'"]),
+        ("runs", {}, ["runs"]),
+        ("data.processed_dir", "nowhere", ["data.processed_dir", "does not exist", "nowhere"]),
+        ("runs.one.data.processed_dir", "nowhere", ["data.processed_dir", "nowhere"]),
+        ("model.path", "nowhere", ["model.path", "nowhere"]),
+        ("model.path", "data", ["model.path", "config.json"]),
+        ("model.hub", "some/model", ["exactly one of model.path and model.hub"]),
+        ("tokenizer.path", "data", ["tokenizer", "tokenizer.json"]),
+        ("heldout.share", 0, ["nothing to evaluate on"]),
+        ("train.config", "my.py", ["train.config", "my.py"]),
+    ],
+)
+def test_a_mistake_is_one_clear_error(config, schema, path, value, words):
+    with pytest.raises(UserError) as caught:
+        load_settings(change(config, path, value), schema)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_missing_required_key_is_named(config, schema):
+    del config["data"]
+    with pytest.raises(UserError, match=r"data\.processed_dir is missing"):
+        load_settings(config, schema)
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "docs/examples/smollm2.yaml"])
+def test_the_shipped_configs_are_valid(repo_root, schema, file, monkeypatch, tmp_path):
+    config = yaml.safe_load((repo_root / file).read_text(encoding="utf-8"))
+    folder = tmp_path / config["model"]["path"]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
+    (tmp_path / "docs").symlink_to(repo_root / "docs")
+    monkeypatch.chdir(tmp_path)
+    assert load_settings(config, schema).runs
+
+
+@pytest.mark.parametrize("script", ["workflow_scripts/render_config_docs.py", "envs/render.py"])
+def test_generated_files_are_in_step(repo_root, script):
+    done = subprocess.run([sys.executable, repo_root / script, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_conda_environments_hold_the_pins_of_pip(repo_root):
+    for name in ("snaketune", "turbomind"):
+        environment = yaml.safe_load((repo_root / "envs" / f"{name}.yaml").read_text(encoding="utf-8"))
+        conda = next(item["pip"] for item in environment["dependencies"] if isinstance(item, dict))
+        lines = (repo_root / "envs" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        assert conda == [line for line in lines if not line.startswith("#")]
+        assert all("==" in pin for pin in conda)

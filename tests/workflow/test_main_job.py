@@ -1,0 +1,148 @@
+"""The main job ends with every promised file, and a change costs exactly what it must."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+
+import pytest
+
+AFTER_TRAINING = {"convert_pth_to_hf": 1, "convert_hf_to_turbomind": 1, "render_report": 1}
+
+
+@contextmanager
+def kept(path):
+    """Restores a file's bytes and times."""
+    data, stat = path.read_bytes(), path.stat()
+    try:
+        yield path
+    finally:
+        path.write_bytes(data)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def jsonl(project, dataset):
+    return project.folder / "processed" / dataset / "processed" / "sft_chat" / f"{dataset}.jsonl"
+
+
+def test_every_promised_file_is_there(finished):
+    results = finished.folder / "results"
+    run = results / "demo"
+    for name in ("hf/model.safetensors", "hf/tokenizer.json", "hf/generation_config.json", "turbomind", "report.html"):
+        assert (run / name).exists(), name
+    train = json.loads((run / "train.json").read_text())
+    assert train["steps"] == 6
+    assert (run / train["checkpoint"]).is_dir()
+    lines = [json.loads(line) for line in (run / train["run_folder"] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    order = next(results.glob("shared/data/*/data_order.txt"))
+    train_folder = order.parent / "chatml_llamav13_32k" / "train"
+    names = order.read_text().splitlines()
+    assert names == ["cn/plain_chat/plain_chat.bin", "cn/tool_calls/tool_calls.bin"]
+    assert all((train_folder / name).is_file() for name in names)
+
+
+def test_the_manifest_of_a_dataset_names_its_source_by_content(finished):
+    manifest = json.loads(next(finished.folder.glob("results/shared/data/*/manifests/tool_calls.json")).read_text())
+    (file,) = manifest["files"]
+    source = jsonl(finished, "tool_calls").read_bytes()
+    assert file["source_sha256"] == hashlib.sha256(source).hexdigest()
+    assert file["samples"] + file["heldout"] == len(source.splitlines())
+
+
+def test_a_line_is_trained_on_or_held_out_and_never_both(finished):
+    heldout = next(finished.folder.glob("results/shared/data/*/heldout/tool_calls/processed/**/*.jsonl"))
+    lines = set(jsonl(finished, "tool_calls").read_bytes().splitlines())
+    aside = set(heldout.read_bytes().splitlines())
+    manifest = json.loads(next(finished.folder.glob("results/shared/data/*/manifests/tool_calls.json")).read_text())
+    assert aside < lines
+    assert 0 < len(aside) == manifest["totals"]["heldout"]
+
+
+def test_nothing_is_left_to_do(finished):
+    assert finished.planned() == {}
+
+
+def test_touching_the_data_costs_nothing(finished):
+    with kept(jsonl(finished, "tool_calls")) as path:
+        os.utime(path)
+        assert finished.planned() == {}
+
+
+def test_editing_one_file_costs_its_folder_and_what_follows(finished):
+    with kept(jsonl(finished, "tool_calls")) as path:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[1:] + lines[:1]), encoding="utf-8")
+        planned = finished.planned()
+        assert planned == AFTER_TRAINING | {
+            "split_heldout": 1,
+            "tokenize_dataset": 1,
+            "write_data_order": 1,
+            "train_model": 1,
+            "evaluate_model": 2,
+        }
+        assert finished.planned("tokenize") == {"tokenize_dataset": 1}
+    assert finished.planned() == {}
+
+
+def test_another_learning_rate_costs_the_training_and_what_follows(finished):
+    with kept(finished.config_file):
+        finished.configure(train={"lr": 1.0e-3})
+        assert finished.planned() == AFTER_TRAINING | {
+            "render_train_config": 1,
+            "train_model": 1,
+            "evaluate_model": 1,
+            "write_run_config": 1,
+        }
+
+
+def test_a_comment_in_a_script_costs_nothing(finished):
+    for name in ("train_model.py", "tokenize_dataset.py"):
+        with kept(finished.repo / "workflow_scripts" / name) as path:
+            path.write_text(path.read_text(encoding="utf-8") + "# a comment\n", encoding="utf-8")
+            assert finished.planned() == {}
+
+
+def test_naming_a_target_redoes_only_what_it_needs(finished):
+    with kept(finished.config_file):
+        finished.configure(turbomind={"dtype": "bfloat16"})
+        assert finished.planned("results/demo/hf") == {}
+        assert finished.planned("results/demo/turbomind") == {"convert_hf_to_turbomind": 1}
+
+
+def test_two_runs_share_their_tokenised_files(finished):
+    with kept(finished.config_file):
+        finished.configure(runs={"demo": {}, "slow": {"train": {"lr": 1.0e-4}}})
+        planned = finished.planned("train")
+        assert planned == {"render_train_config": 1, "train_model": 1}
+
+
+def test_a_run_that_truncates_elsewhere_has_files_of_its_own(finished):
+    with kept(finished.config_file):
+        finished.configure(runs={"demo": {}, "short": {"data": {"max_tokens": 64}}})
+        assert finished.planned("tokenize") == {"tokenize_dataset": 2}
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"train": {"learning_rate": 1}}, ["unknown key train.learning_rate"]),
+        ({"train": {"lr": "1e-5"}}, ["train.lr", "write 1.0e-5"]),
+        ({"data": {"processed_dir": "missing"}}, ["data.processed_dir", "missing"]),
+        ({"data": {"datasets": ["nope"]}}, ["no such dataset", "nope", "plain_chat, tool_calls"]),
+        ({"model": {"path": "missing"}}, ["model.path", "missing"]),
+        ({"environments": {"turbomind_python": "missing/python"}}, ["turbomind_python", "make setup"]),
+    ],
+)
+def test_a_mistake_in_the_config_stops_before_any_job(finished, sections, words):
+    with kept(finished.config_file):
+        finished.configure(**sections)
+        done = finished.run(check=False)
+    text = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "rule " not in text
+    assert "Traceback" not in text
+    for word in words:
+        assert word in text
