@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""Converts a Hugging Face folder to a TurboMind workspace, on a node with or without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import run
+
+
+def main() -> None:
+    """Parses the command line (that of `lmdeploy convert`) and converts."""
+    parser = argparse.ArgumentParser(
+        description="Convert a Hugging Face model folder to a TurboMind workspace with lmdeploy 0.9.2.post1's converter. "
+        "Takes the arguments of `lmdeploy convert`. Needs no GPU. Run it with the converter's Python "
+        "(.venv-turbomind/bin/python), not with the training environment's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model_name", help="name under which the model is served, such as internlm2-chat-7b")
+    parser.add_argument("model_path", help="Hugging Face folder (or a hub name)")
+    parser.add_argument(
+        "--dst-path", type=Path, default=Path("workspace"), help="workspace to make; replaced as a whole"
+    )
+    parser.add_argument(
+        "--chat-template", default="internlm2", help="one of lmdeploy's templates (`lmdeploy list`)"
+    )
+    parser.add_argument("--tp", type=int, default=1, help="GPUs that share the model; a power of two")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float16", "bfloat16"),
+        default="auto",
+        help="type of the written weights; auto: bfloat16 for a bfloat16 model, else float16",
+    )
+    parser.add_argument(
+        "--model-format",
+        choices=("hf", "awq", "gptq", "fp8"),
+        default="hf",
+        help="format of the input weights",
+    )
+    parser.add_argument(
+        "--group-size", type=int, default=0, help="group size of 4-bit weights; 0: the format's own"
+    )
+    parser.add_argument(
+        "--tokenizer-path", default=None, help="another tokenizer file to copy into the workspace"
+    )
+    parser.add_argument("--revision", default=None, help="revision of a hub model")
+    parser.add_argument("--download-dir", default=None, help="where a hub model is downloaded to")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="allow a model folder that brings Python code, and run it",
+    )
+    args = parser.parse_args()
+
+    from export.turbomind import convert, fetch_model
+
+    manifest = convert(
+        args.model_name,
+        fetch_model(args.model_path, args.revision, args.download_dir),
+        args.dst_path,
+        chat_template=args.chat_template,
+        tp=args.tp,
+        dtype=args.dtype,
+        model_format=args.model_format,
+        group_size=args.group_size,
+        tokenizer_path=args.tokenizer_path,
+        trust_remote_code=args.trust_remote_code,
+    )
+    print(
+        f"wrote {args.dst_path}: {manifest['architecture']}, {manifest['dtype']}, tp {manifest['tp']}, "
+        f"rope base {manifest['rope_theta']:g}, {len(manifest['files'])} files"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
