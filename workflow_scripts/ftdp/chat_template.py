@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-TEMPLATE_NAME = "chatml_llamav13_32k"
 MAX_LENGTH = 32 * 1024
 
 # The order in which missing ones are added, and so the order of their ids.

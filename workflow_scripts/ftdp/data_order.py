@@ -12,8 +12,7 @@ from pathlib import Path
 
 from common.cli import UserError
 from common.files import write_text
-
-TEMPLATE_FOLDER = "chatml_llamav13_32k"
+from ftdp.layout import TEMPLATE_FOLDER
 
 
 def list_train_files(train_folder: str | os.PathLike, file_type: str = ".bin") -> list[str]:

@@ -7,6 +7,7 @@ missing are written into it as transformers would add them, and nothing else in 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -138,6 +139,8 @@ def special_tokens(folder: str | os.PathLike, tokenizer: Tokenizer) -> dict[str,
     """
     folder = Path(folder)
     config = _read_config(folder / "tokenizer_config.json")
+    if not config and not (folder / "tokenizer.json").is_file():
+        config = {"tokenizer_class": "LlamaTokenizer"}  # a bare SentencePiece model
     mapped = _read_config(folder / "special_tokens_map.json")
     defaults = _CLASS_TOKENS.get(str(config.get("tokenizer_class")).removesuffix("Fast"), {})
     tokens = {}
@@ -176,8 +179,6 @@ def extend(text: str, folder: str | os.PathLike) -> tuple[str, ExtendedTokenizer
     Returns:
         The new tokenizer.json and the tokenizer that it makes.
     """
-    import hashlib
-
     tokenizer = parse_tokenizer(text, Path(folder) / "tokenizer.json")
     base_rows = rows_needed(tokenizer)
     tokens = special_tokens(folder, tokenizer)

@@ -1,0 +1,48 @@
+"""Adds the six InternLM2 chat tokens to a base tokenizer and saves it for every later stage.
+
+tokenizer.json is the truth: tokens that the base has keep their ids, missing ones get the next ids, in the order
+<|plugin|> <|interpreter|> <|action_end|> <|action_start|> <|im_end|> <|im_start|>, and nothing else in it changes. A
+base with only a SentencePiece BPE tokenizer.model gets the tokenizer.json that transformers 4.48 makes of it. What is
+written gives the same ids in tokenizers and in transformers 4 and 5.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from common.cli import run
+from ftdp.base_tokenizer import open_tokenizer
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--tokenizer-path",
+        required=True,
+        help="folder with tokenizer.json or tokenizer.model, such a file, or a hub name",
+    )
+    parser.add_argument(
+        "--tokenizer-w-special-tokens-save-dir",
+        required=True,
+        help="receives tokenizer.json, tokenizer_config.json, special_tokens_map.json and manifest.json",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the base's own code if it has no tokenizer.json (only for models that you trust)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    save_dir = args.tokenizer_w_special_tokens_save_dir
+    extended = open_tokenizer(args.tokenizer_path, save_dir, args.trust_remote_code)
+    added = ", ".join(f"{token} {token_id}" for token, token_id in extended.added.items())
+    print(f"{save_dir}: {extended.vocab_size} ids; added: {added or 'nothing, the base has all six'}")
+
+
+if __name__ == "__main__":
+    run(main)

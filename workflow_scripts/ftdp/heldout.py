@@ -1,0 +1,114 @@
+"""Sets a seeded share of conversations aside for evaluation: by content, so no duplicate lands on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from common.cli import UserError
+from common.files import atomic_path, sha256_file, write_json
+from ftdp.layout import find_datasets
+from ftdp.reading import LineReader
+
+
+def is_held_out(line: bytes, share: float, seed: int) -> bool:
+    """Is this line of a JSONL file set aside?
+
+    A line is, when the first 8 bytes of SHA-256 of `<seed>:<line>`, read as a fraction, are less than `share`.
+
+    Args:
+        line: The line's bytes; line breaks at its end do not count.
+        share: Between 0 and 1.
+        seed: Another seed sets other lines aside.
+    """
+    if share <= 0:
+        return False
+    digest = hashlib.sha256(b"%d:" % seed + line.rstrip(b"\r\n")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+def check_share(share: float) -> None:
+    """Raises a UserError unless 0 <= share < 1."""
+    if not 0 <= share < 1:
+        raise UserError(
+            "the held-out share is out of range", found=share, expected="0 <= share < 1", fix="use 0.05"
+        )
+
+
+def held_out_lines(path: str | os.PathLike, share: float, seed: int) -> Iterator[bytes]:
+    """Yields the lines of a JSONL file that are set aside, without line breaks."""
+    with LineReader(path) as reader:
+        for block in reader:
+            for line in block.lines:
+                if is_held_out(line, share, seed):
+                    yield line
+
+
+def split_heldout(
+    processed_dir: str | os.PathLike, dataset: str, output_dir: str | os.PathLike, share: float, seed: int
+) -> dict[str, Any]:
+    """Copies a dataset's held-out lines to `<output_dir>/<dataset>/processed/...` in the ftdp layout.
+
+    Each source file gives one file of the same path, also when no line of it is set aside.
+
+    Returns:
+        The manifest: options, and per file its path, SHA-256 and the counts of lines.
+
+    Raises:
+        UserError: There is no such dataset, or the share is out of range.
+    """
+    check_share(share)
+    root, output = Path(processed_dir), Path(output_dir)
+    datasets = find_datasets(root)
+    if dataset not in datasets:
+        raise UserError(
+            f"{root} holds no dataset {dataset!r}", found=", ".join(datasets), fix="correct --dataset"
+        )
+    files = []
+    with ExitStack() as stack:
+        for source in datasets[dataset]:
+            relative = source.relative_to(root)
+            temporary = stack.enter_context(atomic_path(output / relative))
+            lines = held = 0
+            with LineReader(source) as reader, open(temporary, "wb") as target:
+                for block in reader:
+                    lines += len(block.lines)
+                    for line in block.lines:
+                        if is_held_out(line, share, seed):
+                            held += 1
+                            target.write(line + b"\n")
+            files.append(
+                {
+                    "source": relative.as_posix(),
+                    "source_sha256": reader.sha256,
+                    "heldout_sha256": sha256_file(temporary),
+                    "lines": lines,
+                    "heldout": held,
+                }
+            )
+    return {
+        "format": 1,
+        "dataset": dataset,
+        "options": {"heldout_share": share, "heldout_seed": seed},
+        "files": files,
+        "totals": {key: sum(file[key] for file in files) for key in ("lines", "heldout")},
+    }
+
+
+def write_heldout(
+    processed_dir: str | os.PathLike,
+    dataset: str,
+    output_dir: str | os.PathLike,
+    manifest: str | os.PathLike,
+    share: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Runs `split_heldout` and writes its manifest last; an older manifest is removed first."""
+    Path(manifest).unlink(missing_ok=True)
+    value = split_heldout(processed_dir, dataset, output_dir, share, seed)
+    write_json(manifest, value)
+    return value

@@ -1,0 +1,38 @@
+"""Writes data_order.txt: the order of the tokenised train files, which numbers the rows that a run trains on.
+
+One path a line, relative to the train folder, as the train config's data order wants it. Files under valid/ are never
+listed. Files of a folder come sorted before those of its subfolders, so the same data gives the same order anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import run
+from ftdp.data_order import find_train_folder, write_data_order
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--data-folder",
+        required=True,
+        help="the tokenised folder, or its chatml_llamav13_32k, or the train folder in that",
+    )
+    parser.add_argument("--save-folder", required=True, help="folder that receives data_order.txt")
+    parser.add_argument("--file-type", default=".bin", help="ending of the files to list")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    target = Path(args.save_folder) / "data_order.txt"
+    names = write_data_order(args.data_folder, target, args.file_type)
+    print(f"{target}: {len(names)} files of {find_train_folder(args.data_folder)}")
+
+
+if __name__ == "__main__":
+    run(main)
