@@ -17,6 +17,7 @@ if not workflow.overwrite_configfiles:
 
 
 include: "rules/common.smk"
+include: "rules/functions.smk"
 include: "rules/extend_tokenizer.smk"
 include: "rules/tokenize_dataset.smk"
 include: "rules/write_data_order.smk"

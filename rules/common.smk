@@ -23,6 +23,8 @@ runs that agree on these settings share the files. A stage's rule, script, log a
 """
 
 import atexit
+import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -175,58 +177,3 @@ try:
     }
 except UserError as error:
     raise WorkflowError(str(error)) from None
-
-
-def path_of(pattern):
-    """Returns an input function that fills a run's {run}, {tokenizer} and {data} into a path pattern."""
-
-    def fill(wildcards):
-        run = wildcards.run
-        return pattern.format(run=run, tokenizer=tokenizer_key(run), data=data_key(run))
-
-    return fill
-
-
-def dataset_manifests(run):
-    return expand(DATASET_MANIFEST, data=data_key(run), dataset=DATASETS[data_key(run)])
-
-
-def dataset_sources(wildcards):
-    """A dataset's JSONL files. Their content counts, through `dataset_digest`, not their time stamps."""
-    return [ancient(str(path)) for path in DATASETS[wildcards.data][wildcards.dataset]]
-
-
-def dataset_digest(wildcards):
-    paths = DATASETS[wildcards.data][wildcards.dataset]
-    return FINGERPRINTS.files(paths, DATA_SPECS[wildcards.data]["processed_dir"])
-
-
-def folder_digest(folder, patterns):
-    """Digest over the files of a folder that decide what a model or tokenizer is; a hub name stands for itself."""
-    if not Path(folder).is_dir():
-        return folder
-    return FINGERPRINTS.files([path for pattern in patterns for path in Path(folder).glob(pattern)], folder)
-
-
-def model_source(run):
-    return RUNS[run]["model"]["path"] or RUNS[run]["model"]["hub"]
-
-
-def model_digest(wildcards):
-    return folder_digest(model_source(wildcards.run), ["config.json", "*.safetensors", "*.bin"])
-
-
-def trust_flag(run):
-    return "--trust-remote-code" if RUNS[run]["model"]["trust_remote_code"] else ""
-
-
-def flags(**options):
-    """Quoted command-line flags from keyword arguments; None and False leave a flag out, True gives it alone."""
-    words = []
-    for name, value in options.items():
-        if value is None or value is False:
-            continue
-        words.append("--" + name.replace("_", "-"))
-        if value is not True:
-            words += [shlex.quote(str(item)) for item in (value if isinstance(value, list) else [value])]
-    return " ".join(words)

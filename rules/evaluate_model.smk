@@ -4,39 +4,6 @@ OUTPUT          {run}/evaluation/{label}.json: loss and perplexity by dataset, a
 """
 
 
-def heldout_manifests(wildcards):
-    """The manifests of what was set aside; nothing when the run has a held-out folder of its own."""
-    data = data_key(wildcards.run)
-    if wildcards.run in OWN_HELDOUT:
-        return []
-    return expand(HELDOUT_MANIFEST, data=data, dataset=DATASETS[data])
-
-
-def heldout_dir(wildcards):
-    return RUNS[wildcards.run]["heldout"]["processed_dir"] or path_of(f"{DATA}/heldout")(wildcards)
-
-
-def heldout_digest(wildcards):
-    """Content of a held-out folder of the user's own; what was set aside is tracked by its manifests."""
-    own = OWN_HELDOUT.get(wildcards.run)
-    return own and FINGERPRINTS.files(
-        [path for paths in own.values() for path in paths], heldout_dir(wildcards)
-    )
-
-
-def evaluate_flags(wildcards):
-    settings = RUNS[wildcards.run]["evaluate"]
-    return flags(
-        label=wildcards.label,
-        base_model=wildcards.label == "base",
-        prompts=settings["prompts"],
-        max_length=settings["max_tokens"],
-        max_samples=settings["max_samples"],
-        max_new_tokens=settings["max_new_tokens"],
-        trust_remote_code=RUNS[wildcards.run]["model"]["trust_remote_code"],
-    )
-
-
 rule evaluate_model:
     input:
         model=lambda wildcards: HF.format(run=wildcards.run) if wildcards.label == "tuned" else [],

@@ -4,10 +4,6 @@ OUTPUT          shared/tokenizer/{tokenizer}/: tokenizer.json with the six chat 
 """
 
 
-def base_tokenizer_digest(wildcards):
-    return folder_digest(TOKENIZERS[wildcards.tokenizer]["source"], ["tokenizer*", "special_tokens_map.json"])
-
-
 rule extend_tokenizer:
     output:
         directory(TOKENIZER),

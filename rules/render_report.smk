@@ -26,10 +26,6 @@ rule write_run_config:
         "{params.script} --output {output:q} --settings {params.settings:q} 2>&1 | tee {log:q}"
 
 
-def has_turbomind(wildcards):
-    return RUNS[wildcards.run]["turbomind"]["enabled"]
-
-
 rule render_report:
     input:
         config=RUN_CONFIG,

@@ -1,0 +1,120 @@
+"""Functions that fill a rule's inputs and parameters from its wildcards. No rules here."""
+
+
+def path_of(pattern):
+    """Returns an input function that fills a run's {run}, {tokenizer} and {data} into a path pattern."""
+
+    def fill(wildcards):
+        run = wildcards.run
+        return pattern.format(run=run, tokenizer=tokenizer_key(run), data=data_key(run))
+
+    return fill
+
+
+def dataset_manifests(run):
+    return expand(DATASET_MANIFEST, data=data_key(run), dataset=DATASETS[data_key(run)])
+
+
+def dataset_sources(wildcards):
+    """A dataset's JSONL files. Their content counts, through `dataset_digest`, not their time stamps."""
+    return [ancient(str(path)) for path in DATASETS[wildcards.data][wildcards.dataset]]
+
+
+def dataset_digest(wildcards):
+    paths = DATASETS[wildcards.data][wildcards.dataset]
+    return FINGERPRINTS.files(paths, DATA_SPECS[wildcards.data]["processed_dir"])
+
+
+def folder_digest(folder, patterns):
+    """Digest over the files of a folder that decide what a model or tokenizer is; a hub name stands for itself."""
+    if not Path(folder).is_dir():
+        return folder
+    return FINGERPRINTS.files([path for pattern in patterns for path in Path(folder).glob(pattern)], folder)
+
+
+def model_source(run):
+    return RUNS[run]["model"]["path"] or RUNS[run]["model"]["hub"]
+
+
+def model_digest(wildcards):
+    return folder_digest(model_source(wildcards.run), ["config.json", "*.safetensors", "*.bin"])
+
+
+def trust_flag(run):
+    return "--trust-remote-code" if RUNS[run]["model"]["trust_remote_code"] else ""
+
+
+def flags(**options):
+    """Quoted command-line flags from keyword arguments; None and False leave a flag out, True gives it alone."""
+    words = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += [shlex.quote(str(item)) for item in (value if isinstance(value, list) else [value])]
+    return " ".join(words)
+
+
+def base_tokenizer_digest(wildcards):
+    return folder_digest(TOKENIZERS[wildcards.tokenizer]["source"], ["tokenizer*", "special_tokens_map.json"])
+
+
+TRAIN_CONFIG_KEYS = (
+    "max_length lr min_lr_ratio betas weight_decay max_norm warmup_ratio max_epochs max_steps accumulative_counts zero_stage"
+    " save_steps save_total_limit save_optimizer gradient_checkpointing dtype attention seed"
+).split()
+
+
+def render_flags(wildcards):
+    """The flags of render_train_config.py: a user's own config, or one flag for each hyperparameter."""
+    run, settings = wildcards.run, RUNS[wildcards.run]
+    train = settings["train"]
+    if train["config"] is not None:
+        return flags(from_config=train["config"])
+    switches = {key: str(value).lower() for key, value in train.items() if isinstance(value, bool)}
+    return flags(
+        model_path=model_source(run),
+        tokenizer_path=path_of(TOKENIZER)(wildcards),
+        train_folder=path_of(TRAIN_FOLDER)(wildcards),
+        data_order=path_of(DATA_ORDER)(wildcards),
+        trust_remote_code=settings["model"]["trust_remote_code"],
+        **{key: switches.get(key, train[key]) for key in TRAIN_CONFIG_KEYS},
+    )
+
+
+def heldout_manifests(wildcards):
+    """The manifests of what was set aside; nothing when the run has a held-out folder of its own."""
+    data = data_key(wildcards.run)
+    if wildcards.run in OWN_HELDOUT:
+        return []
+    return expand(HELDOUT_MANIFEST, data=data, dataset=DATASETS[data])
+
+
+def heldout_dir(wildcards):
+    return RUNS[wildcards.run]["heldout"]["processed_dir"] or path_of(f"{DATA}/heldout")(wildcards)
+
+
+def heldout_digest(wildcards):
+    """Content of a held-out folder of the user's own; what was set aside is tracked by its manifests."""
+    own = OWN_HELDOUT.get(wildcards.run)
+    return own and FINGERPRINTS.files(
+        [path for paths in own.values() for path in paths], heldout_dir(wildcards)
+    )
+
+
+def evaluate_flags(wildcards):
+    settings = RUNS[wildcards.run]["evaluate"]
+    return flags(
+        label=wildcards.label,
+        base_model=wildcards.label == "base",
+        prompts=settings["prompts"],
+        max_length=settings["max_tokens"],
+        max_samples=settings["max_samples"],
+        max_new_tokens=settings["max_new_tokens"],
+        trust_remote_code=RUNS[wildcards.run]["model"]["trust_remote_code"],
+    )
+
+
+def has_turbomind(wildcards):
+    return RUNS[wildcards.run]["turbomind"]["enabled"]
