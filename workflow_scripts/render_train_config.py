@@ -1,0 +1,136 @@
+"""Writes a training config: an mmengine Python config to read, copy, edit and pass to train_model.py."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from common.cli import UserError, run
+from common.files import write_bytes, write_text
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="config to write")
+    add(
+        "--from-config",
+        type=Path,
+        help="check this config and copy it as it is; all other settings are ignored",
+    )
+    paths = parser.add_argument_group("what to train on")
+    add = paths.add_argument
+    add("--model-path", help="base model: a folder or a hub name")
+    add("--tokenizer-path", help="folder that extend_tokenizer.py wrote")
+    add("--train-folder", help="<tokenized-dir>/chatml_llamav13_32k/train")
+    add("--data-order", help="data_order.txt; without it the folder is walked")
+    add("--max-length", type=int, default=32768, help="tokens of a packed row")
+    add("--num-workers", type=int, default=0, help="processes that load data")
+    schedule = parser.add_argument_group("optimizer and schedule")
+    add = schedule.add_argument
+    add("--lr", type=float, default=4e-5, help="highest learning rate")
+    add("--betas", type=float, nargs=2, default=(0.9, 0.95), help="AdamW's betas")
+    add("--weight-decay", type=float, default=0.01, help="AdamW's weight decay")
+    add("--max-norm", type=float, default=1.0, help="clip the gradient to this L2 norm; 0 does not")
+    add("--warmup-ratio", type=float, default=0.025, help="share of the run with rising learning rate")
+    add("--min-lr-ratio", type=float, default=0.15, help="the learning rate ends at this share of --lr")
+    add("--max-epochs", type=float, default=1, help="passes over the data")
+    add("--max-steps", type=int, help="optimizer steps; overrides --max-epochs")
+    add("--accumulative-counts", type=int, default=1, help="micro-batches of a rank per optimizer step")
+    add("--seed", type=int, default=42, help="seed of everything that is not data order")
+    running = parser.add_argument_group("memory, precision, saving")
+    add = running.add_argument
+    add("--zero-stage", type=int, choices=[0, 1, 2, 3], default=2, help="DeepSpeed ZeRO stage")
+    add("--gradient-checkpointing", type=_truth, default=True, help="recompute activations (true|false)")
+    add(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of weights and activations",
+    )
+    add("--attention", default="auto", help="auto, sdpa, flash_attention_2, or another name transformers has")
+    add(
+        "--save-steps",
+        type=int,
+        default=500,
+        help="optimizer steps between checkpoints; 0 saves at the end only",
+    )
+    add("--save-total-limit", type=int, default=2, help="newest checkpoints to keep; -1 keeps all")
+    add(
+        "--save-optimizer",
+        type=_truth,
+        default=True,
+        help="false saves weights only, not resumable (true|false)",
+    )
+    add("--log-interval", type=int, default=1, help="optimizer steps between progress lines")
+    add(
+        "--trust-remote-code",
+        type=_truth,
+        nargs="?",
+        const=True,
+        default=False,
+        help="run code of the base model",
+    )
+    return parser.parse_args()
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name in ("model_path", "tokenizer_path", "train_folder"):
+        if not getattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')} is missing", fix="give it, or --from-config")
+    limits = {
+        "max_length": 2,
+        "lr": 0.0,
+        "max_epochs": 0.0,
+        "accumulative_counts": 1,
+        "save_steps": 0,
+        "log_interval": 1,
+        "num_workers": 0,
+    }
+    if arguments.max_steps is not None:
+        limits["max_steps"] = 1
+    for name, least in limits.items():
+        value = getattr(arguments, name)
+        if value < least or (isinstance(least, float) and value == least):
+            expected = f"more than {least}" if isinstance(least, float) else f"{least} or more"
+            raise UserError(f"--{name.replace('_', '-')} cannot be used", found=value, expected=expected)
+    for name in ("warmup_ratio", "min_lr_ratio"):
+        if not 0 <= getattr(arguments, name) <= 1:
+            raise UserError(
+                f"--{name.replace('_', '-')} cannot be used",
+                found=getattr(arguments, name),
+                expected="0 to 1",
+            )
+
+
+def main() -> None:
+    """Writes the config and reads it back."""
+    arguments = parse_arguments()
+    from sft.config import load_config
+    from sft.render import TrainSettings, render_config
+
+    if arguments.from_config is not None:
+        load_config(arguments.from_config)
+        write_bytes(arguments.output, arguments.from_config.read_bytes())
+        return
+    _check(arguments)
+    settings = TrainSettings(
+        **{field.name: getattr(arguments, field.name) for field in fields(TrainSettings)}
+    )
+    settings.betas = tuple(settings.betas)
+    write_text(arguments.output, render_config(settings))
+    load_config(arguments.output)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,123 @@
+"""Reads a training config: checks its shape, and says which paths and settings it trains with.
+
+A config is an mmengine Python config whose types come from `sft`. Reading one does not import torch or DeepSpeed by
+itself: imported names stay unresolved until the runner builds them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.config import utils as config_utils
+from mmengine.config.lazy import LazyAttr, LazyObject
+
+from common.cli import UserError
+
+REQUIRED = ("model", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg", "strategy")
+
+
+def load_config(path: str | Path) -> Config:
+    """Parses and checks a training config.
+
+    Raises:
+        UserError: It is missing, does not parse, or lacks a part.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist", fix="render one with render_train_config.py")
+    # In a venv the standard library lies outside its prefix; mmengine would take `import os` for a third-party import.
+    config_utils.PYTHON_ROOT_DIR = sys.base_prefix
+    try:
+        config = Config.fromfile(str(path))
+    except Exception as error:  # the config is code: anything can go wrong in it
+        raise UserError(
+            f"{path} cannot be read as a training config",
+            found=f"{type(error).__name__}: {error}",
+            expected="a Python config as render_train_config.py writes it",
+            fix="mend the line above, or render a fresh one and copy your changes over",
+        ) from None
+    _check(config, path)
+    return config
+
+
+def _check(config: Config, path: Path) -> None:
+    values = plain(config)
+    missing = [name for name in REQUIRED if not values.get(name)]
+    if missing:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}",
+            expected=", ".join(REQUIRED),
+            fix="render a fresh config and compare",
+        )
+    foreign = sorted({text for text in _types(values) if text.split(".")[0] == "xtuner"})
+    if foreign:
+        raise UserError(
+            f"{path} uses XTuner's own classes",
+            found=", ".join(foreign),
+            fix="render a config with render_train_config.py and copy your settings over",
+        )
+    for keys in (("model", "llm", "model_path"), ("train_dataloader", "dataset", "folder")):
+        value = values
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, str):
+            raise UserError(f"{path}: {'.'.join(keys)} is not a path", found=value, expected="a string")
+    batch_size = values["train_dataloader"].get("batch_size", 1)
+    if batch_size != 1:
+        raise UserError(
+            f"{path}: batch_size must be 1 with packed rows",
+            found=batch_size,
+            fix="raise max_length instead: a longer row is a larger batch",
+        )
+
+
+def _types(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        own = [value["type"]] if isinstance(value.get("type"), str) else []
+        return own + [text for child in value.values() for text in _types(child)]
+    return [text for child in value for text in _types(child)] if isinstance(value, list) else []
+
+
+def plain(value: Any) -> Any:
+    """Returns a config's values as JSON values; imported names become strings such as `sft.TrainLoop`."""
+    if isinstance(value, Config):
+        return plain(value._to_lazy_dict())
+    if isinstance(value, dict):
+        return {str(key): plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(child) for child in value]
+    if isinstance(value, LazyAttr):
+        return f"{plain(value.source)}.{value.name}"
+    if isinstance(value, LazyObject):
+        return value.module if value._imported is None else f"{value.module}.{value._imported}"
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
+
+
+def model_path(config: Config) -> str:
+    """Returns the base model's folder or hub name."""
+    return plain(config)["model"]["llm"]["model_path"]
+
+
+def tokenizer_path(config: Config) -> str | None:
+    """Returns the folder of the extended tokenizer that the model was grown for."""
+    return plain(config)["model"].get("tokenizer")
+
+
+def training_dtype(config: Config) -> str:
+    """Returns `auto`, `float32`, `bfloat16` or `float16`."""
+    return plain(config)["model"]["llm"].get("dtype", "auto")
+
+
+def train_folder(config: Config) -> str:
+    """Returns `.../chatml_llamav13_32k/train`."""
+    return plain(config)["train_dataloader"]["dataset"]["folder"]
+
+
+def data_order_path(config: Config) -> str | None:
+    """Returns the `data_order.txt`, if the config names one."""
+    return plain(config)["train_dataloader"]["dataset"].get("data_order_path")

@@ -1,0 +1,173 @@
+"""What makes two runs the same run: hyperparameters, base weights, tokenizer, data and world size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from common.cli import UserError
+from common.files import read_json, sha256_file, sha256_json, write_json
+from ftdp.data_order import list_train_files, read_data_order
+from sft import config as settings
+from sft.model import resolve_dtype, training_device
+
+_PARTS = (
+    "model",
+    "train_dataloader",
+    "optim_wrapper",
+    "param_scheduler",
+    "train_cfg",
+    "strategy",
+    "randomness",
+)
+# Paths are replaced by digests of what lies there; the others change how a run is carried out, not its result.
+_NOT_HYPERPARAMETERS = {
+    "model.llm.model_path",
+    "model.llm.trust_remote_code",
+    "model.tokenizer",
+    "train_dataloader.dataset.folder",
+    "train_dataloader.dataset.data_order_path",
+    "train_dataloader.num_workers",
+    "train_dataloader.prefetch_factor",
+    "train_dataloader.persistent_workers",
+    "train_dataloader.pin_memory",
+}
+
+
+class DigestCache:
+    """SHA-256 of files by path, size and modification time, so that a restart does not read a base model again.
+
+    Args:
+        path: JSON file to keep them in; None keeps nothing.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        try:
+            self.known = read_json(path) if path else {}
+        except (OSError, ValueError):
+            self.known = {}
+
+    def sha256(self, file: Path) -> str:
+        """Returns the digest of a file's content."""
+        status = file.stat()
+        key, stamp = str(file.resolve()), [status.st_size, status.st_mtime_ns]
+        entry = self.known.get(key)
+        if not entry or entry[0] != stamp:
+            self.known[key] = entry = [stamp, sha256_file(file)]
+            if self.path:
+                write_json(self.path, self.known)
+        return entry[1]
+
+
+def run_identity(config: Config, world_size: int, cache: DigestCache) -> dict[str, Any]:
+    """Returns the fields that make up the identity of a run.
+
+    Raises:
+        UserError: A model, tokenizer or data file is missing.
+    """
+    values = settings.plain(config)
+    hyperparameters: dict[str, Any] = {}
+    for part in _PARTS:
+        hyperparameters.update(_flat(part, values.get(part)))
+    for name in _NOT_HYPERPARAMETERS:
+        hyperparameters.pop(name, None)
+    hyperparameters.update(_flat("custom_hooks", values.get("custom_hooks") or None))
+    tokenizer = settings.tokenizer_path(config)
+    return {
+        "hyperparameters": hyperparameters,
+        "dtype": str(resolve_dtype(settings.training_dtype(config), training_device())).removeprefix(
+            "torch."
+        ),
+        "base_model": base_model_digest(settings.model_path(config), cache),
+        "tokenizer": cache.sha256(Path(tokenizer) / "tokenizer.json") if tokenizer else None,
+        "data": data_digest(settings.train_folder(config), settings.data_order_path(config), cache),
+        "world_size": world_size,
+    }
+
+
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, list) and any(isinstance(child, dict) for child in value):
+        children = enumerate(value)
+    else:
+        return {} if value is None else {prefix: value}
+    return {name: leaf for key, child in children for name, leaf in _flat(f"{prefix}.{key}", child).items()}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns one line `field: old -> new` for each field in which two identities differ."""
+    before, after = _flat("", old), _flat("", new)
+    names = sorted(before.keys() | after.keys())
+    lines = []
+    for name in names:
+        if before.get(name) != after.get(name):
+            lines.append(f"{name.removeprefix('.')}: {_short(before.get(name))} -> {_short(after.get(name))}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = "(none)" if value is None else str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def base_model_digest(model_path: str, cache: DigestCache) -> str:
+    """Returns the digest of a model folder's configuration and weights."""
+    folder = Path(model_path)
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not (folder / "config.json").is_file() or not weights:
+        raise UserError(
+            f"{folder} is not a model folder",
+            found="no such folder" if not folder.is_dir() else "no config.json or no weights",
+            expected="config.json and *.safetensors",
+            fix="set model_path to a Hugging Face model folder or a hub name",
+        )
+    return sha256_json({file.name: cache.sha256(file) for file in [folder / "config.json", *weights]})
+
+
+def data_digest(train_folder: str, data_order_path: str | None, cache: DigestCache) -> str:
+    """Returns the digest of the `.bin` files in their order.
+
+    Digests come from the manifests that tokenize_dataset.py wrote beside the template folder where the size agrees.
+    """
+    folder = Path(train_folder)
+    names = read_data_order(data_order_path) if data_order_path else list_train_files(folder)
+    known: dict[Path, tuple[int, str]] = {}
+    tokenized = folder.resolve().parent.parent
+    for manifest in sorted((tokenized / "manifests").glob("*.json")):
+        for entry in read_json(manifest).get("files", []):
+            if entry.get("bin"):
+                known[tokenized / entry["bin"]] = (entry["bin_bytes"], entry["bin_sha256"])
+    digests = []
+    for name in names:
+        file = (folder / name).resolve()
+        if not file.is_file():
+            raise UserError(
+                f"{folder / name} is missing",
+                expected="the files that the data order names",
+                fix="tokenise the datasets again, or write the data order again",
+            )
+        size, digest = known.get(file, (None, ""))
+        digests.append([name, digest if size == file.stat().st_size else cache.sha256(file)])
+    return sha256_json(digests)
+
+
+def resolve_hub_model(config: Config) -> None:
+    """Replaces a hub name in the config by the folder of its downloaded snapshot; local folders stay."""
+    path = settings.model_path(config)
+    if Path(path).exists() or Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1:
+        return
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.safetensors", "*.model", "*.py", "*.txt"]
+        config.model.llm.model_path = snapshot_download(path, allow_patterns=wanted)
+    except Exception as error:  # offline, unknown name, no right to read: the hub's message says which
+        raise UserError(
+            f"the base model {path} is neither a folder here nor to be had from the hub",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            fix="check model_path; a local folder needs no network",
+        ) from None

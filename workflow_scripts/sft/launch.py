@@ -1,0 +1,136 @@
+"""Starts the ranks of a run, and makes sure that none outlives the others."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from common.cli import UserError
+
+_STEP_IN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def join_environment(launcher: str) -> None:
+    """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for this process.
+
+    Args:
+        launcher: `none` (one process), `pytorch` (torchrun has set them) or `slurm` (from srun's variables).
+
+    Raises:
+        UserError: The launcher's variables are not there.
+    """
+    if launcher == "none":
+        values = {
+            "RANK": 0,
+            "WORLD_SIZE": 1,
+            "LOCAL_RANK": 0,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port(),
+        }
+    elif launcher == "slurm":
+        values = slurm_environment(os.environ)
+    else:
+        missing = [name for name in _STEP_IN if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"--launcher pytorch, but {', '.join(missing)} is not set",
+                fix="start it with torchrun, or leave --launcher away and use --processes",
+            )
+        values = {}
+    os.environ.update({name: str(value) for name, value in values.items()})
+
+
+def slurm_environment(environment: dict[str, str]) -> dict[str, object]:
+    """Returns the five variables for a task that srun started.
+
+    The rendezvous is the address of the node that srun runs on, because node names need not resolve; its port comes
+    from the job id, so that two jobs on one node do not meet.
+    """
+    needed = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_LAUNCH_NODE_IPADDR", "SLURM_JOB_ID")
+    missing = [name for name in needed if name not in environment]
+    if missing:
+        raise UserError(
+            f"--launcher slurm, but {', '.join(missing)} is not set",
+            fix="start it with srun inside a Slurm job",
+        )
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_NTASKS"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR", environment["SLURM_LAUNCH_NODE_IPADDR"]),
+        "MASTER_PORT": environment.get("MASTER_PORT", 20000 + int(environment["SLURM_JOB_ID"]) % 10000),
+    }
+
+
+def free_port() -> int:
+    """Returns a TCP port that is free on this host now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def die_with_parent(parent: int) -> None:
+    """Asks Linux to kill this process when the one that started it is gone, however that went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it was gone before we could ask
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_ranks(command: list[str], processes: int) -> int:
+    """Runs `command` once a rank on this host and returns the exit code: the first that is not 0, else 0.
+
+    When a rank ends with an error or a signal the others are ended too, at once: they would wait for it for ever.
+
+    Args:
+        command: Arguments of the program; each rank gets the environment that `--launcher pytorch` reads.
+        processes: Number of ranks.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared |= {"SNAKETUNE_PARENT": os.getpid(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    ranks: list[subprocess.Popen] = []
+    stopped_by: list[int] = []
+    handlers = {
+        n: signal.signal(n, lambda number, _: stopped_by.append(number))
+        for n in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        for rank in range(processes):
+            own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            ranks.append(subprocess.Popen(command, env={**os.environ, **own}))
+        while not stopped_by:
+            codes = [rank.poll() for rank in ranks]
+            bad = [(number, code) for number, code in enumerate(codes) if code]
+            if bad:
+                number, code = bad[0]
+                cause = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+                print(f"Rank {number} {cause}; ending the others", file=sys.stderr, flush=True)
+                return code if code > 0 else 128 - code
+            if all(code == 0 for code in codes):
+                return 0
+            time.sleep(0.2)
+        return 128 + stopped_by[0]
+    finally:
+        end_all(ranks)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def end_all(ranks: list[subprocess.Popen], patience: float = 5.0) -> None:
+    """Ends processes: SIGTERM, and SIGKILL to those that are still there after `patience` seconds."""
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.terminate()
+    deadline = time.monotonic() + patience
+    for rank in ranks:
+        try:
+            rank.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            rank.wait()

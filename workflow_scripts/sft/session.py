@@ -1,0 +1,203 @@
+"""One run from start to manifest: which folder it lives in, where it goes on from, and what it leaves behind."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from common.cli import UserError
+from common.files import read_json, sha256_file, sha256_json, write_bytes, write_json
+from sft import config as settings
+from sft.checkpoints import is_last, is_resumable, list_checkpoints, read_state_dict, remove_leftovers
+from sft.hooks import METRICS
+from sft.identity import DigestCache, differences, run_identity
+
+IDENTITY = "identity.json"
+FINISHED = "finished.json"
+
+
+@dataclass
+class Plan:
+    """What is to be done.
+
+    Attributes:
+        folder: The run folder.
+        identity: SHA-256 of the identity's fields.
+        fields: The identity itself, see `run_identity`.
+        resume_from: Checkpoint to go on from; None starts from the base model.
+        trained: True when no step is left to train.
+        finished: True when the record of the finished run is there too.
+    """
+
+    folder: Path
+    identity: str
+    fields: dict[str, Any]
+    resume_from: Path | None = None
+    trained: bool = False
+    finished: bool = False
+
+
+def plan_run(config: Config, work_dir: Path | None, runs_dir: Path | None, world_size: int) -> Plan:
+    """Finds the run folder for a config and what is in it already. Changes nothing but a cache of digests.
+
+    Args:
+        config: The training config.
+        work_dir: Exactly this folder, or None.
+        runs_dir: A folder of run folders, one an identity, or None.
+        world_size: Ranks of the run.
+
+    Raises:
+        UserError: `work_dir` holds another run, or the run there cannot be resumed.
+    """
+    parent = runs_dir if work_dir is None else work_dir
+    parent.mkdir(parents=True, exist_ok=True)
+    fields = run_identity(config, world_size, DigestCache(parent / ".digests.json"))
+    identity = sha256_json(fields)
+    folder = work_dir if work_dir is not None else runs_dir / identity[:12]
+    plan = Plan(folder.resolve(), identity, fields)
+    if not (folder / IDENTITY).is_file():
+        if work_dir is None:
+            _announce_other_runs(plan)
+        return plan
+    old = read_json(folder / IDENTITY)
+    if old["identity"] != identity:
+        changed = differences(old["fields"], fields)
+        raise UserError(
+            f"{folder} holds another run; {len(changed)} settings differ (old -> new)",
+            found="".join(f"\n    {line}" for line in changed),
+            fix="undo the change, choose another --work-dir, or use --runs-dir, which gives each run its own folder",
+        )
+    checkpoints = list_checkpoints(folder)
+    finished = folder / FINISHED
+    if finished.is_file() and checkpoints and checkpoints[-1].name == read_json(finished)["checkpoint"]:
+        plan.finished = plan.trained = True
+    elif checkpoints and is_last(checkpoints[-1]):
+        plan.trained = True
+    elif checkpoints:
+        resumable = [path for path in checkpoints if is_resumable(path)]
+        if not resumable:
+            raise UserError(
+                f"{folder} was cut off and cannot be resumed: its checkpoints hold weights only",
+                found=f"{checkpoints[-1].name}, saved with save_optimizer = False",
+                fix="set save_optimizer = True for runs that may be cut off; to train this one anew, delete the folder",
+            )
+        plan.resume_from = resumable[-1]
+    return plan
+
+
+def _announce_other_runs(plan: Plan) -> None:
+    others = [path for path in plan.folder.parent.glob(f"*/{IDENTITY}") if path.parent != plan.folder]
+    if others:
+        newest = max(others, key=lambda path: path.stat().st_mtime)
+        print(
+            f"Notice: a new run in {plan.folder}; the last one was {newest.parent.name} and stays. What differs:"
+        )
+        for line in differences(read_json(newest)["fields"], plan.fields):
+            print(f"  {line}", flush=True)
+
+
+def open_run_folder(plan: Plan, config_path: Path):
+    """Makes the run folder, keeps a second trainer out of it, and returns the lock: hold it while training.
+
+    Raises:
+        UserError: Another process trains there.
+    """
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    lock = open(plan.folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
+    deadline = time.monotonic() + 30  # a trainer that was just killed may still be going down
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                lock.seek(0)
+                raise UserError(
+                    f"another process trains in {plan.folder}",
+                    found=lock.read().strip(),
+                    fix="wait for it, or end it",
+                ) from None
+            time.sleep(0.5)
+    lock.truncate(0)
+    lock.write(f"{platform.node()} process {os.getpid()}\n")
+    lock.flush()
+    remove_leftovers(plan.folder)
+    write_json(plan.folder / IDENTITY, {"format": 1, "identity": plan.identity, "fields": plan.fields})
+    write_bytes(plan.folder / "train_config.py", config_path.read_bytes())
+    return lock
+
+
+def record_finished_run(plan: Plan, config: Config, config_path: Path) -> None:
+    """Writes finished.json from the last checkpoint and the metrics; reading the weights proves that they are whole."""
+    checkpoint = list_checkpoints(plan.folder)[-1]
+    lines = [json.loads(line) for line in (plan.folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    write_json(
+        plan.folder / FINISHED,
+        {
+            "format": 1,
+            "identity": plan.identity,
+            "checkpoint": checkpoint.name,
+            "weights_sha256": weights_digest(read_state_dict(checkpoint)),
+            "steps": lines[-1]["step"],
+            "epochs": lines[-1]["epoch"],
+            "tokens": sum(line["tokens"] for line in lines),
+            "final_loss": lines[-1]["loss"],
+            "world_size": plan.fields["world_size"],
+            "zero_stage": settings.plain(config)["strategy"].get("zero_stage", 2),
+            "dtype": plan.fields["dtype"],
+            "data_sha256": plan.fields["data"],
+            "config_sha256": sha256_file(config_path),
+            "versions": versions(),
+            "git_commit": git_commit(),
+        },
+    )
+
+
+def write_manifest(plan: Plan, manifest: Path) -> None:
+    """Writes train.json: the record of a finished run, with paths relative to the manifest's folder."""
+    record = read_json(plan.folder / FINISHED)
+    folder = os.path.relpath(plan.folder, manifest.resolve().parent)
+    write_json(manifest, {**record, "run_folder": folder, "checkpoint": f"{folder}/{record['checkpoint']}"})
+
+
+def weights_digest(state: dict) -> str:
+    """Returns the SHA-256 of weights: names, dtypes, shapes and bytes, in the order of the names."""
+    import hashlib
+
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str | None]:
+    """Returns the versions that a result depends on."""
+    names = ("torch", "transformers", "deepspeed", "mmengine")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), "snaketune": git_commit(), **found}
+
+
+def git_commit() -> str | None:
+    """Returns the commit of this checkout, or None outside one."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

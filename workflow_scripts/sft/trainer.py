@@ -1,0 +1,101 @@
+"""Trains: one process of a run, from its place among the ranks to the finished record."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, ConfigDict
+from torch import distributed
+
+from common.cli import UserError
+from sft.session import Plan, open_run_folder, plan_run, record_finished_run, write_manifest
+from sft.strategy import DeepSpeedStrategy, init_process_group  # noqa: F401 (before any other mmengine strategy)
+
+
+def train_rank(
+    config: Config, config_path: Path, work_dir: Path | None, runs_dir: Path | None, manifest: Path | None
+) -> None:
+    """Runs this process' part of a run; RANK, WORLD_SIZE and so on are set.
+
+    Raises:
+        UserError: Rank 0 found something to mend; the other ranks end with SystemExit(2).
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Setting MKL_NUM_THREADS")
+    init_process_group()
+    try:
+        plan, lock = _plan_together(config, config_path, work_dir, runs_dir)
+    except (UserError, SystemExit):
+        distributed.destroy_process_group()
+        raise
+    if not plan.trained:
+        _train(config, plan)
+    if distributed.get_rank() == 0:
+        if not plan.finished:
+            record_finished_run(plan, config, config_path)
+        if manifest is not None:
+            write_manifest(plan, manifest)
+        print(f"Finished: {plan.folder}", flush=True)
+        lock.close()
+    distributed.barrier()
+    distributed.destroy_process_group()  # without it a process now and then aborts at exit
+
+
+def _plan_together(config, config_path, work_dir, runs_dir) -> tuple[Plan, object]:
+    """Rank 0 looks at the disk and takes the lock; all ranks follow its plan."""
+    answer: list = [None]
+    lock = error = None
+    if distributed.get_rank() == 0:
+        try:
+            answer[0] = plan_run(config, work_dir, runs_dir, distributed.get_world_size())
+            lock = open_run_folder(answer[0], config_path)
+        except UserError as caught:
+            answer[0], error = "failed", caught
+    distributed.broadcast_object_list(answer)
+    if error is not None:
+        raise error
+    if answer[0] == "failed":
+        raise SystemExit(2)
+    return answer[0], lock
+
+
+def _train(config: Config, plan: Plan) -> None:
+    from sft.runner import TrainRunner
+
+    runner = TrainRunner.from_cfg(runner_config(config, plan.folder))
+    runner.resume_from = plan.resume_from
+    runner.train()
+
+
+def runner_config(config: Config, folder: Path) -> Config:
+    """Returns the config in the form that mmengine's runner takes, for the run folder `folder`.
+
+    As XTuner's `train.py`: clipping and accumulation move from the optimizer wrapper to DeepSpeed.
+    """
+    config = copy.deepcopy(config)
+    wrapper = config.optim_wrapper
+    accumulation = wrapper.get("accumulative_counts", 1)
+    optimizer = wrapper.optimizer
+    if optimizer["type"] is torch.optim.AdamW:
+        optimizer.setdefault("fused", True)  # on CPU a twelfth of the time
+    clipping = (wrapper.get("clip_grad") or {}).get("max_norm", 0)
+    config.optim_wrapper = ConfigDict(type="DeepSpeedOptimWrapper", optimizer=optimizer)
+    config.strategy.setdefault("gradient_clipping", clipping)
+    config.strategy.setdefault("dtype", config.model.llm.get("dtype", "auto"))
+    config.strategy.gradient_accumulation_steps = accumulation
+    config.strategy.train_micro_batch_size_per_gpu = 1
+    config.train_cfg.accumulative_counts = accumulation
+    hooks = config.get("default_hooks") or ConfigDict()
+    for name in ("runtime_info", "timer", "logger", "sampler_seed"):  # ours do their work
+        hooks.setdefault(name, None)
+    config.default_hooks = hooks
+    config.env_cfg = config.get("env_cfg") or ConfigDict()
+    config.launcher = "pytorch"
+    config.work_dir = str(folder)
+    config.log_level = config.get("log_level", "WARNING")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return config

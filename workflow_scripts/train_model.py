@@ -1,0 +1,108 @@
+"""Fine-tunes a model as a training config says: mmengine runner, DeepSpeed ZeRO, packed rows.
+
+Started again, it goes on from the newest whole checkpoint of the same run; a finished run ends at once. What makes a
+run the same run: hyperparameters, base weights, tokenizer, data and number of ranks, not paths or comments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from common.cli import UserError, run
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("config", type=Path, help="training config, as render_train_config.py writes it")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--work-dir",
+        type=Path,
+        help="run folder for checkpoints and metrics; refused when it holds another run "
+        "(default: work_dirs/<name of the config>)",
+    )
+    where.add_argument(
+        "--runs-dir",
+        type=Path,
+        help="folder of run folders: each run gets its own below it, named by its identity",
+    )
+    parser.add_argument(
+        "--manifest", type=Path, help="write the JSON record of the finished run here, last of all"
+    )
+    parser.add_argument(
+        "--deepspeed",
+        choices=[f"deepspeed_zero{stage}" for stage in range(4)],
+        help="ZeRO stage, in place of the config's",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm"],
+        default="none",
+        help="who starts the ranks: none (this command, see --processes), pytorch (torchrun), slurm (srun) "
+        "(default: none)",
+    )
+    parser.add_argument(
+        "--processes",
+        default="auto",
+        help="with --launcher none: ranks to start on this host; auto is one a GPU, or one without GPUs "
+        "(default: auto)",
+    )
+    return parser.parse_args()
+
+
+def count_processes(asked: str) -> int:
+    """Returns the number of ranks for `--processes`."""
+    if asked == "auto":
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    if not asked.isdecimal() or int(asked) < 1:
+        raise UserError("--processes cannot be used", found=asked, expected="auto or a whole number from 1")
+    return int(asked)
+
+
+def main() -> int | None:
+    """Trains, or starts the ranks that do."""
+    arguments = parse_arguments()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from sft.config import load_config
+    from sft.identity import resolve_hub_model
+    from sft.launch import die_with_parent, join_environment, run_ranks
+
+    if "SNAKETUNE_PARENT" in os.environ:
+        die_with_parent(int(os.environ["SNAKETUNE_PARENT"]))
+    config = load_config(arguments.config)
+    if arguments.deepspeed:
+        config.strategy.zero_stage = int(arguments.deepspeed[-1])
+    resolve_hub_model(config)
+    work_dir, runs_dir = arguments.work_dir, arguments.runs_dir
+    if work_dir is None and runs_dir is None:
+        work_dir = Path("work_dirs") / arguments.config.stem
+
+    if arguments.launcher == "none":
+        from sft.session import plan_run, write_manifest
+
+        processes = count_processes(arguments.processes)
+        plan = plan_run(config, work_dir, runs_dir, processes)
+        if plan.finished:
+            if arguments.manifest:
+                write_manifest(plan, arguments.manifest)
+            print(f"Finished before: {plan.folder}", flush=True)
+            return None
+        if processes > 1:
+            return run_ranks([sys.executable, *sys.argv, "--launcher", "pytorch"], processes)
+
+    join_environment(arguments.launcher)
+    from sft.trainer import train_rank
+
+    return train_rank(config, arguments.config, work_dir, runs_dir, arguments.manifest)
+
+
+if __name__ == "__main__":
+    run(main)
