@@ -31,8 +31,8 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
-sys.path.insert(0, str(SCRIPTS))
+REPO = Path(workflow.basedir)
+sys.path.insert(0, str(REPO / "workflow_scripts"))
 
 from common.cli import UserError
 from common.files import sha256_json
@@ -41,7 +41,7 @@ from settings.fingerprint import FingerprintCache
 from settings.load import load_schema, load_settings
 
 try:
-    SETTINGS = load_settings(config, load_schema(Path(workflow.basedir) / "rules/schemas/config.schema.yaml"))
+    SETTINGS = load_settings(config, load_schema(REPO / "rules/schemas/config.schema.yaml"))
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
@@ -80,26 +80,33 @@ wildcard_constraints:
     label="base|tuned",
 
 
-# Under `--sdm conda` each rule's own environment is first on PATH; otherwise the interpreter that runs Snakemake
-# has everything but the TurboMind converter.
+# Commands find their interpreter and scripts through the prefix of every shell command, which is not tracked: where
+# the checkout and its environments lie must not count as a change. Under `--sdm conda` the rule's own environment is
+# first on PATH; otherwise the environment of this Snakemake has everything but the TurboMind converter.
 USES_CONDA = bool(workflow.deployment_settings.deployment_method)
-PYTHON = "python" if USES_CONDA else sys.executable
 TURBOMIND_PYTHON = "python" if USES_CONDA else SETTINGS.environments["turbomind_python"]
+PREFIX = [
+    "set -euo pipefail",
+    f"export SCRIPTS={shlex.quote(str(REPO / 'workflow_scripts'))}",
+    f"export TURBOMIND_PYTHON={shlex.quote(TURBOMIND_PYTHON)}",
+]
+if not USES_CONDA:
+    PREFIX.append(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH")
+if not any(run["model"]["hub"] for run in RUNS.values()):
+    # Only a config that names a hub model lets a job use the network.
+    PREFIX.append("export HF_HUB_OFFLINE=1")
+shell.prefix("; ".join(PREFIX) + "; ")
 
-if not USES_CONDA and not Path(TURBOMIND_PYTHON).is_file():
-    if any(run["turbomind"]["enabled"] for run in RUNS.values()):
+if any(run["turbomind"]["enabled"] for run in RUNS.values()) and not USES_CONDA:
+    if not Path(SETTINGS.environments["turbomind_python"]).is_file():
         raise WorkflowError(
-            f"config: environments.turbomind_python does not exist\n  found:    {TURBOMIND_PYTHON}\n"
+            "config: environments.turbomind_python does not exist\n"
+            f"  found:    {SETTINGS.environments['turbomind_python']}\n"
             "  to fix:   `make setup` makes it; or set turbomind.enabled: false"
         )
 
 FINGERPRINTS = FingerprintCache(f"{RESULTS}/shared/fingerprints.json")
 atexit.register(FINGERPRINTS.save)
-
-
-def script(name, python=PYTHON):
-    """Returns the quoted command that runs a workflow script."""
-    return f"{shlex.quote(str(python))} {shlex.quote(str(SCRIPTS / name))}"
 
 
 def readable_key(path, settings):

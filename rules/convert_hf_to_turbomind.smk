@@ -22,7 +22,6 @@ rule convert_hf_to_turbomind:
         mem_mb=lambda wildcards, attempt: 8000 * attempt,
         runtime=120,
     params:
-        script=script("convert_hf_to_turbomind.py", TURBOMIND_PYTHON),
         model_name=lambda wildcards: RUNS[wildcards.run]["turbomind"]["model_name"],
         options=lambda wildcards: flags(
             **{key: RUNS[wildcards.run]["turbomind"][key] for key in ("chat_template", "tp", "dtype")}
@@ -30,4 +29,4 @@ rule convert_hf_to_turbomind:
     message:
         "Convert run {wildcards.run} to TurboMind"
     shell:
-        "{params.script} {params.model_name:q} {input:q} --dst-path {output:q} {params.options} 2>&1 | tee {log:q}"
+        '"$TURBOMIND_PYTHON" "$SCRIPTS"/convert_hf_to_turbomind.py {params.model_name:q} {input:q} --dst-path {output:q} {params.options} 2>&1 | tee {log:q}'

@@ -21,11 +21,10 @@ rule convert_pth_to_hf:
         mem_mb=lambda wildcards, attempt: 8000 * attempt,
         runtime=120,
     params:
-        script=script("convert_pth_to_hf.py"),
         options=lambda wildcards: flags(
             **RUNS[wildcards.run]["hf"], trust_remote_code=RUNS[wildcards.run]["model"]["trust_remote_code"]
         ),
     message:
         "Convert the checkpoint of run {wildcards.run} to Hugging Face"
     shell:
-        "{params.script} {input.config:q} {input.manifest:q} {output:q} {params.options} 2>&1 | tee {log:q}"
+        'python "$SCRIPTS"/convert_pth_to_hf.py {input.config:q} {input.manifest:q} {output:q} {params.options} 2>&1 | tee {log:q}'

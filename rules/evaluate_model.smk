@@ -23,7 +23,6 @@ rule evaluate_model:
         mem_mb=lambda wildcards, attempt: 8000 * attempt,
         runtime=240,
     params:
-        script=script("evaluate_model.py"),
         model=lambda wildcards, input: input.get("model") or model_source(wildcards.run),
         heldout_dir=heldout_dir,
         options=evaluate_flags,
@@ -32,5 +31,5 @@ rule evaluate_model:
     message:
         "Evaluate the {wildcards.label} model of run {wildcards.run}"
     shell:
-        "{params.script} --model {params.model:q} --tokenizer-path {input.tokenizer:q}"
+        'python "$SCRIPTS"/evaluate_model.py --model {params.model:q} --tokenizer-path {input.tokenizer:q}'
         " --heldout-dir {params.heldout_dir:q} --output {output:q} {params.options} 2>&1 | tee {log:q}"

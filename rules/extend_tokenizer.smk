@@ -18,7 +18,6 @@ rule extend_tokenizer:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=30,
     params:
-        script=script("extend_tokenizer.py"),
         base=lambda wildcards: TOKENIZERS[wildcards.tokenizer]["source"],
         options=lambda wildcards: flags(
             trust_remote_code=TOKENIZERS[wildcards.tokenizer]["trust_remote_code"]
@@ -27,5 +26,5 @@ rule extend_tokenizer:
     message:
         "Extend the tokenizer {params.base} by the InternLM2 chat tokens"
     shell:
-        "{params.script} --tokenizer-path {params.base:q} {params.options}"
+        'python "$SCRIPTS"/extend_tokenizer.py --tokenizer-path {params.base:q} {params.options}'
         " --tokenizer-w-special-tokens-save-dir {output:q} 2>&1 | tee {log:q}"

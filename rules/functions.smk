@@ -40,10 +40,6 @@ def model_digest(wildcards):
     return folder_digest(model_source(wildcards.run), ["config.json", "*.safetensors", "*.bin"])
 
 
-def trust_flag(run):
-    return "--trust-remote-code" if RUNS[run]["model"]["trust_remote_code"] else ""
-
-
 def flags(**options):
     """Quoted command-line flags from keyword arguments; None and False leave a flag out, True gives it alone."""
     words = []

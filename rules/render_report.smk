@@ -18,12 +18,11 @@ rule write_run_config:
         mem_mb=1000,
         runtime=10,
     params:
-        script=script("write_run_config.py"),
         settings=lambda wildcards: json.dumps(RUNS[wildcards.run], sort_keys=True),
     message:
         "Write down the settings of run {wildcards.run}"
     shell:
-        "{params.script} --output {output:q} --settings {params.settings:q} 2>&1 | tee {log:q}"
+        'python "$SCRIPTS"/write_run_config.py --output {output:q} --settings {params.settings:q} 2>&1 | tee {log:q}'
 
 
 rule render_report:
@@ -48,7 +47,6 @@ rule render_report:
         mem_mb=2000,
         runtime=20,
     params:
-        script=script("render_report.py"),
         options=lambda wildcards, input: flags(
             hf_manifest=f"{input.hf}/manifest.json",
             turbomind_manifest=f"{input.turbomind}/manifest.json" if has_turbomind(wildcards) else None,
@@ -56,6 +54,6 @@ rule render_report:
     message:
         "Render the report of run {wildcards.run}"
     shell:
-        "{params.script} --output {output:q} --run {wildcards.run:q} --config {input.config:q}"
+        'python "$SCRIPTS"/render_report.py --output {output:q} --run {wildcards.run:q} --config {input.config:q}'
         " --train-manifest {input.train:q} --dataset-manifests {input.datasets:q}"
         " --base-evaluation {input.base:q} --tuned-evaluation {input.tuned:q} {params.options} 2>&1 | tee {log:q}"

@@ -20,9 +20,8 @@ rule render_train_config:
         mem_mb=4000,
         runtime=10,
     params:
-        script=script("render_train_config.py"),
         options=render_flags,
     message:
         "Render the training config of run {wildcards.run}"
     shell:
-        "{params.script} --output {output:q} {params.options} 2>&1 | tee {log:q}"
+        'python "$SCRIPTS"/render_train_config.py --output {output:q} {params.options} 2>&1 | tee {log:q}'

@@ -23,7 +23,6 @@ rule split_heldout:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
         runtime=60,
     params:
-        script=script("split_heldout.py"),
         processed_dir=lambda wildcards: DATA_SPECS[wildcards.data]["processed_dir"],
         heldout_dir=lambda wildcards, output: str(Path(output.folder).parent),
         share=lambda wildcards: DATA_SPECS[wildcards.data]["heldout_share"],
@@ -32,7 +31,7 @@ rule split_heldout:
     message:
         "Set held-out conversations of {wildcards.dataset} aside"
     shell:
-        "{params.script} --processed-dir {params.processed_dir:q} --dataset {wildcards.dataset:q}"
+        'python "$SCRIPTS"/split_heldout.py --processed-dir {params.processed_dir:q} --dataset {wildcards.dataset:q}'
         " --output-dir {params.heldout_dir:q} --manifest {output.manifest:q}"
         " --share {params.share} --seed {params.seed} 2>&1 | tee {log:q}"
 
@@ -56,7 +55,6 @@ rule tokenize_dataset:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=240,
     params:
-        script=script("tokenize_dataset.py"),
         processed_dir=lambda wildcards: DATA_SPECS[wildcards.data]["processed_dir"],
         tokenized_dir=lambda wildcards: DATA.format(data=wildcards.data),
         max_tokens=lambda wildcards: DATA_SPECS[wildcards.data]["max_tokens"],
@@ -66,7 +64,7 @@ rule tokenize_dataset:
     message:
         "Tokenise {wildcards.dataset}"
     shell:
-        "{params.script} --processed-dir {params.processed_dir:q} --dataset {wildcards.dataset:q}"
+        'python "$SCRIPTS"/tokenize_dataset.py --processed-dir {params.processed_dir:q} --dataset {wildcards.dataset:q}'
         " --tokenized-dir {params.tokenized_dir:q} --tokenizer-path {input.tokenizer:q}"
         " --manifest {output.manifest:q} --max-length {params.max_tokens}"
         " --heldout-share {params.share} --heldout-seed {params.seed} --threads {threads} 2>&1 | tee {log:q}"

@@ -27,7 +27,6 @@ rule train_model:
         mem_mb=lambda wildcards, attempt: 12000 * attempt,
         runtime=1440,
     params:
-        script=script("train_model.py"),
         runs_dir=path_of(CHECKPOINTS),
         options=lambda wildcards: flags(
             deepspeed=f"deepspeed_zero{RUNS[wildcards.run]['train']['zero_stage']}",
@@ -37,5 +36,5 @@ rule train_model:
     message:
         "Train run {wildcards.run}"
     shell:
-        "{params.script} {input.config:q} --runs-dir {params.runs_dir:q} --manifest {output:q} {params.options}"
+        'python "$SCRIPTS"/train_model.py {input.config:q} --runs-dir {params.runs_dir:q} --manifest {output:q} {params.options}'
         " 2>&1 | tee {log:q}"

@@ -20,11 +20,10 @@ rule write_data_order:
         mem_mb=1000,
         runtime=10,
     params:
-        script=script("write_data_order.py"),
         train_folder=lambda wildcards: TRAIN_FOLDER.format(data=wildcards.data),
         save_folder=lambda wildcards, output: str(Path(output[0]).parent),
     message:
         "Write the order of the training files"
     shell:
-        "{params.script} --data-folder {params.train_folder:q} --save-folder {params.save_folder:q}"
+        'python "$SCRIPTS"/write_data_order.py --data-folder {params.train_folder:q} --save-folder {params.save_folder:q}'
         " --file-type .bin 2>&1 | tee {log:q}"
