@@ -1,0 +1,204 @@
+"""Runs XTuner 0.2.0's own tokeniser and ours on the same files, compares every byte, prints the ratio of the times.
+
+XTuner's tokenize_ftdp_datasets.py runs unmodified, in a virtual environment of its own that this script makes once.
+Both start from the same base tokenizer.json, add the chat tokens themselves, and are timed as commands, start-up
+included. The files are those of --processed-dir, repeated up to --megabytes, or generated with --nasty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import venv
+from pathlib import Path
+
+from nasty_conversations import write_nasty
+
+REPO = Path(__file__).resolve().parent.parent
+# What the tool imports, and no more. xtuner itself comes without its dependencies (torch among them).
+PINS = ("transformers==4.48.0", "tokenizers==0.21.0", "numpy==1.26.4", "mmengine==0.10.7")
+XTUNER = "xtuner==0.2.0"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--processed-dir", type=Path, default=REPO.parent / "shared/data/ftdp", help="ftdp layout"
+    )
+    parser.add_argument(
+        "--megabytes", type=float, help="repeat the files up to this size in all (default: once)"
+    )
+    parser.add_argument(
+        "--nasty", type=int, metavar="SAMPLES", help="generate this many odd conversations instead"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --nasty")
+    parser.add_argument(
+        "--tokenizer-path",
+        type=Path,
+        default=REPO.parent / "shared/data/mistral_v1_tokenizer",
+        help="folder with tokenizer.json and tokenizer_config.json",
+    )
+    parser.add_argument(
+        "--work-dir", type=Path, default=REPO / "build/tokenize_vs_xtuner", help="emptied at the start"
+    )
+    parser.add_argument(
+        "--venv", type=Path, default=REPO / "build/xtuner-venv", help="made when it is missing"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="our worker processes"
+    )
+    parser.add_argument("--minimum-ratio", type=float, default=0.0, help="fail below this ratio of the times")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    python = make_venv(args.venv)
+    shutil.rmtree(args.work_dir, ignore_errors=True)
+    processed = args.work_dir / "processed"
+    if args.nasty:
+        write_nasty(processed, args.nasty, args.seed)
+    else:
+        repeat_files(args.processed_dir, processed, args.megabytes)
+    base = copy_base(args.tokenizer_path, args.work_dir / "base")
+    size = sum(file.stat().st_size for file in processed.rglob("*.jsonl"))
+    print(f"{size / 1e6:.1f} MB of conversations, {len(os.sched_getaffinity(0))} processors")
+
+    tool = next(args.venv.glob("lib/python3*/site-packages/xtuner/tools/tokenize_ftdp_datasets.py"))
+    theirs = timed("XTuner 0.2.0", [python, tool], processed, base, args.work_dir / "xtuner")
+    script = REPO / "workflow_scripts/tokenize_dataset.py"
+    ours = timed(
+        "SnakeTune",
+        [sys.executable, script, "--threads", args.threads],
+        processed,
+        base,
+        args.work_dir / "snaketune",
+    )
+    compare(args.work_dir)
+    ratio = theirs / ours
+    print(f"every byte equal; {ratio:.1f} times as fast as XTuner ({theirs:.1f} s / {ours:.1f} s)")
+    if ratio < args.minimum_ratio:
+        sys.exit(f"below {args.minimum_ratio} times")
+
+
+def make_venv(folder: Path) -> Path:
+    """Returns the Python of a virtual environment in which XTuner's tool runs."""
+    python = folder / "bin/python"
+    marker = folder / "complete"
+    if not marker.is_file():
+        print(f"making {folder} ...", flush=True)
+        venv.create(folder, with_pip=True, clear=True)
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, *PINS], check=True)
+        subprocess.run([*pip, "--no-deps", XTUNER], check=True)
+        marker.touch()
+    return python
+
+
+def repeat_files(source: Path, target: Path, megabytes: float | None) -> None:
+    """Copies the JSONL files below `source`, each repeated equally often, up to a total size."""
+    files = sorted(source.rglob("*.jsonl"))
+    total = sum(file.stat().st_size for file in files)
+    times = max(round((megabytes or 0) * 1e6 / total), 1)
+    for file in files:
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        data = file.read_bytes()
+        with open(copy, "wb") as stream:
+            for _ in range(times):
+                stream.write(data if data.endswith(b"\n") else data + b"\n")
+
+
+def copy_base(source: Path, target: Path) -> Path:
+    """Writes a base that transformers loads from tokenizer.json alone, so that both tools start from that file."""
+    target.mkdir(parents=True)
+    shutil.copy(source / "tokenizer.json", target)
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    kept = {name: config[name] for name in ("bos_token", "eos_token", "unk_token") if config.get(name)}
+    text = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **kept})
+    (target / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    return target
+
+
+def timed(name: str, command: list, processed: Path, base: Path, output: Path) -> float:
+    """Runs a tokeniser and returns its seconds; prints them and the memory of all its processes at their peak."""
+    output.mkdir()
+    command = [
+        *map(str, command),
+        *("--processed-dir", str(processed), "--tokenized-dir", str(output / "tokenized")),
+        *("--tokenizer-path", str(base), "--tokenizer-w-special-tokens-save-dir", str(output / "tokenizer")),
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    start = time.perf_counter()
+    with open(output / "log.txt", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        peak = MemoryPeak(process.pid)
+        code = process.wait()
+    seconds = time.perf_counter() - start
+    if code:
+        sys.exit(f"{name} ended with {code}:\n{(output / 'log.txt').read_text(errors='replace')[-3000:]}")
+    print(f"{name:14s} {seconds:8.2f} s   peak memory {peak.stop() / 1e6:8.0f} MB", flush=True)
+    return seconds
+
+
+class MemoryPeak:
+    """Samples the memory (proportional set size) of a process and its descendants, five times a second."""
+
+    def __init__(self, pid: int):
+        self._pid, self._peak = pid, 0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> int:
+        """Returns the largest sum of bytes seen."""
+        self._end.set()
+        self._thread.join()
+        return self._peak
+
+    def _sample(self) -> None:
+        while not self._end.wait(0.2):
+            self._peak = max(self._peak, sum(map(self._bytes, self._family(self._pid))))
+
+    def _family(self, pid: int) -> list[int]:
+        try:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except OSError:
+            return []
+        return [pid, *(each for child in children for each in self._family(int(child)))]
+
+    @staticmethod
+    def _bytes(pid: int) -> int:
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            return 0
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def compare(work_dir: Path) -> None:
+    """Ends the program unless both tools wrote the same files with the same bytes."""
+    roots = [work_dir / name / "tokenized/chatml_llamav13_32k" for name in ("xtuner", "snaketune")]
+    names = [sorted(file.relative_to(root) for file in root.rglob("*") if file.is_file()) for root in roots]
+    if names[0] != names[1]:
+        sys.exit(f"not the same files: {sorted(set(names[0]) ^ set(names[1]))}")
+    different = [
+        name for name in names[0] if not filecmp.cmp(roots[0] / name, roots[1] / name, shallow=False)
+    ]
+    if different:
+        sys.exit(f"different bytes in {', '.join(map(str, different))}")
+    total = sum((roots[0] / name).stat().st_size for name in names[0])
+    print(f"compared {len(names[0])} files, {total / 1e6:.1f} MB: {', '.join(map(str, names[0][:8]))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Tokenises chat data in the ftdp layout, byte for byte as XTuner 0.2.0's tokenize_ftdp_datasets.py does.
+
+Reads <processed-dir>/<dataset>/processed/<any folder>/<file>.jsonl, writes
+<tokenized-dir>/chatml_llamav13_32k/{train,valid}/cn/<dataset>/<file>.bin and .bin.meta and, last, one manifest a
+dataset. With --tokenizer-w-special-tokens-save-dir the chat tokens that the tokenizer lacks are added first, and the
+extended tokenizer is saved there: train with that one. A run that was stopped is simply started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from common.cli import UserError, run
+from ftdp.base_tokenizer import open_tokenizer
+from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.chat_template import MAX_LENGTH
+from ftdp.tokenizing import tokenize_datasets
+from ftdp.workers import available_cpus
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--processed-dir", required=True, help="folder with <dataset>/processed/<any folder>/<file>.jsonl"
+    )
+    parser.add_argument("--tokenized-dir", required=True, help="receives chatml_llamav13_32k/ and manifests/")
+    parser.add_argument(
+        "--tokenizer-path",
+        required=True,
+        help="folder with tokenizer.json or tokenizer.model, such a file, or a hub name",
+    )
+    parser.add_argument(
+        "--tokenizer-w-special-tokens-save-dir",
+        help="folder that receives the tokenizer with the chat tokens; needed when the base lacks one",
+    )
+    parser.add_argument(
+        "--dataset", action="append", help="name of a dataset folder; may be repeated; all of them by default"
+    )
+    parser.add_argument(
+        "--manifest", help="where the manifest of a single dataset goes (default: manifests/<dataset>.json)"
+    )
+    parser.add_argument(
+        "--max-length", type=int, default=MAX_LENGTH, help="tokens after which a conversation is cut"
+    )
+    parser.add_argument(
+        "--heldout-share",
+        type=float,
+        default=0.0,
+        help="share of the lines to leave out because split_heldout.py sets them aside",
+    )
+    parser.add_argument(
+        "--heldout-seed", type=int, default=1024, help="the seed that split_heldout.py was given"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=available_cpus(),
+        help="worker processes; the bytes do not depend on it",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the base tokenizer's own code if it has no tokenizer.json (only for models that you trust)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.threads < 1:
+        raise UserError("--threads is out of range", found=args.threads, expected="1 or more")
+    tokenizer = open_tokenizer(
+        args.tokenizer_path, args.tokenizer_w_special_tokens_save_dir, args.trust_remote_code
+    )
+    manifests = tokenize_datasets(
+        args.processed_dir,
+        args.tokenized_dir,
+        tokenizer,
+        TokenizeOptions(args.max_length, args.heldout_share, args.heldout_seed),
+        datasets=args.dataset,
+        manifest=args.manifest,
+        processes=args.threads,
+    )
+    for dataset, manifest in manifests.items():
+        totals = manifest["totals"]
+        print(
+            f"{dataset}: {totals['samples']} samples, {totals['tokens']} tokens "
+            f"({100 * manifest['trained_share']:.1f}% trained on), {totals['truncated']} cut, "
+            f"{totals['heldout']} held out"
+        )
+
+
+if __name__ == "__main__":
+    run(main)
