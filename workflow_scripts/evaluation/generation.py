@@ -1,0 +1,94 @@
+"""Greedy answers to fixed prompts, in the chat format that the model is trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.cli import UserError
+from ftdp.chat_template import END_OF_TURN, MessageError
+from ftdp.encode import encode_conversations
+from ftdp.tokenizer import ExtendedTokenizer
+
+from .progress import Progress
+
+ANSWER_BEGIN = "<|im_start|>assistant\n"
+
+
+def read_prompts(path: Path) -> list[list[dict]]:
+    """Reads a JSON list of conversations (each a list of messages, as in the data, without the answer).
+
+    Raises:
+        UserError: When the file is no such list.
+    """
+    try:
+        prompts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the prompts of {path}", found=error, expected="a JSON file") from None
+    if not isinstance(prompts, list) or not all(isinstance(prompt, list) for prompt in prompts):
+        raise UserError(
+            f"{path} is no list of conversations",
+            expected='[[{"role": "user", "content": "..."}], ...]',
+            fix="wrap each prompt in a list of messages",
+        )
+    return prompts
+
+
+def encode_prompt(prompt: list[dict], tokenizer: ExtendedTokenizer, where: str = "prompt") -> list[int]:
+    """Returns the ids of a conversation and of the assistant's beginning turn, as training would see them.
+
+    Raises:
+        UserError: When a message is not in the format.
+    """
+    try:
+        signed = encode_conversations([prompt], tokenizer)[0]
+    except MessageError as error:
+        raise UserError(
+            f"{where}: {error.field}", found=error.found, expected=error.expected, fix=error.fix
+        ) from None
+    begin = tokenizer.tokenizer.encode(ANSWER_BEGIN, add_special_tokens=False).ids
+    return [abs(i) for i in signed] + begin
+
+
+@torch.inference_mode()
+def generate(
+    model, prompts: list[list[dict]], tokenizer: ExtendedTokenizer, max_new_tokens: int
+) -> list[dict[str, Any]]:
+    """Returns one greedy answer per prompt; it ends at `<|im_end|>`, the base's end token, or `max_new_tokens`.
+
+    Args:
+        model: A transformers causal language model in eval mode.
+        prompts: Conversations without the answer.
+        tokenizer: The extended tokenizer.
+        max_new_tokens: Longest answer.
+
+    Returns:
+        [{"prompt": messages, "text": answer without the end token, "tokens": count, "finished": bool}]
+    """
+    from transformers import GenerationConfig
+
+    ends = {tokenizer.ids[END_OF_TURN], tokenizer.eos_token_id} - {None}
+    pad_id = tokenizer.pad_token_id
+    # Instead of the model's own settings, which may sample.
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.ids[END_OF_TURN] if pad_id is None else pad_id,
+    )
+    device = model.get_input_embeddings().weight.device
+    progress = Progress(len(prompts), "generations", "prompts")
+    answers = []
+    for number, prompt in enumerate(prompts, 1):
+        ids = torch.tensor([encode_prompt(prompt, tokenizer, f"prompt {number}")], device=device)
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+        new = output[0, ids.shape[1] :].tolist()
+        finished = bool(new) and new[-1] in ends
+        # Special tokens stay: a tool call is made of them.
+        text = tokenizer.tokenizer.decode(new[:-1] if finished else new, skip_special_tokens=False)
+        answers.append({"prompt": prompt, "text": text, "tokens": len(new), "finished": finished})
+        progress.add(1)
+    return answers

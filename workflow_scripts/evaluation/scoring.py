@@ -1,0 +1,88 @@
+"""Loss over the assistant's tokens of held-out conversations, each seen by itself."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from .heldout import Sample, batches_by_length
+from .progress import Progress
+
+
+@torch.inference_mode()
+def token_losses(model, batch: list[Sample], pad_id: int) -> list[torch.Tensor]:
+    """Returns each sample's losses in nats, one fp32 value per trained token but the first id of the row.
+
+    Rows are padded on the right. Attention is causal, so no real token sees padding, and no mask is needed.
+
+    Args:
+        model: A causal language model in eval mode.
+        batch: Samples of similar length.
+        pad_id: Any valid id.
+    """
+    length = max(len(sample.ids) for sample in batch)
+    ids = torch.full((len(batch), length), pad_id)
+    predicts = torch.zeros((len(batch), length), dtype=torch.bool)  # place t predicts the id at t + 1
+    for row, sample in enumerate(batch):
+        ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
+        predicts[row, : len(sample.ids) - 1] = torch.tensor(sample.trained[1:])
+    # The head runs only where some row of the batch has a trained token.
+    columns = predicts.any(dim=0).nonzero().flatten()
+    if not len(columns):
+        return [torch.zeros(0) for _ in batch]
+    device = model.get_input_embeddings().weight.device
+    some = "logits_to_keep" in inspect.signature(model.forward).parameters
+    more = {"logits_to_keep": columns.to(device)} if some else {}
+    logits = model(input_ids=ids.to(device), use_cache=False, **more).logits
+    if not some:
+        logits = logits[:, columns.to(device)]
+    losses = []
+    for row in range(len(batch)):
+        wanted = predicts[row, columns]
+        targets = ids[row, columns[wanted] + 1]
+        picked = logits[row, wanted.to(device)].float()
+        losses.append(cross_entropy(picked, targets.to(device), reduction="none").cpu())
+    return losses
+
+
+def score(model, samples: list[Sample], pad_id: int, batch_tokens: int = 2048) -> dict[str, Any]:
+    """Returns loss (nats per trained token), perplexity and counts, overall and by dataset.
+
+    Args:
+        model: A causal language model in eval mode.
+        samples: Held-out conversations; those without a trained token count as samples and add nothing.
+        pad_id: Any valid id.
+        batch_tokens: Ids of a padded batch.
+
+    Returns:
+        {"loss", "perplexity", "trained_tokens", "samples", "truncated", "datasets": {name: the same five}}
+    """
+    sums: dict[str, float] = {}
+    progress = Progress(sum(len(sample.ids) for sample in samples), "held-out loss", "tokens")
+    for batch in batches_by_length(samples, batch_tokens):
+        for sample, losses in zip(batch, token_losses(model, batch, pad_id), strict=True):
+            # fp64: the sum must not depend on how many tokens there are.
+            sums[sample.dataset] = sums.get(sample.dataset, 0.0) + losses.double().sum().item()
+        progress.add(sum(len(sample.ids) for sample in batch))
+    names = sorted({sample.dataset for sample in samples})
+    by_dataset = {
+        name: _result(sums[name], [sample for sample in samples if sample.dataset == name]) for name in names
+    }
+    return {**_result(math.fsum(sums.values()), samples), "datasets": by_dataset}
+
+
+def _result(total: float, samples: list[Sample]) -> dict[str, Any]:
+    tokens = sum(sample.targets for sample in samples)
+    loss = total / tokens if tokens else None
+    return {
+        "loss": loss,
+        # A model that knows nothing of the format can exceed what a float holds.
+        "perplexity": math.exp(min(loss, 700.0)) if loss is not None else None,
+        "trained_tokens": tokens,
+        "samples": len(samples),
+        "truncated": sum(sample.truncated for sample in samples),
+    }
