@@ -15,8 +15,8 @@ from torch import distributed
 
 from common.files import read_json, write_bytes, write_json
 from sft.checkpoints import prune_checkpoints, write_checkpoint
+from sft.session import METRICS
 
-METRICS = "metrics.jsonl"
 ATTEMPTS = "attempts.json"
 
 

@@ -11,7 +11,7 @@ from common.cli import UserError
 from common.files import read_json, sha256_file, sha256_json, write_json
 from ftdp.data_order import list_train_files, read_data_order
 from sft import config as settings
-from sft.model import resolve_dtype, training_device
+from sft.device import resolve_dtype, training_device
 
 _PARTS = (
     "model",

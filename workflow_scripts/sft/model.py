@@ -8,27 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.cli import UserError
 from sft.attention import resolve_attention
-
-
-def training_device() -> str:
-    """Returns `cuda` where torch sees a GPU, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """Returns the dtype of a config's `dtype`: `auto` is bfloat16 on a GPU and float32 on a CPU."""
-    if name == "auto":
-        name = "bfloat16" if device == "cuda" else "float32"
-    dtype = getattr(torch, str(name).removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise UserError(
-            "the training dtype is unknown", found=name, expected="auto, float32, bfloat16 or float16"
-        )
-    return dtype
+from sft.device import resolve_dtype, training_device
 
 
 def load_base_model(
@@ -70,11 +54,6 @@ def _check_folder(folder: Path) -> None:
             expected="config.json and *.safetensors",
             fix="set model_path to a Hugging Face model folder or a hub name",
         )
-
-
-def vocabulary_rows(model_path: str, trust_remote_code: bool = False) -> int:
-    """Returns how many rows the embedding of a saved model has (its config's vocab_size)."""
-    return AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code).vocab_size
 
 
 def resize_for_tokenizer(

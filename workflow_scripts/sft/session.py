@@ -19,11 +19,11 @@ from common.cli import UserError
 from common.files import read_json, sha256_file, sha256_json, write_bytes, write_json
 from sft import config as settings
 from sft.checkpoints import is_last, is_resumable, list_checkpoints, read_state_dict, remove_leftovers
-from sft.hooks import METRICS
 from sft.identity import DigestCache, differences, run_identity
 
 IDENTITY = "identity.json"
 FINISHED = "finished.json"
+METRICS = "metrics.jsonl"
 
 
 @dataclass

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from common.cli import UserError
-from sft.model import resolve_dtype, training_device
+from sft.device import resolve_dtype, training_device
 
 
 def prepare_deepspeed() -> None:

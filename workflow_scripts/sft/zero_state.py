@@ -58,17 +58,21 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
     return sorted(numbers, key=numbers.get)
 
 
+class _Stored:
+    """Stands in for DeepSpeed's plain record types: nothing of them is used, and DeepSpeed need not be imported."""
+
+
+_STORED_TYPES = [
+    (_Stored, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Stored, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (_Stored, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+]
+
+
 def _load(file: Path) -> dict:
-    with torch.serialization.safe_globals(_stored_types()):
+    with torch.serialization.safe_globals(_STORED_TYPES):
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _stored_types() -> list:
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def _join_stage_1_2(parts: list[dict], shapes: list[dict]) -> dict[str, torch.Tensor]:
