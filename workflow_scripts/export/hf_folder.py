@@ -93,9 +93,11 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def parse_size(text: str) -> str:
-    """Checks a shard size such as `2GB` or `500MB` for argparse; returns it unchanged."""
+    """Returns a shard size such as `2GB` or `500MB` unchanged; raises a `UserError` for anything else."""
     if not re.fullmatch(r"[1-9][0-9]*\s*[KMGT]i?B", text):
-        raise ValueError(f"not a size: {text!r}; write it as 2GB or 500MB")
+        raise UserError(
+            "not a size of a weight file", found=text, expected="a whole number and a unit: 2GB, 500MB"
+        )
     return text
 
 

@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""Converts a training checkpoint to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import run
+from export.hf_folder import parse_size
+
+
+def main() -> None:
+    """Parses the command line and converts."""
+    parser = argparse.ArgumentParser(
+        description="Convert a DeepSpeed checkpoint (any ZeRO stage, or weights only) to a Hugging Face folder with "
+        "safetensors, tokenizer and generation config, readable by transformers 4 and 5 and by lmdeploy.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "config", type=Path, help="the training config (names the base model and the tokenizer)"
+    )
+    parser.add_argument(
+        "pth",
+        type=Path,
+        help="an iter_N.pth, a run folder (its newest whole checkpoint), or a run's train.json",
+    )
+    parser.add_argument("dst", type=Path, help="folder to make; replaced as a whole if it exists")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+        help="type of the saved weights; auto: what the model was trained in",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=parse_size,
+        default="2GB",
+        help="size at which a new safetensors file is begun",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the base model"
+    )
+    args = parser.parse_args()
+
+    from export.hf import convert
+
+    manifest = convert(
+        args.config,
+        args.pth,
+        args.dst,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        trust_remote_code=args.trust_remote_code,
+    )
+    print(
+        f"wrote {args.dst}: {manifest['architecture']}, {manifest['parameters']:,} parameters, {manifest['dtype']}, "
+        f"{manifest['vocab_size']} rows, from {manifest['checkpoint']}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
