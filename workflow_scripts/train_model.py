@@ -71,12 +71,13 @@ def main() -> int | None:
     """Trains, or starts the ranks that do."""
     arguments = parse_arguments()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from sft.config import load_config
-    from sft.identity import resolve_hub_model
     from sft.launch import die_with_parent, join_environment, run_ranks
 
     if "SNAKETUNE_PARENT" in os.environ:
         die_with_parent(int(os.environ["SNAKETUNE_PARENT"]))
+    from sft.config import load_config
+    from sft.identity import resolve_hub_model
+
     config = load_config(arguments.config)
     if arguments.deepspeed:
         config.strategy.zero_stage = int(arguments.deepspeed[-1])

@@ -22,8 +22,17 @@ def train_rank(
     """Runs this process' part of a run; RANK, WORLD_SIZE and so on are set.
 
     Raises:
-        UserError: Rank 0 found something to mend; the other ranks end with SystemExit(2).
+        UserError: Something to mend; only one rank a host says it, the others end with SystemExit(2).
     """
+    try:
+        _train_rank(config, config_path, work_dir, runs_dir, manifest)
+    except UserError:
+        if os.environ["LOCAL_RANK"] != "0":
+            raise SystemExit(2) from None
+        raise
+
+
+def _train_rank(config, config_path, work_dir, runs_dir, manifest) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Setting MKL_NUM_THREADS")
     init_process_group()
@@ -65,6 +74,11 @@ def _plan_together(config, config_path, work_dir, runs_dir) -> tuple[Plan, objec
 
 def _train(config: Config, plan: Plan) -> None:
     from sft.runner import TrainRunner
+
+    if distributed.get_rank() != 0:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
     runner = TrainRunner.from_cfg(runner_config(config, plan.folder))
     runner.resume_from = plan.resume_from

@@ -1,0 +1,271 @@
+"""The parts of a training run that need no training: schedule, data order, config, identity, ranks, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from common.cli import UserError
+from common.files import write_json
+from sft.checkpoints import list_checkpoints, newest_whole_checkpoint, prune_checkpoints, remove_leftovers
+from sft.config import load_config, plain
+from sft.data import PackedSampler
+from sft.identity import differences
+from sft.launch import end_all, run_ranks, slurm_environment
+from sft.render import TrainSettings, render_config
+
+
+@pytest.fixture
+def config_path(tmp_path):
+    """A rendered config with default settings."""
+    path = tmp_path / "train_config.py"
+    path.write_text(render_config(TrainSettings("base", "tokenizer", "data/train")))
+    return path
+
+
+def xtuner_lr(step: int, warm_up: int, total: int, lr: float) -> float:
+    """XTuner's curve in closed form."""
+    if step < warm_up:
+        return lr * (1 / 40 + (1 - 1 / 40) * step / (warm_up - 1))
+    return 0.15 * lr + 0.85 * lr * (1 + math.cos(math.pi * (step - warm_up) / (total - warm_up))) / 2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("rows", "epochs", "max_steps"), [(401, 1, None), (150, 2.5, None), (60, 1, 333), (20, 1, 12)]
+)
+def test_lr_curve(tmp_path, accumulation, rows, epochs, max_steps):
+    from mmengine.optim import OptimWrapper
+
+    from sft.strategy import DeepSpeedStrategy
+
+    settings = TrainSettings("base", "tok", "train", max_epochs=epochs, max_steps=max_steps, lr=1e-3)
+    (tmp_path / "config.py").write_text(render_config(settings))
+    config = load_config(tmp_path / "config.py")
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    strategy.dispatch_kwargs = {"epoch_length": rows / accumulation, "max_epochs": 1, "max_iters": 10**6}
+    import logging
+
+    strategy.__dict__["logger"] = logging.getLogger()
+    optimizer = OptimWrapper(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3))
+    schedulers = strategy.build_param_scheduler(config.param_scheduler, optimizer)
+    total = max_steps or int(epochs * rows / accumulation)
+    warm_up = int(0.025 * (max_steps or epochs * rows / accumulation))
+    if warm_up < 2:  # too short for a warm-up: none, instead of XTuner's cosine from lr / 40
+        assert len(schedulers) == 1
+        warm_up = 0
+    for step in range(total):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(
+            xtuner_lr(step, warm_up, total, 1e-3), rel=1e-6
+        )
+        optimizer.optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+
+
+def test_sampler_seeks_without_reading():
+    sampler = PackedSampler(range(23), rank=1, world_size=4)
+    assert len(sampler) == 5
+    sampler.seek(3)
+    whole = list(sampler)
+    for start in range(6):
+        sampler.seek(3, start)
+        assert list(sampler) == whole[start:]
+    ranks = [list(PackedSampler(range(23), rank=rank, world_size=4)) for rank in range(4)]
+    assert len({row for rows in ranks for row in rows}) == 20
+    assert list(PackedSampler(range(7), shuffle=False, rank=0, world_size=2)) == [0, 2, 4]
+
+
+def test_config_reads_back(config_path):
+    values = plain(load_config(config_path))
+    assert values["optim_wrapper"]["optimizer"] == {
+        "type": "torch.optim.AdamW",
+        "lr": 4e-5,
+        "betas": [0.9, 0.95],
+        "weight_decay": 0.01,
+    }
+    assert values["train_dataloader"]["dataset"]["packed_length"] == 32768
+    assert values["model"]["type"] == "sft.SupervisedFinetune"
+    compile(config_path.read_text(), "config", "exec")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("lr = 4e-05", "lr = 4e-05e", "cannot be read"),
+        ("batch_size = 1 ", "batch_size = 2 ", "batch_size must be 1"),
+        ("strategy = dict(type=DeepSpeedStrategy, zero_stage=zero_stage)", "", "lacks strategy"),
+        ("'base'", "None", "model.llm.model_path is not a path"),
+        ("from torch.optim import AdamW", "from xtuner.optim import AdamW", "XTuner's own classes"),
+        ("import os", "", None),
+    ],
+)
+def test_config_errors_say_what_to_do(config_path, old, new, said):
+    text = config_path.read_text()
+    config_path.write_text("import os\nhome = os.sep\n" + text if said is None else text.replace(old, new))
+    if said is None:
+        assert load_config(config_path).home == "/"
+        return
+    with pytest.raises(UserError, match=said):
+        load_config(config_path)
+
+
+def test_render_script(run_script, tmp_path):
+    paths = ("--model-path", "m", "--tokenizer-path", "t", "--train-folder", "d", "--data-order", "o")
+    run_script(
+        "render_train_config.py", "--output", tmp_path / "a.py", *paths, "--lr", "1e-5", "--max-steps", 7
+    )
+    text = (tmp_path / "a.py").read_text()
+    assert "lr = 1e-05\n" in text and "max_steps = 7 " in text and str(tmp_path) not in text
+    mine = tmp_path / "mine.py"
+    mine.write_text(text + "\n# mine\n")
+    run_script("render_train_config.py", "--output", tmp_path / "b.py", "--from-config", mine)
+    assert (tmp_path / "b.py").read_bytes() == mine.read_bytes()
+    mine.write_text("model = (")
+    refused = run_script(
+        "render_train_config.py", "--output", tmp_path / "c.py", "--from-config", mine, check=False
+    )
+    assert (
+        refused.returncode == 2
+        and "mine.py cannot be read" in refused.stderr
+        and not (tmp_path / "c.py").exists()
+    )
+    refused = run_script(
+        "render_train_config.py", "--output", tmp_path / "c.py", *paths, "--lr", 0, check=False
+    )
+    assert refused.returncode == 2 and "--lr cannot be used" in refused.stderr
+
+
+def test_differences_name_the_fields():
+    old = {"hyperparameters": {"lr": 1.0, "same": 2, "gone": 3}, "data": "a" * 64, "world_size": 1}
+    new = {"hyperparameters": {"lr": 2.0, "same": 2}, "data": "b" * 64, "world_size": 1}
+    assert differences(old, new) == [
+        "data: aaaaaaaaaaaa -> bbbbbbbbbbbb",
+        "hyperparameters.gone: 3 -> (none)",
+        "hyperparameters.lr: 1.0 -> 2.0",
+    ]
+
+
+def test_slurm_environment():
+    variables = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456"}
+    found = slurm_environment({**variables, "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"})
+    assert found == {
+        "RANK": "3",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "10.0.0.7",
+        "MASTER_PORT": 23456,
+    }
+    with pytest.raises(UserError, match="SLURM_LAUNCH_NODE_IPADDR is not set"):
+        slurm_environment(variables)
+
+
+def test_ranks_end_together(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, sys, time, pathlib\n"
+        f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "if os.environ['RANK'] == sys.argv[1]: time.sleep(1); os.kill(os.getpid(), int(sys.argv[2]))\n"
+        "time.sleep(0 if sys.argv[1] == '-' else 60)\n"
+    )
+    assert run_ranks([sys.executable, str(script), "-"], 2) == 0
+    assert run_ranks([sys.executable, str(script), "1", "9"], 3) == 137
+    for rank in range(3):
+        with pytest.raises(ProcessLookupError):
+            import os
+
+            os.kill(int((tmp_path / str(rank)).read_text()), 0)
+    end_all([])
+
+
+def checkpoint(folder, step: int, **marker) -> None:
+    path = folder / f"iter_{step}.pth"
+    path.mkdir()
+    (path / "weights.pt").write_bytes(b"12345")
+    marker = {"step": step, "total_steps": 9, "save_optimizer": True, "files": {"weights.pt": 5}, **marker}
+    write_json(path / "COMPLETE.json", marker)
+
+
+def test_only_whole_checkpoints_count(tmp_path, capsys):
+    for step in (2, 10, 4):
+        checkpoint(tmp_path, step)
+    assert newest_whole_checkpoint(tmp_path).name == "iter_10.pth"
+    (tmp_path / "iter_10.pth" / "weights.pt").write_bytes(b"123")
+    assert newest_whole_checkpoint(tmp_path).name == "iter_4.pth"
+    assert "iter_10.pth is not a whole checkpoint" in capsys.readouterr().out
+    (tmp_path / "iter_4.pth" / "COMPLETE.json").write_text("{")
+    (tmp_path / ".iter_11.pth.tmp").mkdir()
+    (tmp_path / "iter_3.pth").mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["iter_2.pth"]
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_10.pth", "iter_2.pth", "iter_4.pth"]
+    checkpoint(tmp_path, 12)
+    prune_checkpoints(tmp_path, -1)
+    assert len(list_checkpoints(tmp_path)) == 2
+    prune_checkpoints(tmp_path, 1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["iter_12.pth"]
+    assert newest_whole_checkpoint(tmp_path / "nothing") is None
+
+
+def test_metrics_are_cut_back(tmp_path):
+    from sft.hooks import cut_metrics
+
+    file = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]
+    file.write_text("".join(lines) + '{"step": 6, "lo')
+    cut_metrics(file, 9)
+    assert file.read_text() == "".join(lines)
+    cut_metrics(file, 3)
+    assert file.read_text() == "".join(lines[:3])
+    cut_metrics(tmp_path / "none.jsonl", 3)
+
+
+def test_random_state_comes_back(tmp_path):
+    import random
+
+    import numpy as np
+
+    from sft.checkpoints import load_random_state, random_state
+
+    torch.save(random_state(), tmp_path / "random_state_rank_0.pt")
+    first = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
+    load_random_state(tmp_path, 0)
+    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == first
+
+
+def test_zero_layouts_are_joined(tmp_path):
+    """Hand-made files of two ranks with padding, for stages 2 and 3, against the tensors they were cut from."""
+    from sft.zero_state import read_zero_state_dict
+
+    tensors = OrderedDict(a=torch.arange(15.0).view(3, 5), b=torch.arange(7.0), c=torch.tensor(3.0))
+    shapes = [OrderedDict((name, tensor.shape) for name, tensor in tensors.items())]
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()] + [torch.zeros(1)])
+    model = {"module": {}, "param_shapes": shapes, "buffer_names": [], "shared_params": {"tied": "a"}}
+    torch.save(model, tmp_path / "mp_rank_00_model_states.pt")
+    for rank, part in enumerate(flat.view(2, -1)):
+        state = {"zero_stage": 2, "single_partition_of_fp32_groups": [part]}
+        torch.save(
+            {"optimizer_state_dict": state}, tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        )
+    for stage in (2, 3):
+        if stage == 3:
+            for rank in range(2):
+                pieces = []
+                for tensor in tensors.values():
+                    size = math.ceil(tensor.numel() / 2)
+                    padded = torch.cat([tensor.flatten(), torch.zeros(2 * size - tensor.numel())])
+                    pieces.append(padded[rank * size : (rank + 1) * size])
+                state = {"zero_stage": 3, "fp32_flat_groups": [torch.cat(pieces)]}
+                torch.save(
+                    {"optimizer_state_dict": state},
+                    tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
+                )
+        read = read_zero_state_dict(tmp_path)
+        assert set(read) == {"a", "b", "c", "tied"}
+        assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+        assert torch.equal(read["tied"], tensors["a"])
