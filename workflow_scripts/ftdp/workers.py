@@ -7,6 +7,7 @@ items a worker are under way, so memory does not grow with the stream.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -59,13 +60,13 @@ class WorkerPool:
             RuntimeError: A worker ended (killed for want of memory, mostly) or raised something else.
         """
         items = iter(items)
-        first_two = [item for item, _ in zip(items, range(2), strict=False)]
+        first_two = list(itertools.islice(items, 2))
         if not self._count or len(first_two) < 2:
             # One block needs no worker.
-            yield from (self._function(*item) for item in _chain(first_two, items))
+            yield from (self._function(*item) for item in itertools.chain(first_two, items))
             return
         self._start()
-        yield from self._map(_chain(first_two, items))
+        yield from self._map(itertools.chain(first_two, items))
 
     def _map(self, items: Iterator[tuple]) -> Iterator[Any]:
         idle = list(self._pipes)
@@ -140,8 +141,3 @@ def _work(function: Callable[..., Any], pipe: Connection, to_close: list[Connect
             pipe.send(result)
     except (BrokenPipeError, ConnectionResetError):
         return  # the parent is gone
-
-
-def _chain(first: list[tuple], rest: Iterator[tuple]) -> Iterator[tuple]:
-    yield from first
-    yield from rest
