@@ -59,6 +59,9 @@ def generate(
 ) -> list[dict[str, Any]]:
     """Returns one greedy answer per prompt; it ends at `<|im_end|>`, the base's end token, or `max_new_tokens`.
 
+    BOS is not allowed in an answer: packed rows teach a document's end to predict the next document's BOS, so a
+    weak model would say that after every line break.
+
     Args:
         model: A transformers causal language model in eval mode.
         prompts: Conversations without the answer.
@@ -77,6 +80,7 @@ def generate(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
+        suppress_tokens=[tokenizer.bos_token_id],
         pad_token_id=tokenizer.ids[END_OF_TURN] if pad_id is None else pad_id,
     )
     device = model.get_input_embeddings().weight.device

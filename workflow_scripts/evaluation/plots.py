@@ -1,0 +1,132 @@
+"""The report's plots as inline SVG that takes its colours from the page, so one drawing serves light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+
+# Stand-in colours: matplotlib wants real ones, the page's style sheet knows the right ones.
+_INK, _GRID, _SERIES, _FAINT = "#010203", "#010204", "#010205", "#010206"
+_CSS = {_INK: "var(--muted)", _GRID: "var(--line)", _SERIES: "var(--series)", _FAINT: "var(--faint)"}
+_MAX_POINTS = 2000
+
+
+def loss_curve(metrics: list[dict]) -> str:
+    """Returns the training loss over the steps, with the learning rate below it, as `<svg>`.
+
+    Args:
+        metrics: One record per optimizer step, with `step`, `loss`, `lr` and perhaps `attempt` (a restart is
+            marked where it changes).
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    steps, losses, rates = (_thin([record[key] for record in metrics]) for key in ("step", "loss", "lr"))
+    figure = _figure(6.6, 3.5)
+    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    smooth = len(steps) >= 20
+    loss.plot(steps, losses, color=_FAINT if smooth else _SERIES, linewidth=1 if smooth else 1.8)
+    if smooth:
+        loss.plot(steps, _smoothed(losses), color=_SERIES, linewidth=1.8)
+    rate.plot(steps, rates, color=_SERIES, linewidth=1.4)
+    rate.set_ylim(bottom=0)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for restart in _restarts(metrics):
+        for axes in (loss, rate):
+            axes.axvline(restart, color=_INK, linewidth=0.8, linestyle=":")
+    loss.set_ylabel("loss (nats per token)")
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("optimizer step")
+    rate.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(steps) > 1:
+        rate.set_xlim(steps[0], steps[-1])
+    return _svg(figure, (loss, rate), "Training loss and learning rate by optimizer step")
+
+
+def length_histogram(edges: list[int], counts: list[int]) -> str:
+    """Returns how many conversations fall between one length in tokens and the next, as `<svg>`.
+
+    Args:
+        edges: Rising borders, one more than `counts`; a bar holds `edges[i] <= tokens < edges[i + 1]`.
+        counts: Conversations.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    filled = [i for i, count in enumerate(counts) if count] or [0]
+    first, last = max(0, filled[0] - 1), min(len(counts), filled[-1] + 2)
+    figure = _figure(4.6, 2.2)
+    axes = figure.subplots()
+    places = range(last - first)
+    bars = axes.bar(places, counts[first:last], width=0.86, color=_SERIES)
+    axes.bar_label(
+        bars, labels=[str(n) if n else "" for n in counts[first:last]], fontsize=8, color=_INK, padding=1
+    )
+    # The borders stand between the bars, where a length is.
+    axes.set_xticks(
+        [place - 0.5 for place in range(last - first + 1)], [_short(e) for e in edges[first : last + 1]]
+    )
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    axes.margins(y=0.15)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("conversations")
+    return _svg(figure, (axes,), "Conversations by length in tokens")
+
+
+def _figure(width: float, height: float):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure, all_axes, label: str) -> str:
+    import matplotlib
+
+    for axes in all_axes:
+        axes.set_facecolor("none")
+        axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=_INK, labelsize=9, length=0)
+        for text in (axes.xaxis.label, axes.yaxis.label, axes.yaxis.get_offset_text()):
+            text.set_color(_INK)
+            text.set_fontsize(9)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.spines["bottom"].set_color(_GRID)
+    figure.patch.set_alpha(0)
+    buffer = io.StringIO()
+    # Text stays text; a fixed salt and no date, so that equal data gives equal bytes.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    for colour, variable in _CSS.items():
+        drawing = drawing.replace(colour, variable)
+    drawing = re.sub(r"font: ([0-9.]+px)[^;\"]*", r"font-size: \1", drawing)
+    return drawing.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def _thin(values: list[float]) -> list[float]:
+    """Means over equal pieces when there are more values than a plot can show."""
+    if len(values) <= _MAX_POINTS:
+        return values
+    width = -(-len(values) // _MAX_POINTS)
+    pieces = [values[start : start + width] for start in range(0, len(values), width)]
+    return [sum(piece) / len(piece) for piece in pieces]
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Exponential mean whose memory is about a fifteenth of the run."""
+    keep = 1 - 1 / max(2.0, len(values) / 15)
+    mean, weight, result = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        result.append(mean / weight)
+    return result
+
+
+def _restarts(metrics: list[dict]) -> list[int]:
+    pairs = zip(metrics, metrics[1:], strict=False)
+    return [after["step"] for before, after in pairs if after.get("attempt") != before.get("attempt")]
+
+
+def _short(number: int) -> str:
+    return f"{number // 1024}k" if number >= 1024 and number % 1024 == 0 else str(number)

@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Writes the report of one run: a single HTML page without outside parts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import run
+from common.files import write_text
+
+
+def main() -> None:
+    """Parses the command line and writes the page."""
+    parser = argparse.ArgumentParser(
+        description="Write the report of one run as a single HTML page: held-out loss of base and tuned model, answers "
+        "side by side, loss curve, data statistics, settings and digests."
+    )
+    parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
+    parser.add_argument("--run", required=True, help="name of the run")
+    parser.add_argument("--config", type=Path, required=True, help="the run's merged settings, JSON")
+    parser.add_argument("--train-manifest", type=Path, required=True, help="train.json of the run")
+    parser.add_argument(
+        "--metrics", type=Path, help="metrics.jsonl (default: in the run folder that train.json names)"
+    )
+    parser.add_argument(
+        "--dataset-manifests", type=Path, nargs="+", required=True, help="manifests of the tokenised datasets"
+    )
+    parser.add_argument(
+        "--base-evaluation", type=Path, required=True, help="evaluate_model.py's JSON of the base model"
+    )
+    parser.add_argument("--tuned-evaluation", type=Path, required=True, help="the same of the tuned model")
+    parser.add_argument("--hf-manifest", type=Path, help="manifest.json of the Hugging Face folder")
+    parser.add_argument("--turbomind-manifest", type=Path, help="manifest.json of the TurboMind workspace")
+    args = parser.parse_args()
+
+    from evaluation.report import load_and_render
+
+    page = load_and_render(
+        args.run,
+        args.config,
+        args.train_manifest,
+        args.metrics,
+        args.dataset_manifests,
+        args.base_evaluation,
+        args.tuned_evaluation,
+        args.hf_manifest,
+        args.turbomind_manifest,
+    )
+    write_text(args.output, page)
+    print(f"wrote {args.output} ({len(page) // 1024} KiB)")
+
+
+if __name__ == "__main__":
+    run(main)
