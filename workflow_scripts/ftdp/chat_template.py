@@ -139,7 +139,7 @@ def _content_trained(index: int, role: str, message: dict) -> bool:
     table = _TRAINED[role] if loss else _TRAINED_WITHOUT_LOSS
     if type(kind) is not str or kind not in table:
         allowed = " or ".join(sorted(set(table) - {"end"}))
-        which = f"{allowed} for a {role} message" + ("" if loss else " with loss: false")
+        which = f"{allowed} for role {role}" + ("" if loss else " with loss: false")
         raise _bad(
             f"[{index}].type", kind, which, "use one of these types, or leave type out (it means current)"
         )

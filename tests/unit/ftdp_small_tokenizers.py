@@ -1,0 +1,79 @@
+"""Three small tokenizers of different make, with the chat tokens, for the tests of `ftdp`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ftdp.base_tokenizer import open_tokenizer
+
+CORPUS = [
+    "Hello, how are you today? I am fine, thank you. 12 * 7 = 84.\n",
+    'print("hello")\nfor i in range(10):\n    x = x + 1\n\n',
+    '{"name": "get_weather", "arguments": {"city": "上海", "unit": "celsius"}}',
+    "你好，世界。今天天气怎么样？ system user assistant environment name=\n",
+]
+KINDS = ("byte_level", "sentencepiece", "smollm_like")
+
+
+def byte_level_base(folder: Path, first: list[str], config: dict) -> Path:
+    """Writes a byte-level BPE tokenizer whose first ids are `first`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=first, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in first])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def sentencepiece_model(folder: Path, **options) -> Path:
+    """Trains a SentencePiece BPE model with Mistral's settings and returns its path."""
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = folder / "corpus.txt"
+    text.write_text("\n".join("".join(CORPUS * 20).splitlines()), encoding="utf-8")
+    settings = {
+        "model_type": "bpe",
+        "vocab_size": 430,
+        "byte_fallback": True,
+        "character_coverage": 0.98,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "minloglevel": 2,
+        **options,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "tokenizer"), **settings
+    )
+    return folder / "tokenizer.model"
+
+
+@functools.cache
+def small_tokenizer(kind: str):
+    """Returns the extended tokenizer of a kind; it stays in a temporary folder as long as the process lives."""
+    folder = Path(tempfile.mkdtemp(prefix="ftdp_tokenizer_"))
+    if kind == "byte_level":
+        base = byte_level_base(
+            folder / "base", ["<unk>", "<s>", "</s>"], {"bos_token": "<s>", "eos_token": "</s>"}
+        )
+    elif kind == "smollm_like":
+        first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "GPT2Tokenizer"}
+        base = byte_level_base(folder / "base", first, config)
+    else:
+        base = sentencepiece_model(folder / "base").parent
+    return open_tokenizer(base, folder / "extended")

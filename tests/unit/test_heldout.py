@@ -1,0 +1,84 @@
+"""The held-out share: decided by content, the rest is what gets tokenised."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+from ftdp_small_tokenizers import small_tokenizer
+
+from common.cli import UserError
+from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.heldout import held_out_lines, is_held_out, split_heldout, write_heldout
+from ftdp.tokenizing import tokenize_datasets
+
+
+def conversation(number):
+    return json.dumps([{"role": "user", "content": f"question {number}"}])
+
+
+def write_source(root, numbers, end="\n"):
+    source = root / "d" / "processed" / "sft_chat" / "f.jsonl"
+    source.parent.mkdir(parents=True)
+    source.write_text("".join(conversation(number) + end for number in numbers), newline="")
+    return source
+
+
+def test_the_rule_itself():
+    line = b'[{"role": "user"}]'
+    fraction = int(hashlib.sha256(b"1024:" + line).hexdigest()[:16], 16) / 2**64
+    assert is_held_out(line, fraction + 1e-9, 1024)
+    assert not is_held_out(line, fraction - 1e-9, 1024)
+    assert is_held_out(line + b"\r\n", fraction + 1e-9, 1024)
+    assert not is_held_out(line, 0, 1024)
+    assert {is_held_out(line, 0.5, seed) for seed in range(20)} == {True, False}
+
+
+def test_train_and_heldout_make_the_whole(tmp_path):
+    numbers = [number % 300 for number in range(400)]  # 100 duplicates
+    source = write_source(tmp_path / "in", numbers, end="\r\n")
+    manifest = write_heldout(tmp_path / "in", "d", tmp_path / "held", tmp_path / "d.json", 0.2, 7)
+    held = (tmp_path / "held" / "d" / "processed" / "sft_chat" / "f.jsonl").read_text().splitlines()
+    assert held == [line.decode() for line in held_out_lines(source, 0.2, 7)]
+    assert manifest["totals"] == {"lines": 400, "heldout": len(held)}
+    assert json.loads((tmp_path / "d.json").read_text()) == manifest
+    assert 40 < len(held) < 120
+    rest = [line for line in map(conversation, numbers) if line not in set(held)]
+    assert len(rest) + len(held) == 400, "duplicates fall on the same side"
+
+    tokenizer = small_tokenizer("byte_level")
+    made = tokenize_datasets(
+        tmp_path / "in", tmp_path / "out", tokenizer, TokenizeOptions(32768, 0.2, 7), processes=2
+    )
+    assert made["d"]["totals"]["heldout"] == len(held)
+    write_source(tmp_path / "rest", [json.loads(line)[0]["content"].split()[1] for line in rest])
+    tokenize_datasets(tmp_path / "rest", tmp_path / "out_rest", tokenizer, TokenizeOptions())
+    name = "chatml_llamav13_32k/train/cn/d/f.bin"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "out_rest" / name).read_bytes()
+    assert (tmp_path / "out" / f"{name}.meta").read_bytes() == (
+        tmp_path / "out_rest" / f"{name}.meta"
+    ).read_bytes()
+
+
+def test_script_and_repeat(tmp_path, run_script):
+    write_source(tmp_path / "in", range(100))
+    arguments = ("--processed-dir", tmp_path / "in", "--dataset", "d", "--output-dir", tmp_path / "held")
+    arguments += ("--manifest", tmp_path / "m.json", "--share", 0.1, "--seed", 3)
+    run_script("split_heldout.py", *arguments)
+    first = (tmp_path / "m.json").read_bytes()
+    run_script("split_heldout.py", *arguments)
+    assert (tmp_path / "m.json").read_bytes() == first
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, 2.5])
+def test_share_out_of_range(tmp_path, share):
+    write_source(tmp_path / "in", range(3))
+    with pytest.raises(UserError, match="share is out of range"):
+        split_heldout(tmp_path / "in", "d", tmp_path / "held", share, 1)
+
+
+def test_unknown_dataset(tmp_path):
+    write_source(tmp_path / "in", range(3))
+    with pytest.raises(UserError, match="no dataset 'x'"):
+        split_heldout(tmp_path / "in", "x", tmp_path / "held", 0.1, 1)

@@ -1,0 +1,198 @@
+"""The tokenised files against a slow implementation of XTuner's format that shares no code with ours."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from ftdp_reference import bin_and_meta, signed_tokens
+from ftdp_small_tokenizers import KINDS, small_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.encode import encode_conversation, encode_conversations
+from ftdp.layout import find_datasets
+from ftdp.tokenizing import tokenize_datasets
+
+SILENT_TYPES = ["icl", "current", "meta"]
+TYPES = {
+    "system": ["meta", "icl", "current", "prefix"],
+    "user": ["icl", "current", "prefix"],
+    "assistant": ["icl", "current", "prefix", "end"],
+    "environment": ["icl", "current", "prefix"],
+}
+fragments = st.sampled_from(
+    [
+        "",
+        " ",
+        "\n",
+        "\n\n",
+        "  ",
+        "<|im_end|>",
+        "<|im_start|>",
+        "<s>",
+        "<unk>",
+        "▁",
+        "你好",
+        "🙂",
+        "\x00",
+        "é",
+    ]
+)
+texts = st.lists(st.one_of(fragments, st.text(max_size=12)), max_size=5).map("".join)
+names = st.one_of(st.sampled_from(["plugin", "interpreter", "", "{name}", None]), st.text(max_size=6))
+
+
+@st.composite
+def messages(draw, first: bool):
+    role = draw(st.sampled_from([*TYPES, *([] if first else ["tool", "thought"])]))
+    message = {"role": role, "content": draw(texts)}
+    if draw(st.booleans()):
+        message["name"] = draw(names)
+    if draw(st.booleans()):
+        message["loss"] = draw(st.sampled_from([True, False, None, 0, 1]))
+    if role in TYPES and draw(st.booleans()):
+        silent = not message.get("loss", True)
+        message["type"] = draw(st.sampled_from(SILENT_TYPES if silent else TYPES[role]))
+    if role not in TYPES and draw(st.booleans()):
+        message["type"] = "what a glued message says here does not count"
+    return message
+
+
+@st.composite
+def conversations(draw):
+    length = draw(st.integers(0, 6))
+    return [draw(messages(first=index == 0)) for index in range(length)]
+
+
+def encoder_of(tokenizer):
+    return lambda text: tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(batch=st.lists(conversations(), max_size=4), max_length=st.sampled_from([1, 7, 32768]))
+def test_ids_equal_the_reference(kind, batch, max_length):
+    tokenizer = small_tokenizer(kind)
+    encode, bos = encoder_of(tokenizer), tokenizer.bos_token_id
+    expected = [signed_tokens(each, encode, bos, max_length) for each in batch]
+    before = json.dumps(batch)
+    assert encode_conversations(batch, tokenizer, max_length) == expected
+    assert [encode_conversation(each, tokenizer, max_length) for each in batch] == expected
+    assert json.dumps(batch) == before, "the conversations are left as they are"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    batch=st.lists(conversations(), max_size=6),
+    max_length=st.sampled_from([1, 7, 32768]),
+    escape=st.booleans(),
+)
+def test_files_equal_the_reference(kind, batch, max_length, escape, tmp_path_factory):
+    tokenizer = small_tokenizer(kind)
+    root = tmp_path_factory.mktemp("case")
+    source = root / "in" / "data 1" / "processed" / "any" / "file.v1.jsonl"
+    source.parent.mkdir(parents=True)
+    lines = [json.dumps(each, ensure_ascii=escape) + "\n" for each in batch]
+    source.write_text("".join(lines), encoding="utf-8", newline="")
+    manifests = tokenize_datasets(root / "in", root / "out", tokenizer, TokenizeOptions(max_length))
+    expected = bin_and_meta(batch, encoder_of(tokenizer), tokenizer.bos_token_id, max_length)
+    files = root / "out" / "chatml_llamav13_32k" / "train" / "cn" / "data 1"
+    assert (files / "file.v1.bin").read_bytes() == expected["train"][0]
+    assert (files / "file.v1.bin.meta").read_bytes() == expected["train"][1]
+    assert sorted(path.name for path in files.iterdir()) == ["file.v1.bin", "file.v1.bin.meta"]
+    stored = [json.loads(line)["tokens"] for line in expected["train"][0].splitlines()]
+    totals = manifests["data 1"]["totals"]
+    assert totals["samples"] == len(stored)
+    assert totals["tokens"] == sum(map(len, stored))
+    assert totals["trained_tokens"] == sum(token > 0 for tokens in stored for token in tokens)
+    assert totals["longest"] == max(map(len, stored), default=0)
+
+
+def write_lines(path, lines):
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("samples", "kept"), [(50_099, 0), (50_100, 501)])
+def test_valid_copies_are_kept_above_500(tmp_path, samples, kept):
+    tokenizer = small_tokenizer("byte_level")
+    choices = [json.dumps([{"role": "user", "content": text}]) for text in ("", "a", "hello", "12 * 7")]
+    rng = random.Random(0)
+    lines = rng.choices(choices, k=samples)
+    write_lines(tmp_path / "in" / "d" / "processed" / "f.jsonl", lines)
+    manifest = tokenize_datasets(
+        tmp_path / "in", tmp_path / "out", tokenizer, TokenizeOptions(), processes=2
+    )["d"]
+    train, valid = (
+        tmp_path / "out" / "chatml_llamav13_32k" / split / "cn" / "d" for split in ("train", "valid")
+    )
+    encode = encoder_of(tokenizer)
+    by_line = {line: signed_tokens(json.loads(line), encode, tokenizer.bos_token_id) for line in choices}
+    stored = [json.loads(line)["tokens"] for line in (train / "f.bin").read_bytes().splitlines()]
+    assert stored == [by_line[line] for line in lines]
+    assert manifest["totals"]["valid_samples"] == kept
+    if not kept:
+        assert list(valid.iterdir()) == []
+        return
+    copies = (train / "f.bin").read_bytes().splitlines(keepends=True)[99::100]
+    assert (valid / "f.bin").read_bytes() == b"".join(copies)
+    expected = bin_and_meta([json.loads(line) for line in lines[:200]], encode, tokenizer.bos_token_id)
+    meta = (train / "f.bin.meta").read_bytes()
+    assert meta[128:][: 200 * 16] == expected["train"][1][128:]
+
+
+def test_bytes_do_not_depend_on_processes_or_blocks(tmp_path, monkeypatch):
+    import ftdp.reading
+
+    tokenizer = small_tokenizer("sentencepiece")
+    rng = random.Random(1)
+    words = ["hello", "你好", "x = 1", "\n", "<|im_end|>", "12"]
+    lines = []
+    for _ in range(3000):
+        text = " ".join(rng.choices(words, k=rng.randint(0, 30)))
+        lines.append(
+            json.dumps([{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}])
+        )
+    write_lines(tmp_path / "in" / "d" / "processed" / "f.jsonl", lines)
+    write_lines(tmp_path / "in" / "e" / "processed" / "f.jsonl", lines[:7])
+    results = []
+    for processes, block_bytes in ((1, 1 << 20), (3, 10_000), (2, 300)):
+        monkeypatch.setattr(ftdp.reading.LineReader.__init__, "__defaults__", (block_bytes,))
+        out = tmp_path / f"out{processes}"
+        tokenize_datasets(tmp_path / "in", out, tokenizer, TokenizeOptions(), processes=processes)
+        results.append(
+            {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        )
+    assert len(results[0]) == 6
+    assert results[0] == results[1] == results[2]
+
+
+def test_line_ends_and_byte_order_mark(tmp_path):
+    tokenizer = small_tokenizer("byte_level")
+    lines = [json.dumps([{"role": "user", "content": str(number)}]).encode() for number in range(4)]
+    plain, odd = tmp_path / "plain", tmp_path / "odd"
+    for root, data in ((plain, b"\n".join(lines)), (odd, b"\xef\xbb\xbf%b\r\n%b\r%b\n%b\r\n" % tuple(lines))):
+        source = root / "d" / "processed" / "f.jsonl"
+        source.parent.mkdir(parents=True)
+        source.write_bytes(data)
+        tokenize_datasets(root, root / "out", tokenizer, TokenizeOptions())
+    name = "out/chatml_llamav13_32k/train/cn/d/f.bin"
+    assert (plain / name).read_bytes() == (odd / name).read_bytes()
+    assert (plain / name).read_bytes().count(b"\n") == 4
+
+
+def test_real_conversations(tmp_path, shared_data):
+    from ftdp.base_tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer(shared_data / "mistral_v1_tokenizer", tmp_path / "tokenizer")
+    tokenize_datasets(shared_data / "ftdp", tmp_path / "out", tokenizer, TokenizeOptions(), processes=2)
+    for dataset, (source,) in find_datasets(shared_data / "ftdp").items():
+        batch = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+        expected = bin_and_meta(batch, encoder_of(tokenizer), tokenizer.bos_token_id)
+        file = tmp_path / "out" / "chatml_llamav13_32k" / "train" / "cn" / dataset / f"{source.stem}.bin"
+        assert file.read_bytes() == expected["train"][0]
+        assert file.with_name(f"{file.name}.meta").read_bytes() == expected["train"][1]
