@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ftdp.base_tokenizer import open_tokenizer
+from ftdp.tokenizer import ExtendedTokenizer, load_tokenizer
 
 CORPUS = [
     "Hello, how are you today? I am fine, thank you. 12 * 7 = 84.\n",
@@ -63,17 +66,24 @@ def sentencepiece_model(folder: Path, **options) -> Path:
 
 
 @functools.cache
-def small_tokenizer(kind: str):
-    """Returns the extended tokenizer of a kind; it stays in a temporary folder as long as the process lives."""
+def extended_folder(kind: str = "byte_level") -> Path:
+    """Returns a folder `extended` with the extended tokenizer of a kind, its base in `base` beside it."""
     folder = Path(tempfile.mkdtemp(prefix="ftdp_tokenizer_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if kind == "byte_level":
-        base = byte_level_base(
-            folder / "base", ["<unk>", "<s>", "</s>"], {"bos_token": "<s>", "eos_token": "</s>"}
-        )
+        config = {"bos_token": "<s>", "eos_token": "</s>"}
+        byte_level_base(folder / "base", ["<unk>", "<s>", "</s>"], config)
     elif kind == "smollm_like":
         first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "GPT2Tokenizer"}
-        base = byte_level_base(folder / "base", first, config)
+        byte_level_base(folder / "base", first, config)
     else:
-        base = sentencepiece_model(folder / "base").parent
-    return open_tokenizer(base, folder / "extended")
+        sentencepiece_model(folder / "base")
+    open_tokenizer(folder / "base", folder / "extended")
+    return folder / "extended"
+
+
+@functools.cache
+def small_tokenizer(kind: str = "byte_level") -> ExtendedTokenizer:
+    """Returns the extended tokenizer of a kind."""
+    return load_tokenizer(extended_folder(kind))

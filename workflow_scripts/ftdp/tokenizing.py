@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def tokenize_datasets(
             target = Path(manifest) if manifest else manifest_path(tokenized_dir, dataset)
             target.unlink(missing_ok=True)
             _clear(tokenized_dir, dataset)
+            _remove_unfinished(target)
             job = _DatasetJob(Path(processed_dir), Path(tokenized_dir), dataset, pool, progress)
             results[dataset] = job.run(files, tokenizer, options)
             write_json(target, results[dataset])
@@ -193,3 +195,11 @@ def _clear(tokenized_dir: str | os.PathLike, dataset: str) -> None:
             unfinished = path.name.startswith(".") and path.name.endswith(".tmp")
             if unfinished or path.name.endswith((".bin", ".bin.meta")):
                 path.unlink()
+
+
+def _remove_unfinished(target: Path) -> None:
+    """Removes what `atomic_path` left of `target` when it was killed."""
+    if target.parent.is_dir():
+        pattern = re.compile(rf"\.{re.escape(target.name)}\.\d+\.tmp")
+        for path in [each for each in target.parent.iterdir() if pattern.fullmatch(each.name)]:
+            path.unlink(missing_ok=True)
