@@ -40,8 +40,9 @@ def rope_of(config: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
         )
     scaling = dict(scaling or parameters)
     scaling.pop("rope_theta", None)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    return (bases.pop() if bases else None), ({} if kind == "default" else scaling)
+    older_name = scaling.pop("type", "default")
+    scaling.setdefault("rope_type", older_name)
+    return (bases.pop() if bases else None), ({} if scaling["rope_type"] == "default" else scaling)
 
 
 def portable_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def _require_same_model(hf_config: dict, written: dict) -> None:
     heads = hf_config["num_attention_heads"]
     pairs = {
         "rope theta": (DEFAULT_ROPE_BASE if base is None else base, float(rope["base"])),
-        "rope type": (scaling.get("rope_type", scaling.get("type", "default")), rope["type"]),
+        "rope type": (scaling.get("rope_type", "default"), rope["type"]),
         "head size": (_head_size(hf_config), model["size_per_head"]),
         "layers": (hf_config["num_hidden_layers"], model["num_layer"]),
         "attention heads": (heads, model["head_num"]),

@@ -1,0 +1,100 @@
+"""Small trained-looking models for the conversion tests, and the converter's Python."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def converter_python() -> str:
+    """The Python of the TurboMind converter's environment (lmdeploy 0.9.2.post1, transformers 4.55)."""
+    named = os.environ.get("SNAKETUNE_TURBOMIND_PYTHON")
+    path = Path(named) if named else REPO / ".venv-turbomind" / "bin" / "python"
+    if not path.is_file():
+        pytest.skip(
+            f"no converter environment at {path} (`make setup` makes it; SNAKETUNE_TURBOMIND_PYTHON names another)"
+        )
+    return str(path)
+
+
+def extend_tokenizer(base: Path, folder: Path):
+    """Writes the tokenizer of `base` with the six chat tokens into `folder` and returns it loaded."""
+    from ftdp.tokenizer import extend, load_tokenizer, save_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(folder, *extend((base / "tokenizer.json").read_text(encoding="utf-8"), base))
+    return load_tokenizer(folder)
+
+
+def write_base(folder: Path, tokenizer_dir: Path, kind: str = "mistral", **settings) -> Path:
+    """Writes a random two-layer base model with heads of size 64 (TurboMind's) and the tokenizer beside it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ftdp.tokenizer import parse_tokenizer, rows_needed
+
+    torch.manual_seed(1)
+    rows = rows_needed(
+        parse_tokenizer((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"), tokenizer_dir)
+    )
+    config = AutoConfig.for_model(
+        kind,
+        **{
+            "vocab_size": rows,
+            "hidden_size": 128,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 64,
+            "max_position_embeddings": 512,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 54321.0},
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **settings,
+        },
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # logits large enough that a wrong rope base shows
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer_dir / name, folder / name)
+    return folder
+
+
+def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path):
+    """Writes a training config and a weights-only checkpoint of the grown base, as training leaves them.
+
+    Returns:
+        (config path, checkpoint path, the model in memory)
+    """
+    import torch
+
+    from sft.model import load_base_model, resize_for_tokenizer
+    from sft.render import TrainSettings, render_config
+    from sft.tokenizer_rows import find_new_tokens
+
+    model = load_base_model(str(base), "float32").eval()
+    resize_for_tokenizer(model, *find_new_tokens(str(tokenizer_dir), str(base)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    run.mkdir(parents=True, exist_ok=True)
+    config = run / "train_config.py"
+    config.write_text(
+        render_config(
+            TrainSettings(model_path=str(base), tokenizer_path=str(tokenizer_dir), train_folder="nowhere")
+        )
+    )
+    checkpoint = run / "iter_7.pth"
+    torch.save(
+        {"state_dict": {f"llm.{name}": value for name, value in model.state_dict().items()}}, checkpoint
+    )
+    return config, checkpoint, model

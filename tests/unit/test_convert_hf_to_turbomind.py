@@ -1,0 +1,210 @@
+"""TurboMind workspaces, read back as raw files: every weight must be where the engine looks for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from common.files import read_json, sha256_file, write_json
+from export_models import REPO, converter_python, extend_tokenizer, write_base, write_checkpoint
+
+HEADS, KV_HEADS, SIZE, HIDDEN = 2, 1, 64, 128
+
+# One process for what needs no command line of its own: importing the converter takes seconds.
+_DRIVER = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from common.cli import UserError
+from export.turbomind import convert
+for job in json.loads(sys.argv[2]):
+    try:
+        convert("internlm2-chat-7b", Path(job["hf"]), Path(job["dst"]), **job.get("options", {}))
+        print("RESULT", json.dumps("done"))
+    except UserError as error:
+        print("RESULT", json.dumps(str(error)))
+"""
+
+
+def run_driver(jobs: list[dict]) -> list[str]:
+    """Converts each job in one process; returns "done" or the error's text for each."""
+    command = [converter_python(), "-c", _DRIVER, str(REPO / "workflow_scripts"), json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory, tiny_tokenizer_dir):
+    """(Hugging Face folder of a grown Mistral, its weights, its tokenizer)."""
+    from safetensors.torch import load_file
+
+    from export.hf import convert
+
+    converter_python()
+    root = tmp_path_factory.mktemp("turbomind")
+    tokenizer = extend_tokenizer(tiny_tokenizer_dir, root / "tokenizer")
+    base = write_base(root / "base", tiny_tokenizer_dir)
+    config, checkpoint, _ = write_checkpoint(base, root / "tokenizer", root / "run")
+    convert(config, checkpoint, root / "hf")
+    return root / "hf", load_file(root / "hf" / "model.safetensors"), tokenizer
+
+
+@pytest.fixture(scope="module")
+def workspace(hf):
+    """The workspace that the guide's command makes, tp 1, float16."""
+    folder, weights, tokenizer = hf
+    dst = folder.parent / "tm"
+    command = [converter_python(), str(REPO / "workflow_scripts" / "convert_hf_to_turbomind.py")]
+    command += ["internlm2-chat-7b", str(folder), "--dst-path", str(dst)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dst, weights, tokenizer
+
+
+def _raw(folder, name: str, dtype, columns: int) -> np.ndarray:
+    return np.fromfile(folder / "triton_models" / "weights" / name, dtype=dtype).reshape(-1, columns)
+
+
+def _half(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.to(torch.float16).numpy()
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
+
+
+def _rotary_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Columns as TurboMind's rotary kernel wants them: dimension i beside i + 32, where HF has them 32 apart."""
+    result = np.empty_like(weight)
+    for head in range(heads):
+        for i in range(SIZE // 2):
+            for half in (0, 1):
+                result[:, head * SIZE + 2 * i + half] = weight[:, head * SIZE + half * SIZE // 2 + i]
+    return result
+
+
+def test_embedding_and_head_hold_every_row_and_the_new_ones(workspace):
+    dst, weights, tokenizer = workspace
+    embedding = _raw(dst, "tok_embeddings.0.weight", np.float16, HIDDEN)
+    assert np.array_equal(embedding, _half(weights["model.embed_tokens.weight"]))
+    output = _raw(dst, "output.0.weight", np.float16, embedding.shape[0])
+    assert np.array_equal(output, _half(weights["lm_head.weight"]).T)
+    assert len(tokenizer.added) == 6
+    for token_id in tokenizer.added.values():
+        assert np.array_equal(embedding[token_id], _half(weights["model.embed_tokens.weight"][token_id]))
+        assert np.abs(embedding[token_id].astype(np.float32)).max() > 0
+
+
+def test_layers_hold_the_right_numbers(workspace):
+    dst, weights, _ = workspace
+    for layer in range(2):
+        prefix = f"model.layers.{layer}"
+        q, k, v, o = (_half(weights[f"{prefix}.self_attn.{name}_proj.weight"]).T for name in "qkvo")
+        qkv = np.concatenate([_rotary_pairs(q, HEADS), _rotary_pairs(k, KV_HEADS), v], axis=1)
+        assert np.array_equal(
+            _raw(dst, f"layers.{layer}.attention.w_qkv.0.weight", np.float16, 4 * SIZE), qkv
+        )
+        assert np.array_equal(_raw(dst, f"layers.{layer}.attention.wo.0.weight", np.float16, HIDDEN), o)
+        for theirs, ours in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
+            weight = _half(weights[f"{prefix}.mlp.{ours}_proj.weight"]).T
+            raw = _raw(dst, f"layers.{layer}.feed_forward.{theirs}.0.weight", np.float16, weight.shape[1])
+            assert np.array_equal(raw, weight)
+        for theirs, ours in (("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")):
+            raw = _raw(dst, f"layers.{layer}.{theirs}.weight", np.float16, HIDDEN)[0]
+            assert np.array_equal(raw, _half(weights[f"{prefix}.{ours}.weight"]))
+
+
+def test_the_manifest_and_config_say_what_was_written(workspace, hf):
+    import yaml
+
+    dst, weights, _ = workspace
+    manifest = read_json(dst / "manifest.json")
+    config = yaml.safe_load((dst / "triton_models" / "weights" / "config.yaml").read_text())
+    assert config["attention_config"]["rope_param"]["base"] == manifest["rope_theta"] == 54321.0
+    assert config["model_config"]["model_arch"] == manifest["architecture"] == "MistralForCausalLM"
+    assert config["model_config"]["chat_template"] == manifest["chat_template"] == "internlm2"
+    assert manifest["model_name"] == "internlm2-chat-7b" and manifest["dtype"] == "float16"
+    assert manifest["vocab_size"] == weights["model.embed_tokens.weight"].shape[0]
+    assert manifest["versions"]["lmdeploy"] == "0.9.2.post1"
+    assert manifest["hf_weights_sha256"] == read_json(hf[0] / "manifest.json")["weights_sha256"]
+    paths = {str(path.relative_to(dst)) for path in dst.rglob("*") if path.is_file()} - {"manifest.json"}
+    assert set(manifest["files"]) == paths
+    assert all(entry["sha256"] == sha256_file(dst / name) for name, entry in manifest["files"].items())
+    assert (dst / "tokenizer.json").read_bytes() == (hf[0] / "tokenizer.json").read_bytes()
+
+
+def test_two_gpus_bfloat16_and_what_is_refused(hf, tmp_path):
+    folder, weights, _ = hf
+
+    def variant(name: str, **changes) -> str:
+        copy = shutil.copytree(folder, tmp_path / name)
+        config = {**read_json(copy / "config.json"), **changes}
+        write_json(copy / "config.json", {key: value for key, value in config.items() if value is not None})
+        return str(copy)
+
+    overflow = variant("overflow")
+    from safetensors.torch import save_file
+
+    save_file({**weights, "lm_head.weight": weights["lm_head.weight"] * 1e6}, f"{overflow}/model.safetensors")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "old").touch()
+    jobs = [
+        {"hf": str(folder), "dst": str(tmp_path / "tp2"), "options": {"tp": 2, "dtype": "bfloat16"}},
+        # As transformers 5 saves it: lmdeploy reads no rope_parameters and would write 10,000.
+        {"hf": variant("new", rope_theta=None), "dst": str(tmp_path / "kept")},
+        {"hf": variant("gpt2", architectures=["GPT2LMHeadModel"]), "dst": str(tmp_path / "no")},
+        {"hf": variant("heads", head_dim=32), "dst": str(tmp_path / "no")},
+        {"hf": str(folder), "dst": str(tmp_path / "no"), "options": {"tp": 4}},
+        {"hf": str(folder), "dst": str(tmp_path / "no"), "options": {"chat_template": "nonsense"}},
+        {"hf": variant("code", auto_map={"AutoConfig": "x.Y"}), "dst": str(tmp_path / "no")},
+        {"hf": overflow, "dst": str(tmp_path / "no")},
+        {"hf": str(tmp_path / "absent"), "dst": str(tmp_path / "no")},
+    ]
+    done, *errors = run_driver(jobs)
+    expected = [
+        "another rope theta",
+        "does not know the architecture",
+        "heads of size 32",
+        "tp does not divide",
+        "unknown chat template",
+        "--trust-remote-code",
+        "tensor lm_head.weight does not fit into float16",
+        "no Hugging Face model folder",
+    ]
+    assert done == "done"
+    assert len(errors) == len(expected)
+    for error, part in zip(errors, expected, strict=True):
+        assert part in error
+    assert "LlamaForCausalLM" in errors[1]
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["old"]
+    assert not (tmp_path / "no").exists()
+
+    embedding = _bits(weights["model.embed_tokens.weight"])
+    q, k, v = (_bits(weights[f"model.layers.1.self_attn.{name}_proj.weight"]).T for name in "qkv")
+    for rank in range(2):
+        share = _raw(tmp_path / "tp2", f"tok_embeddings.{rank}.weight", np.int16, HIDDEN // 2)
+        assert np.array_equal(share, embedding[:, rank * HIDDEN // 2 : (rank + 1) * HIDDEN // 2])
+        # One query head for each rank; the only KV head goes to both.
+        qkv = [_rotary_pairs(q[:, rank * SIZE : (rank + 1) * SIZE], 1), _rotary_pairs(k, 1), v]
+        raw = _raw(tmp_path / "tp2", f"layers.1.attention.w_qkv.{rank}.weight", np.int16, 3 * SIZE)
+        assert np.array_equal(raw, np.concatenate(qkv, axis=1))
+
+
+def test_the_training_environment_is_told_apart(run_script, tmp_path):
+    """Called with the wrong Python, the script says which one to take."""
+    if importlib.util.find_spec("lmdeploy"):
+        pytest.skip("lmdeploy is installed beside the training packages")
+    (tmp_path / "config.json").write_text("{}")
+    done = run_script("convert_hf_to_turbomind.py", "internlm2-chat-7b", tmp_path, check=False)
+    assert (
+        done.returncode == 2
+        and ".venv-turbomind/bin/python" in done.stderr
+        and "Traceback" not in done.stderr
+    )

@@ -1,0 +1,265 @@
+"""Checkpoint -> Hugging Face folder: same weights, and the same model to transformers 5, transformers 4 and lmdeploy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+import torch
+
+from common.cli import UserError
+from common.files import read_json, sha256_file
+from export_models import converter_python, extend_tokenizer, write_base, write_checkpoint
+
+TEXT = 'Hello  there\n<|im_start|>user\n你好 {"city": 25}<|im_end|>\n'
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 54321.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+MODELS = {
+    "mistral": {"kind": "mistral"},
+    "tied": {"kind": "llama", "tie_word_embeddings": True},
+    "scaled": {"kind": "llama", "rope_parameters": LLAMA3},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory, tiny_tokenizer_dir):
+    folder = tmp_path_factory.mktemp("extended")
+    extend_tokenizer(tiny_tokenizer_dir, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, tiny_tokenizer_dir, tokenizer_dir):
+    """{name: (Hugging Face folder, model in memory)} of each of `MODELS`."""
+    from export.hf import convert
+
+    root, result = tmp_path_factory.mktemp("hf"), {}
+    for name, settings in MODELS.items():
+        base = write_base(root / name / "base", tiny_tokenizer_dir, **settings)
+        config, checkpoint, model = write_checkpoint(base, tokenizer_dir, root / name)
+        convert(config, checkpoint, root / name / "hf")
+        result[name] = (root / name / "hf", model)
+    return result
+
+
+def _ids(folder) -> list[int]:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT, add_special_tokens=False).ids
+
+
+def _logits(model, ids) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_5_reads_the_model_that_was_in_memory(converted, name):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, model = converted[name]
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT, add_special_tokens=False).input_ids
+    assert ids == _ids(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert loaded.dtype == torch.float32
+    assert {n: v.shape for n, v in loaded.state_dict().items()} == {
+        n: v.shape for n, v in model.state_dict().items()
+    }
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    torch.testing.assert_close(_logits(loaded, ids), _logits(model, ids), atol=1e-5, rtol=0)
+
+
+def test_transformers_4_reads_the_same_model(converted, tmp_path):
+    """Token ids, logits, rope and dtype in transformers 4.55, in one process of the converter's environment."""
+    script = tmp_path / "read.py"
+    script.write_text(
+        "import json, sys, torch, transformers\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "text, result = sys.argv[1], {'version': transformers.__version__}\n"
+        "for folder in sys.argv[2:]:\n"
+        "    ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids\n"
+        "    model = AutoModelForCausalLM.from_pretrained(folder).eval()\n"
+        "    with torch.no_grad():\n"
+        "        logits = model(input_ids=torch.tensor([ids])).logits[0]\n"
+        "    result[folder] = {'ids': ids, 'logits': logits.tolist(), 'rope_theta': model.config.rope_theta,\n"
+        "                      'rope_scaling': model.config.rope_scaling, 'dtype': str(model.config.torch_dtype)}\n"
+        "print(json.dumps(result))\n"
+    )
+    folders = [str(folder) for folder, _ in converted.values()]
+    command = [converter_python(), "-W", "ignore", str(script), TEXT, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["version"].startswith("4.")
+    for name, (folder, model) in converted.items():
+        read = result[str(folder)]
+        assert read["ids"] == _ids(folder)
+        assert read["rope_theta"] == 54321.0 and read["dtype"] == "torch.float32"
+        assert (read["rope_scaling"] or {}).get("rope_type") == ("llama3" if name == "scaled" else None)
+        torch.testing.assert_close(
+            torch.tensor(read["logits"]), _logits(model, read["ids"]), atol=1e-5, rtol=0
+        )
+
+
+def test_the_folder_is_complete_and_described(converted, tokenizer_dir):
+    folder, model = converted["mistral"]
+    config, generation, manifest = (
+        read_json(folder / name) for name in ("config.json", "generation_config.json", "manifest.json")
+    )
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 54321.0
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    assert config["architectures"] == ["MistralForCausalLM"] and config["use_cache"]
+    rows = model.get_input_embeddings().weight.shape[0]
+    assert config["vocab_size"] == manifest["vocab_size"] == rows and rows % 64 == 0
+    ids = read_json(tokenizer_dir / "manifest.json")["ids"]
+    assert generation["eos_token_id"] == [ids["<|im_end|>"], 2]
+    assert "chat_template" in read_json(folder / "tokenizer_config.json")
+    assert manifest["tokenizer_sha256"] == sha256_file(tokenizer_dir / "tokenizer.json")
+    listed = {path.name for path in folder.iterdir()} - {"manifest.json"}
+    assert set(manifest["files"]) == listed
+    assert all(entry["sha256"] == sha256_file(folder / name) for name, entry in manifest["files"].items())
+
+
+def test_dtype_shards_and_equal_bytes(converted, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from export.hf import convert
+
+    folder, model = converted["mistral"]
+    run = folder.parent
+    for copy in ("a", "b"):
+        convert(
+            run / "train_config.py",
+            run / "iter_7.pth",
+            tmp_path / copy,
+            dtype="bfloat16",
+            max_shard_size="100KB",
+        )
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert (
+        sum(name.endswith(".safetensors") for name in names) > 1 and "model.safetensors.index.json" in names
+    )
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert loaded.dtype == torch.bfloat16
+    assert all(torch.equal(v.bfloat16(), loaded.state_dict()[n]) for n, v in model.state_dict().items())
+
+
+def test_auto_is_the_dtype_of_the_training(converted, tmp_path):
+    """ZeRO keeps fp32 copies of a bf16 model: what the tensors are says nothing."""
+    from export.hf import convert, find_checkpoint
+
+    folder, _ = converted["mistral"]
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "iter_7.pth").write_bytes((folder.parent / "iter_7.pth").read_bytes())
+    (run / "identity.json").write_text(json.dumps({"fields": {"dtype": "bfloat16"}}))
+    manifest = convert(folder.parent / "train_config.py", run / "iter_7.pth", tmp_path / "hf")
+    assert manifest["dtype"] == "bfloat16"
+    record = {"checkpoint": "run/iter_7.pth", "weights_sha256": "0" * 64, "dtype": "float32"}
+    (tmp_path / "train.json").write_text(json.dumps(record))
+    assert find_checkpoint(tmp_path / "train.json") == (run / "iter_7.pth", record)
+    with pytest.raises(UserError, match="other weights than train.json"):
+        convert(folder.parent / "train_config.py", tmp_path / "train.json", tmp_path / "hf")
+    assert read_json(tmp_path / "hf" / "manifest.json") == manifest
+
+
+@pytest.mark.parametrize(("value", "advice"), [(70000.0, "bfloat16"), (float("nan"), "diverged")])
+def test_values_that_do_not_fit_are_named_and_the_old_folder_stays(converted, tmp_path, value, advice):
+    from export.hf import convert
+
+    folder, _ = converted["mistral"]
+    content = torch.load(folder.parent / "iter_7.pth", weights_only=True)
+    content["state_dict"]["llm.model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    torch.save(content, tmp_path / "iter_7.pth")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "old").touch()
+    with pytest.raises(UserError, match=rf"(?s)layers\.1\.mlp\.up_proj\.weight.*{advice}"):
+        convert(folder.parent / "train_config.py", tmp_path / "iter_7.pth", tmp_path / "hf", dtype="float16")
+    assert [path.name for path in (tmp_path / "hf").iterdir()] == ["old"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(converted, tmp_path):
+    from export.hf import convert
+
+    config = converted["mistral"][0].parent / "train_config.py"
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        convert(config, tmp_path, tmp_path / "hf")
+    content = torch.load(config.parent / "iter_7.pth", weights_only=True)
+    content["state_dict"]["llm.model.layers.2.mlp.up_proj.weight"] = torch.zeros(2, 2)
+    torch.save(content, tmp_path / "more.pth")
+    with pytest.raises(UserError, match=r"(?s)does not belong to the base model.*layers\.2"):
+        convert(config, tmp_path / "more.pth", tmp_path / "hf")
+    del (
+        content["state_dict"]["llm.model.layers.2.mlp.up_proj.weight"],
+        content["state_dict"]["llm.model.norm.weight"],
+    )
+    torch.save(content, tmp_path / "less.pth")
+    with pytest.raises(UserError, match=r"model\.norm\.weight"):
+        convert(config, tmp_path / "less.pth", tmp_path / "hf")
+
+
+def test_two_rope_bases_are_refused():
+    from export.hf_config import portable_config, rope_of
+
+    with pytest.raises(UserError, match="two rope bases"):
+        rope_of({"rope_theta": 10000.0, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}})
+    old = {
+        "rope_theta": 500000.0,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "torch_dtype": "float16",
+    }
+    new = portable_config(old, "bfloat16")
+    assert new["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0}
+    assert new["rope_theta"] == 500000.0 and new["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert new["dtype"] == new["torch_dtype"] == "bfloat16"
+
+
+def test_a_real_training_run_as_the_guide_converts_it(
+    tmp_path, tiny_model_dir, tokenizer_dir, write_processed, run_script
+):
+    """ZeRO-2 training, then `convert_pth_to_hf.py CONFIG PTH DST`; DeepSpeed's own reader is the reference."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from safetensors.torch import load_file
+
+    talk = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "I am fine, thank you. " * 3},
+    ]
+    data = write_processed(tmp_path / "data", {"talks": [talk] * 12})
+    run_script(
+        *("tokenize_dataset.py", "--processed-dir", data, "--tokenized-dir", tmp_path / "tokens"),
+        *("--tokenizer-path", tokenizer_dir),
+    )
+    run_script(
+        *("render_train_config.py", "--output", tmp_path / "config.py", "--model-path", tiny_model_dir),
+        *("--tokenizer-path", tokenizer_dir, "--train-folder", tmp_path / "tokens/chatml_llamav13_32k/train"),
+        *("--max-length", 64, "--max-steps", 2, "--lr", "1e-2", "--zero-stage", 2),
+    )
+    run_script(
+        "train_model.py",
+        tmp_path / "config.py",
+        "--work-dir",
+        tmp_path / "run",
+        "--manifest",
+        tmp_path / "train.json",
+    )
+    pth = tmp_path / "run" / "iter_2.pth"
+    run_script("convert_pth_to_hf.py", tmp_path / "config.py", pth, tmp_path / "hf")
+    reference = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "run"), tag="iter_2.pth")
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {f"llm.{name}" for name in written} == set(reference)
+    assert all(torch.equal(value, reference[f"llm.{name}"]) for name, value in written.items())
+    refused = run_script(
+        "convert_pth_to_hf.py", tmp_path / "config.py", tmp_path / "none", tmp_path / "x", check=False
+    )
+    assert (
+        refused.returncode == 2 and "does not exist" in refused.stderr and "Traceback" not in refused.stderr
+    )

@@ -1,0 +1,251 @@
+"""Held-out loss against a plain loop of transformers calls, masks, choice of samples, and greedy answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+
+import pytest
+import torch
+
+from common.cli import UserError
+from common.files import read_json, write_json
+from export_models import extend_tokenizer, write_checkpoint
+
+TOOL_TALK = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "What is the weather in Shanghai?"},
+    {"role": "assistant", "content": "Let me look. "},
+    {"role": "tool", "name": "plugin", "content": '{"city": "Shanghai"}'},
+    {"role": "environment", "name": "plugin", "content": "sunny"},
+    {"role": "assistant", "content": "It is sunny."},
+]
+
+
+def _talk(number: int) -> list[dict]:
+    return [
+        {"role": "user", "content": f"What is {number} * 7?"},
+        {"role": "assistant", "content": f"It is {number * 7}. " * (1 + number % 5)},
+    ]
+
+
+DATASETS = {"tools": [TOOL_TALK, TOOL_TALK[:3]], "sums": [_talk(number) for number in range(9)]}
+PROMPTS = [[{"role": "user", "content": "Hello, how are you?"}], TOOL_TALK[:2]]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory, tiny_tokenizer_dir, tiny_model_dir, write_processed):
+    """(tokenizer folder, tokenizer, folder of a tuned model, held-out folder)."""
+    from export.hf import convert
+
+    root = tmp_path_factory.mktemp("evaluate")
+    tokenizer = extend_tokenizer(tiny_tokenizer_dir, root / "tokenizer")
+    config, checkpoint, _ = write_checkpoint(tiny_model_dir, root / "tokenizer", root / "run")
+    convert(config, checkpoint, root / "hf")
+    return root / "tokenizer", tokenizer, root / "hf", write_processed(root / "heldout", DATASETS)
+
+
+def _reference(model_dir, tokenizer, conversations) -> tuple[float, int]:
+    """(sum of losses, count) one conversation at a time, labels as transformers takes them, mask by its own rules.
+
+    The text of a turn is trained on if it is the assistant's (a tool call is glued to the assistant's turn before
+    it); so is its end. The ids come from the whole pieces, which the byte-level tokenizer splits at special tokens.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+
+    total, count = 0.0, 0
+    for conversation in conversations:
+        ids, labels, index = [tokenizer.bos_token_id], [-100], 0
+        while index < len(conversation):
+            message = conversation[index]
+            text = message["content"]
+            name = f" name=<|{message['name']}|>" if "name" in message else ""
+            if message["role"] == "assistant" and index + 1 < len(conversation):
+                call = conversation[index + 1]
+                if call["role"] == "tool":
+                    text += f"<|action_start|><|{call['name']}|>\n{call['content']}<|action_end|>\n"
+                    index += 1
+            trained = message["role"] == "assistant"
+            begin = encode(f"<|im_start|>{message['role']}{name}\n")
+            rest = encode(text) + encode("<|im_end|>\n")
+            ids += begin + rest
+            labels += [-100] * len(begin) + (rest if trained else [-100] * len(rest))
+            index += 1
+        with torch.no_grad():
+            output = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]))
+        wanted = sum(label != -100 for label in labels)
+        total, count = total + output.loss.item() * wanted, count + wanted
+    return total, count
+
+
+def test_loss_equals_a_plain_loop(setting):
+    from evaluation.heldout import load_heldout
+    from evaluation.models import load_for_evaluation
+    from evaluation.scoring import score
+
+    tokenizer_dir, tokenizer, hf, heldout = setting
+    model = load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
+    samples = load_heldout(heldout, tokenizer, 2048)
+    results = [
+        score(model, samples, tokenizer.bos_token_id, batch_tokens) for batch_tokens in (1, 300, 100_000)
+    ]
+    sums = {name: _reference(hf, tokenizer, conversations) for name, conversations in DATASETS.items()}
+    for result in results:
+        for name, (total, count) in sums.items():
+            assert result["datasets"][name]["trained_tokens"] == count
+            assert result["datasets"][name]["loss"] == pytest.approx(total / count, abs=1e-5)
+            assert result["datasets"][name]["samples"] == len(DATASETS[name])
+        total, count = map(sum, zip(*sums.values(), strict=True))
+        assert result["trained_tokens"] == count
+        assert result["loss"] == pytest.approx(total / count, abs=1e-5)
+        assert result["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_bos_is_no_target_and_long_conversations_are_cut(setting):
+    from evaluation.heldout import batches_by_length, load_heldout
+
+    _, tokenizer, _, heldout = setting
+    samples = load_heldout(heldout, tokenizer, 2048)
+    assert all(sample.ids[0] == tokenizer.bos_token_id for sample in samples)
+    assert all(sample.targets == sum(sample.trained) - 1 for sample in samples)
+    cut = load_heldout(heldout, tokenizer, 30)
+    assert all(short.ids == whole.ids[:30] for short, whole in zip(cut, samples, strict=True))
+    assert [s.truncated for s in cut] == [len(s.ids) > 30 for s in samples]
+    batches = batches_by_length(samples, 200)
+    assert sorted(map(id, samples)) == sorted(id(sample) for batch in batches for sample in batch)
+    assert all(len(batch) == 1 or len(batch) * max(len(s.ids) for s in batch) <= 200 for batch in batches)
+
+
+def test_max_samples_depends_on_content_alone(setting, tmp_path, write_processed):
+    from evaluation.heldout import load_heldout
+
+    _, tokenizer, _, heldout = setting
+    chosen = load_heldout(heldout, tokenizer, 2048, max_samples=3)
+    lines = [json.dumps(talk, ensure_ascii=False).encode() for talk in DATASETS["sums"]]
+    expected = set(sorted(lines, key=lambda line: hashlib.sha256(line).digest())[:3])
+    assert sum(sample.dataset == "tools" for sample in chosen) == 2
+    kept = [talk for talk, line in zip(DATASETS["sums"], lines, strict=True) if line in expected]
+    alone = load_heldout(write_processed(tmp_path, {"sums": kept}), tokenizer, 2048)
+    assert [s.ids for s in chosen if s.dataset == "sums"] == [s.ids for s in alone]
+
+
+def test_the_base_is_grown_as_for_training(setting, tiny_model_dir):
+    from transformers import AutoModelForCausalLM
+
+    from evaluation.models import load_for_evaluation
+
+    tokenizer_dir, tokenizer, _, _ = setting
+    with pytest.raises(UserError, match="too few embedding rows"):
+        load_for_evaluation(str(tiny_model_dir), str(tokenizer_dir), tokenizer)
+    model = load_for_evaluation(
+        str(tiny_model_dir), str(tokenizer_dir), tokenizer, base=True, dtype="float32"
+    )
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    for grown, old in (
+        (model.get_input_embeddings(), plain.get_input_embeddings()),
+        (model.lm_head, plain.lm_head),
+    ):
+        rows = old.weight.shape[0]
+        assert torch.equal(grown.weight[:rows], old.weight)
+        for token_id in tokenizer.added.values():
+            torch.testing.assert_close(grown.weight[token_id], old.weight.mean(dim=0))
+
+
+def test_answers_equal_a_greedy_loop_without_cache(setting):
+    from evaluation.generation import encode_prompt, generate
+    from evaluation.models import load_for_evaluation
+
+    tokenizer_dir, tokenizer, hf, _ = setting
+    model = load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
+    answers = generate(model, PROMPTS, tokenizer, max_new_tokens=12)
+    prompt = encode_prompt(PROMPTS[1], tokenizer)
+    text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhat is the weather in Shanghai?"
+    assert tokenizer.tokenizer.decode(prompt, skip_special_tokens=False) == (
+        f"<s>{text}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = encode_prompt(prompt, tokenizer)
+        start = len(ids)
+        while len(ids) - start < 12:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            logits[tokenizer.bos_token_id] = -torch.inf
+            ids.append(int(logits.argmax()))
+            if ids[-1] in (tokenizer.ids["<|im_end|>"], tokenizer.eos_token_id):
+                break
+        finished = ids[-1] in (tokenizer.ids["<|im_end|>"], tokenizer.eos_token_id)
+        new = ids[start:-1] if finished else ids[start:]
+        assert answer["text"] == tokenizer.tokenizer.decode(new, skip_special_tokens=False)
+        assert answer["finished"] == finished and answer["prompt"] == prompt
+
+
+def test_an_answer_ends_at_the_end_of_the_turn(setting):
+    from evaluation.generation import generate
+    from evaluation.models import load_for_evaluation
+
+    tokenizer_dir, tokenizer, hf, _ = setting
+    model = load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
+    with torch.no_grad():
+        # Whatever comes in, <|im_end|> has the largest logit.
+        model.lm_head.weight.zero_()
+        model.model.norm.weight.zero_()
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.lm_head.out_features))
+        model.lm_head.bias[tokenizer.ids["<|im_end|>"]] = 1.0
+    answer = generate(model, PROMPTS[:1], tokenizer, max_new_tokens=5)[0]
+    assert answer["text"] == "" and answer["finished"] and answer["tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", r"a\.jsonl:2 is not JSON"),
+        ('[{"role": "robot", "content": "x"}]', r"(?s)a\.jsonl:2: \[0\]\.role.*robot"),
+    ],
+)
+def test_bad_lines_are_named(setting, tmp_path, line, message):
+    from evaluation.heldout import load_heldout
+
+    file = tmp_path / "d" / "processed" / "x" / "a.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(_talk(1)) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=message):
+        load_heldout(tmp_path, setting[1], 2048)
+
+
+def test_nothing_to_measure_is_an_error(setting, tmp_path, write_processed):
+    from evaluation.heldout import load_heldout
+
+    with pytest.raises(UserError, match="no held-out conversations"):
+        load_heldout(tmp_path / "absent", setting[1], 2048)
+    silent = write_processed(tmp_path, {"silent": [[{"role": "user", "content": "Hello"}]]})
+    with pytest.raises(UserError, match="no trained token"):
+        load_heldout(silent, setting[1], 2048)
+
+
+def test_the_command_writes_what_the_library_measures(setting, tmp_path, run_script):
+    from evaluation.heldout import heldout_digest, load_heldout
+    from evaluation.models import load_for_evaluation
+    from evaluation.scoring import score
+
+    tokenizer_dir, tokenizer, hf, heldout = setting
+    write_json(tmp_path / "prompts.json", PROMPTS)
+    done = run_script(
+        *("evaluate_model.py", "--model", hf, "--tokenizer-path", tokenizer_dir, "--heldout-dir", heldout),
+        *("--output", tmp_path / "out.json", "--prompts", tmp_path / "prompts.json", "--max-new-tokens", 4),
+        *("--dtype", "float32"),
+    )
+    result = read_json(tmp_path / "out.json")
+    model = load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
+    expected = score(model, load_heldout(heldout, tokenizer, 2048), tokenizer.bos_token_id)
+    assert result["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert set(result["datasets"]) == {"tools", "sums"}
+    assert result["label"] == "tuned" and result["format"] == 1 and result["samples"] == 11
+    assert [answer["prompt"] for answer in result["generations"]] == PROMPTS
+    assert result["heldout_sha256"] == heldout_digest(heldout)
+    assert "tokens/s" in done.stdout and "tuned: loss" in done.stdout

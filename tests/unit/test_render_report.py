@@ -1,0 +1,227 @@
+"""The report: one page without outside parts, in which no text from data or config can become markup."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from common.cli import UserError
+from common.files import write_json
+
+EVIL = "<script>alert('x')</script>&\"<img src=http://example.org/x.png onerror=alert(1)>"
+DIGEST = "ab" * 32
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+def evaluation(loss: float, text: str) -> dict:
+    part = {"loss": loss, "perplexity": 2.5, "trained_tokens": 1234, "samples": 3, "truncated": 0}
+    prompt = [{"role": "system", "name": EVIL, "content": EVIL}, {"role": "user", "content": "你好"}]
+    return {
+        **part,
+        "model": EVIL,
+        "datasets": {EVIL: part, "empty": {**part, "loss": None, "perplexity": None, "trained_tokens": 0}},
+        "generations": [{"prompt": prompt, "text": text, "tokens": 3, "finished": True}],
+        "heldout_sha256": DIGEST,
+    }
+
+
+@pytest.fixture
+def parts() -> dict:
+    manifest = {
+        "dataset": EVIL,
+        "tokenizer_sha256": DIGEST,
+        "totals": {
+            "samples": 100,
+            "tokens": 23456,
+            "trained_tokens": 11728,
+            "truncated": 2,
+            "heldout": 7,
+            "longest": 4000,
+        },
+        "trained_share": 0.5,
+        "length_histogram": {"edges": [1, 2, 4, 8, 1024, 2048], "counts": [0, 0, 60, 38, 2]},
+    }
+    train = {
+        "identity": DIGEST,
+        "data_sha256": DIGEST,
+        "config_sha256": DIGEST,
+        "weights_sha256": DIGEST,
+        "steps": 30,
+        "epochs": 1.5,
+        "tokens": 15360,
+        "world_size": 2,
+        "zero_stage": 3,
+        "dtype": "bfloat16",
+        "git_commit": None,
+        "versions": {"torch": EVIL},
+        "run_folder": "checkpoints/abc",
+    }
+    metrics = [
+        {"step": n, "loss": 5 / n, "lr": 1e-4, "tokens": 512, "seconds": 2.0, "attempt": 1 + n // 20}
+        for n in range(1, 31)
+    ]
+    return {
+        "run": EVIL,
+        "config": {"model": {"path": EVIL}, "train": {"lr": 4e-5, EVIL: EVIL, "config": None, "flag": True}},
+        "train": train,
+        "metrics": metrics,
+        "datasets": [manifest],
+        "base": evaluation(3.5, EVIL),
+        "tuned": evaluation(1.25, ""),
+        "hf": {
+            "architecture": EVIL,
+            "dtype": "bfloat16",
+            "parameters": 7,
+            "vocab_size": 64,
+            "checkpoint": "iter_30.pth",
+            "weights_sha256": DIGEST,
+            "versions": {"transformers": "5"},
+        },
+        "turbomind": {
+            "model_name": EVIL,
+            "chat_template": "internlm2",
+            "dtype": "bfloat16",
+            "tp": 2,
+            "rope_theta": 10000.0,
+            "files": {"triton_models/weights/config.yaml": {"sha256": DIGEST}},
+            "versions": {"lmdeploy": "0.9.2.post1"},
+        },
+    }
+
+
+class Page(HTMLParser):
+    """Collects tags and text, and checks that tags are closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.attributes, self.text, self._open = [], [], "", []
+        self.feed(text)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_no_text_becomes_markup_and_nothing_is_loaded(parts):
+    from evaluation.report import render
+
+    html = render(**parts)
+    page = Page(html)
+    assert not {"script", "img", "iframe", "link", "object"} & set(page.tags)
+    assert not any(name.startswith("on") or name in ("src", "srcset") for name, _ in page.attributes)
+    outside = [
+        value for name, value in page.attributes if name.endswith("href") and not value.startswith("#")
+    ]
+    assert not outside
+    assert not re.search(r"@import|url\((?!#)", html)
+    assert page.text.count(EVIL) >= 10  # run, model, data set, prompt, answer, settings, versions, ...
+
+
+def test_the_page_says_what_the_files_say(parts):
+    from evaluation.report import render
+
+    html = render(**parts)
+    page = Page(html)
+    assert page.tags.count("svg") == 2
+    text = " ".join(page.text.split())
+    for expected in (
+        "fell from 3.5000 to 1.2500",
+        "\N{MINUS SIGN}2.2500",
+        "15,360",
+        "23,456",
+        "50.0%",
+        "ZeRO-3",
+        "256",  # tokens per second: 512 in 2 s
+        DIGEST,
+        "lmdeploy 0.9.2.post1",
+        "an empty answer",
+        "n/a",
+        "你好",
+        "4e-05",
+        "not set",
+    ):
+        assert expected in text, expected
+    assert render(**parts) == html
+
+
+def test_few_steps_no_stages_and_no_prompts(parts):
+    from evaluation.report import render
+
+    parts.update(metrics=parts["metrics"][:1], hf=None, turbomind=None)
+    for label in ("base", "tuned"):
+        parts[label]["generations"] = []
+    page = Page(render(**parts))
+    assert "Answers to fixed prompts" not in page.text and "TurboMind" not in page.text
+    parts["metrics"] = []
+    assert Page(render(**parts)).tags.count("svg") == 1
+
+
+def test_different_heldout_sets_are_refused(parts):
+    from evaluation.report import render
+
+    other = copy.deepcopy(parts["tuned"])
+    other["heldout_sha256"] = "cd" * 32
+    with pytest.raises(UserError, match="different held-out"):
+        render(**{**parts, "tuned": other})
+
+
+def test_a_torn_last_line_of_the_metrics_is_skipped(tmp_path):
+    from evaluation.report import read_metrics
+
+    (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
+    (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"st\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"m\.jsonl:2"):
+        read_metrics(tmp_path / "m.jsonl")
+
+
+def test_a_long_curve_stays_small_and_keeps_its_shape():
+    from evaluation.plots import loss_curve
+
+    metrics = [{"step": n, "loss": 1000.0 / n, "lr": 1e-4} for n in range(1, 50_001)]
+    assert len(loss_curve(metrics)) < 200_000
+
+
+def test_the_command_finds_the_metrics_through_train_json(parts, tmp_path, run_script):
+    from evaluation.report import render
+
+    names = {"config": "config.json", "train": "train.json", "base": "base.json", "tuned": "tuned.json"}
+    for key, name in names.items():
+        write_json(tmp_path / name, parts[key])
+    write_json(tmp_path / "hf.json", parts["hf"])
+    write_json(tmp_path / "data.json", parts["datasets"][0])
+    run_folder = tmp_path / parts["train"]["run_folder"]
+    run_folder.mkdir(parents=True)
+    (run_folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in parts["metrics"])
+    )
+    run_script(
+        *("render_report.py", "--output", tmp_path / "report.html", "--run", EVIL),
+        *("--config", tmp_path / "config.json", "--train-manifest", tmp_path / "train.json"),
+        *("--dataset-manifests", tmp_path / "data.json", "--base-evaluation", tmp_path / "base.json"),
+        *("--tuned-evaluation", tmp_path / "tuned.json", "--hf-manifest", tmp_path / "hf.json"),
+    )
+    # JSON keeps no order of keys but the sorted one.
+    parts["config"] = json.loads(json.dumps(parts["config"], sort_keys=True))
+    parts.update(turbomind=None)
+    for label in ("base", "tuned"):
+        parts[label] = json.loads(json.dumps(parts[label], sort_keys=True))
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(**parts)
