@@ -90,7 +90,7 @@ def main() -> int | None:
         from sft.session import plan_run, write_manifest
 
         processes = count_processes(arguments.processes)
-        plan = plan_run(config, work_dir, runs_dir, processes)
+        plan = plan_run(config, work_dir, runs_dir, processes, announce=False)
         if plan.finished:
             if arguments.manifest:
                 write_manifest(plan, arguments.manifest)

@@ -51,7 +51,7 @@ def read_state_dict(pth: str | os.PathLike) -> dict[str, torch.Tensor]:
         state = content.get("state_dict", content)
     else:
         raise UserError(f"{pth} does not exist", expected="an iter_N.pth folder of a training run")
-    return {name.removeprefix("llm."): tensor for name, tensor in state.items()}
+    return {name.removeprefix("llm."): tensor.detach() for name, tensor in state.items()}
 
 
 def _load(file: Path) -> dict:

@@ -108,6 +108,7 @@ def run_ranks(command: list[str], processes: int) -> int:
             codes = [rank.poll() for rank in ranks]
             bad = [(number, code) for number, code in enumerate(codes) if code]
             if bad:
+                wait_all(ranks, patience=2.0)  # the others may have something to say before they go
                 number, code = bad[0]
                 cause = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
                 print(f"Rank {number} {cause}; ending the others", file=sys.stderr, flush=True)
@@ -127,10 +128,15 @@ def end_all(ranks: list[subprocess.Popen], patience: float = 5.0) -> None:
     for rank in ranks:
         if rank.poll() is None:
             rank.terminate()
-    deadline = time.monotonic() + patience
+    wait_all(ranks, patience)
     for rank in ranks:
-        try:
-            rank.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        if rank.poll() is None:
             rank.kill()
             rank.wait()
+
+
+def wait_all(ranks: list[subprocess.Popen], patience: float) -> None:
+    """Waits until all processes have ended, but not longer than `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
+        time.sleep(0.05)

@@ -184,7 +184,8 @@ train_cfg = dict(type=TrainLoop, max_epochs=max_epochs, max_steps=max_steps)
 #######################################################################
 #                           PART 5  Runtime                           #
 #######################################################################
-# DeepSpeed; --deepspeed deepspeed_zeroN on the command line wins. `config=dict(...)` takes any DeepSpeed setting.
+# DeepSpeed; --deepspeed deepspeed_zeroN on the command line wins. `config=dict(...)` takes any DeepSpeed setting, and
+# `zero3_init=True` loads a model in shards that is too large for a host once a rank.
 strategy = dict(type=DeepSpeedStrategy, zero_stage=zero_stage)
 
 default_hooks = dict(

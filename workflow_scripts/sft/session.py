@@ -47,7 +47,9 @@ class Plan:
     finished: bool = False
 
 
-def plan_run(config: Config, work_dir: Path | None, runs_dir: Path | None, world_size: int) -> Plan:
+def plan_run(
+    config: Config, work_dir: Path | None, runs_dir: Path | None, world_size: int, announce: bool = True
+) -> Plan:
     """Finds the run folder for a config and what is in it already. Changes nothing but a cache of digests.
 
     Args:
@@ -55,6 +57,7 @@ def plan_run(config: Config, work_dir: Path | None, runs_dir: Path | None, world
         work_dir: Exactly this folder, or None.
         runs_dir: A folder of run folders, one an identity, or None.
         world_size: Ranks of the run.
+        announce: Says when settings lead to a new folder beside others.
 
     Raises:
         UserError: `work_dir` holds another run, or the run there cannot be resumed.
@@ -66,7 +69,7 @@ def plan_run(config: Config, work_dir: Path | None, runs_dir: Path | None, world
     folder = work_dir if work_dir is not None else runs_dir / identity[:12]
     plan = Plan(folder.resolve(), identity, fields)
     if not (folder / IDENTITY).is_file():
-        if work_dir is None:
+        if work_dir is None and announce:
             _announce_other_runs(plan)
         return plan
     old = read_json(folder / IDENTITY)

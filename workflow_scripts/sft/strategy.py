@@ -58,6 +58,8 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         dtype: `auto`, `float32`, `bfloat16` or `float16`: of the weights and activations.
         gradient_clipping: Greatest L2 norm of the gradient; 0 turns clipping off. Always set, because DeepSpeed's own
             default changed from 0 to 1.
+        zero3_init: With stage 3, loads the model in shards, so that no rank ever holds it whole. For models that
+            do not fit a host's memory once a rank.
         config: Further DeepSpeed settings; they win over the ones made here.
     """
 
@@ -66,6 +68,7 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         zero_stage: int = 2,
         dtype: str = "auto",
         gradient_clipping: float = 1.0,
+        zero3_init: bool = False,
         config: dict | None = None,
         **kwargs,
     ):
@@ -76,6 +79,11 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
             both = isinstance(value, dict) and isinstance(settings.get(key), dict)
             settings[key] = {**settings[key], **value} if both else value
         super().__init__(config=settings, gradient_clipping=float(gradient_clipping), **kwargs)
+        if zero3_init and zero_stage == 3:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            # transformers looks for it while it builds a model, as long as this object lives.
+            self.transformers_config = HfDeepSpeedConfig(self.config)
 
     def _setup_env(self, **kwargs) -> None:
         super()._setup_env(**kwargs)

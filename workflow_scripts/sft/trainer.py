@@ -34,7 +34,7 @@ def train_rank(
 
 def _train_rank(config, config_path, work_dir, runs_dir, manifest) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="Setting MKL_NUM_THREADS")
+    warnings.filterwarnings("ignore", message="Setting (OMP|MKL)_NUM_THREADS")
     init_process_group()
     try:
         plan, lock = _plan_together(config, config_path, work_dir, runs_dir)
@@ -60,8 +60,10 @@ def _plan_together(config, config_path, work_dir, runs_dir) -> tuple[Plan, objec
     lock = error = None
     if distributed.get_rank() == 0:
         try:
+            plan = plan_run(config, work_dir, runs_dir, distributed.get_world_size())
+            lock = open_run_folder(plan, config_path)
+            # Again, now that nobody else writes there.
             answer[0] = plan_run(config, work_dir, runs_dir, distributed.get_world_size())
-            lock = open_run_folder(answer[0], config_path)
         except UserError as caught:
             answer[0], error = "failed", caught
     distributed.broadcast_object_list(answer)
