@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from common.cli import UserError
 from ftdp.sentencepiece_bpe import build_tokenizer_json
-from ftdp.tokenizer import ExtendedTokenizer, extend, load_tokenizer, parse_tokenizer, save_tokenizer
+from ftdp.tokenizer import ExtendedTokenizer, extend, parse_tokenizer, save_tokenizer
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = (
@@ -68,7 +68,7 @@ def open_tokenizer(
         )
     save_dir.mkdir(parents=True, exist_ok=True)
     save_tokenizer(save_dir, new_text, extended)
-    return load_tokenizer(save_dir)
+    return extended
 
 
 def read_base(base: str | os.PathLike, trust_remote_code: bool = False) -> tuple[str, Path]:

@@ -37,19 +37,19 @@ class BatchEncoder:
 
     def encode_turns(self, conversations: Sequence[list[Turn]]) -> list[list[Piece]]:
         """Returns the pieces of each conversation, BOS first, not truncated."""
-        texts = [
-            turn.begin + turn.content + turn.end for conversation in conversations for turn in conversation
-        ]
-        self._fill_cache(turn.begin for conversation in conversations for turn in conversation)
-        self._fill_cache(turn.end for conversation in conversations for turn in conversation)
-        encoded = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        every = [turn for conversation in conversations for turn in conversation]
+        self._fill_cache(text for turn in every for text in (turn.begin, turn.end))
         cache = self._cache
+        # Many conversations share a system message, often a long one: each text is encoded once a batch.
+        texts = [turn.begin + turn.content + turn.end for turn in every]
+        ids_of = self._encode(dict.fromkeys(texts))
+        ids = map(ids_of.__getitem__, texts)
         result = []
         for conversation in conversations:
             pieces = [self.bos]
             for turn in conversation:
                 begin, end = cache[turn.begin], cache[turn.end]
-                content = next(encoded).ids[len(begin) : -len(end)]
+                content = next(ids)[len(begin) : -len(end)]
                 pieces.append(Piece(begin, False))
                 pieces.append(Piece(content, turn.content_trained))
                 pieces.append(Piece(end, turn.end_trained))
@@ -59,9 +59,12 @@ class BatchEncoder:
         return result
 
     def _fill_cache(self, texts: Iterable[str]) -> None:
-        for text in texts:
-            if text not in self._cache:
-                self._cache[text] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        self._cache |= self._encode(text for text in dict.fromkeys(texts) if text not in self._cache)
+
+    def _encode(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        texts = list(texts)
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else []
+        return {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
 
 
 def signed_ids(pieces: Iterable[Piece], max_length: int | None = MAX_LENGTH) -> list[int]:

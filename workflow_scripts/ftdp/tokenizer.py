@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
 from tokenizers import AddedToken, Tokenizer
 
 from common.cli import UserError
@@ -200,8 +201,8 @@ def extend(text: str, folder: str | os.PathLike) -> tuple[str, ExtendedTokenizer
             )
     added = {token: ids[token] for token in missing}
     new_text = _with_added_tokens(text, added) if added else text
-    # What is written is what the library made: read it back.
-    reread = parse_tokenizer(new_text, "the extended tokenizer.json")
+    # What is written must make what the library made: read it back.
+    reread = parse_tokenizer(new_text, "the extended tokenizer.json") if added else tokenizer
     if {token: reread.token_to_id(token) for token in SPECIAL_TOKENS} != ids:
         raise UserError(
             f"{folder}: the chat tokens get other ids when tokenizer.json is read again", found=ids
@@ -260,11 +261,11 @@ def manifest(extended: ExtendedTokenizer) -> dict[str, Any]:
 
 
 def _with_added_tokens(text: str, added: dict[str, int]) -> str:
-    data = json.loads(text)
+    data = orjson.loads(text)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     entries = [{"id": token_id, "content": token, **flags} for token, token_id in added.items()]
     data["added_tokens"] = [*(data.get("added_tokens") or []), *entries]
-    return json.dumps(data, ensure_ascii=False, indent=2) + "\n"
+    return orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
 
 
 def _read_config(path: Path) -> dict[str, Any]:
