@@ -20,35 +20,40 @@ def _wheel(pattern: str) -> Path:
     return found[-1]
 
 
-def _fake_mistral_wheel(shared_data: Path, folder: Path) -> Path:
-    """A wheel as mistral-common's, around the tokenizer.model of the shared data."""
-    wheel = folder / "mistral_common-0-py3-none-any.whl"
+# Of the tokenizer.json that transformers 4.48 makes from this tokenizer.model.
+TEXT = "Hello  world 2024\n你好"
+IDS = [22557, 28705, 1526, 28705, 28750, 28734, 28750, 28781, 13, 29383, 29530]
+
+
+@pytest.fixture
+def mistral_wheel(request, tmp_path) -> Path:
+    """mistral-common's wheel, or one like it around the tokenizer.model of the shared data."""
+    found = sorted(WHEELS.glob("mistral_common-*.whl"))
+    if found:
+        return found[-1]
+    model = request.getfixturevalue("shared_data") / "mistral_v1_tokenizer" / "tokenizer.model"
+    wheel = tmp_path / "mistral_common-0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(
-            shared_data / "mistral_v1_tokenizer" / "tokenizer.model", "mistral_common/data/tokenizer.model.v1"
-        )
+        archive.write(model, "mistral_common/data/tokenizer.model.v1")
     return wheel
 
 
-def test_tiny_mistral_is_deterministic_and_has_the_real_tokenizer(shared_data, tmp_path):
+def test_tiny_mistral_is_deterministic_and_has_the_real_tokenizer(mistral_wheel, tmp_path):
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
 
     from export.demo_models import build_tiny_mistral
 
-    wheel = _fake_mistral_wheel(shared_data, tmp_path)
-    build_tiny_mistral(wheel, tmp_path / "a")
-    build_tiny_mistral(wheel, tmp_path / "b")
+    build_tiny_mistral(mistral_wheel, tmp_path / "a")
+    build_tiny_mistral(mistral_wheel, tmp_path / "b")
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
 
-    reference = Tokenizer.from_file(str(shared_data / "mistral_v1_tokenizer" / "tokenizer.json"))
-    ours = Tokenizer.from_file(str(tmp_path / "a" / "tokenizer.json"))
-    text = "Hello  world\n\n你好 2024 <s> naïve"
-    assert ours.encode(text).ids == reference.encode(text).ids
+    tokenizer = Tokenizer.from_file(str(tmp_path / "a" / "tokenizer.json"))
+    assert tokenizer.encode(TEXT, add_special_tokens=False).ids == IDS
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
-    assert model.get_input_embeddings().weight.shape[0] == ours.get_vocab_size() == 32000
+    assert model.get_input_embeddings().weight.shape[0] == tokenizer.get_vocab_size() == 32000
     assert model.config.architectures == ["MistralForCausalLM"] and model.config.head_dim == 64
 
 

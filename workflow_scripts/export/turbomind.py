@@ -9,11 +9,13 @@ engine. `_stand_ins` fills the gaps on a node without a usable GPU, and only the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import io
 import sys
 import types
 import warnings
@@ -76,17 +78,19 @@ def convert(
     if model_format == "hf":
         _require_dtype_holds_weights(model_path, dtype, hf_config)
     with atomic_dir(dst_path) as folder:
-        converter.main(
-            model_name,
-            str(model_path),
-            model_format=model_format,
-            dtype=dtype,
-            chat_template=chat_template,
-            tokenizer_path=tokenizer_path,
-            dst_path=str(folder),
-            tp=tp,
-            group_size=group_size,
-        )
+        # Its lines about every split tensor say nothing that the manifest does not; its bar goes to stderr.
+        with contextlib.redirect_stdout(io.StringIO()):
+            converter.main(
+                model_name,
+                str(model_path),
+                model_format=model_format,
+                dtype=dtype,
+                chat_template=chat_template,
+                tokenizer_path=tokenizer_path,
+                dst_path=str(folder),
+                tp=tp,
+                group_size=group_size,
+            )
         written = _read_workspace_config(folder)
         _require_same_model(hf_config, written)
         _require_whole(folder, written, tp)
