@@ -9,6 +9,7 @@ extended tokenizer is saved there: train with that one. A run that was stopped i
 from __future__ import annotations
 
 import argparse
+import os
 
 from common.cli import UserError, run
 from ftdp.base_tokenizer import open_tokenizer
@@ -71,6 +72,8 @@ def main() -> None:
     args = parse_args()
     if args.threads < 1:
         raise UserError("--threads is out of range", found=args.threads, expected="1 or more")
+    # The worker processes are the parallelism: no threads of the tokenizers library beside them.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = open_tokenizer(
         args.tokenizer_path, args.tokenizer_w_special_tokens_save_dir, args.trust_remote_code
     )

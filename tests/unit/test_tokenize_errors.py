@@ -9,6 +9,8 @@ from ftdp_small_tokenizers import small_tokenizer
 
 from common.cli import UserError
 from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.chat_template import MessageError
+from ftdp.encode import encode_conversation
 from ftdp.tokenizing import tokenize_datasets
 
 GOOD = b'[{"role": "user", "content": "hi"}]'
@@ -88,6 +90,11 @@ def test_bad_line(tmp_path, case):
     for part in (*expected, "found:", "expected:", "to fix:"):
         assert part in text, text
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()], "nothing is left behind"
+
+
+def test_half_a_character_in_memory():
+    with pytest.raises(MessageError, match="surrogate"):
+        encode_conversation([{"role": "user", "content": "a\ud83d"}], small_tokenizer("byte_level"))
 
 
 def test_the_first_bad_line_of_many_blocks_is_named(tmp_path):

@@ -83,6 +83,20 @@ def test_the_guides_command(tmp_path, run_script, tiny_tokenizer_dir):
     assert (tmp_path / "m.json").read_bytes() == (tmp_path / "out" / "manifests" / "plain.json").read_bytes()
 
 
+def test_a_small_dataset_before_a_large_one(tmp_path, run_script):
+    # The small one is tokenised without workers; nothing of that may trouble the workers that are forked later.
+    write_dataset(tmp_path / "in", "a", random_lines(3))
+    write_dataset(tmp_path / "in", "b", random_lines(4000))
+    environment = {key: value for key, value in os.environ.items() if key != "TOKENIZERS_PARALLELISM"}
+    done = run_script(
+        *("tokenize_dataset.py", "--processed-dir", tmp_path / "in", "--tokenized-dir", tmp_path / "out"),
+        *("--tokenizer-path", extended_folder(), "--threads", 2),
+        env=environment,
+    )
+    assert "fork" not in done.stderr and "arning" not in done.stderr
+    assert "4,003 samples" in done.stdout
+
+
 @pytest.mark.parametrize("moments", [(0.0, 0.05, 0.15), (0.3, 0.5, 0.8)])
 def test_kill_and_run_again(tmp_path, repo_root, moments):
     tokenizer = tmp_path / "tokenizer"

@@ -8,7 +8,7 @@ import numpy as np
 import orjson
 
 from common.cli import UserError
-from ftdp.chat_template import MAX_LENGTH, MessageError, Turn, turns
+from ftdp.chat_template import MAX_LENGTH, MessageError, Turn, refuse_half_characters, turns
 from ftdp.encode import BatchEncoder, Piece
 from ftdp.heldout import is_held_out
 from ftdp.reading import Block, parse_line
@@ -98,7 +98,7 @@ def _read_conversation(line: bytes, where: str) -> list[Turn]:
     try:
         conversation = turns(parse_line(line, where))
         if b"\\ud" in line or b"\\uD" in line:
-            _refuse_half_characters(conversation)
+            refuse_half_characters(conversation)
         return conversation
     except MessageError as error:
         raise UserError(
@@ -107,20 +107,6 @@ def _read_conversation(line: bytes, where: str) -> list[Turn]:
             expected=error.expected,
             fix=error.fix,
         ) from None
-
-
-def _refuse_half_characters(conversation: list[Turn]) -> None:
-    """Half a surrogate pair is no character: no tokenizer can encode it (XTuner ends with a traceback)."""
-    for index, turn in enumerate(conversation):
-        try:
-            (turn.begin + turn.content).encode()
-        except UnicodeEncodeError as error:
-            raise MessageError(
-                f"turn {index + 1}",
-                found=f"half a surrogate pair, {error.object[error.start : error.end]!r}",
-                expected="text that UTF-8 can hold",
-                fix="replace the \\ud... escape by the whole character",
-            ) from None
 
 
 def _cut(pieces: list[Piece], max_length: int) -> list[Piece]:

@@ -111,6 +111,20 @@ def turns(messages: Any) -> list[Turn]:
     return result
 
 
+def refuse_half_characters(conversation: list[Turn]) -> None:
+    """Raises a MessageError for half a surrogate pair: no tokenizer can encode it (XTuner ends with a traceback)."""
+    for index, turn in enumerate(conversation):
+        try:
+            (turn.begin + turn.content).encode()
+        except UnicodeEncodeError as error:
+            raise MessageError(
+                f"turn {index + 1}",
+                found=f"half a surrogate pair, {error.object[error.start : error.end]!r}",
+                expected="text that UTF-8 can hold",
+                fix="replace the \\ud... escape by the whole character",
+            ) from None
+
+
 def render(messages: Any) -> str:
     """Returns a conversation as one text, without BOS."""
     return "".join(turn.begin + turn.content + turn.end for turn in turns(messages))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from ftdp.chat_template import MAX_LENGTH, Turn, turns
+from ftdp.chat_template import MAX_LENGTH, Turn, refuse_half_characters, turns
 from ftdp.tokenizer import ExtendedTokenizer
 
 
@@ -84,7 +84,10 @@ def encode_conversations(
         MessageError: A conversation is not in the format.
     """
     encoder = BatchEncoder(tokenizer)
-    pieces = encoder.encode_turns([turns(messages) for messages in conversations])
+    as_turns = [turns(messages) for messages in conversations]
+    for each in as_turns:
+        refuse_half_characters(each)
+    pieces = encoder.encode_turns(as_turns)
     return [signed_ids(each, max_length) for each in pieces]
 
 

@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -116,7 +117,10 @@ class WorkerPool:
             child = context.Process(
                 target=_work, args=(self._function, theirs, list(self._pipes)), daemon=True
             )
-            child.start()
+            with warnings.catch_warnings():
+                # Python 3.12 warns because NumPy's library has threads; the workers do not use it.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                child.start()
             theirs.close()
             self._children.append(child)
 
