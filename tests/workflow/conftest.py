@@ -38,7 +38,7 @@ class Project:
     def command(self, *args: object) -> list[str]:
         return [
             *(sys.executable, "-m", "snakemake", "--snakefile", str(self.repo / "Snakefile")),
-            *("--directory", str(self.folder), "--cores", "2", "--configfile", str(self.config_file)),
+            *("--configfile", str(self.config_file), "--directory", str(self.folder), "--cores", "2"),
             *map(str, args),
         ]
 
@@ -50,7 +50,7 @@ class Project:
 
     def planned(self, *args: object) -> dict[str, int]:
         """Returns what `snakemake -n` would run: jobs by rule, without the target rules."""
-        done = self.run("--dry-run", "--quiet", "rules", *args)
+        done = self.run("--quiet", "rules", "--dry-run", *args)
         text = done.stdout + done.stderr
         table = re.search(r"^job\s+count\n-+\s+-+\n(.*?)^total\s+\d+", text, re.M | re.S)
         if table is None:
