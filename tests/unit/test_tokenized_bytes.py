@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.encode import encode_conversation, encode_conversations
+from ftdp.chat_template import turns
+from ftdp.encode import BatchEncoder, encode_conversation, encode_conversations, signed_ids
 from ftdp.layout import find_datasets
 from ftdp.tokenizing import tokenize_datasets
 
@@ -81,6 +82,8 @@ def test_ids_equal_the_reference(kind, batch, max_length):
     before = json.dumps(batch)
     assert encode_conversations(batch, tokenizer, max_length) == expected
     assert [encode_conversation(each, tokenizer, max_length) for each in batch] == expected
+    fast = BatchEncoder(tokenizer, many=True).encode_turns([turns(each) for each in batch])
+    assert [signed_ids(each, max_length) for each in fast] == expected
     assert json.dumps(batch) == before, "the conversations are left as they are"
 
 
@@ -147,6 +150,7 @@ def test_valid_copies_are_kept_above_500(tmp_path, samples, kept):
 
 def test_bytes_do_not_depend_on_processes_or_blocks(tmp_path, monkeypatch):
     import ftdp.reading
+    import ftdp.tokenizing
 
     tokenizer = small_tokenizer("sentencepiece")
     rng = random.Random(1)
@@ -161,6 +165,8 @@ def test_bytes_do_not_depend_on_processes_or_blocks(tmp_path, monkeypatch):
     write_lines(tmp_path / "in" / "e" / "processed" / "f.jsonl", lines[:7])
     results = []
     for processes, block_bytes in ((1, 1 << 20), (3, 10_000), (2, 300)):
+        # The faster encoder for the last two.
+        monkeypatch.setattr(ftdp.tokenizing, "_MANY_BYTES", 0 if processes > 1 else 1 << 40)
         monkeypatch.setattr(ftdp.reading.LineReader.__init__, "__defaults__", (block_bytes,))
         out = tmp_path / f"out{processes}"
         tokenize_datasets(tmp_path / "in", out, tokenizer, TokenizeOptions(), processes=processes)

@@ -47,10 +47,16 @@ class TokenizedBlock:
 
 
 class BlockTokenizer:
-    """Turns blocks into tokenised blocks, each with one call of the tokenizer."""
+    """Turns blocks into tokenised blocks, each with one call of the tokenizer.
 
-    def __init__(self, tokenizer: ExtendedTokenizer, options: TokenizeOptions):
-        self._encoder = BatchEncoder(tokenizer)
+    Args:
+        tokenizer: The extended tokenizer.
+        options: Length limit and held-out share.
+        many: There are some megabytes to come (see `BatchEncoder`); the bytes are the same either way.
+    """
+
+    def __init__(self, tokenizer: ExtendedTokenizer, options: TokenizeOptions, many: bool = False):
+        self._encoder = BatchEncoder(tokenizer, many)
         self._options = options
 
     def __call__(self, source: str, block: Block) -> TokenizedBlock:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from ftdp.chat_template import MAX_LENGTH, Turn, refuse_half_characters, turns
 from ftdp.tokenizer import ExtendedTokenizer
+from ftdp.word_encoder import word_encoder
 
 
 class Piece(NamedTuple):
@@ -54,8 +55,15 @@ class BatchEncoder:
     # Names are free text: a corpus with a name a user must not fill the memory.
     _MAX_CACHED = 4096
 
-    def __init__(self, tokenizer: ExtendedTokenizer):
+    def __init__(self, tokenizer: ExtendedTokenizer, many: bool = False):
+        """Prepares an encoder.
+
+        Args:
+            tokenizer: The extended tokenizer.
+            many: Spend a fraction of a second on a faster way to the same ids, where the tokenizer has one.
+        """
         self._tokenizer: Tokenizer = tokenizer.tokenizer
+        self._words = word_encoder(self._tokenizer) if many else None
         self.bos = Piece([tokenizer.bos_token_id], True)
         self._cache: dict[tuple[str, bool], Piece] = {}
 
@@ -89,6 +97,8 @@ class BatchEncoder:
             self._cache[text, trained] = piece._replace(written=piece.write())
 
     def _encode(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        if self._words:
+            return self._words.encode(texts)
         texts = list(texts)
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else []
         return {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}

@@ -21,6 +21,9 @@ from ftdp.tokenized_writer import write_tokenized
 from ftdp.tokenizer import ExtendedTokenizer
 from ftdp.workers import WorkerPool
 
+# From here on the faster encoder wins back what making it costs.
+_MANY_BYTES = 3_000_000
+
 _SUMS = (
     "source_bytes",
     "bin_bytes",
@@ -73,9 +76,11 @@ def tokenize_datasets(
     if options.max_length < 1:
         raise UserError("the length limit is out of range", found=options.max_length, expected="1 or more")
     check_share(options.heldout_share)
-    progress = TokenizeProgress(sum(file.stat().st_size for files in chosen.values() for file in files))
+    size = sum(file.stat().st_size for files in chosen.values() for file in files)
+    progress = TokenizeProgress(size)
+    block_tokenizer = BlockTokenizer(tokenizer, options, many=size >= _MANY_BYTES)
     results = {}
-    with WorkerPool(BlockTokenizer(tokenizer, options), processes) as pool:
+    with WorkerPool(block_tokenizer, processes) as pool:
         for dataset, files in chosen.items():
             target = Path(manifest) if manifest else manifest_path(tokenized_dir, dataset)
             target.unlink(missing_ok=True)

@@ -1,0 +1,120 @@
+"""The faster encoder gives the tokenizer's own ids, or is not used."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from ftdp_small_tokenizers import sentencepiece_model, small_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+
+from ftdp.chat_template import SPECIAL_TOKENS, turns
+from ftdp.encode import BatchEncoder
+from ftdp.sentencepiece_bpe import build_tokenizer_json
+from ftdp.word_encoder import word_encoder
+
+fragments = st.sampled_from(
+    [
+        " ",
+        "  ",
+        "\n",
+        "▁",
+        "▁▁",
+        "hello",
+        "world",
+        "你好",
+        "🙂",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<",
+        "s>",
+        *SPECIAL_TOKENS,
+    ]
+)
+texts = st.lists(st.one_of(fragments, st.text(max_size=6)), max_size=12).map("".join)
+
+
+def plain_ids(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(texts, max_size=5))
+def test_ids_are_the_tokenizers(batch):
+    tokenizer = small_tokenizer("sentencepiece").tokenizer
+    encoder = word_encoder(tokenizer)
+    for _ in range(2):  # the second time from memory
+        assert encoder.encode(batch) == {text: plain_ids(tokenizer, text) for text in batch}
+
+
+def test_forgetting_keeps_the_ids(monkeypatch):
+    tokenizer = small_tokenizer("sentencepiece").tokenizer
+    encoder = word_encoder(tokenizer)
+    monkeypatch.setattr(encoder, "_MAX_WORDS", 20)
+    monkeypatch.setattr(encoder, "_MAX_LENGTH", 4)
+    rng = random.Random(0)
+    for _ in range(200):
+        batch = [" ".join(rng.choices(["a", "hello", "x=1", "你好世界", "<s>", ""], k=9)) for _ in range(3)]
+        assert encoder.encode(batch) == {text: plain_ids(tokenizer, text) for text in batch}
+    assert len(encoder._known) < 60
+
+
+def test_real_tokenizer_and_conversations(shared_data):
+    tokenizer = Tokenizer.from_file(str(shared_data / "mistral_v1_tokenizer" / "tokenizer.json"))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    encoder = word_encoder(tokenizer)
+    for source in sorted((shared_data / "ftdp").rglob("*.jsonl")):
+        lines = source.read_text(encoding="utf-8").splitlines()
+        batch = [turn.begin + turn.content + turn.end for line in lines for turn in turns(json.loads(line))]
+        encodings = tokenizer.encode_batch(batch, add_special_tokens=False)
+        assert encoder.encode(batch) == dict(zip(batch, (each.ids for each in encodings), strict=True))
+
+
+def changed(tokenizer, change):
+    data = json.loads(tokenizer.to_str())
+    change(data)
+    return Tokenizer.from_str(json.dumps(data))
+
+
+def test_where_it_would_not_be_exact_it_is_not_used(tmp_path):
+    tokenizer = small_tokenizer("sentencepiece").tokenizer
+    assert word_encoder(tokenizer) is not None
+    assert word_encoder(small_tokenizer("byte_level").tokenizer) is None
+    unlike = [
+        lambda data: data["model"]["vocab"].update({"a▁": len(data["model"]["vocab"]) + 50}),
+        lambda data: data["model"].update(ignore_merges=True),
+        lambda data: data["model"].update(byte_fallback=False),
+        lambda data: data["model"].update(dropout=0.1),
+        lambda data: data["normalizer"]["normalizers"].pop(0),
+        lambda data: data["added_tokens"][-1].update(lstrip=True),
+        lambda data: data["added_tokens"][-1].update(normalized=True),
+    ]
+    for change in unlike:
+        assert word_encoder(changed(tokenizer, change)) is None
+    metaspace = changed(tokenizer, lambda data: None)
+    metaspace.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert word_encoder(metaspace) is None
+    with_space = changed(tokenizer, lambda data: None)
+    with_space.add_tokens([AddedToken("▁tool", normalized=False)])
+    assert word_encoder(with_space) is None
+    no_dummy_prefix = build_tokenizer_json(sentencepiece_model(tmp_path / "plain", add_dummy_prefix=False))
+    assert word_encoder(no_dummy_prefix) is None
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_the_batch_encoder_gives_the_same_either_way(kind):
+    tokenizer = small_tokenizer(kind)
+    messages = [
+        {"role": "system", "name": "plugin", "content": "  two  spaces\n"},
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": " hello <|im_end|> world"},
+        {"role": "tool", "name": "interpreter", "content": "print(1)"},
+    ]
+    batch = [turns(messages), turns(messages[:2]), []]
+    assert BatchEncoder(tokenizer, many=True).encode_turns(batch) == BatchEncoder(tokenizer).encode_turns(
+        batch
+    )
