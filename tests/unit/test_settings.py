@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import yaml
+
 from common.cli import UserError
 from settings.load import load_schema, load_settings
 

@@ -43,7 +43,9 @@ class Project:
         ]
 
     def run(self, *args: object, check: bool = True) -> subprocess.CompletedProcess:
-        done = subprocess.run(self.command(*args), capture_output=True, text=True, cwd=self.repo, timeout=1200)
+        done = subprocess.run(
+            self.command(*args), capture_output=True, text=True, cwd=self.repo, timeout=1200
+        )
         if check and done.returncode != 0:
             raise AssertionError(f"snakemake failed\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
         return done

@@ -30,12 +30,20 @@ def jsonl(project, dataset):
 def test_every_promised_file_is_there(finished):
     results = finished.folder / "results"
     run = results / "demo"
-    for name in ("hf/model.safetensors", "hf/tokenizer.json", "hf/generation_config.json", "turbomind", "report.html"):
+    for name in (
+        "hf/model.safetensors",
+        "hf/tokenizer.json",
+        "hf/generation_config.json",
+        "turbomind",
+        "report.html",
+    ):
         assert (run / name).exists(), name
     train = json.loads((run / "train.json").read_text())
     assert train["steps"] == 6
     assert (run / train["checkpoint"]).is_dir()
-    lines = [json.loads(line) for line in (run / train["run_folder"] / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (run / train["run_folder"] / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     order = next(results.glob("shared/data/*/data_order.txt"))
     train_folder = order.parent / "chatml_llamav13_32k" / "train"
@@ -45,7 +53,9 @@ def test_every_promised_file_is_there(finished):
 
 
 def test_the_manifest_of_a_dataset_names_its_source_by_content(finished):
-    manifest = json.loads(next(finished.folder.glob("results/shared/data/*/manifests/tool_calls.json")).read_text())
+    manifest = json.loads(
+        next(finished.folder.glob("results/shared/data/*/manifests/tool_calls.json")).read_text()
+    )
     (file,) = manifest["files"]
     source = jsonl(finished, "tool_calls").read_bytes()
     assert file["source_sha256"] == hashlib.sha256(source).hexdigest()
@@ -56,7 +66,9 @@ def test_a_line_is_trained_on_or_held_out_and_never_both(finished):
     heldout = next(finished.folder.glob("results/shared/data/*/heldout/tool_calls/processed/**/*.jsonl"))
     lines = set(jsonl(finished, "tool_calls").read_bytes().splitlines())
     aside = set(heldout.read_bytes().splitlines())
-    manifest = json.loads(next(finished.folder.glob("results/shared/data/*/manifests/tool_calls.json")).read_text())
+    manifest = json.loads(
+        next(finished.folder.glob("results/shared/data/*/manifests/tool_calls.json")).read_text()
+    )
     assert aside < lines
     assert 0 < len(aside) == manifest["totals"]["heldout"]
 
