@@ -72,14 +72,6 @@ BENCHMARKS = f"{RESULTS}/benchmarks"
 TOKENIZED_FORMAT = 1
 
 
-wildcard_constraints:
-    tokenizer="[^/]+",
-    data="[^/]+",
-    dataset="[^/]+",
-    run="|".join(map(re.escape, RUNS)),
-    label="base|tuned",
-
-
 # Commands find their interpreter and scripts through the prefix of every shell command, which is not tracked: where
 # the checkout and its environments lie must not count as a change. Under `--sdm conda` the rule's own environment is
 # first on PATH; otherwise the environment of this Snakemake has everything but the TurboMind converter.
@@ -150,6 +142,14 @@ def data_key(run):
 
 TOKENIZERS = {tokenizer_key(run): base_tokenizer(run) for run in RUNS}
 DATA_SPECS = {data_key(run): data_spec(run) for run in RUNS}
+
+
+wildcard_constraints:
+    tokenizer="|".join(map(re.escape, TOKENIZERS)),
+    data="|".join(map(re.escape, DATA_SPECS)),
+    dataset="[^/]+",
+    run="|".join(map(re.escape, RUNS)),
+    label="base|tuned",
 
 
 def list_datasets(processed_dir, names):
