@@ -79,6 +79,15 @@ def render_flags(wildcards):
     )
 
 
+def train_flags(wildcards):
+    """The flags of train_model.py: a config of the user's own keeps its ZeRO stage."""
+    train = RUNS[wildcards.run]["train"]
+    return flags(
+        deepspeed=None if train["config"] is not None else f"deepspeed_zero{train['zero_stage']}",
+        processes=train["processes"] or "auto",
+    )
+
+
 def heldout_manifests(wildcards):
     """The manifests of what was set aside; nothing when the run has a held-out folder of its own."""
     data = data_key(wildcards.run)

@@ -28,10 +28,7 @@ rule train_model:
         runtime=1440,
     params:
         runs_dir=path_of(CHECKPOINTS),
-        options=lambda wildcards: flags(
-            deepspeed=f"deepspeed_zero{RUNS[wildcards.run]['train']['zero_stage']}",
-            processes=RUNS[wildcards.run]["train"]["processes"] or "auto",
-        ),
+        options=train_flags,
         model_digest=model_digest,
     message:
         "Train run {wildcards.run}"
