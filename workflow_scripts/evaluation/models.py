@@ -31,7 +31,7 @@ def load_for_evaluation(
         UserError: When the model has fewer rows than the tokenizer has ids.
     """
     from sft.device import training_device
-from sft.model import load_base_model, resize_for_tokenizer
+    from sft.model import load_base_model, resize_for_tokenizer
     from sft.tokenizer_rows import find_new_tokens
 
     model = load_base_model(model_path, dtype, attention, trust_remote_code)
