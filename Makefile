@@ -42,7 +42,7 @@ $(VENV)/.ready: envs/snaketune.txt | check-python
 	@echo "== main environment: $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q "pip>=25"
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -r envs/snaketune.txt | grep -v '^Requirement already'
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -r envs/snaketune.txt | { grep -v '^Requirement already' || true; }
 	@touch $@
 
 $(VENV)/.dev: envs/dev.txt $(VENV)/.ready
@@ -53,7 +53,7 @@ $(TURBOMIND_VENV)/.ready: envs/turbomind.txt envs/turbomind-nodeps.txt | check-p
 	@echo "== TurboMind converter's environment: $(TURBOMIND_VENV)"
 	$(PYTHON) -m venv $(TURBOMIND_VENV)
 	$(TURBOMIND_VENV)/bin/python -m pip install --disable-pip-version-check -q "pip>=25"
-	$(TURBOMIND_VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -r envs/turbomind.txt | grep -v '^Requirement already'
+	$(TURBOMIND_VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -r envs/turbomind.txt | { grep -v '^Requirement already' || true; }
 	$(TURBOMIND_VENV)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r envs/turbomind-nodeps.txt
 	@touch $@
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from ftdp.packing import load_packed_files, sampler_indices
 from sft.checkpoints import newest_whole_checkpoint, read_state_dict
@@ -27,14 +28,14 @@ NEW_TOKENS = 6
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, tiny_model_dir, tiny_tokenizer_dir):
+def world(tmp_path_factory, tiny_model_dir, tiny_tokenizer_dir, run_script):
     """A folder with the model, an extended tokenizer and tokenised data."""
     folder = tmp_path_factory.mktemp("train")
-    tokenizer = Tokenizer.from_file(str(tiny_tokenizer_dir / "tokenizer.json"))
-    tokenizer.add_special_tokens([AddedToken(f"<|new_{i}|>", special=True) for i in range(NEW_TOKENS)])
-    (folder / "tokenizer").mkdir()
-    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
-    size = tokenizer.get_vocab_size()
+    run_script(
+        *("extend_tokenizer.py", "--tokenizer-path", tiny_tokenizer_dir),
+        *("--tokenizer-w-special-tokens-save-dir", folder / "tokenizer"),
+    )
+    size = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json")).get_vocab_size()
     rng = np.random.RandomState(7)
     for name, samples in (("one", 25), ("two", 16)):  # few enough rows for the run to cross an epoch
         file = folder / "data" / "chatml_llamav13_32k" / "train" / "cn" / name / "chat.bin"
@@ -238,6 +239,20 @@ def test_zero_stage_equals_a_plain_loop(stage, world, zero_runs, reference):
     assert relative_l2(read, weights) < 2e-6
     tokens = RANKS * ACCUMULATION * LENGTH
     assert all(line["tokens"] == tokens and 0 < line["trained_tokens"] < tokens for line in lines)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_hf_weights_of_a_zero_stage_equal_the_model_in_memory(stage, world, zero_runs, run_script, repo_root):
+    folder, _, _ = world
+    hf = folder / f"hf{stage}"
+    run_script(
+        *("convert_pth_to_hf.py", folder / f"zero{stage}.py", zero_runs[stage] / f"iter_{STEPS}.pth", hf),
+        env={**os.environ, "PYTHONPATH": str(repo_root / "tests")},
+    )
+    written = load_file(hf / "model.safetensors")
+    in_memory = torch.load(folder / f"zero{stage}.pt", weights_only=True)
+    assert written.keys() == in_memory.keys()
+    assert all(torch.equal(written[name], in_memory[name]) for name in written)
 
 
 def test_run_folder_and_manifest(world, zero_runs):
