@@ -15,9 +15,9 @@ import yaml
 
 @dataclass
 class Project:
-    """A working folder with its own config and data, driven by the real `snakemake` command."""
+    """A working folder with its own config, data and copy of the code, driven by the real `snakemake` command."""
 
-    repo: Path
+    code: Path
     folder: Path
 
     @property
@@ -37,14 +37,14 @@ class Project:
 
     def command(self, *args: object) -> list[str]:
         return [
-            *(sys.executable, "-m", "snakemake", "--snakefile", str(self.repo / "Snakefile")),
+            *(sys.executable, "-m", "snakemake", "--snakefile", str(self.code / "Snakefile")),
             *("--configfile", str(self.config_file), "--directory", str(self.folder), "--cores", "2"),
             *map(str, args),
         ]
 
     def run(self, *args: object, check: bool = True) -> subprocess.CompletedProcess:
         done = subprocess.run(
-            self.command(*args), capture_output=True, text=True, cwd=self.repo, timeout=1200
+            self.command(*args), capture_output=True, text=True, cwd=self.code, timeout=1200
         )
         if check and done.returncode != 0:
             raise AssertionError(f"snakemake failed\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
@@ -72,6 +72,11 @@ def make_project(repo_root, tmp_path_factory):
 
     def make(name: str = "project") -> Project:
         folder = tmp_path_factory.mktemp(name)
+        for part in ("rules", "workflow_scripts", "profiles", "envs"):
+            shutil.copytree(
+                repo_root / part, folder / "code" / part, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        shutil.copy(repo_root / "Snakefile", folder / "code")
         config = yaml.safe_load((repo_root / "config.yaml").read_text(encoding="utf-8"))
         shutil.copytree(repo_root / "docs" / "examples" / "processed", folder / "processed")
         config["environments"] = {"turbomind_python": str(repo_root / ".venv-turbomind" / "bin" / "python")}
@@ -84,7 +89,7 @@ def make_project(repo_root, tmp_path_factory):
         }
         config["train"] |= {"max_length": 128, "max_steps": 6, "save_steps": 2}
         (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-        return Project(repo_root, folder)
+        return Project(folder / "code", folder)
 
     return make
 

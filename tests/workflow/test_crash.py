@@ -23,7 +23,7 @@ def test_everything_killed_during_training_and_started_again(finished, make_proj
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        cwd=project.repo,
+        cwd=project.code,
     )
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and running.poll() is None:

@@ -112,7 +112,7 @@ def test_another_learning_rate_costs_the_training_and_what_follows(finished):
 
 def test_a_comment_in_a_script_costs_nothing(finished):
     for name in ("train_model.py", "tokenize_dataset.py"):
-        with kept(finished.repo / "workflow_scripts" / name) as path:
+        with kept(finished.code / "workflow_scripts" / name) as path:
             path.write_text(path.read_text(encoding="utf-8") + "# a comment\n", encoding="utf-8")
             assert finished.planned() == {}
 
