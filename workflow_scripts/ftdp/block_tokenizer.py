@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,11 +16,33 @@ from ftdp.tokenizer import ExtendedTokenizer
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """What the tokenised bytes depend on besides the conversations and the tokenizer."""
+    """What the tokenised bytes depend on besides the conversations and the tokenizer.
+
+    Attributes:
+        max_length: Tokens after which a conversation is cut.
+        heldout_share: Share of the lines that split_heldout.py sets aside.
+        heldout_seed: Its seed.
+        template: Name of a shipped chat template, or the path of a template file.
+        mask: "compat" trains on what XTuner trains on, "exact" corrects it.
+        control_tokens: What a control token inside a content is: "literal" text, "control", or an "error".
+        valid: "copy" every 100th sample, or "holdout" a seeded share.
+        valid_share: That share.
+        valid_seed: Its seed.
+        on_bad_sample: "stop" at the first bad line, or "quarantine" it and go on.
+        max_bad_share: Share of bad lines in a file above which the job fails all the same.
+    """
 
     max_length: int = MAX_LENGTH
     heldout_share: float = 0.0
     heldout_seed: int = 1024
+    template: str = "internlm2_chat"
+    mask: str = "compat"
+    control_tokens: str = "literal"
+    valid: str = "copy"
+    valid_share: float = 0.01
+    valid_seed: int = 1024
+    on_bad_sample: str = "stop"
+    max_bad_share: float = 0.01
 
 
 @dataclass
@@ -35,6 +57,8 @@ class TokenizedBlock:
         trained_tokens: Ids that are stored positive.
         truncated: Conversations that were cut.
         source_bytes: Bytes of the JSONL file that the block stands for.
+        counts: What else is counted: quarantined, and what the encoder counts (`BatchEncoder.take_counts`).
+        quarantined: Bad lines: line number, the line unchanged (without its line break), the reason.
     """
 
     data: bytes
@@ -44,6 +68,8 @@ class TokenizedBlock:
     trained_tokens: int
     truncated: int
     source_bytes: int
+    counts: dict[str, int] = field(default_factory=dict)
+    quarantined: list[tuple[int, bytes, str]] = field(default_factory=list)
 
 
 class BlockTokenizer:
