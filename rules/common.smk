@@ -119,6 +119,16 @@ def tokenizer_key(run):
     return readable_key(tokenizer["source"], tokenizer)
 
 
+def tokenize_options(run):
+    """The options of a run's tokenisation that decide bytes; a template file counts by its content."""
+    options = {
+        key: value for key, value in RUNS[run]["tokenize"].items() if key not in ("shard_mb", "batch_mb")
+    }
+    if Path(options["template"]).is_file():
+        options["template_sha256"] = FINGERPRINTS.file(options["template"])
+    return options
+
+
 def data_spec(run):
     """Everything that decides the bytes of a run's tokenised data, but for the conversations themselves."""
     settings = RUNS[run]
@@ -128,6 +138,7 @@ def data_spec(run):
         "processed_dir": settings["data"]["processed_dir"],
         "datasets": settings["data"]["datasets"],
         "max_tokens": settings["data"]["max_tokens"],
+        "tokenize": tokenize_options(run),
         "tokenizer": tokenizer_key(run),
         "heldout_share": heldout["share"] if aside else 0,
         "heldout_seed": heldout["seed"] if aside else 0,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import fields
 
 from common.cli import UserError, run
 from ftdp.base_tokenizer import open_tokenizer
@@ -54,6 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--heldout-seed", type=int, default=1024, help="the seed that split_heldout.py was given"
     )
+    add_option_flags(parser)
     parser.add_argument(
         "--threads",
         type=int,
@@ -66,6 +68,55 @@ def parse_args() -> argparse.Namespace:
         help="run the base tokenizer's own code if it has no tokenizer.json (only for models that you trust)",
     )
     return parser.parse_args()
+
+
+def add_option_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of masks, templates, the valid folder and bad lines; each is a field of `TokenizeOptions`."""
+    default = TokenizeOptions()
+    parser.add_argument(
+        "--template",
+        default=default.template,
+        help="chat template: a shipped name, or a path to a template file",
+    )
+    parser.add_argument(
+        "--mask",
+        choices=("compat", "exact"),
+        default=default.mask,
+        help="which tokens are trained on: compat as XTuner, exact without its faults",
+    )
+    parser.add_argument(
+        "--control-tokens",
+        choices=("literal", "control", "error"),
+        default=default.control_tokens,
+        help="a control token typed inside a message: as ordinary text, as the token (XTuner), or refused",
+    )
+    parser.add_argument(
+        "--valid",
+        choices=("copy", "holdout"),
+        default=default.valid,
+        help="valid folder: copies of every 100th sample (XTuner), or a share moved out of training",
+    )
+    parser.add_argument(
+        "--valid-share", type=float, default=default.valid_share, help="share that --valid holdout moves"
+    )
+    parser.add_argument("--valid-seed", type=int, default=default.valid_seed, help="seed of that choice")
+    parser.add_argument(
+        "--on-bad-sample",
+        choices=("stop", "quarantine"),
+        default=default.on_bad_sample,
+        help="a bad line: stop, or move it unchanged to manifests/<dataset>/<file>.quarantine.jsonl and go on",
+    )
+    parser.add_argument(
+        "--max-bad-share",
+        type=float,
+        default=default.max_bad_share,
+        help="share of a file's lines above which quarantine fails too",
+    )
+
+
+def options_of(args: argparse.Namespace) -> TokenizeOptions:
+    """Returns the options that the flags say."""
+    return TokenizeOptions(**{field.name: getattr(args, field.name) for field in fields(TokenizeOptions)})
 
 
 def main() -> None:
@@ -81,7 +132,7 @@ def main() -> None:
         args.processed_dir,
         args.tokenized_dir,
         tokenizer,
-        TokenizeOptions(args.max_length, args.heldout_share, args.heldout_seed),
+        options_of(args),
         datasets=args.dataset,
         manifest=args.manifest,
         processes=args.threads,
