@@ -64,7 +64,7 @@ def messages(draw, first: bool):
 
 @st.composite
 def conversations(draw):
-    length = draw(st.integers(0, 6))
+    length = draw(st.integers(1, 6))
     return [draw(messages(first=index == 0)) for index in range(length)]
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
-from common.cli import UserError
-from ftdp.chat_template import MAX_LENGTH, MessageError, Turn, refuse_half_characters, turns
+from ftdp.bad_lines import BadLine, read_conversation
+from ftdp.chat_template import MAX_LENGTH, MessageError, Turn, turns
 from ftdp.encode import BatchEncoder, Piece
 from ftdp.heldout import is_held_out
-from ftdp.reading import Block, parse_line
+from ftdp.reading import Block
 from ftdp.tokenizer import ExtendedTokenizer
 
 
@@ -72,12 +73,20 @@ class TokenizedBlock:
     quarantined: list[tuple[int, bytes, str]] = field(default_factory=list)
 
 
+class _Kept(NamedTuple):
+    """A line that is a conversation."""
+
+    number: int
+    line: bytes
+    conversation: list[Turn]
+
+
 class BlockTokenizer:
     """Turns blocks into tokenised blocks, each with one call of the tokenizer.
 
     Args:
         tokenizer: The extended tokenizer.
-        options: Length limit and held-out share.
+        options: What decides the bytes, and what becomes of bad lines.
         many: There are some megabytes to come (see `BatchEncoder`); the bytes are the same either way.
     """
 
@@ -93,19 +102,15 @@ class BlockTokenizer:
             block: Its lines.
 
         Raises:
-            UserError: A line is not a conversation; names file, line and field.
+            UserError: A line is not a conversation and `on_bad_sample` is "stop"; names file, line and field.
         """
         options = self._options
-        conversations = []
-        heldout = 0
-        for number, line in enumerate(block.lines, block.first_line):
-            if options.heldout_share and is_held_out(line, options.heldout_share, options.heldout_seed):
-                heldout += 1
-                continue
-            conversations.append(_read_conversation(line, f"{source}:{number}"))
+        bad: list[tuple[int, bytes, str]] = []
+        kept, heldout = self._read(source, block, bad)
+        encoded = self._encode(source, kept, bad)
         lines, lengths = [], []
         trained = truncated = 0
-        for pieces in self._encoder.encode_turns(conversations):
+        for pieces in encoded:
             length = sum(len(piece.ids) for piece in pieces)
             if length > options.max_length:
                 truncated += 1
@@ -122,22 +127,49 @@ class BlockTokenizer:
             trained,
             truncated,
             block.size,
+            counts={"quarantined": len(bad)},
+            quarantined=sorted(bad),
         )
 
+    def _read(self, source: str, block: Block, bad: list[tuple[int, bytes, str]]) -> tuple[list[_Kept], int]:
+        """Returns the conversations to encode, and how many others are held out. A bad line is never held out."""
+        options = self._options
+        kept: list[_Kept] = []
+        heldout = 0
+        last = block.first_line + len(block.lines) - 1
+        for number, line in enumerate(block.lines, block.first_line):
+            try:
+                cut_off = block.open_end and number == last
+                conversation = read_conversation(line, turns, options.max_length, cut_off)
+            except BadLine as error:
+                self._set_aside(error, source, number, line, bad)
+                continue
+            if options.heldout_share and is_held_out(line, options.heldout_share, options.heldout_seed):
+                heldout += 1
+            else:
+                kept.append(_Kept(number, line, conversation))
+        return kept, heldout
 
-def _read_conversation(line: bytes, where: str) -> list[Turn]:
-    try:
-        conversation = turns(parse_line(line, where))
-        if b"\\ud" in line or b"\\uD" in line:
-            refuse_half_characters(conversation)
-        return conversation
-    except MessageError as error:
-        raise UserError(
-            f"{where}: {error.field} is not as it should be",
-            found=error.found,
-            expected=error.expected,
-            fix=error.fix,
-        ) from None
+    def _encode(self, source: str, kept: list[_Kept], bad: list[tuple[int, bytes, str]]) -> list[list[Piece]]:
+        """Encodes all at once, or one by one when a conversation is refused, to find out which."""
+        try:
+            return self._encoder.encode_turns([each.conversation for each in kept])
+        except MessageError:
+            pass
+        encoded = []
+        for each in kept:
+            try:
+                encoded += self._encoder.encode_turns([each.conversation])
+            except MessageError as error:
+                self._set_aside(BadLine.from_message(error), source, each.number, each.line, bad)
+        return encoded
+
+    def _set_aside(
+        self, error: BadLine, source: str, number: int, line: bytes, bad: list[tuple[int, bytes, str]]
+    ) -> None:
+        if self._options.on_bad_sample != "quarantine":
+            raise error.at(f"{source}:{number}") from None
+        bad.append((number, line, str(error)))
 
 
 def _cut(pieces: list[Piece], max_length: int) -> list[Piece]:

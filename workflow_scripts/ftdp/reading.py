@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import orjson
+from typing import NamedTuple
 
 from common.cli import UserError
 
 # A block's ids and their strings take about 100 times its bytes in the tokenizers library.
 BLOCK_BYTES = 384 << 10
+# Nothing that is written line by line has such lines: it is no JSONL file at all.
+MAX_LINE_BYTES = 1 << 30
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -25,11 +24,13 @@ class Block(NamedTuple):
         first_line: Number of the first one, from 1.
         lines: The lines.
         size: Bytes of the file that they stand for.
+        open_end: The last line has no line break, as in a file that was cut off.
     """
 
     first_line: int
     lines: list[bytes]
     size: int
+    open_end: bool = False
 
 
 class LineReader:
@@ -49,10 +50,9 @@ class LineReader:
         self.size = 0
         try:
             self._file = open(self.path, "rb", buffering=1 << 20)  # noqa: SIM115  (closed by __exit__)
+            self._opened = _state(os.fstat(self._file.fileno()))
         except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be read", found=error.strerror, fix="check its permissions"
-            ) from None
+            raise unreadable(self.path, error) from None
 
     def __enter__(self) -> LineReader:
         return self
@@ -61,10 +61,13 @@ class LineReader:
         self._file.close()
 
     def __iter__(self) -> Iterator[Block]:
+        """Yields the blocks.
+
+        Raises:
+            UserError: The file cannot be read, or was changed or removed meanwhile.
+        """
         line_number = 1
-        while data := self._file.read(self._block_bytes):
-            if not data.endswith(b"\n"):
-                data += self._file.readline()
+        while data := self._read():
             self._digest.update(data)
             size = len(data)
             if self.size == 0 and data.startswith(_BOM):
@@ -73,45 +76,59 @@ class LineReader:
             if b"\r" in data:
                 data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
             lines = data.split(b"\n")
-            if not lines[-1]:
+            open_end = bool(lines[-1])
+            if not open_end:
                 lines.pop()
-            yield Block(line_number, lines, size)
+            yield Block(line_number, lines, size, open_end)
             line_number += len(lines)
+        self._refuse_changes()
+
+    def _read(self) -> bytes:
+        try:
+            data = self._file.read(self._block_bytes)
+            if data and not data.endswith(b"\n"):
+                rest = self._file.readline(MAX_LINE_BYTES)
+                if len(rest) == MAX_LINE_BYTES:
+                    raise UserError(
+                        f"{self.path} has a line of more than {MAX_LINE_BYTES >> 30} GiB",
+                        expected="a JSONL file: one conversation on each line",
+                        fix="write it line by line, or let ingest_dataset.py convert it",
+                    )
+                data += rest
+            return data
+        except OSError as error:
+            raise unreadable(self.path, error) from None
+
+    def _refuse_changes(self) -> None:
+        """What was read must be what lies there, or the manifest would describe a file that never was."""
+        try:
+            now = _state(os.stat(self.path))
+        except FileNotFoundError:
+            found = "it was removed"
+        except OSError as error:
+            raise unreadable(self.path, error) from None
+        else:
+            if now == self._opened:
+                return
+            found = "its size, time stamp or inode is another"
+        raise UserError(
+            f"{self.path} was changed while it was read",
+            found=found,
+            expected="a file that stays as it is",
+            fix="run again when nothing writes to it any more",
+        )
 
     @property
     def sha256(self) -> str:
         return self._digest.hexdigest()
 
 
-def parse_line(line: bytes, where: str) -> Any:
-    """Returns the JSON value of a line.
+def unreadable(path: str | os.PathLike, error: OSError) -> UserError:
+    """Returns the error to raise for a file that the system does not let us read."""
+    missing = isinstance(error, FileNotFoundError)
+    fix = "put it back, and run again" if missing else "check its permissions and the disk"
+    return UserError(f"{path} cannot be read", found=error.strerror, expected="a readable file", fix=fix)
 
-    Args:
-        line: Its bytes.
-        where: `file:line`, for the message.
 
-    Raises:
-        UserError: The line is blank, not UTF-8 or not JSON.
-    """
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError:
-        pass
-    # The standard library takes some things that orjson does not (NaN, half a surrogate pair); it decides.
-    if not line.strip():
-        raise UserError(
-            f"{where}: blank line",
-            found="a line without text",
-            expected="one JSON list of messages on every line",
-            fix="remove the line, at the end of the file too",
-        )
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        found, fix = f"{error.reason} at byte {error.start} of the line", "save the file as UTF-8"
-    except (ValueError, RecursionError) as error:
-        found = f"{error}" if isinstance(error, ValueError) else "values nested too deeply"
-        fix = "correct the line; each conversation stands on a line of its own"
-    raise UserError(
-        f"{where}: not JSON", found=f"{found}, in {line[:60]!r}", expected="a JSON list of messages", fix=fix
-    )
+def _state(stat: os.stat_result) -> tuple[int, int, int]:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
