@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from common.cli import UserError
 
@@ -15,6 +15,8 @@ BLOCK_BYTES = 384 << 10
 # Nothing that is written line by line has such lines: it is no JSONL file at all.
 MAX_LINE_BYTES = 1 << 30
 _BOM = b"\xef\xbb\xbf"
+# Inode, bytes, time of the last change in nanoseconds.
+FileState = tuple[int, int, int]
 
 
 class Block(NamedTuple):
@@ -36,23 +38,28 @@ class Block(NamedTuple):
 class LineReader:
     r"""Iterates over a file's blocks. `\n`, `\r\n` and `\r` all end a line, as for Python's (and XTuner's) `open`.
 
-    A byte order mark at the start is passed over.
+    A byte order mark at the start is passed over. `decode` makes the stream that is read of the opened file and its
+    path, for example a decompressing one.
 
     Attributes:
         sha256: Of all bytes, once the iteration is over.
         size: Bytes of the file, once the iteration is over.
     """
 
-    def __init__(self, path: str | os.PathLike, block_bytes: int = BLOCK_BYTES):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        block_bytes: int = BLOCK_BYTES,
+        *,
+        decode: Callable[[IO[bytes], Path], IO[bytes]] | None = None,
+    ):
         self.path = Path(path)
         self._block_bytes = block_bytes
         self._digest = hashlib.sha256()
         self.size = 0
-        try:
-            self._file = open(self.path, "rb", buffering=1 << 20)  # noqa: SIM115  (closed by __exit__)
-            self._opened = _state(os.fstat(self._file.fileno()))
-        except OSError as error:
-            raise unreadable(self.path, error) from None
+        self._file, self._opened = open_source(self.path)
+        if decode:
+            self._file = decode(self._file, self.path)
 
     def __enter__(self) -> LineReader:
         return self
@@ -81,7 +88,7 @@ class LineReader:
                 lines.pop()
             yield Block(line_number, lines, size, open_end)
             line_number += len(lines)
-        self._refuse_changes()
+        refuse_changes(self.path, self._opened)
 
     def _read(self) -> bytes:
         try:
@@ -99,36 +106,51 @@ class LineReader:
         except OSError as error:
             raise unreadable(self.path, error) from None
 
-    def _refuse_changes(self) -> None:
-        """What was read must be what lies there, or the manifest would describe a file that never was."""
-        try:
-            now = _state(os.stat(self.path))
-        except FileNotFoundError:
-            found = "it was removed"
-        except OSError as error:
-            raise unreadable(self.path, error) from None
-        else:
-            if now == self._opened:
-                return
-            found = "its size, time stamp or inode is another"
-        raise UserError(
-            f"{self.path} was changed while it was read",
-            found=found,
-            expected="a file that stays as it is",
-            fix="run again when nothing writes to it any more",
-        )
-
     @property
     def sha256(self) -> str:
         return self._digest.hexdigest()
+
+
+def open_source(path: str | os.PathLike) -> tuple[IO[bytes], FileState]:
+    """Opens a file to read it, and returns it with the state to hand to `refuse_changes` when it is read.
+
+    Raises:
+        UserError: The file cannot be opened.
+    """
+    try:
+        file = open(path, "rb", buffering=1 << 20)  # noqa: SIM115  (the caller closes it)
+        return file, _state(os.fstat(file.fileno()))
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def refuse_changes(path: str | os.PathLike, opened: FileState) -> None:
+    """Raises a UserError if a file is not the one that was opened: a manifest would describe what never was."""
+    try:
+        now = _state(os.stat(path))
+    except FileNotFoundError:
+        found = "it was removed"
+    except OSError as error:
+        raise unreadable(path, error) from None
+    else:
+        if now == opened:
+            return
+        found = "its size, time stamp or inode is another"
+    raise UserError(
+        f"{path} was changed while it was read",
+        found=found,
+        expected="a file that stays as it is",
+        fix="run again when nothing writes to it any more",
+    )
 
 
 def unreadable(path: str | os.PathLike, error: OSError) -> UserError:
     """Returns the error to raise for a file that the system does not let us read."""
     missing = isinstance(error, FileNotFoundError)
     fix = "put it back, and run again" if missing else "check its permissions and the disk"
-    return UserError(f"{path} cannot be read", found=error.strerror, expected="a readable file", fix=fix)
+    found = error.strerror or error
+    return UserError(f"{path} cannot be read", found=found, expected="a readable file", fix=fix)
 
 
-def _state(stat: os.stat_result) -> tuple[int, int, int]:
+def _state(stat: os.stat_result) -> FileState:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
