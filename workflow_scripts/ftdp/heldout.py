@@ -31,11 +31,11 @@ def is_held_out(line: bytes, share: float, seed: int) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
-def check_share(share: float) -> None:
+def check_share(share: float, name: str = "held-out") -> None:
     """Raises a UserError unless 0 <= share < 1."""
     if not 0 <= share < 1:
         raise UserError(
-            "the held-out share is out of range", found=share, expected="0 <= share < 1", fix="use 0.05"
+            f"the {name} share is out of range", found=share, expected="0 <= share < 1", fix="use 0.05"
         )
 
 
