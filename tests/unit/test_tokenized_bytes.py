@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.chat_template import turns
 from ftdp.encode import BatchEncoder, encode_conversation, encode_conversations, signed_ids
 from ftdp.layout import find_datasets
 from ftdp.tokenizing import tokenize_datasets
@@ -80,10 +79,12 @@ def test_ids_equal_the_reference(kind, batch, max_length):
     encode, bos = encoder_of(tokenizer), tokenizer.bos_token_id
     expected = [signed_tokens(each, encode, bos, max_length) for each in batch]
     before = json.dumps(batch)
-    assert encode_conversations(batch, tokenizer, max_length) == expected
-    assert [encode_conversation(each, tokenizer, max_length) for each in batch] == expected
-    fast = BatchEncoder(tokenizer, many=True).encode_turns([turns(each) for each in batch])
-    assert [signed_ids(each, max_length) for each in fast] == expected
+    as_xtuner = {"mask": "compat", "control_tokens": "control"}
+    assert encode_conversations(batch, tokenizer, max_length, **as_xtuner) == expected
+    assert [encode_conversation(each, tokenizer, max_length, **as_xtuner) for each in batch] == expected
+    fast = BatchEncoder(tokenizer, many=True, **as_xtuner)
+    pieces = fast.encode_turns([fast.turns(each) for each in batch])
+    assert [signed_ids(each, max_length) for each in pieces] == expected
     assert json.dumps(batch) == before, "the conversations are left as they are"
 
 
@@ -101,7 +102,9 @@ def test_files_equal_the_reference(kind, batch, max_length, escape, tmp_path_fac
     source.parent.mkdir(parents=True)
     lines = [json.dumps(each, ensure_ascii=escape) + "\n" for each in batch]
     source.write_text("".join(lines), encoding="utf-8", newline="")
-    manifests = tokenize_datasets(root / "in", root / "out", tokenizer, TokenizeOptions(max_length))
+    manifests = tokenize_datasets(
+        root / "in", root / "out", tokenizer, TokenizeOptions(max_length, control_tokens="control")
+    )
     expected = bin_and_meta(batch, encoder_of(tokenizer), tokenizer.bos_token_id, max_length)
     files = root / "out" / "chatml_llamav13_32k" / "train" / "cn" / "data 1"
     assert (files / "file.v1.bin").read_bytes() == expected["train"][0]
@@ -171,7 +174,11 @@ def test_bytes_do_not_depend_on_processes_or_blocks(tmp_path, monkeypatch):
         out = tmp_path / f"out{processes}"
         tokenize_datasets(tmp_path / "in", out, tokenizer, TokenizeOptions(), processes=processes)
         results.append(
-            {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+            {
+                path.relative_to(out): path.read_bytes()
+                for path in out.rglob("*")
+                if path.is_file() and path.name != "done.json"
+            }
         )
     assert len(results[0]) == 6
     assert results[0] == results[1] == results[2]

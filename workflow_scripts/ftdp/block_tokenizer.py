@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ftdp.bad_lines import BadLine, read_conversation
-from ftdp.chat_template import MAX_LENGTH, MessageError, Turn, turns
-from ftdp.encode import BatchEncoder, Piece
+from ftdp.chat_template import MAX_LENGTH, Turn
+from ftdp.encode import BatchEncoder
 from ftdp.heldout import is_held_out
+from ftdp.piece import Piece
 from ftdp.reading import Block
 from ftdp.tokenizer import ExtendedTokenizer
 
@@ -60,6 +61,7 @@ class TokenizedBlock:
         source_bytes: Bytes of the JSONL file that the block stands for.
         counts: What else is counted: quarantined, and what the encoder counts (`BatchEncoder.take_counts`).
         quarantined: Bad lines: line number, the line unchanged (without its line break), the reason.
+        for_valid: bool array (samples,), which samples `valid: holdout` moves to the valid folder.
     """
 
     data: bytes
@@ -71,6 +73,7 @@ class TokenizedBlock:
     source_bytes: int
     counts: dict[str, int] = field(default_factory=dict)
     quarantined: list[tuple[int, bytes, str]] = field(default_factory=list)
+    for_valid: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
 
 class _Kept(NamedTuple):
@@ -91,7 +94,13 @@ class BlockTokenizer:
     """
 
     def __init__(self, tokenizer: ExtendedTokenizer, options: TokenizeOptions, many: bool = False):
-        self._encoder = BatchEncoder(tokenizer, many)
+        self._encoder = BatchEncoder(
+            tokenizer,
+            many,
+            template=options.template,
+            mask=options.mask,
+            control_tokens=options.control_tokens,
+        )
         self._options = options
 
     def __call__(self, source: str, block: Block) -> TokenizedBlock:
@@ -107,7 +116,7 @@ class BlockTokenizer:
         options = self._options
         bad: list[tuple[int, bytes, str]] = []
         kept, heldout = self._read(source, block, bad)
-        encoded = self._encode(source, kept, bad)
+        encoded = self._encoder.encode_turns([each.conversation for each in kept])
         lines, lengths = [], []
         trained = truncated = 0
         for pieces in encoded:
@@ -127,8 +136,9 @@ class BlockTokenizer:
             trained,
             truncated,
             block.size,
-            counts={"quarantined": len(bad)},
-            quarantined=sorted(bad),
+            counts=self._encoder.take_counts() | {"quarantined": len(bad)},
+            quarantined=bad,
+            for_valid=self._for_valid(kept),
         )
 
     def _read(self, source: str, block: Block, bad: list[tuple[int, bytes, str]]) -> tuple[list[_Kept], int]:
@@ -140,7 +150,7 @@ class BlockTokenizer:
         for number, line in enumerate(block.lines, block.first_line):
             try:
                 cut_off = block.open_end and number == last
-                conversation = read_conversation(line, turns, options.max_length, cut_off)
+                conversation = read_conversation(line, self._encoder.turns, options.max_length, cut_off)
             except BadLine as error:
                 self._set_aside(error, source, number, line, bad)
                 continue
@@ -150,26 +160,22 @@ class BlockTokenizer:
                 kept.append(_Kept(number, line, conversation))
         return kept, heldout
 
-    def _encode(self, source: str, kept: list[_Kept], bad: list[tuple[int, bytes, str]]) -> list[list[Piece]]:
-        """Encodes all at once, or one by one when a conversation is refused, to find out which."""
-        try:
-            return self._encoder.encode_turns([each.conversation for each in kept])
-        except MessageError:
-            pass
-        encoded = []
-        for each in kept:
-            try:
-                encoded += self._encoder.encode_turns([each.conversation])
-            except MessageError as error:
-                self._set_aside(BadLine.from_message(error), source, each.number, each.line, bad)
-        return encoded
-
     def _set_aside(
         self, error: BadLine, source: str, number: int, line: bytes, bad: list[tuple[int, bytes, str]]
     ) -> None:
         if self._options.on_bad_sample != "quarantine":
             raise error.at(f"{source}:{number}") from None
         bad.append((number, line, str(error)))
+
+    def _for_valid(self, kept: list[_Kept]) -> np.ndarray:
+        """Chooses by content. The prefix keeps the choice apart from that of the held-out lines, if seeds agree."""
+        options = self._options
+        if options.valid != "holdout":
+            return np.zeros(len(kept), dtype=bool)
+        chosen = (
+            is_held_out(b"valid:" + each.line, options.valid_share, options.valid_seed) for each in kept
+        )
+        return np.fromiter(chosen, dtype=bool, count=len(kept))
 
 
 def _cut(pieces: list[Piece], max_length: int) -> list[Piece]:
