@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
-from common.files import atomic_path, sha256_json, write_json
+from common.files import atomic_path, write_json
 from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.chunk_store import ChunkStore, SourceState, remove_unfinished
 from ftdp.chunk_writer import EMPTY, digests, refuse_too_many_in
 from ftdp.layout import bin_name, dataset_folder, manifest_path
 from ftdp.planning import Chunk
+from ftdp.stats import stats_path, write_stats
 from ftdp.tally import Tally
 from ftdp.tokenized_writer import Lines, read_tokenized, write_tokenized
 
@@ -90,7 +91,8 @@ class Finisher:
         self._remove_strangers(dataset, list(by_source))
         manifest = self._build_manifest(dataset, records)
         path = self.manifest_path(dataset)
-        if not _holds(path, manifest):
+        if not _holds(path, manifest) or not stats_path(path).exists():
+            write_stats(path, manifest, self.store.root)
             write_json(path, manifest)
         return manifest
 
@@ -233,12 +235,6 @@ def remove_other_datasets(tokenized_dir: str | os.PathLike, keep: set[str]) -> l
                 shutil.rmtree(folder, ignore_errors=True)
             removed.append(name)
     return removed
-
-
-def write_index(path: str | os.PathLike, manifests: dict[str, dict[str, Any]]) -> None:
-    """Writes the one file that stands for all manifests of a tokenised folder: their digests."""
-    digests_of = {name: sha256_json(manifest) for name, manifest in manifests.items()}
-    write_json(path, {"format": 1, "datasets": digests_of})
 
 
 def _joined_digest(chunks: list[Chunk], records: list[dict[str, Any]]) -> str:
