@@ -110,6 +110,11 @@ class ChunkStore:
             return None
         return record
 
+    def digest(self, chunk: Chunk) -> str:
+        """Returns the digest of the bytes that a finished chunk (or the file that it is in) was made from."""
+        record = _read(self.record_path(chunk.whole)) or _read(self.record_path(chunk)) or {}
+        return record["bytes_of"]["sha256"]
+
     def forget(self, chunk: Chunk) -> None:
         """Removes a chunk's record first, then its files."""
         for path in [self.record_path(chunk), *self.outputs(chunk)]:

@@ -8,10 +8,9 @@ from typing import Any
 
 from common.files import sha256_file
 from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.planning import TOKENIZED_FORMAT
 from ftdp.tokenizer import ExtendedTokenizer
 
-# Bumped when the bytes that tokenisation writes for the same input change: then, and only then, code counts.
-TOKENIZED_FORMAT = 1
 _SHIPPED = Path(__file__).resolve().parent / "templates"
 
 

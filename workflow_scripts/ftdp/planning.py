@@ -15,9 +15,14 @@ from typing import NamedTuple
 
 from common.cli import UserError
 
+# Bumped when the bytes that tokenisation writes for the same input change: then, and only then, code counts.
+TOKENIZED_FORMAT = 1
+
 MEGABYTE = 1_000_000
 DEFAULT_SHARD_BYTES = 512 * MEGABYTE
 DEFAULT_BATCH_BYTES = 64 * MEGABYTE
+# Setting lines aside is little more than reading.
+HELDOUT_BYTES = 4_000 * MEGABYTE
 
 
 class Chunk(NamedTuple):
@@ -72,13 +77,26 @@ def plan_parts(
             for index in range(count):
                 part = f"{name}.{index + 1:04d}-of-{count:04d}" if count > 1 else name
                 parts[part] = [Chunk(dataset, file, index, count)]
-    total = sum(sizes[file] for _, file in small)
-    # A power of two, so that a growing folder seldom changes the number.
-    batches = 1 << max(0, (-(-total // batch_bytes) - 1).bit_length())
+    batches = _batches(sum(sizes[file] for _, file in small), batch_bytes)
     for dataset, file in small:
-        number = int.from_bytes(_digest(dataset, file)[:8], "big") % batches
-        parts.setdefault(f"batch-{number + 1:04d}-of-{batches:04d}", []).append(Chunk(dataset, file))
+        parts.setdefault(_batch(f"{dataset}/{file.name}", batches), []).append(Chunk(dataset, file))
     return dict(sorted(parts.items()))
+
+
+def plan_datasets(
+    datasets: Mapping[str, list[Path]], sizes: Mapping[Path, int], batch_bytes: int = HELDOUT_BYTES
+) -> dict[str, list[str]]:
+    """Returns the names of the datasets of each job that takes whole ones; a job may have none."""
+    batches = _batches(sum(sizes[file] for files in datasets.values() for file in files), batch_bytes)
+    parts: dict[str, list[str]] = {f"batch-{n + 1:04d}-of-{batches:04d}": [] for n in range(batches)}
+    for dataset in datasets:
+        parts[_batch(dataset, batches)].append(dataset)
+    return parts
+
+
+def is_in_batch(name: str, batch: str) -> bool:
+    """Is a dataset of this name the concern of this job of `plan_datasets`?"""
+    return _batch(name, int(batch.rpartition("-")[2])) == batch
 
 
 def file_sizes(datasets: Mapping[str, list[Path]]) -> dict[Path, int]:
@@ -101,10 +119,20 @@ def file_sizes(datasets: Mapping[str, list[Path]]) -> dict[Path, int]:
     return sizes
 
 
-def _digest(dataset: str, file: Path) -> bytes:
-    return hashlib.sha256(f"{dataset}/{file.name}".encode(errors="surrogateescape")).digest()
+def _batches(total: int, batch_bytes: int) -> int:
+    # A power of two, so that a growing folder seldom changes the number.
+    return 1 << max(0, (-(-total // batch_bytes) - 1).bit_length())
+
+
+def _batch(name: str, batches: int) -> str:
+    number = int.from_bytes(_digest(name)[:8], "big") % batches
+    return f"batch-{number + 1:04d}-of-{batches:04d}"
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
 
 def _readable_name(dataset: str, file: Path) -> str:
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{dataset}-{file.stem}")[:80]
-    return f"{plain}-{_digest(dataset, file).hex()[:8]}"
+    return f"{plain}-{_digest(f'{dataset}/{file.name}').hex()[:8]}"

@@ -22,9 +22,10 @@ from ftdp.block_tokenizer import BlockTokenizer, TokenizedBlock, TokenizeOptions
 from ftdp.chunk_store import ChunkStore, SourceState
 from ftdp.chunk_tokenizer import ChunkTokenizer
 from ftdp.chunk_writer import write_chunk
-from ftdp.finishing import Finisher, remove_other_datasets, write_index
+from ftdp.finishing import Finisher, remove_other_datasets
 from ftdp.heldout import check_share
 from ftdp.identity import tokenize_identity
+from ftdp.index import write_index
 from ftdp.layout import find_datasets
 from ftdp.planning import (
     DEFAULT_BATCH_BYTES,
@@ -135,9 +136,10 @@ def tokenize_part(
     run = _Run(Finisher(store, processed_dir, options), tokenizer, options, processes)
     done = list(run.run(parts[part], sizes))
     if marker:
-        files = [
-            [chunk.source.relative_to(processed_dir).as_posix(), chunk.index, chunk.count] for chunk in done
-        ]
+        files = {
+            f"{chunk.source.relative_to(processed_dir).as_posix()} {chunk.index + 1}/{chunk.count}": sha256
+            for chunk, sha256 in zip(done, map(store.digest, done), strict=True)
+        }
         write_json(marker, {"format": 1, "part": part, "identity": store.identity, "chunks": files})
     return run.status
 
