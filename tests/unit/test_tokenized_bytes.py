@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+from ftdp_conversations import conversations
 from ftdp_reference import bin_and_meta, signed_tokens
 from ftdp_small_tokenizers import KINDS, small_tokenizer
 from hypothesis import HealthCheck, given, settings
@@ -15,56 +16,6 @@ from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.encode import BatchEncoder, encode_conversation, encode_conversations, signed_ids
 from ftdp.layout import find_datasets
 from ftdp.tokenizing import tokenize_datasets
-
-SILENT_TYPES = ["icl", "current", "meta"]
-TYPES = {
-    "system": ["meta", "icl", "current", "prefix"],
-    "user": ["icl", "current", "prefix"],
-    "assistant": ["icl", "current", "prefix", "end"],
-    "environment": ["icl", "current", "prefix"],
-}
-fragments = st.sampled_from(
-    [
-        "",
-        " ",
-        "\n",
-        "\n\n",
-        "  ",
-        "<|im_end|>",
-        "<|im_start|>",
-        "<s>",
-        "<unk>",
-        "▁",
-        "你好",
-        "🙂",
-        "\x00",
-        "é",
-    ]
-)
-texts = st.lists(st.one_of(fragments, st.text(max_size=12)), max_size=5).map("".join)
-names = st.one_of(st.sampled_from(["plugin", "interpreter", "", "{name}", None]), st.text(max_size=6))
-
-
-@st.composite
-def messages(draw, first: bool):
-    role = draw(st.sampled_from([*TYPES, *([] if first else ["tool", "thought"])]))
-    message = {"role": role, "content": draw(texts)}
-    if draw(st.booleans()):
-        message["name"] = draw(names)
-    if draw(st.booleans()):
-        message["loss"] = draw(st.sampled_from([True, False, None, 0, 1]))
-    if role in TYPES and draw(st.booleans()):
-        silent = not message.get("loss", True)
-        message["type"] = draw(st.sampled_from(SILENT_TYPES if silent else TYPES[role]))
-    if role not in TYPES and draw(st.booleans()):
-        message["type"] = "what a glued message says here does not count"
-    return message
-
-
-@st.composite
-def conversations(draw):
-    length = draw(st.integers(1, 6))
-    return [draw(messages(first=index == 0)) for index in range(length)]
 
 
 def encoder_of(tokenizer):

@@ -256,7 +256,8 @@ def _parts(
         (content, False),
         (end, True),
     )
-    return tuple(Part(text, markup, trained) for text, markup in pieces if text)
+    # The content stays, even empty: the last part says whether the end is trained on.
+    return tuple(Part(text, markup, trained) for text, markup in pieces if text or not markup)
 
 
 def _glue(
