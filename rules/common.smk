@@ -36,8 +36,8 @@ sys.path.insert(0, str(REPO / "workflow_scripts"))
 
 from common.cli import UserError
 from common.files import sha256_json
+from common.fingerprints import FingerprintCache
 from ftdp.layout import find_datasets
-from settings.fingerprint import FingerprintCache
 from settings.load import load_schema, load_settings
 
 try:

@@ -8,7 +8,8 @@ from typing import Any
 from mmengine.config import Config
 
 from common.cli import UserError
-from common.files import read_json, sha256_file, sha256_json, write_json
+from common.files import read_json, sha256_json
+from common.fingerprints import FingerprintCache
 from ftdp.data_order import list_train_files, read_data_order
 from sft import config as settings
 from sft.device import resolve_dtype, training_device
@@ -36,33 +37,7 @@ _NOT_HYPERPARAMETERS = {
 }
 
 
-class DigestCache:
-    """SHA-256 of files by path, size and modification time, so that a restart does not read a base model again.
-
-    Args:
-        path: JSON file to keep them in; None keeps nothing.
-    """
-
-    def __init__(self, path: Path | None):
-        self.path = path
-        try:
-            self.known = read_json(path) if path else {}
-        except (OSError, ValueError):
-            self.known = {}
-
-    def sha256(self, file: Path) -> str:
-        """Returns the digest of a file's content."""
-        status = file.stat()
-        key, stamp = str(file.resolve()), [status.st_size, status.st_mtime_ns]
-        entry = self.known.get(key)
-        if not entry or entry[0] != stamp:
-            self.known[key] = entry = [stamp, sha256_file(file)]
-            if self.path:
-                write_json(self.path, self.known)
-        return entry[1]
-
-
-def run_identity(config: Config, world_size: int, cache: DigestCache) -> dict[str, Any]:
+def run_identity(config: Config, world_size: int, cache: FingerprintCache) -> dict[str, Any]:
     """Returns the fields that make up the identity of a run.
 
     Raises:
@@ -82,7 +57,7 @@ def run_identity(config: Config, world_size: int, cache: DigestCache) -> dict[st
             "torch."
         ),
         "base_model": base_model_digest(settings.model_path(config), cache),
-        "tokenizer": cache.sha256(Path(tokenizer) / "tokenizer.json") if tokenizer else None,
+        "tokenizer": cache.file(Path(tokenizer) / "tokenizer.json") if tokenizer else None,
         "data": data_digest(settings.train_folder(config), settings.data_order_path(config), cache),
         "world_size": world_size,
     }
@@ -114,7 +89,7 @@ def _short(value: Any) -> str:
     return text[:12] if len(text) == 64 else text
 
 
-def base_model_digest(model_path: str, cache: DigestCache) -> str:
+def base_model_digest(model_path: str, cache: FingerprintCache) -> str:
     """Returns the digest of a model folder's configuration and weights."""
     folder = Path(model_path)
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
@@ -125,10 +100,10 @@ def base_model_digest(model_path: str, cache: DigestCache) -> str:
             expected="config.json and *.safetensors",
             fix="set model_path to a Hugging Face model folder or a hub name",
         )
-    return sha256_json({file.name: cache.sha256(file) for file in [folder / "config.json", *weights]})
+    return sha256_json({file.name: cache.file(file) for file in [folder / "config.json", *weights]})
 
 
-def data_digest(train_folder: str, data_order_path: str | None, cache: DigestCache) -> str:
+def data_digest(train_folder: str, data_order_path: str | None, cache: FingerprintCache) -> str:
     """Returns the digest of the `.bin` files in their order.
 
     Digests come from the manifests that tokenize_dataset.py wrote beside the template folder where the size agrees.
@@ -151,7 +126,7 @@ def data_digest(train_folder: str, data_order_path: str | None, cache: DigestCac
                 fix="tokenise the datasets again, or write the data order again",
             )
         size, digest = known.get(file, (None, ""))
-        digests.append([name, digest if size == file.stat().st_size else cache.sha256(file)])
+        digests.append([name, digest if size == file.stat().st_size else cache.file(file)])
     return sha256_json(digests)
 
 

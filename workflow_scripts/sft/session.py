@@ -17,9 +17,10 @@ from mmengine.config import Config
 
 from common.cli import UserError
 from common.files import read_json, sha256_file, sha256_json, write_bytes, write_json
+from common.fingerprints import FingerprintCache
 from sft import config as settings
 from sft.checkpoints import is_last, is_resumable, list_checkpoints, read_state_dict, remove_leftovers
-from sft.identity import DigestCache, differences, run_identity
+from sft.identity import differences, run_identity
 
 IDENTITY = "identity.json"
 FINISHED = "finished.json"
@@ -64,7 +65,9 @@ def plan_run(
     """
     parent = runs_dir if work_dir is None else work_dir
     parent.mkdir(parents=True, exist_ok=True)
-    fields = run_identity(config, world_size, DigestCache(parent / ".digests.json"))
+    cache = FingerprintCache(parent / ".digests.json")
+    fields = run_identity(config, world_size, cache)
+    cache.save()
     identity = sha256_json(fields)
     folder = work_dir if work_dir is not None else runs_dir / identity[:12]
     plan = Plan(folder.resolve(), identity, fields)

@@ -1,7 +1,8 @@
 """Content digests of input files, remembered by size and modification time.
 
-The workflow reruns a job when an input's *content* changed. Hashing is done once per version of a file: the
-cache maps an absolute path to its size, mtime (nanoseconds) and SHA-256, so that later calls only stat.
+The workflow reruns a job when an input's *content* changed, and a training is known by the content of its model
+and data. Hashing is done once per version of a file: the cache maps an absolute path to its size, mtime (nanoseconds)
+and SHA-256, so that later calls only stat.
 """
 
 from __future__ import annotations
