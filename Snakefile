@@ -48,7 +48,7 @@ rule all:
 
 rule tokenize:
     input:
-        [manifest for run in RUNS for manifest in dataset_manifests(run)],
+        expand(TOKENIZED, data=DATA_SPECS),
 
 
 rule train:

@@ -41,7 +41,7 @@ _TEXTS = [
 def nasty_conversation(rng: random.Random) -> list[dict]:
     """Returns one random conversation that XTuner 0.2.0 accepts."""
     messages: list[dict] = []
-    for _ in range(rng.choice([0, 1, 2, 2, 3, 4, 6, 10])):
+    for _ in range(rng.choice([1, 2, 2, 3, 4, 6, 10])):
         glued = messages and rng.random() < 0.4
         role = rng.choice(["tool", "thought"]) if glued else rng.choice(list(_TYPES))
         message: dict = {"role": role, "content": "".join(rng.choices(_TEXTS, k=rng.choice([1, 1, 2, 4])))}

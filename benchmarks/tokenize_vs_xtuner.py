@@ -41,6 +41,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--nasty", type=int, metavar="SAMPLES", help="generate this many odd conversations instead"
     )
+    parser.add_argument(
+        "--short", type=int, metavar="SAMPLES", help="generate this many conversations of one line instead"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of --nasty")
     parser.add_argument(
         "--tokenizer-path",
@@ -68,6 +71,8 @@ def main() -> None:
     processed = args.work_dir / "processed"
     if args.nasty:
         write_nasty(processed, args.nasty, args.seed)
+    elif args.short:
+        write_short(processed, args.short)
     else:
         repeat_files(args.processed_dir, processed, args.megabytes)
     base = copy_base(args.tokenizer_path, args.work_dir / "base")
@@ -79,12 +84,14 @@ def main() -> None:
     script = REPO / "workflow_scripts/tokenize_dataset.py"
     ours, our_cpu = timed(
         "SnakeTune",
-        [sys.executable, script, "--threads", args.threads],
+        [sys.executable, script, "--threads", args.threads, "--control-tokens", "control"],
         processed,
         base,
         args.work_dir / "snaketune",
     )
     compare(args.work_dir)
+    bare = time_bare(processed, args.work_dir, args.threads)
+    print(f"{ours / bare:.2f} times the time of a bare encode_batch of the same texts, start-up included")
     ratio = theirs / ours
     print(f"every byte equal; {ratio:.1f} times as fast as XTuner ({theirs:.1f} s / {ours:.1f} s)")
     print(f"processor time: {their_cpu / our_cpu:.1f} times less ({their_cpu:.1f} s / {our_cpu:.1f} s)")
@@ -104,6 +111,33 @@ def make_venv(folder: Path) -> Path:
         subprocess.run([*pip, "--no-deps", XTUNER], check=True)
         marker.touch()
     return python
+
+
+def write_short(folder: Path, samples: int) -> None:
+    """Writes a dataset of conversations of a short question and a short answer."""
+    file = folder / "short" / "processed" / "short.jsonl"
+    file.parent.mkdir(parents=True)
+    with open(file, "w", encoding="utf-8") as stream:
+        for number in range(samples):
+            question, answer = f"What is {number} + {number % 97}?", f"It is {number + number % 97}."
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            stream.write(json.dumps(messages) + "\n")
+
+
+def time_bare(processed: Path, work_dir: Path, threads: int) -> float:
+    """Returns the seconds that the tokenizers library alone takes for the texts, in as many threads as we had."""
+    command = [sys.executable, Path(__file__).with_name("bare_encode_batch.py"), "--processed-dir", processed]
+    command += ["--tokenizer", work_dir / "snaketune/tokenizer/tokenizer.json"]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(threads)}
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True, env=environment)
+    peak = MemoryPeak(process.pid)
+    text, _ = process.communicate()
+    if process.returncode:
+        sys.exit("bare encode_batch failed")
+    seconds = float(text.split()[0])
+    memory = peak.stop() / 1e6
+    print(f"{'encode_batch':14s} {seconds:8.2f} s   (encoding alone)          peak memory {memory:6.0f} MB")
+    return seconds
 
 
 def repeat_files(source: Path, target: Path, megabytes: float | None) -> None:

@@ -3,11 +3,14 @@
 PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
 
     shared/tokenizer/{tokenizer}/                          base tokenizer + the chat tokens
-    shared/data/{data}/heldout/{dataset}.json              what was set aside of a dataset (manifest, last)
-    shared/data/{data}/heldout/{dataset}/processed/...     the lines set aside, in the ftdp layout
-    shared/data/{data}/chatml_llamav13_32k/train/cn/{dataset}/<file>.bin and .bin.meta
-    shared/data/{data}/chatml_llamav13_32k/valid/cn/{dataset}/<file>.bin and .bin.meta
-    shared/data/{data}/manifests/{dataset}.json            what was tokenised, with hashes (manifest, last)
+    shared/data/{data}/heldout/<dataset>/processed/...     the lines set aside, in the ftdp layout
+    shared/data/{data}/heldout/<dataset>.json              what was set aside of a dataset (manifest)
+    shared/data/{data}/heldout_parts/{part}.json           the datasets of one job that sets lines aside, with digests
+    shared/data/{data}/parts/{part}.json                   the files, or range of one, of one tokenising job
+    shared/data/{data}/chunks/<dataset>/<file>/...         what is done, by content (undeclared, so retries keep it)
+    shared/data/{data}/chatml_llamav13_32k/{train,valid}/cn/<dataset>/<file>.bin and .bin.meta (undeclared)
+    shared/data/{data}/manifests/<dataset>.json            what was tokenised, with hashes (undeclared)
+    shared/data/{data}/tokenized.json                      the digests of these manifests, written last
     shared/data/{data}/data_order.txt
     {run}/config.json                                      the run's complete settings
     {run}/train_config.py                                  the mmengine config
@@ -38,6 +41,7 @@ from common.cli import UserError
 from common.files import sha256_json
 from common.fingerprints import FingerprintCache
 from ftdp.layout import find_datasets
+from ftdp.planning import MEGABYTE, TOKENIZED_FORMAT, file_sizes, plan_datasets, plan_parts
 from settings.load import load_schema, load_settings
 
 try:
@@ -50,12 +54,10 @@ RESULTS = SETTINGS.results_dir.rstrip("/")
 
 TOKENIZER = f"{RESULTS}/shared/tokenizer/{{tokenizer}}"
 DATA = f"{RESULTS}/shared/data/{{data}}"
-HELDOUT = f"{DATA}/heldout/{{dataset}}"
-HELDOUT_MANIFEST = f"{DATA}/heldout/{{dataset}}.json"
+HELDOUT_PART = f"{DATA}/heldout_parts/{{part}}.json"
 TRAIN_FOLDER = f"{DATA}/chatml_llamav13_32k/train"
-TRAIN_BINS = f"{TRAIN_FOLDER}/cn/{{dataset}}"
-VALID_BINS = f"{DATA}/chatml_llamav13_32k/valid/cn/{{dataset}}"
-DATASET_MANIFEST = f"{DATA}/manifests/{{dataset}}.json"
+PART = f"{DATA}/parts/{{part}}.json"
+TOKENIZED = f"{DATA}/tokenized.json"
 DATA_ORDER = f"{DATA}/data_order.txt"
 RUN_CONFIG = f"{RESULTS}/{{run}}/config.json"
 TRAIN_CONFIG = f"{RESULTS}/{{run}}/train_config.py"
@@ -67,10 +69,6 @@ EVALUATION = f"{RESULTS}/{{run}}/evaluation/{{label}}.json"
 REPORT = f"{RESULTS}/{{run}}/report.html"
 LOGS = f"{RESULTS}/logs"
 BENCHMARKS = f"{RESULTS}/benchmarks"
-
-# Bumped when the bytes that tokenisation writes for the same input change: then, and only then, code counts.
-TOKENIZED_FORMAT = 1
-
 
 # Commands find their interpreter and scripts through the prefix of every shell command, which is not tracked: where
 # the checkout and its environments lie must not count as a change. Under `--sdm conda` the rule's own environment is
@@ -107,16 +105,29 @@ def readable_key(path, settings):
     return f"{stem}-{sha256_json(settings)[:8]}"
 
 
+def template_of(run):
+    """The run's chat template; a file of the user's own counts by its content."""
+    template = RUNS[run]["tokenize"]["template"]
+    own = Path(template).is_file()
+    return {"template": template} | ({"template_sha256": FINGERPRINTS.file(template)} if own else {})
+
+
 def base_tokenizer(run):
-    """The folder or hub name that the run's tokenizer is made from, and whether its code may run."""
+    """The folder or hub name that the run's tokenizer is made from, whether its code may run, and the template."""
     settings = RUNS[run]
     source = settings["tokenizer"]["path"] or settings["model"]["path"] or settings["model"]["hub"]
-    return {"source": source, "trust_remote_code": settings["model"]["trust_remote_code"]}
+    return {"source": source, "trust_remote_code": settings["model"]["trust_remote_code"]} | template_of(run)
 
 
 def tokenizer_key(run):
     tokenizer = base_tokenizer(run)
     return readable_key(tokenizer["source"], tokenizer)
+
+
+def tokenize_options(run):
+    """The options of a run's tokenisation that decide bytes."""
+    options = RUNS[run]["tokenize"]
+    return {key: options[key] for key in options if key not in ("shard_mb", "batch_mb")} | template_of(run)
 
 
 def data_spec(run):
@@ -128,6 +139,7 @@ def data_spec(run):
         "processed_dir": settings["data"]["processed_dir"],
         "datasets": settings["data"]["datasets"],
         "max_tokens": settings["data"]["max_tokens"],
+        "tokenize": tokenize_options(run),
         "tokenizer": tokenizer_key(run),
         "heldout_share": heldout["share"] if aside else 0,
         "heldout_seed": heldout["seed"] if aside else 0,
@@ -142,12 +154,17 @@ def data_key(run):
 
 TOKENIZERS = {tokenizer_key(run): base_tokenizer(run) for run in RUNS}
 DATA_SPECS = {data_key(run): data_spec(run) for run in RUNS}
+# The sizes of the jobs decide no bytes: of runs that share their data, the last one's hold.
+JOB_SIZES = {
+    data_key(run): {key: RUNS[run]["tokenize"][key] * MEGABYTE for key in ("shard_mb", "batch_mb")}
+    for run in RUNS
+}
 
 
 wildcard_constraints:
     tokenizer="|".join(map(re.escape, TOKENIZERS)),
     data="|".join(map(re.escape, DATA_SPECS)),
-    dataset="[^/]+",
+    part="[A-Za-z0-9_.-]+",
     run="|".join(map(re.escape, RUNS)),
     label="base|tuned",
 
@@ -177,6 +194,7 @@ try:
     DATASETS = {
         key: list_datasets(spec["processed_dir"], spec["datasets"]) for key, spec in DATA_SPECS.items()
     }
+    SIZES = {key: file_sizes(datasets) for key, datasets in DATASETS.items()}
     OWN_HELDOUT = {
         run: list_datasets(RUNS[run]["heldout"]["processed_dir"], None)
         for run in RUNS
@@ -184,3 +202,10 @@ try:
     }
 except UserError as error:
     raise WorkflowError(str(error)) from None
+
+# Which files each job takes: from their names and sizes alone, so that a dry run reads none.
+PARTS = {
+    key: plan_parts(datasets, SIZES[key], JOB_SIZES[key]["shard_mb"], JOB_SIZES[key]["batch_mb"])
+    for key, datasets in DATASETS.items()
+}
+HELDOUT_PARTS = {key: plan_datasets(datasets, SIZES[key]) for key, datasets in DATASETS.items()}

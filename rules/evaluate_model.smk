@@ -8,7 +8,7 @@ rule evaluate_model:
     input:
         model=lambda wildcards: HF.format(run=wildcards.run) if wildcards.label == "tuned" else [],
         tokenizer=path_of(TOKENIZER),
-        heldout=heldout_manifests,
+        heldout=heldout_parts,
         prompts=lambda wildcards: RUNS[wildcards.run]["evaluate"]["prompts"] or [],
     output:
         EVALUATION,

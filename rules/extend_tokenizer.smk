@@ -1,6 +1,6 @@
 """
 REQUIRED INPUT  the base tokenizer: a folder with tokenizer.json or tokenizer.model, or a hub name
-OUTPUT          shared/tokenizer/{tokenizer}/: tokenizer.json with the six chat tokens, manifest.json
+OUTPUT          shared/tokenizer/{tokenizer}/: tokenizer.json with the chat template's tokens, manifest.json
 """
 
 
@@ -20,11 +20,12 @@ rule extend_tokenizer:
     params:
         base=lambda wildcards: TOKENIZERS[wildcards.tokenizer]["source"],
         options=lambda wildcards: flags(
-            trust_remote_code=TOKENIZERS[wildcards.tokenizer]["trust_remote_code"]
+            trust_remote_code=TOKENIZERS[wildcards.tokenizer]["trust_remote_code"],
+            template=TOKENIZERS[wildcards.tokenizer]["template"],
         ),
         digest=base_tokenizer_digest,
     message:
-        "Extend the tokenizer {params.base} by the InternLM2 chat tokens"
+        "Extend the tokenizer {params.base} by the chat template's tokens"
     shell:
         'python "$SCRIPTS"/extend_tokenizer.py --tokenizer-path {params.base:q} {params.options}'
         " --tokenizer-w-special-tokens-save-dir {output:q} 2>&1 | tee {log:q}"

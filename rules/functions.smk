@@ -11,18 +11,45 @@ def path_of(pattern):
     return fill
 
 
-def dataset_manifests(run):
-    return expand(DATASET_MANIFEST, data=data_key(run), dataset=DATASETS[data_key(run)])
+def part_files(wildcards):
+    """The JSONL files of a tokenising job."""
+    return [chunk.source for chunk in PARTS[wildcards.data][wildcards.part]]
 
 
-def dataset_sources(wildcards):
-    """A dataset's JSONL files. Their content counts, through `dataset_digest`, not their time stamps."""
-    return [ancient(str(path)) for path in DATASETS[wildcards.data][wildcards.dataset]]
+def heldout_part_files(wildcards):
+    """The JSONL files of a job that sets lines aside."""
+    datasets = DATASETS[wildcards.data]
+    return [path for name in HELDOUT_PARTS[wildcards.data][wildcards.part] for path in datasets[name]]
 
 
-def dataset_digest(wildcards):
-    paths = DATASETS[wildcards.data][wildcards.dataset]
-    return FINGERPRINTS.files(paths, DATA_SPECS[wildcards.data]["processed_dir"])
+def sources_of(files):
+    """Returns an input function. The content of these files counts, through `digest_of`, not their time stamps."""
+    return lambda wildcards: [ancient(str(path)) for path in files(wildcards)]
+
+
+def digest_of(files):
+    """Returns a function of the digest of a job's JSONL files."""
+    return lambda wildcards: FINGERPRINTS.files(files(wildcards), DATA_SPECS[wildcards.data]["processed_dir"])
+
+
+def tokenize_flags(wildcards):
+    """The flags of tokenize_dataset.py that parts and their merge have in common."""
+    spec = DATA_SPECS[wildcards.data]
+    options = {key: value for key, value in spec["tokenize"].items() if key != "template_sha256"}
+    return flags(
+        processed_dir=spec["processed_dir"],
+        tokenized_dir=DATA.format(data=wildcards.data),
+        max_length=spec["max_tokens"],
+        heldout_share=spec["heldout_share"],
+        heldout_seed=spec["heldout_seed"],
+        **options,
+    ) + dataset_flags(wildcards)
+
+
+def dataset_flags(wildcards):
+    """The datasets that the config names; by default a script takes all."""
+    names = DATA_SPECS[wildcards.data]["datasets"] or []
+    return "".join(f" {flags(dataset=name)}" for name in names)
 
 
 def folder_digest(folder, patterns):
@@ -88,12 +115,12 @@ def train_flags(wildcards):
     )
 
 
-def heldout_manifests(wildcards):
-    """The manifests of what was set aside; nothing when the run has a held-out folder of its own."""
+def heldout_parts(wildcards):
+    """What was set aside; nothing when the run has a held-out folder of its own."""
     data = data_key(wildcards.run)
     if wildcards.run in OWN_HELDOUT:
         return []
-    return expand(HELDOUT_MANIFEST, data=data, dataset=DATASETS[data])
+    return expand(HELDOUT_PART, data=data, part=HELDOUT_PARTS[data])
 
 
 def heldout_dir(wildcards):
@@ -101,7 +128,7 @@ def heldout_dir(wildcards):
 
 
 def heldout_digest(wildcards):
-    """Content of a held-out folder of the user's own; what was set aside is tracked by its manifests."""
+    """Content of a held-out folder of the user's own; what was set aside is tracked by its parts."""
     own = OWN_HELDOUT.get(wildcards.run)
     return own and FINGERPRINTS.files(
         [path for paths in own.values() for path in paths], heldout_dir(wildcards)

@@ -29,7 +29,7 @@ rule render_report:
     input:
         config=RUN_CONFIG,
         train=TRAIN_MANIFEST,
-        datasets=lambda wildcards: dataset_manifests(wildcards.run),
+        data=path_of(TOKENIZED),
         base=lambda wildcards: EVALUATION.format(run=wildcards.run, label="base"),
         tuned=lambda wildcards: EVALUATION.format(run=wildcards.run, label="tuned"),
         hf=HF,
@@ -55,5 +55,5 @@ rule render_report:
         "Render the report of run {wildcards.run}"
     shell:
         'python "$SCRIPTS"/render_report.py --output {output:q} --run {wildcards.run:q} --config {input.config:q}'
-        " --train-manifest {input.train:q} --dataset-manifests {input.datasets:q}"
+        " --train-manifest {input.train:q} --dataset-manifests {input.data:q}"
         " --base-evaluation {input.base:q} --tuned-evaluation {input.tuned:q} {params.options} 2>&1 | tee {log:q}"

@@ -1,70 +1,95 @@
 """
-REQUIRED INPUT  {processed_dir}/{dataset}/processed/<any>/<file>.jsonl and the extended tokenizer
-OUTPUT          the dataset's .bin and .bin.meta files, the lines set aside for evaluation, and a manifest of each
+REQUIRED INPUT  {processed_dir}/<dataset>/processed/<any>/<file>.jsonl and the extended tokenizer
+OUTPUT          parts/{part}.json: the files of this part are tokenised; tokenized.json: all are, and have manifests
+                heldout_parts/{part}.json: the lines of these datasets are set aside for evaluation
 
-A line is set aside, or trained on, by its content alone: the two rules need not talk to each other.
+A line is set aside, or trained on, by its content alone: the rules need not talk to each other. Only what is written
+last is declared: Snakemake deletes declared outputs before every attempt, and a part that is run again is to keep the
+files that it, or another part before it, has finished. What is kept is decided by content (ftdp/chunk_store.py).
 """
 
 
 rule split_heldout:
     input:
-        dataset_sources,
+        sources_of(heldout_part_files),
     output:
-        folder=directory(HELDOUT),
-        manifest=HELDOUT_MANIFEST,
+        HELDOUT_PART,
     log:
-        f"{LOGS}/split_heldout/{{data}}/{{dataset}}.log",
+        f"{LOGS}/split_heldout/{{data}}/{{part}}.log",
     benchmark:
-        f"{BENCHMARKS}/split_heldout/{{data}}/{{dataset}}.tsv"
+        f"{BENCHMARKS}/split_heldout/{{data}}/{{part}}.tsv"
     conda:
         "../envs/snaketune.yaml"
     threads: 1
     resources:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
-        runtime=60,
+        runtime=120,
     params:
-        processed_dir=lambda wildcards: DATA_SPECS[wildcards.data]["processed_dir"],
-        heldout_dir=lambda wildcards, output: str(Path(output.folder).parent),
-        share=lambda wildcards: DATA_SPECS[wildcards.data]["heldout_share"],
-        seed=lambda wildcards: DATA_SPECS[wildcards.data]["heldout_seed"],
-        digest=dataset_digest,
+        options=lambda wildcards: flags(
+            processed_dir=DATA_SPECS[wildcards.data]["processed_dir"],
+            output_dir=f"{DATA}/heldout".format(data=wildcards.data),
+            share=DATA_SPECS[wildcards.data]["heldout_share"],
+            seed=DATA_SPECS[wildcards.data]["heldout_seed"],
+        )
+        + dataset_flags(wildcards),
+        digest=digest_of(heldout_part_files),
     message:
-        "Set held-out conversations of {wildcards.dataset} aside"
+        "Set held-out conversations aside: {wildcards.part}"
     shell:
-        'python "$SCRIPTS"/split_heldout.py --processed-dir {params.processed_dir:q} --dataset {wildcards.dataset:q}'
-        " --output-dir {params.heldout_dir:q} --manifest {output.manifest:q}"
-        " --share {params.share} --seed {params.seed} 2>&1 | tee {log:q}"
+        'python "$SCRIPTS"/split_heldout.py {params.options} --part {wildcards.part} --manifest {output:q}'
+        " 2>&1 | tee {log:q}"
 
 
 rule tokenize_dataset:
     input:
-        sources=dataset_sources,
+        sources=sources_of(part_files),
         tokenizer=lambda wildcards: TOKENIZER.format(tokenizer=DATA_SPECS[wildcards.data]["tokenizer"]),
     output:
-        train=directory(TRAIN_BINS),
-        valid=directory(VALID_BINS),
-        manifest=DATASET_MANIFEST,
+        PART,
     log:
-        f"{LOGS}/tokenize_dataset/{{data}}/{{dataset}}.log",
+        f"{LOGS}/tokenize_dataset/{{data}}/{{part}}.log",
     benchmark:
-        f"{BENCHMARKS}/tokenize_dataset/{{data}}/{{dataset}}.tsv"
+        f"{BENCHMARKS}/tokenize_dataset/{{data}}/{{part}}.tsv"
     conda:
         "../envs/snaketune.yaml"
     threads: 2
     resources:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=240,
+        # Not parameters: another size of jobs is no reason to do one again.
+        shard_mb=lambda wildcards: JOB_SIZES[wildcards.data]["shard_mb"] // MEGABYTE,
+        batch_mb=lambda wildcards: JOB_SIZES[wildcards.data]["batch_mb"] // MEGABYTE,
     params:
-        processed_dir=lambda wildcards: DATA_SPECS[wildcards.data]["processed_dir"],
-        tokenized_dir=lambda wildcards: DATA.format(data=wildcards.data),
-        max_tokens=lambda wildcards: DATA_SPECS[wildcards.data]["max_tokens"],
-        share=lambda wildcards: DATA_SPECS[wildcards.data]["heldout_share"],
-        seed=lambda wildcards: DATA_SPECS[wildcards.data]["heldout_seed"],
-        digest=dataset_digest,
+        options=tokenize_flags,
+        digest=digest_of(part_files),
     message:
-        "Tokenise {wildcards.dataset}"
+        "Tokenise {wildcards.part}"
     shell:
-        'python "$SCRIPTS"/tokenize_dataset.py --processed-dir {params.processed_dir:q} --dataset {wildcards.dataset:q}'
-        " --tokenized-dir {params.tokenized_dir:q} --tokenizer-path {input.tokenizer:q}"
-        " --manifest {output.manifest:q} --max-length {params.max_tokens}"
-        " --heldout-share {params.share} --heldout-seed {params.seed} --threads {threads} 2>&1 | tee {log:q}"
+        'python "$SCRIPTS"/tokenize_dataset.py {params.options} --tokenizer-path {input.tokenizer:q}'
+        " --part {wildcards.part} --marker {output:q} --shard-mb {resources.shard_mb} --batch-mb {resources.batch_mb}"
+        " --threads {threads} 2>&1 | tee {log:q}"
+
+
+rule merge_tokenized:
+    input:
+        parts=lambda wildcards: expand(PART, data=wildcards.data, part=PARTS[wildcards.data]),
+        tokenizer=lambda wildcards: TOKENIZER.format(tokenizer=DATA_SPECS[wildcards.data]["tokenizer"]),
+    output:
+        TOKENIZED,
+    log:
+        f"{LOGS}/merge_tokenized/{{data}}.log",
+    benchmark:
+        f"{BENCHMARKS}/merge_tokenized/{{data}}.tsv"
+    conda:
+        "../envs/snaketune.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+        runtime=240,
+    params:
+        options=tokenize_flags,
+    message:
+        "Join the tokenised parts and write the manifests"
+    shell:
+        'python "$SCRIPTS"/tokenize_dataset.py {params.options} --tokenizer-path {input.tokenizer:q}'
+        " --merge --index {output:q} --prune 2>&1 | tee {log:q}"

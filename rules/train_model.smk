@@ -13,7 +13,7 @@ rule train_model:
         config=TRAIN_CONFIG,
         tokenizer=path_of(TOKENIZER),
         data_order=path_of(DATA_ORDER),
-        manifests=lambda wildcards: dataset_manifests(wildcards.run),
+        data=path_of(TOKENIZED),
     output:
         TRAIN_MANIFEST,
     log:

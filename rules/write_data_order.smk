@@ -1,12 +1,12 @@
 """
-REQUIRED INPUT  the manifests of all tokenised datasets
+REQUIRED INPUT  tokenized.json: all datasets are tokenised
 OUTPUT          data_order.txt: the train .bin files, relative to the train folder, in the order of the loader
 """
 
 
 rule write_data_order:
     input:
-        lambda wildcards: expand(DATASET_MANIFEST, data=wildcards.data, dataset=DATASETS[wildcards.data]),
+        TOKENIZED,
     output:
         DATA_ORDER,
     log:

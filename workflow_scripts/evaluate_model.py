@@ -76,7 +76,7 @@ def main() -> None:
         attention=args.attention,
         trust_remote_code=args.trust_remote_code,
     )
-    result = score(model, samples, tokenizer.bos_token_id, args.batch_tokens)
+    result = score(model, samples, tokenizer.end_of_turn_id, args.batch_tokens)
     label = args.label or ("base" if args.base_model else "tuned")
     write_json(
         args.output,

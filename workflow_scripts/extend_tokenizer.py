@@ -1,9 +1,10 @@
-"""Adds the six InternLM2 chat tokens to a base tokenizer and saves it for every later stage.
+"""Adds a chat template's control tokens to a base tokenizer and saves it, with the template, for every later stage.
 
-tokenizer.json is the truth: tokens that the base has keep their ids, missing ones get the next ids, in the order
-<|plugin|> <|interpreter|> <|action_end|> <|action_start|> <|im_end|> <|im_start|>, and nothing else in it changes. A
-base with only a SentencePiece BPE tokenizer.model gets the tokenizer.json that transformers 4.48 makes of it. What is
-written gives the same ids in tokenizers and in transformers 4 and 5.
+tokenizer.json is the truth: tokens that the base has keep their ids, missing ones get the next ids in the template's
+order (InternLM2's: <|plugin|> <|interpreter|> <|action_end|> <|action_start|> <|im_end|> <|im_start|>), and nothing else
+in it changes. A base with only a SentencePiece BPE tokenizer.model gets the tokenizer.json that transformers 4.48 makes
+of it. What is written gives the same ids in tokenizers and in transformers 4 and 5, and apply_chat_template renders
+what training saw.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 
 from common.cli import run
 from ftdp.base_tokenizer import open_tokenizer
+from ftdp.template_file import DEFAULT_TEMPLATE, shipped_templates
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,6 +31,11 @@ def parse_args() -> argparse.Namespace:
         help="receives tokenizer.json, tokenizer_config.json, special_tokens_map.json and manifest.json",
     )
     parser.add_argument(
+        "--template",
+        default=DEFAULT_TEMPLATE,
+        help=f"chat template: {', '.join(shipped_templates())}, or a path to a template file",
+    )
+    parser.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="run the base's own code if it has no tokenizer.json (only for models that you trust)",
@@ -39,9 +46,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     save_dir = args.tokenizer_w_special_tokens_save_dir
-    extended = open_tokenizer(args.tokenizer_path, save_dir, args.trust_remote_code)
+    extended = open_tokenizer(args.tokenizer_path, save_dir, args.trust_remote_code, args.template)
     added = ", ".join(f"{token} {token_id}" for token, token_id in extended.added.items())
-    print(f"{save_dir}: {extended.vocab_size} ids; added: {added or 'nothing, the base has all six'}")
+    print(f"{save_dir}: {extended.vocab_size} ids; added: {added or 'nothing, the base has all of them'}")
 
 
 if __name__ == "__main__":

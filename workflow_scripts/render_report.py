@@ -24,7 +24,11 @@ def main() -> None:
         "--metrics", type=Path, help="metrics.jsonl (default: in the run folder that train.json names)"
     )
     parser.add_argument(
-        "--dataset-manifests", type=Path, nargs="+", required=True, help="manifests of the tokenised datasets"
+        "--dataset-manifests",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="manifests of the tokenised datasets, or tokenized.json, which names them all",
     )
     parser.add_argument(
         "--base-evaluation", type=Path, required=True, help="evaluate_model.py's JSON of the base model"
@@ -35,13 +39,14 @@ def main() -> None:
     args = parser.parse_args()
 
     from evaluation.report import load_and_render
+    from ftdp.index import manifest_paths
 
     page = load_and_render(
         args.run,
         args.config,
         args.train_manifest,
         args.metrics,
-        args.dataset_manifests,
+        [path for given in args.dataset_manifests for path in manifest_paths(given)],
         args.base_evaluation,
         args.tuned_evaluation,
         args.hf_manifest,

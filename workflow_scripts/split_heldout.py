@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-from common.cli import run
-from ftdp.heldout import write_heldout
+from common.cli import UserError, run
+from ftdp.heldout import write_heldout, write_heldout_part
 
 
 def parse_args() -> argparse.Namespace:
@@ -19,14 +19,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--processed-dir", required=True, help="folder with <dataset>/processed/<any folder>/<file>.jsonl"
     )
-    parser.add_argument("--dataset", required=True, help="name of the dataset's folder")
+    parser.add_argument(
+        "--dataset",
+        action="append",
+        help="name of a dataset's folder; with --part it may be repeated or left out",
+    )
     parser.add_argument(
         "--output-dir",
         required=True,
         help="receives <dataset>/processed/... with the lines that are set aside",
     )
     parser.add_argument(
-        "--manifest", required=True, help="JSON file with the counts and hashes; written last"
+        "--manifest",
+        required=True,
+        help="JSON file with the counts and hashes, with --part of the manifests; written last",
+    )
+    parser.add_argument(
+        "--part", help="do this part of all datasets; their manifests go to <output-dir>/<dataset>.json"
     )
     parser.add_argument("--share", type=float, default=0.05, help="share of the lines, 0 <= share < 1")
     parser.add_argument("--seed", type=int, default=1024, help="another seed sets other lines aside")
@@ -35,13 +44,21 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    manifest = write_heldout(
-        args.processed_dir, args.dataset, args.output_dir, args.manifest, args.share, args.seed
-    )
-    totals = manifest["totals"]
-    print(
-        f"{args.dataset}: {totals['heldout']} of {totals['lines']} conversations set aside in {args.output_dir}"
-    )
+    options = (args.share, args.seed)
+    if args.part:
+        manifests = write_heldout_part(
+            args.processed_dir, args.dataset, args.output_dir, args.part, args.manifest, *options
+        )
+    elif args.dataset and len(args.dataset) == 1:
+        (name,) = args.dataset
+        manifests = {name: write_heldout(args.processed_dir, name, args.output_dir, args.manifest, *options)}
+    else:
+        raise UserError("one --dataset is needed", found=args.dataset, fix="name it, or use --part")
+    for name, manifest in manifests.items():
+        totals = manifest["totals"]
+        print(
+            f"{name}: {totals['heldout']} of {totals['lines']} conversations set aside in {args.output_dir}"
+        )
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import fields
 
 from common.cli import UserError, run
 from ftdp.base_tokenizer import open_tokenizer
 from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.chat_template import MAX_LENGTH
-from ftdp.tokenizing import tokenize_datasets
+from ftdp.planning import DEFAULT_BATCH_BYTES, DEFAULT_SHARD_BYTES, MEGABYTE
+from ftdp.tokenizing import merge_parts, tokenize_datasets, tokenize_part
 from ftdp.workers import available_cpus
 
 
@@ -54,6 +56,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--heldout-seed", type=int, default=1024, help="the seed that split_heldout.py was given"
     )
+    add_option_flags(parser)
+    add_part_flags(parser)
     parser.add_argument(
         "--threads",
         type=int,
@@ -68,30 +72,130 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def add_option_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of masks, templates, the valid folder and bad lines; each is a field of `TokenizeOptions`."""
+    default = TokenizeOptions()
+    parser.add_argument(
+        "--template",
+        default=default.template,
+        help="chat template: a shipped name, or a path to a template file",
+    )
+    parser.add_argument(
+        "--mask",
+        choices=("compat", "exact"),
+        default=default.mask,
+        help="which tokens are trained on: compat as XTuner, exact without its faults",
+    )
+    parser.add_argument(
+        "--control-tokens",
+        choices=("literal", "control", "error"),
+        default=default.control_tokens,
+        help="a control token typed inside a message: as ordinary text, as the token (XTuner), or refused",
+    )
+    parser.add_argument(
+        "--valid",
+        choices=("copy", "holdout"),
+        default=default.valid,
+        help="valid folder: copies of every 100th sample (XTuner), or a share moved out of training",
+    )
+    parser.add_argument(
+        "--valid-share", type=float, default=default.valid_share, help="share that --valid holdout moves"
+    )
+    parser.add_argument("--valid-seed", type=int, default=default.valid_seed, help="seed of that choice")
+    parser.add_argument(
+        "--on-bad-sample",
+        choices=("stop", "quarantine"),
+        default=default.on_bad_sample,
+        help="a bad line: stop, or move it unchanged to manifests/<dataset>/<file>.quarantine.jsonl and go on",
+    )
+    parser.add_argument(
+        "--max-bad-share",
+        type=float,
+        default=default.max_bad_share,
+        help="share of a file's lines above which quarantine fails too",
+    )
+
+
+def add_part_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags with which a scheduler runs the work as several jobs."""
+    parser.add_argument(
+        "--part", help="do only this part of the plan, and write no manifest (a wrong name lists them)"
+    )
+    parser.add_argument("--marker", help="with --part: JSON file that is written last, what the part was")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="tokenise nothing: join what parts have done, and write the manifests",
+    )
+    parser.add_argument(
+        "--index", help="with --merge: JSON file that is written last, a digest of each manifest"
+    )
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="with --merge: remove datasets from the tokenised folder that are not asked for",
+    )
+    parser.add_argument(
+        "--shard-mb",
+        type=int,
+        default=DEFAULT_SHARD_BYTES // MEGABYTE,
+        help="megabytes after which a JSONL file is split; the bytes do not depend on it",
+    )
+    parser.add_argument(
+        "--batch-mb",
+        type=int,
+        default=DEFAULT_BATCH_BYTES // MEGABYTE,
+        help="with --part: megabytes of small files in one part",
+    )
+
+
+def options_of(args: argparse.Namespace) -> TokenizeOptions:
+    """Returns the options that the flags say."""
+    return TokenizeOptions(**{field.name: getattr(args, field.name) for field in fields(TokenizeOptions)})
+
+
 def main() -> None:
     args = parse_args()
-    if args.threads < 1:
-        raise UserError("--threads is out of range", found=args.threads, expected="1 or more")
+    for name in ("threads", "shard_mb", "batch_mb"):
+        if getattr(args, name) < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is out of range", found=getattr(args, name), expected="1 or more")
     # The worker processes are the parallelism: no threads of the tokenizers library beside them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = open_tokenizer(
-        args.tokenizer_path, args.tokenizer_w_special_tokens_save_dir, args.trust_remote_code
+        args.tokenizer_path, args.tokenizer_w_special_tokens_save_dir, args.trust_remote_code, args.template
     )
-    manifests = tokenize_datasets(
-        args.processed_dir,
-        args.tokenized_dir,
-        tokenizer,
-        TokenizeOptions(args.max_length, args.heldout_share, args.heldout_seed),
-        datasets=args.dataset,
-        manifest=args.manifest,
-        processes=args.threads,
-    )
+    folders = (args.processed_dir, args.tokenized_dir, tokenizer, options_of(args))
+    shard_bytes, batch_bytes = args.shard_mb * MEGABYTE, args.batch_mb * MEGABYTE
+    if args.part:
+        status = tokenize_part(
+            *folders,
+            args.part,
+            datasets=args.dataset,
+            marker=args.marker,
+            processes=args.threads,
+            shard_bytes=shard_bytes,
+            batch_bytes=batch_bytes,
+        )
+        print(f"{args.part}: {status}")
+        return
+    if args.merge:
+        manifests = merge_parts(*folders, datasets=args.dataset, index=args.index, prune=args.prune)
+    else:
+        manifests = tokenize_datasets(
+            *folders,
+            datasets=args.dataset,
+            manifest=args.manifest,
+            processes=args.threads,
+            shard_bytes=shard_bytes,
+        )
     for dataset, manifest in manifests.items():
         totals = manifest["totals"]
         print(
             f"{dataset}: {totals['samples']} samples, {totals['tokens']} tokens "
             f"({100 * manifest['trained_share']:.1f}% trained on), {totals['truncated']} cut, "
             f"{totals['heldout']} held out"
+            + (f", {totals['quarantined']} quarantined" if totals["quarantined"] else "")
         )
 
 

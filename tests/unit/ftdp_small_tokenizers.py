@@ -1,4 +1,4 @@
-"""Three small tokenizers of different make, with the chat tokens, for the tests of `ftdp`."""
+"""Small tokenizers of different make, with the tokens of a chat template, for the tests of `ftdp`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from ftdp.base_tokenizer import open_tokenizer
 from ftdp.tokenizer import ExtendedTokenizer, load_tokenizer
@@ -20,19 +20,33 @@ CORPUS = [
     '{"name": "get_weather", "arguments": {"city": "上海", "unit": "celsius"}}',
     "你好，世界。今天天气怎么样？ system user assistant environment name=\n",
 ]
-KINDS = ("byte_level", "sentencepiece", "smollm_like")
+# "newlines" merges line breaks with each other and with what stands before them, as Llama 3's and Qwen's do.
+KINDS = ("byte_level", "sentencepiece", "smollm_like", "newlines")
+_NEWLINES = ["a.\n\nb\n\n\nc,\n\n\n\n", "user\n\nassistant\n\n \n\n>\n\n", "x\n y\n\n  z\n"]
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-def byte_level_base(folder: Path, first: list[str], config: dict) -> Path:
+def byte_level_base(folder: Path, first: list[str], config: dict, newlines: bool = False) -> Path:
     """Writes a byte-level BPE tokenizer whose first ids are `first`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if newlines:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=first, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    tokenizer.train_from_iterator((CORPUS + _NEWLINES * 9 * newlines) * 3, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in first])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -66,24 +80,24 @@ def sentencepiece_model(folder: Path, **options) -> Path:
 
 
 @functools.cache
-def extended_folder(kind: str = "byte_level") -> Path:
+def extended_folder(kind: str = "byte_level", template: str = "internlm2_chat") -> Path:
     """Returns a folder `extended` with the extended tokenizer of a kind, its base in `base` beside it."""
     folder = Path(tempfile.mkdtemp(prefix="ftdp_tokenizer_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    if kind == "byte_level":
+    if kind in ("byte_level", "newlines"):
         config = {"bos_token": "<s>", "eos_token": "</s>"}
-        byte_level_base(folder / "base", ["<unk>", "<s>", "</s>"], config)
+        byte_level_base(folder / "base", ["<unk>", "<s>", "</s>"], config, kind == "newlines")
     elif kind == "smollm_like":
         first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "GPT2Tokenizer"}
         byte_level_base(folder / "base", first, config)
     else:
         sentencepiece_model(folder / "base")
-    open_tokenizer(folder / "base", folder / "extended")
+    open_tokenizer(folder / "base", folder / "extended", template=template)
     return folder / "extended"
 
 
 @functools.cache
-def small_tokenizer(kind: str = "byte_level") -> ExtendedTokenizer:
+def small_tokenizer(kind: str = "byte_level", template: str = "internlm2_chat") -> ExtendedTokenizer:
     """Returns the extended tokenizer of a kind."""
-    return load_tokenizer(extended_folder(kind))
+    return load_tokenizer(extended_folder(kind, template))

@@ -11,9 +11,12 @@ from tokenizers import AddedToken, Tokenizer
 
 from common.cli import UserError
 from ftdp.base_tokenizer import open_tokenizer
-from ftdp.chat_template import SPECIAL_TOKENS, render
 from ftdp.encode import encode_conversation
+from ftdp.template_file import load_template
 from ftdp.tokenizer import load_tokenizer
+
+SPECIAL_TOKENS = load_template().special_tokens
+render = load_template().render
 
 NASTY = [
     "",

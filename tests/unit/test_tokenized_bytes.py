@@ -6,66 +6,16 @@ import json
 import random
 
 import pytest
+from ftdp_conversations import conversations
 from ftdp_reference import bin_and_meta, signed_tokens
 from ftdp_small_tokenizers import KINDS, small_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.chat_template import turns
 from ftdp.encode import BatchEncoder, encode_conversation, encode_conversations, signed_ids
 from ftdp.layout import find_datasets
 from ftdp.tokenizing import tokenize_datasets
-
-SILENT_TYPES = ["icl", "current", "meta"]
-TYPES = {
-    "system": ["meta", "icl", "current", "prefix"],
-    "user": ["icl", "current", "prefix"],
-    "assistant": ["icl", "current", "prefix", "end"],
-    "environment": ["icl", "current", "prefix"],
-}
-fragments = st.sampled_from(
-    [
-        "",
-        " ",
-        "\n",
-        "\n\n",
-        "  ",
-        "<|im_end|>",
-        "<|im_start|>",
-        "<s>",
-        "<unk>",
-        "▁",
-        "你好",
-        "🙂",
-        "\x00",
-        "é",
-    ]
-)
-texts = st.lists(st.one_of(fragments, st.text(max_size=12)), max_size=5).map("".join)
-names = st.one_of(st.sampled_from(["plugin", "interpreter", "", "{name}", None]), st.text(max_size=6))
-
-
-@st.composite
-def messages(draw, first: bool):
-    role = draw(st.sampled_from([*TYPES, *([] if first else ["tool", "thought"])]))
-    message = {"role": role, "content": draw(texts)}
-    if draw(st.booleans()):
-        message["name"] = draw(names)
-    if draw(st.booleans()):
-        message["loss"] = draw(st.sampled_from([True, False, None, 0, 1]))
-    if role in TYPES and draw(st.booleans()):
-        silent = not message.get("loss", True)
-        message["type"] = draw(st.sampled_from(SILENT_TYPES if silent else TYPES[role]))
-    if role not in TYPES and draw(st.booleans()):
-        message["type"] = "what a glued message says here does not count"
-    return message
-
-
-@st.composite
-def conversations(draw):
-    length = draw(st.integers(0, 6))
-    return [draw(messages(first=index == 0)) for index in range(length)]
 
 
 def encoder_of(tokenizer):
@@ -80,10 +30,12 @@ def test_ids_equal_the_reference(kind, batch, max_length):
     encode, bos = encoder_of(tokenizer), tokenizer.bos_token_id
     expected = [signed_tokens(each, encode, bos, max_length) for each in batch]
     before = json.dumps(batch)
-    assert encode_conversations(batch, tokenizer, max_length) == expected
-    assert [encode_conversation(each, tokenizer, max_length) for each in batch] == expected
-    fast = BatchEncoder(tokenizer, many=True).encode_turns([turns(each) for each in batch])
-    assert [signed_ids(each, max_length) for each in fast] == expected
+    as_xtuner = {"mask": "compat", "control_tokens": "control"}
+    assert encode_conversations(batch, tokenizer, max_length, **as_xtuner) == expected
+    assert [encode_conversation(each, tokenizer, max_length, **as_xtuner) for each in batch] == expected
+    fast = BatchEncoder(tokenizer, many=True, **as_xtuner)
+    pieces = fast.encode_turns([fast.turns(each) for each in batch])
+    assert [signed_ids(each, max_length) for each in pieces] == expected
     assert json.dumps(batch) == before, "the conversations are left as they are"
 
 
@@ -101,7 +53,9 @@ def test_files_equal_the_reference(kind, batch, max_length, escape, tmp_path_fac
     source.parent.mkdir(parents=True)
     lines = [json.dumps(each, ensure_ascii=escape) + "\n" for each in batch]
     source.write_text("".join(lines), encoding="utf-8", newline="")
-    manifests = tokenize_datasets(root / "in", root / "out", tokenizer, TokenizeOptions(max_length))
+    manifests = tokenize_datasets(
+        root / "in", root / "out", tokenizer, TokenizeOptions(max_length, control_tokens="control")
+    )
     expected = bin_and_meta(batch, encoder_of(tokenizer), tokenizer.bos_token_id, max_length)
     files = root / "out" / "chatml_llamav13_32k" / "train" / "cn" / "data 1"
     assert (files / "file.v1.bin").read_bytes() == expected["train"][0]
@@ -171,7 +125,11 @@ def test_bytes_do_not_depend_on_processes_or_blocks(tmp_path, monkeypatch):
         out = tmp_path / f"out{processes}"
         tokenize_datasets(tmp_path / "in", out, tokenizer, TokenizeOptions(), processes=processes)
         results.append(
-            {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+            {
+                path.relative_to(out): path.read_bytes()
+                for path in out.rglob("*")
+                if path.is_file() and path.name != "done.json"
+            }
         )
     assert len(results[0]) == 6
     assert results[0] == results[1] == results[2]

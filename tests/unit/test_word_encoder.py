@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
-from ftdp.chat_template import SPECIAL_TOKENS, turns
 from ftdp.encode import BatchEncoder
 from ftdp.sentencepiece_bpe import build_tokenizer_json
+from ftdp.template_file import load_template
 from ftdp.word_encoder import word_encoder
+
+SPECIAL_TOKENS = load_template().special_tokens
+turns = load_template().turns
 
 fragments = st.sampled_from(
     [
@@ -114,7 +117,8 @@ def test_the_batch_encoder_gives_the_same_either_way(kind):
         {"role": "assistant", "content": " hello <|im_end|> world"},
         {"role": "tool", "name": "interpreter", "content": "print(1)"},
     ]
-    batch = [turns(messages), turns(messages[:2]), []]
-    assert BatchEncoder(tokenizer, many=True).encode_turns(batch) == BatchEncoder(tokenizer).encode_turns(
-        batch
-    )
+    results = []
+    for many in (True, False):
+        encoder = BatchEncoder(tokenizer, many)
+        results.append(encoder.encode_turns([encoder.turns(messages), encoder.turns(messages[:2]), []]))
+    assert results[0] == results[1]

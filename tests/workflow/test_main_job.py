@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
+TOKENIZE = {"tokenize_dataset": 1, "merge_tokenized": 1}
 AFTER_TRAINING = {"convert_pth_to_hf": 1, "convert_hf_to_turbomind": 1, "render_report": 1}
 
 
@@ -91,11 +92,12 @@ def test_editing_one_file_costs_its_folder_and_what_follows(finished):
         assert planned == AFTER_TRAINING | {
             "split_heldout": 1,
             "tokenize_dataset": 1,
+            "merge_tokenized": 1,
             "write_data_order": 1,
             "train_model": 1,
             "evaluate_model": 2,
         }
-        assert finished.planned("tokenize") == {"tokenize_dataset": 1}
+        assert finished.planned("tokenize") == TOKENIZE
     assert finished.planned() == {}
 
 
@@ -134,7 +136,41 @@ def test_two_runs_share_their_tokenised_files(finished):
 def test_a_run_that_truncates_elsewhere_has_files_of_its_own(finished):
     with kept(finished.config_file):
         finished.configure(runs={"demo": {}, "short": {"data": {"max_tokens": 64}}})
-        assert finished.planned("tokenize") == {"tokenize_dataset": 2}
+        # Both dataset folders are small: one job does them.
+        assert finished.planned("tokenize") == TOKENIZE
+
+
+@pytest.mark.parametrize(
+    "tokenize", [{"mask": "exact"}, {"control_tokens": "control"}, {"valid": "holdout"}], ids=str
+)
+def test_other_masks_have_files_of_their_own(finished, tokenize):
+    with kept(finished.config_file):
+        finished.configure(runs={"demo": {}, "other": {"tokenize": tokenize}})
+        assert finished.planned("tokenize") == TOKENIZE
+
+
+def test_the_size_of_jobs_decides_no_bytes(finished):
+    with kept(finished.config_file):
+        finished.configure(tokenize={"shard_mb": 1, "batch_mb": 1})
+        assert finished.planned() == {"write_run_config": 1, "render_report": 1}
+
+
+def test_editing_one_file_redoes_this_file_alone(finished):
+    bins = sorted(finished.folder.glob("results/shared/data/*/chatml_llamav13_32k/train/cn/*/*.bin"))
+    before = [path.stat().st_mtime_ns for path in bins]
+    assert [path.name for path in bins] == ["plain_chat.bin", "tool_calls.bin"]
+    with kept(jsonl(finished, "tool_calls")) as path:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[1:] + lines[:1]), encoding="utf-8")
+        finished.run("tokenize")
+        assert [path.stat().st_mtime_ns == stamp for path, stamp in zip(bins, before, strict=True)] == [
+            True,
+            False,
+        ]
+    finished.run("tokenize")
+    assert bins[0].stat().st_mtime_ns == before[0]
+    # The bytes are the old ones again, so nothing that follows has to be done.
+    assert "train_model" not in finished.planned()
 
 
 @pytest.mark.parametrize(

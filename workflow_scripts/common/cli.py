@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -30,10 +31,16 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs `main` and exits: 0 when it returns None, 2 with the message alone on a `UserError`."""
+    """Runs `main` and exits: 0 when it returns None, 2 with the message alone on a `UserError` or a full disk."""
     try:
         code = main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror}{where}; free some space and run again", file=sys.stderr, flush=True)
         code = 2
     sys.exit(code)

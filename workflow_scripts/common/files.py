@@ -6,14 +6,17 @@ leaves nothing that looks finished.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from common.cli import UserError
 
 _CHUNK = 1 << 20
 
@@ -43,16 +46,37 @@ def fsync_path(path: str | os.PathLike) -> None:
 
 
 @contextmanager
+def told_when_full(path: str | os.PathLike) -> Iterator[None]:
+    """Turns "no space left" while `path` is written into a UserError that says which disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        folder = Path(path).absolute().parent
+        free = ""
+        with suppress(OSError):
+            free = f", {shutil.disk_usage(folder).free / 1e6:,.0f} MB free"
+        raise UserError(
+            f"{path} could not be written",
+            found=f"{error.strerror}{free}",
+            expected=f"room in {folder}",
+            fix="free some space, or write somewhere else, and run again: nothing half-written is left behind",
+        ) from None
+
+
+@contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it into place on success, removes it on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        fsync_path(temporary)
-        temporary.replace(path)
-        fsync_path(path.parent)
+        with told_when_full(path):
+            yield temporary
+            fsync_path(temporary)
+            temporary.replace(path)
+            fsync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -70,11 +94,12 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
-        for root, _, names in os.walk(temporary):
-            for name in names:
-                fsync_path(Path(root) / name)
-            fsync_path(root)
+        with told_when_full(path):
+            yield temporary
+            for root, _, names in os.walk(temporary):
+                for name in names:
+                    fsync_path(Path(root) / name)
+                fsync_path(root)
         if path.exists():
             path.rename(aside)
         temporary.rename(path)

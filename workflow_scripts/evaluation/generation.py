@@ -9,13 +9,11 @@ from typing import Any
 import torch
 
 from common.cli import UserError
-from ftdp.chat_template import END_OF_TURN, MessageError
+from ftdp.chat_template import MessageError
 from ftdp.encode import encode_conversations
 from ftdp.tokenizer import ExtendedTokenizer
 
 from .progress import Progress
-
-ANSWER_BEGIN = "<|im_start|>assistant\n"
 
 
 def read_prompts(path: Path) -> list[list[dict]]:
@@ -49,7 +47,7 @@ def encode_prompt(prompt: list[dict], tokenizer: ExtendedTokenizer, where: str =
         raise UserError(
             f"{where}: {error.field}", found=error.found, expected=error.expected, fix=error.fix
         ) from None
-    begin = tokenizer.tokenizer.encode(ANSWER_BEGIN, add_special_tokens=False).ids
+    begin = tokenizer.tokenizer.encode(tokenizer.template.generation_prompt, add_special_tokens=False).ids
     return [abs(i) for i in signed] + begin
 
 
@@ -57,7 +55,7 @@ def encode_prompt(prompt: list[dict], tokenizer: ExtendedTokenizer, where: str =
 def generate(
     model, prompts: list[list[dict]], tokenizer: ExtendedTokenizer, max_new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Returns one greedy answer per prompt; it ends at `<|im_end|>`, the base's end token, or `max_new_tokens`.
+    """Returns one greedy answer per prompt, up to the end of the turn, the base's end token, or `max_new_tokens`.
 
     BOS is not allowed in an answer: packed rows teach a document's end to predict the next document's BOS, so a
     weak model would say that after every line break.
@@ -73,15 +71,15 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    ends = {tokenizer.ids[END_OF_TURN], tokenizer.eos_token_id} - {None}
+    ends = {tokenizer.end_of_turn_id, tokenizer.eos_token_id} - {None}
     pad_id = tokenizer.pad_token_id
     # Instead of the model's own settings, which may sample.
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
-        suppress_tokens=[tokenizer.bos_token_id],
-        pad_token_id=tokenizer.ids[END_OF_TURN] if pad_id is None else pad_id,
+        suppress_tokens=[tokenizer.bos_token_id] if tokenizer.template.bos else None,
+        pad_token_id=tokenizer.end_of_turn_id if pad_id is None else pad_id,
     )
     device = model.get_input_embeddings().weight.device
     progress = Progress(len(prompts), "generations", "prompts")

@@ -14,7 +14,8 @@ from .hf_folder import copy_tokenizer, describe_files, require_in_range, save_mo
 if TYPE_CHECKING:
     import torch
 
-END_OF_TURN = "<|im_end|>"
+# Of tokenizers whose manifest names no chat template.
+_END_OF_TURN = "<|im_end|>"
 
 
 def convert(
@@ -181,7 +182,9 @@ def _write_generation_config(base: str, tokenizer: Path, model, folder: Path) ->
     settings = read_json(path) if path else {}
     vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     names = read_json(tokenizer / "tokenizer_config.json")
-    ends = [vocabulary.token_to_id(END_OF_TURN)]
+    manifest = tokenizer / "manifest.json"
+    saved = read_json(manifest).get("chat_template") if manifest.is_file() else None
+    ends = [vocabulary.token_to_id(saved["description"]["end_of_turn"] if saved else _END_OF_TURN)]
     for source in (settings.get("eos_token_id"), model.config.eos_token_id):
         ends += source if isinstance(source, list) else [source]
     pad = names.get("pad_token")

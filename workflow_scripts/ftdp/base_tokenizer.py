@@ -10,7 +10,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from common.cli import UserError
+from ftdp.chat_template import ChatTemplate
 from ftdp.sentencepiece_bpe import build_tokenizer_json
+from ftdp.template_file import DEFAULT_TEMPLATE, load_template
 from ftdp.tokenizer import ExtendedTokenizer, extend, parse_tokenizer, save_tokenizer
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -27,7 +29,10 @@ _FOREIGN = ("tokenizer.model", "added_tokens.json", "chat_template.jinja", "conf
 
 
 def open_tokenizer(
-    base: str | os.PathLike, save_dir: str | os.PathLike | None = None, trust_remote_code: bool = False
+    base: str | os.PathLike,
+    save_dir: str | os.PathLike | None = None,
+    trust_remote_code: bool = False,
+    template: ChatTemplate | str | None = None,
 ) -> ExtendedTokenizer:
     """Extends a base tokenizer by the chat tokens that it lacks.
 
@@ -35,12 +40,15 @@ def open_tokenizer(
         base: A tokenizer folder, a `tokenizer.json` or `tokenizer.model` file, or a hub name.
         save_dir: Receives the extended tokenizer. May be left out when the base has all chat tokens.
         trust_remote_code: Allows a tokenizer that only code from the base's own folder can build.
+        template: The chat template, a shipped one's name or a file; by default InternLM2's.
 
     Raises:
         UserError: There is no usable tokenizer, or tokens would be added but there is no folder to save them in.
     """
     text, folder = read_base(base, trust_remote_code)
-    new_text, extended = extend(text, folder)
+    if not isinstance(template, ChatTemplate):
+        template = load_template(template or DEFAULT_TEMPLATE)
+    new_text, extended = extend(text, folder, template)
     if save_dir is None:
         if extended.added:
             raise UserError(

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
-from common.cli import UserError
-from ftdp.chat_template import MAX_LENGTH, MessageError, Turn, refuse_half_characters, turns
-from ftdp.encode import BatchEncoder, Piece
+from ftdp.bad_lines import BadLine, read_conversation
+from ftdp.chat_template import MAX_LENGTH, Turn
+from ftdp.encode import BatchEncoder
 from ftdp.heldout import is_held_out
-from ftdp.reading import Block, parse_line
+from ftdp.piece import Piece
+from ftdp.reading import Block
 from ftdp.tokenizer import ExtendedTokenizer
 
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """What the tokenised bytes depend on besides the conversations and the tokenizer."""
+    """What the tokenised bytes depend on besides the conversations and the tokenizer.
+
+    Attributes:
+        max_length: Tokens after which a conversation is cut.
+        heldout_share: Share of the lines that split_heldout.py sets aside.
+        heldout_seed: Its seed.
+        template: Name of a shipped chat template, or the path of a template file.
+        mask: "compat" trains on what XTuner trains on, "exact" corrects it.
+        control_tokens: What a control token inside a content is: "literal" text, "control", or an "error".
+        valid: "copy" every 100th sample, or "holdout" a seeded share.
+        valid_share: That share.
+        valid_seed: Its seed.
+        on_bad_sample: "stop" at the first bad line, or "quarantine" it and go on.
+        max_bad_share: Share of bad lines in a file above which the job fails all the same.
+    """
 
     max_length: int = MAX_LENGTH
     heldout_share: float = 0.0
     heldout_seed: int = 1024
+    template: str = "internlm2_chat"
+    mask: str = "compat"
+    control_tokens: str = "literal"
+    valid: str = "copy"
+    valid_share: float = 0.01
+    valid_seed: int = 1024
+    on_bad_sample: str = "stop"
+    max_bad_share: float = 0.01
 
 
 @dataclass
@@ -35,6 +59,9 @@ class TokenizedBlock:
         trained_tokens: Ids that are stored positive.
         truncated: Conversations that were cut.
         source_bytes: Bytes of the JSONL file that the block stands for.
+        counts: What else is counted: quarantined, and what the encoder counts (`BatchEncoder.take_counts`).
+        quarantined: Bad lines: line number, the line unchanged (without its line break), the reason.
+        for_valid: bool array (samples,), which samples `valid: holdout` moves to the valid folder.
     """
 
     data: bytes
@@ -44,6 +71,17 @@ class TokenizedBlock:
     trained_tokens: int
     truncated: int
     source_bytes: int
+    counts: dict[str, int] = field(default_factory=dict)
+    quarantined: list[tuple[int, bytes, str]] = field(default_factory=list)
+    for_valid: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+
+
+class _Kept(NamedTuple):
+    """A line that is a conversation."""
+
+    number: int
+    line: bytes
+    conversation: list[Turn]
 
 
 class BlockTokenizer:
@@ -51,12 +89,18 @@ class BlockTokenizer:
 
     Args:
         tokenizer: The extended tokenizer.
-        options: Length limit and held-out share.
+        options: What decides the bytes, and what becomes of bad lines.
         many: There are some megabytes to come (see `BatchEncoder`); the bytes are the same either way.
     """
 
     def __init__(self, tokenizer: ExtendedTokenizer, options: TokenizeOptions, many: bool = False):
-        self._encoder = BatchEncoder(tokenizer, many)
+        self._encoder = BatchEncoder(
+            tokenizer,
+            many,
+            template=options.template,
+            mask=options.mask,
+            control_tokens=options.control_tokens,
+        )
         self._options = options
 
     def __call__(self, source: str, block: Block) -> TokenizedBlock:
@@ -67,19 +111,15 @@ class BlockTokenizer:
             block: Its lines.
 
         Raises:
-            UserError: A line is not a conversation; names file, line and field.
+            UserError: A line is not a conversation and `on_bad_sample` is "stop"; names file, line and field.
         """
         options = self._options
-        conversations = []
-        heldout = 0
-        for number, line in enumerate(block.lines, block.first_line):
-            if options.heldout_share and is_held_out(line, options.heldout_share, options.heldout_seed):
-                heldout += 1
-                continue
-            conversations.append(_read_conversation(line, f"{source}:{number}"))
+        bad: list[tuple[int, bytes, str]] = []
+        kept, heldout = self._read(source, block, bad)
+        encoded = self._encoder.encode_turns([each.conversation for each in kept])
         lines, lengths = [], []
         trained = truncated = 0
-        for pieces in self._encoder.encode_turns(conversations):
+        for pieces in encoded:
             length = sum(len(piece.ids) for piece in pieces)
             if length > options.max_length:
                 truncated += 1
@@ -96,22 +136,46 @@ class BlockTokenizer:
             trained,
             truncated,
             block.size,
+            counts=self._encoder.take_counts() | {"quarantined": len(bad)},
+            quarantined=bad,
+            for_valid=self._for_valid(kept),
         )
 
+    def _read(self, source: str, block: Block, bad: list[tuple[int, bytes, str]]) -> tuple[list[_Kept], int]:
+        """Returns the conversations to encode, and how many others are held out. A bad line is never held out."""
+        options = self._options
+        kept: list[_Kept] = []
+        heldout = 0
+        last = block.first_line + len(block.lines) - 1
+        for number, line in enumerate(block.lines, block.first_line):
+            try:
+                cut_off = block.open_end and number == last
+                conversation = read_conversation(line, self._encoder.turns, options.max_length, cut_off)
+            except BadLine as error:
+                self._set_aside(error, source, number, line, bad)
+                continue
+            if options.heldout_share and is_held_out(line, options.heldout_share, options.heldout_seed):
+                heldout += 1
+            else:
+                kept.append(_Kept(number, line, conversation))
+        return kept, heldout
 
-def _read_conversation(line: bytes, where: str) -> list[Turn]:
-    try:
-        conversation = turns(parse_line(line, where))
-        if b"\\ud" in line or b"\\uD" in line:
-            refuse_half_characters(conversation)
-        return conversation
-    except MessageError as error:
-        raise UserError(
-            f"{where}: {error.field} is not as it should be",
-            found=error.found,
-            expected=error.expected,
-            fix=error.fix,
-        ) from None
+    def _set_aside(
+        self, error: BadLine, source: str, number: int, line: bytes, bad: list[tuple[int, bytes, str]]
+    ) -> None:
+        if self._options.on_bad_sample != "quarantine":
+            raise error.at(f"{source}:{number}") from None
+        bad.append((number, line, str(error)))
+
+    def _for_valid(self, kept: list[_Kept]) -> np.ndarray:
+        """Chooses by content. The prefix keeps the choice apart from that of the held-out lines, if seeds agree."""
+        options = self._options
+        if options.valid != "holdout":
+            return np.zeros(len(kept), dtype=bool)
+        chosen = (
+            is_held_out(b"valid:" + each.line, options.valid_share, options.valid_seed) for each in kept
+        )
+        return np.fromiter(chosen, dtype=bool, count=len(kept))
 
 
 def _cut(pieces: list[Piece], max_length: int) -> list[Piece]:

@@ -1,92 +1,231 @@
 """Conversations to signed token ids, as XTuner 0.2.0 stores them: an id that is not trained on is negated.
 
-All turns of a batch go through the tokenizer in one call. Begins and ends repeat, so their ids are cached. The ids of
-a content are those of `begin + content + end` without the first `len(begin ids)` and the last `len(end ids)`: where
-the tokenizer merges across a border (a content that starts with a line break), this drops or shifts an id, and that
-is what XTuner's files hold.
+All turns of a batch go through the tokenizer in one call. Begins and ends repeat, so their ids are cached. With
+`mask: compat` the ids of a content are those of `begin + content + end` without the first `len(begin ids)` and the last
+`len(end ids)`: where the tokenizer merges across a border (a content that starts with a line break), this drops or
+shifts an id, and that is what XTuner's files hold. `mask: exact` is in `ftdp.exact_mask`, `control_tokens: literal` in
+`ftdp.control_tokens`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any
 
-import orjson
 from tokenizers import Tokenizer
 
-from ftdp.chat_template import MAX_LENGTH, Turn, refuse_half_characters, turns
+from common.cli import UserError
+from ftdp.chat_template import MAX_LENGTH, ChatTemplate, MessageError, Turn, refuse_half_characters
+from ftdp.control_tokens import control_pattern, control_tokens, literal_tokenizer, without_trimming
+from ftdp.exact_mask import Span, difference, encode_spans, one_answer, spans_of
+from ftdp.piece import Piece, signed_ids
+from ftdp.template_file import load_template
 from ftdp.tokenizer import ExtendedTokenizer
 from ftdp.word_encoder import word_encoder
 
-
-class Piece(NamedTuple):
-    """Consecutive ids that are trained on all alike.
-
-    Attributes:
-        ids: The ids, still unsigned.
-        trained: False negates them in the file.
-        written: How the file spells them, where that is known already.
-    """
-
-    ids: list[int]
-    trained: bool
-    written: bytes | None = None
-
-    def write(self) -> bytes:
-        """Returns the ids as `json.dumps` writes them, without brackets; negated where they are not trained on.
-
-        Works on bytes: orjson and two replacements cost about a tenth of what `json.dumps` of a negated list does.
-        """
-        if self.written is not None:
-            return self.written
-        if not self.ids:
-            return b""
-        text = orjson.dumps(self.ids)[1:-1]
-        if self.trained:
-            return text.replace(b",", b", ")
-        text = b"-" + text.replace(b",", b", -")
-        # No id is written with a leading zero, so "-0" is the id 0, whose negative is 0.
-        return text.replace(b"-0", b"0") if b"-0" in text else text
+MASKS = ("compat", "exact")
+CONTROL_TOKENS = ("literal", "control", "error")
 
 
 class BatchEncoder:
-    """Encodes conversations with one tokenizer, caching the ids of begins and ends."""
+    """Encodes conversations with one tokenizer, caching the ids of begins and ends.
+
+    Make turns with its method `turns`, not with another template's: with `control_tokens="literal"` the control tokens
+    of a turn have names of their own.
+    """
 
     # Names are free text: a corpus with a name a user must not fill the memory.
     _MAX_CACHED = 4096
 
-    def __init__(self, tokenizer: ExtendedTokenizer, many: bool = False):
+    def __init__(
+        self,
+        tokenizer: ExtendedTokenizer,
+        many: bool = False,
+        *,
+        template: ChatTemplate | str | None = None,
+        mask: str = "compat",
+        control_tokens: str = "literal",
+    ):
         """Prepares an encoder.
 
         Args:
             tokenizer: The extended tokenizer.
             many: Spend a fraction of a second on a faster way to the same ids, where the tokenizer has one.
+            template: A chat template, a shipped one's name or a file; None takes the one saved with the tokenizer.
+            mask: "compat" trains on what XTuner trains on, "exact" corrects it.
+            control_tokens: A control token inside a message becomes "literal" text, the token ("control"), or an
+                "error".
+
+        Raises:
+            UserError: The tokenizer lacks tokens of the template, or an option has no such value.
         """
+        _check_choice("mask", mask, MASKS)
+        _check_choice("control_tokens", control_tokens, CONTROL_TOKENS)
+        if template is None:
+            template = tokenizer.template
+        elif not isinstance(template, ChatTemplate):
+            template = load_template(template)
+        tokenizer.require(template)
+        self._exact = mask == "exact"
+        self._refuse = control_tokens == "error"
         self._tokenizer: Tokenizer = tokenizer.tokenizer
+        tokens = _names(self._tokenizer, template)
+        self._control = control_pattern(tokens).search
+        bos = tokenizer.tokens.get("bos_token", "") if template.bos else ""
+        if control_tokens == "literal":
+            literal = literal_tokenizer(tokenizer, template.special_tokens)
+            self._tokenizer = literal.tokenizer
+            template = template.respelled(literal.spelling)
+            bos = literal.spelling.get(bos, bos)
+            tokens = [literal.spelling[token] for token in tokens]
+        self._anchors = tuple(tokens)
+        self.template = template
+        self._bos_text = bos
+        self._bos = [Piece([tokenizer.bos_token_id], not self._exact)] if template.bos else []
         self._words = word_encoder(self._tokenizer) if many else None
-        self.bos = Piece([tokenizer.bos_token_id], True)
+        self._with_offsets: Tokenizer | None = None
+        self._unknown = _unknown_id(self._tokenizer)
         self._cache: dict[tuple[str, bool], Piece] = {}
+        self._plain_begins: dict[str, bool] = {}
+        self._counts = dict.fromkeys(
+            ("straddling_messages", "tokens_differing_from_compat", "control_messages"), 0
+        )
+
+    def turns(self, messages: Any) -> list[Turn]:
+        """Returns the turns of a conversation, for `encode_turns`.
+
+        Raises:
+            MessageError: It is not in the format, or it holds a control token and these are errors.
+        """
+        if self._refuse:
+            self._refuse_control_tokens(messages)
+        return self.template.turns(messages, self._exact)
 
     def encode_turns(self, conversations: Sequence[list[Turn]]) -> list[list[Piece]]:
-        """Returns the pieces of each conversation, BOS first, not truncated."""
+        """Returns the pieces of each conversation, BOS first where the template has it, not truncated."""
         every = [turn for conversation in conversations for turn in conversation]
         self._fill_cache(every)
+        self._count_control_tokens(every)
         # Many conversations share a system message, often a long one: each text is encoded once a batch.
         texts = [turn.begin + turn.content + turn.end for turn in every]
         ids_of = self._encode(dict.fromkeys(texts))
-        ids = map(ids_of.__getitem__, texts)
-        cache = self._cache
+        encode = self._exact_pieces if self._exact else self._compat_pieces
+        result = encode(conversations, list(map(ids_of.__getitem__, texts)))
+        if len(self._cache) > self._MAX_CACHED:
+            self._cache.clear()
+            self._plain_begins.clear()
+        return result
+
+    def take_counts(self) -> dict[str, int]:
+        """Returns what was counted since the last call.
+
+        `straddling_messages`: turns where the tokenizer merges across the border of begin, content or end.
+        `tokens_differing_from_compat`: places where `exact` has another id or sign, before a conversation is cut.
+        `control_messages`: messages that hold a control token, in the content or the name.
+        """
+        counts = dict(self._counts)
+        self._counts = dict.fromkeys(counts, 0)
+        return counts
+
+    def _compat_pieces(
+        self, conversations: Sequence[list[Turn]], every_ids: list[list[int]]
+    ) -> list[list[Piece]]:
+        cache, ids_of_next = self._cache, iter(every_ids)
+        straddling = 0
         result = []
         for conversation in conversations:
-            pieces = [self.bos]
+            pieces = list(self._bos)
             for turn in conversation:
                 begin, end = cache[turn.begin, False], cache[turn.end, turn.end_trained]
-                content = next(ids)[len(begin.ids) : -len(end.ids)]
+                ids = next(ids_of_next)
+                content = _cut(ids, begin.ids, end.ids)
+                straddling += content is None
+                if content is None:
+                    content = ids[len(begin.ids) : -len(end.ids) or None]
                 pieces += begin, Piece(content, turn.content_trained), end
             result.append(pieces)
-        if len(cache) > self._MAX_CACHED:
-            cache.clear()
+        self._counts["straddling_messages"] += straddling
         return result
+
+    def _exact_pieces(
+        self, conversations: Sequence[list[Turn]], every_ids: list[list[int]]
+    ) -> list[list[Piece]]:
+        ids_of_next = iter(every_ids)
+        straddling = different = 0
+        result: list[list[Piece]] = []
+        # What is encoded again with offsets: where it goes, its spans, and the same by XTuner's rule.
+        later: list[tuple[list[Piece], list[Span], list[Piece]]] = []
+        for conversation in conversations:
+            pieces: list[Piece] = list(self._bos)
+            different += len(pieces)
+            result.append(pieces)
+            chunks = self._chunks(conversation)
+            for number, chunk in enumerate(chunks):
+                alone = len(chunk) == 1 and self._is_plain_begin(chunk[0].begin)
+                compat: list[Piece] = []
+                for turn in chunk:
+                    begin, end = self._cache[turn.begin, False], self._cache[turn.end, turn.end_trained]
+                    ids = next(ids_of_next)
+                    content = _cut(ids, begin.ids, end.ids)
+                    answer = one_answer(turn)
+                    straddling += content is None
+                    if alone and content is not None and answer is not None:
+                        end_trained = answer and turn.end_trained
+                        pieces += begin, Piece(content, answer), self._piece(end, end_trained)
+                        different += (end_trained != turn.end_trained) * len(end.ids)
+                        different += (answer != turn.content_trained) * (len(content) - content.count(0))
+                        break
+                    if content is None:
+                        content = ids[len(begin.ids) : -len(end.ids) or None]
+                    compat += begin, Piece(content, turn.content_trained), end
+                else:
+                    spans = [span for turn in chunk for span in spans_of(turn)]
+                    if number == 0 and self._bos and not chunk[0].begin.startswith(self._anchors):
+                        # What stands behind BOS may be encoded otherwise than what stands first.
+                        compat[:0] = pieces[:1]
+                        pieces.clear()
+                        spans.insert(0, Span(self._bos_text, False))
+                        different -= 1
+                    slot: list[Piece] = []
+                    pieces.append(slot)  # type: ignore[arg-type]  (filled below)
+                    later.append((slot, spans, compat))
+        if later:
+            for (slot, _, compat), found in zip(
+                later, encode_spans(self._offsets_tokenizer(), [spans for _, spans, _ in later]), strict=True
+            ):
+                slot += found
+                different += difference(found, compat)
+            result = [_flat(pieces) for pieces in result]
+        self._counts["straddling_messages"] += straddling
+        self._counts["tokens_differing_from_compat"] += different
+        return result
+
+    def _chunks(self, conversation: list[Turn]) -> list[list[Turn]]:
+        """Cuts a conversation before control tokens: what stands behind one is encoded apart from what is before."""
+        chunks: list[list[Turn]] = []
+        for turn in conversation:
+            if chunks and not turn.begin.startswith(self._anchors):
+                chunks[-1].append(turn)
+            else:
+                chunks.append([turn])
+        return chunks
+
+    def _is_plain_begin(self, begin: str) -> bool:
+        """Does the begin start with a control token, and does each of its ids stand for certain characters?"""
+        plain = self._plain_begins.get(begin)
+        if plain is None:
+            ids = self._cache[begin, False].ids
+            plain = begin.startswith(self._anchors) and self._unknown not in ids
+            self._plain_begins[begin] = plain
+        return plain
+
+    def _piece(self, piece: Piece, trained: bool) -> Piece:
+        return piece if piece.trained == trained else Piece(piece.ids, trained)
+
+    def _offsets_tokenizer(self) -> Tokenizer:
+        if self._with_offsets is None:
+            self._with_offsets = without_trimming(self._tokenizer)
+        return self._with_offsets
 
     def _fill_cache(self, every: list[Turn]) -> None:
         wanted = {(turn.begin, False) for turn in every} | {(turn.end, turn.end_trained) for turn in every}
@@ -96,6 +235,30 @@ class BatchEncoder:
             piece = Piece(ids_of[text], trained)
             self._cache[text, trained] = piece._replace(written=piece.write())
 
+    def _count_control_tokens(self, every: list[Turn]) -> None:
+        texts = [turn.content for turn in every if turn.parts is None]
+        for turn in every:
+            if turn.parts is not None or turn.name is not None:
+                texts += turn.user_texts()
+        if self._control("\0".join(texts)):
+            found = sum(self._control(text) is not None for turn in every for text in turn.user_texts())
+            self._counts["control_messages"] += found
+
+    def _refuse_control_tokens(self, messages: Any) -> None:
+        if type(messages) is not list:
+            return  # `turns` says what is wrong
+        for index, message in enumerate(messages):
+            for key in ("content", "name"):
+                value = message.get(key) if isinstance(message, dict) else None
+                found = self._control(value) if isinstance(value, str) else None
+                if found:
+                    raise MessageError(
+                        f"[{index}].{key}",
+                        found=f"the control token {found[0]} in it",
+                        expected="text without control tokens",
+                        fix="remove it, or set control_tokens to literal (it is then ordinary text)",
+                    )
+
     def _encode(self, texts: Iterable[str]) -> dict[str, list[int]]:
         if self._words:
             return self._words.encode(texts)
@@ -104,32 +267,64 @@ class BatchEncoder:
         return {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
 
 
-def signed_ids(pieces: Iterable[Piece], max_length: int | None = MAX_LENGTH) -> list[int]:
-    """Joins pieces to signed ids, cut at `max_length`."""
-    ids: list[int] = []
-    for piece in pieces:
-        ids += piece.ids if piece.trained else [-token for token in piece.ids]
-    return ids[:max_length]
-
-
 def encode_conversations(
-    conversations: Iterable[list[dict]], tokenizer: ExtendedTokenizer, max_length: int | None = MAX_LENGTH
+    conversations: Iterable[list[dict]],
+    tokenizer: ExtendedTokenizer,
+    max_length: int | None = MAX_LENGTH,
+    **options: Any,
 ) -> list[list[int]]:
     """Returns the signed ids of each conversation: BOS first, untrained ids negated, cut at `max_length`.
+
+    Args:
+        conversations: Lists of messages.
+        tokenizer: The extended tokenizer.
+        max_length: Tokens after which a conversation is cut; None cuts none.
+        **options: `template`, `mask` and `control_tokens` of `BatchEncoder`.
 
     Raises:
         MessageError: A conversation is not in the format.
     """
-    encoder = BatchEncoder(tokenizer)
-    as_turns = [turns(messages) for messages in conversations]
+    encoder = BatchEncoder(tokenizer, **options)
+    as_turns = [encoder.turns(messages) for messages in conversations]
     for each in as_turns:
         refuse_half_characters(each)
-    pieces = encoder.encode_turns(as_turns)
-    return [signed_ids(each, max_length) for each in pieces]
+    return [signed_ids(each, max_length) for each in encoder.encode_turns(as_turns)]
 
 
 def encode_conversation(
-    messages: list[dict], tokenizer: ExtendedTokenizer, max_length: int | None = MAX_LENGTH
+    messages: list[dict], tokenizer: ExtendedTokenizer, max_length: int | None = MAX_LENGTH, **options: Any
 ) -> list[int]:
     """Returns the signed ids of one conversation (see `encode_conversations`)."""
-    return encode_conversations([messages], tokenizer, max_length)[0]
+    return encode_conversations([messages], tokenizer, max_length, **options)[0]
+
+
+def _cut(ids: list[int], begin: list[int], end: list[int]) -> list[int] | None:
+    """Returns the ids between those of begin and end, None where the ids do not begin and end with these."""
+    first, last = len(begin), len(ids) - len(end)
+    if last < first or ids[:first] != begin or ids[last:] != end:
+        return None
+    return ids[first:last]
+
+
+def _flat(pieces: list) -> list[Piece]:
+    result: list[Piece] = []
+    for each in pieces:
+        if isinstance(each, Piece):
+            result.append(each)
+        else:
+            result += each
+    return result
+
+
+def _names(tokenizer: Tokenizer, template: ChatTemplate) -> list[str]:
+    return control_tokens(tokenizer, template.special_tokens)
+
+
+def _unknown_id(tokenizer: Tokenizer) -> int | None:
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    return tokenizer.token_to_id(unknown) if isinstance(unknown, str) else None
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} is out of range", found=value, expected=", ".join(choices))

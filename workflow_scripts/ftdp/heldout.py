@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
-from common.files import atomic_path, sha256_file, write_json
+from common.files import atomic_path, sha256_file, sha256_json, write_json
 from ftdp.layout import find_datasets
+from ftdp.planning import is_in_batch
 from ftdp.reading import LineReader
 
 
@@ -31,11 +33,11 @@ def is_held_out(line: bytes, share: float, seed: int) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
-def check_share(share: float) -> None:
+def check_share(share: float, name: str = "held-out") -> None:
     """Raises a UserError unless 0 <= share < 1."""
     if not 0 <= share < 1:
         raise UserError(
-            "the held-out share is out of range", found=share, expected="0 <= share < 1", fix="use 0.05"
+            f"the {name} share is out of range", found=share, expected="0 <= share < 1", fix="use 0.05"
         )
 
 
@@ -49,11 +51,17 @@ def held_out_lines(path: str | os.PathLike, share: float, seed: int) -> Iterator
 
 
 def split_heldout(
-    processed_dir: str | os.PathLike, dataset: str, output_dir: str | os.PathLike, share: float, seed: int
+    processed_dir: str | os.PathLike,
+    dataset: str,
+    output_dir: str | os.PathLike,
+    share: float,
+    seed: int,
+    found: dict[str, list[Path]] | None = None,
 ) -> dict[str, Any]:
     """Copies a dataset's held-out lines to `<output_dir>/<dataset>/processed/...` in the ftdp layout.
 
-    Each source file gives one file of the same path, also when no line of it is set aside.
+    Each source file gives one file of the same path, also when no line of it is set aside. `found` is what
+    `find_datasets` returned, where that is known.
 
     Returns:
         The manifest: options, and per file its path, SHA-256 and the counts of lines.
@@ -63,7 +71,7 @@ def split_heldout(
     """
     check_share(share)
     root, output = Path(processed_dir), Path(output_dir)
-    datasets = find_datasets(root)
+    datasets = found or find_datasets(root)
     if dataset not in datasets:
         raise UserError(
             f"{root} holds no dataset {dataset!r}", found=", ".join(datasets), fix="correct --dataset"
@@ -99,6 +107,52 @@ def split_heldout(
     }
 
 
+def write_heldout_part(
+    processed_dir: str | os.PathLike,
+    datasets: list[str] | None,
+    output_dir: str | os.PathLike,
+    part: str,
+    marker: str | os.PathLike,
+    share: float,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Runs `write_heldout` for the datasets of a part, removes what is there of others, and writes the marker last.
+
+    Args:
+        processed_dir: Folder of dataset folders.
+        datasets: Names of those to use; None takes all.
+        output_dir: Receives the lines, and the manifests as `<dataset>.json`.
+        part: Name of a part of `plan_datasets`.
+        marker: JSON file with the digest of each manifest.
+        share: Share of the lines.
+        seed: Seed of the choice.
+
+    Returns:
+        The manifests by dataset.
+    """
+    found = find_datasets(processed_dir)
+    names = [name for name in (datasets or found) if is_in_batch(name, part)]
+    output = Path(output_dir)
+    for manifest in sorted(output.glob("*.json")):
+        name = manifest.name.removesuffix(".json")
+        if name not in names and is_in_batch(name, part):
+            manifest.unlink()
+            shutil.rmtree(output / name, ignore_errors=True)
+    manifests = {}
+    for name in names:
+        kept = {(output / file.relative_to(processed_dir)).resolve() for file in found.get(name, [])}
+        for old in (output / name).rglob("*.jsonl"):
+            if old.resolve() not in kept:
+                old.unlink()
+        manifests[name] = write_heldout(
+            processed_dir, name, output, output / f"{name}.json", share, seed, found
+        )
+    write_json(
+        marker, {"format": 1, "part": part, "datasets": {k: sha256_json(v) for k, v in manifests.items()}}
+    )
+    return manifests
+
+
 def write_heldout(
     processed_dir: str | os.PathLike,
     dataset: str,
@@ -106,9 +160,10 @@ def write_heldout(
     manifest: str | os.PathLike,
     share: float,
     seed: int,
+    found: dict[str, list[Path]] | None = None,
 ) -> dict[str, Any]:
     """Runs `split_heldout` and writes its manifest last; an older manifest is removed first."""
     Path(manifest).unlink(missing_ok=True)
-    value = split_heldout(processed_dir, dataset, output_dir, share, seed)
+    value = split_heldout(processed_dir, dataset, output_dir, share, seed, found)
     write_json(manifest, value)
     return value

@@ -10,6 +10,7 @@ links are followed. Hidden files and folders are passed over, and so is a link t
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from common.cli import UserError
@@ -34,7 +35,7 @@ def find_datasets(processed_dir: str | os.PathLike) -> dict[str, list[Path]]:
         )
     datasets = {}
     for entry in sorted(_visible(root), key=lambda entry: entry.name):
-        if entry.is_dir():
+        if _is(entry.is_dir):
             files: list[Path] = []
             _collect(Path(entry.path), False, frozenset({os.path.realpath(root)}), files)
             if files:
@@ -83,14 +84,24 @@ def _collect(folder: Path, inside: bool, above: frozenset[str], files: list[Path
         return
     inside = inside or folder.name == "processed"
     for entry in _visible(folder):
-        if entry.is_dir():
+        if _is(entry.is_dir):
             _collect(Path(entry.path), inside, above | {real}, files)
         elif inside and entry.name.endswith(_SUFFIX):
-            if not entry.is_file():
+            if not _is(entry.is_file):
                 raise UserError(
-                    f"{entry.path} cannot be read", found="a broken link", fix="mend or remove the link"
+                    f"{entry.path} cannot be read",
+                    found="a broken link, or no ordinary file",
+                    expected="a file",
+                    fix="mend or remove it",
                 )
             files.append(Path(entry.path))
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _refuse_same_names(dataset: str, files: list[Path]) -> None:

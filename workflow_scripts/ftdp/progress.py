@@ -42,9 +42,11 @@ class TokenizeProgress:
 
     def _status(self, now: float) -> str:
         seconds = max(now - self._start, 1e-6)
+        # Ingest reads no tokens.
+        tokens = f"{self.tokens:,} tokens ({self.tokens / seconds:,.0f}/s), " if self.tokens else ""
         status = (
             f"{self.samples:,} samples ({self.samples / seconds:,.0f}/s), "
-            f"{self.tokens:,} tokens ({self.tokens / seconds:,.0f}/s), {self.bytes / 1e6 / seconds:.1f} MB/s"
+            f"{tokens}{self.bytes / 1e6 / seconds:.1f} MB/s"
         )
         if self.bytes < self._total:
             left = (self._total - self.bytes) * seconds / max(self.bytes, 1)

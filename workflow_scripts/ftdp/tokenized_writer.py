@@ -2,7 +2,7 @@
 
 A `.bin` line is `{"tokens": [...]}` with untrained ids negated. The meta file is `numpy.save` of int64 rows (byte
 offset, token count). A copy of every 100th sample goes into the valid folder, and stays there if there are more than
-500 of them.
+500 of them; or, with `valid: holdout`, the samples chosen for it go there and nowhere else.
 """
 
 from __future__ import annotations
@@ -17,16 +17,38 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from common.files import atomic_path, sha256_file
-from ftdp.block_tokenizer import TokenizedBlock
 
 VALID_EVERY = 100
 VALID_KEPT_ABOVE = 500
 # numpy.save pads the header of a two-column int64 array to this, however many rows there are.
 _HEADER_BYTES = 128
+_READ_BYTES = 4 << 20
+
+
+class Lines(NamedTuple):
+    """Consecutive lines of a `.bin` file.
+
+    Attributes:
+        data: The lines, joined.
+        line_bytes: int64 array (samples,), bytes of each line.
+        lengths: int64 array (samples,), tokens of each line.
+    """
+
+    data: bytes
+    line_bytes: np.ndarray
+    lengths: np.ndarray
+
+    def chosen(self, which: np.ndarray) -> Lines:
+        """Returns the lines of a bool array (samples,)."""
+        ends = np.cumsum(self.line_bytes)
+        lines = [
+            self.data[ends[index] - self.line_bytes[index] : ends[index]] for index in np.flatnonzero(which)
+        ]
+        return Lines(b"".join(lines), self.line_bytes[which], self.lengths[which])
 
 
 class Written(NamedTuple):
-    """What stands in the train folder, and how many copies in the valid folder (0: too few, no file)."""
+    """What stands in the train folder, and how many samples in the valid folder (0: no file)."""
 
     samples: int
     bytes: int
@@ -35,11 +57,13 @@ class Written(NamedTuple):
     valid_samples: int
 
 
-class _TooFewCopies(Exception):
-    """Ends the valid part, whose temporary files go away with it."""
+class _NotKept(Exception):
+    """Ends a part, whose temporary files go away with it."""
 
 
-def write_tokenized(train_path: Path, valid_path: Path, blocks: Iterable[TokenizedBlock]) -> Written:
+def write_tokenized(
+    train_path: Path, valid_path: Path, blocks: Iterable[tuple[Lines, Lines | None]], copy: bool
+) -> Written:
     """Writes the train and the valid part of one JSONL file.
 
     All files are made beside their places and renamed at the end, the train `.bin` last; an exception leaves nothing.
@@ -47,18 +71,37 @@ def write_tokenized(train_path: Path, valid_path: Path, blocks: Iterable[Tokeniz
     Args:
         train_path: The `.bin` in the train folder; its meta file is `<path>.meta`.
         valid_path: The same in the valid folder.
-        blocks: The tokenised blocks, in order.
+        blocks: The lines for the train part and those that only the valid part gets, in order.
+        copy: Copy every 100th train line into the valid part.
     """
-    with _open_part(train_path) as train, suppress(_TooFewCopies), _open_part(valid_path) as valid:
-        for block in blocks:
-            _copy_every_100th(block, train.samples, valid)
-            train.write(block.data, block.line_bytes, block.lengths)
+    with _open_part(train_path) as train, suppress(_NotKept), _open_part(valid_path) as valid:
+        for lines, moved in blocks:
+            if copy:
+                numbers = train.samples + np.arange(len(lines.lengths)) + 1
+                valid.write(lines.chosen(numbers % VALID_EVERY == 0))
+            if moved is not None:
+                valid.write(moved)
+            train.write(lines)
         valid_samples = valid.samples
-        if valid_samples <= VALID_KEPT_ABOVE:
-            raise _TooFewCopies
-    kept = valid_samples if valid_samples > VALID_KEPT_ABOVE else 0
+        if valid_samples <= (VALID_KEPT_ABOVE if copy else 0):
+            valid_samples = 0
+            raise _NotKept
     meta_sha256 = sha256_file(f"{train_path}.meta")
-    return Written(train.samples, train.bytes, train.digest.hexdigest(), meta_sha256, kept)
+    return Written(train.samples, train.bytes, train.digest.hexdigest(), meta_sha256, valid_samples)
+
+
+def read_tokenized(path: Path) -> Iterator[Lines]:
+    """Yields the lines of a `.bin` file, some megabytes at a time."""
+    rows = np.load(f"{path}.meta", mmap_mode="r")
+    with open(path, "rb") as file:
+        first = 0
+        starts = np.append(rows[:, 0], path.stat().st_size) if len(rows) else np.zeros(1, dtype=np.int64)
+        while first < len(rows):
+            last = max(int(np.searchsorted(starts, starts[first] + _READ_BYTES)), first + 1)
+            last = min(last, len(rows))
+            data = file.read(int(starts[last] - starts[first]))
+            yield Lines(data, np.diff(starts[first : last + 1]), np.array(rows[first:last, 1]))
+            first = last
 
 
 class _Part:
@@ -70,13 +113,13 @@ class _Part:
         self.digest = hashlib.sha256()
         self._meta.write(bytes(_HEADER_BYTES))
 
-    def write(self, data: bytes, line_bytes: np.ndarray, lengths: np.ndarray) -> None:
-        self._bin.write(data)
-        self.digest.update(data)
-        ends = self.bytes + np.cumsum(line_bytes)
-        self._meta.write(np.stack([ends - line_bytes, lengths], axis=1).astype("<i8").tobytes())
-        self.samples += len(lengths)
-        self.bytes += len(data)
+    def write(self, lines: Lines) -> None:
+        self._bin.write(lines.data)
+        self.digest.update(lines.data)
+        ends = self.bytes + np.cumsum(lines.line_bytes)
+        self._meta.write(np.stack([ends - lines.line_bytes, lines.lengths], axis=1).astype("<i8").tobytes())
+        self.samples += len(lines.lengths)
+        self.bytes += len(lines.data)
 
     def finish(self) -> None:
         """Puts the header, which holds the number of rows, in front of the rows."""
@@ -100,15 +143,6 @@ def _open_part(path: Path) -> Iterator[_Part]:
         part = _Part(bin_file, meta_file)
         yield part
         part.finish()
-
-
-def _copy_every_100th(block: TokenizedBlock, samples_before: int, valid: _Part) -> None:
-    chosen = np.arange(len(block.lengths))
-    chosen = chosen[(samples_before + chosen + 1) % VALID_EVERY == 0]
-    if len(chosen):
-        ends = np.cumsum(block.line_bytes)
-        lines = [block.data[ends[index] - block.line_bytes[index] : ends[index]] for index in chosen]
-        valid.write(b"".join(lines), block.line_bytes[chosen], block.lengths[chosen])
 
 
 def _meta_header(rows: int) -> bytes:

@@ -1,8 +1,9 @@
-"""The extended tokenizer: a base tokenizer plus the six InternLM2 chat tokens, told by its `tokenizer.json` alone.
+"""The extended tokenizer: a base tokenizer plus the control tokens of a chat template.
 
 transformers 4 and 5 build different tokenizers from one SentencePiece model, but give the same ids from one
 `tokenizer.json`. So that file is the truth here: it is read with the `tokenizers` library, the chat tokens that are
-missing are written into it as transformers would add them, and nothing else in it changes.
+missing are written into it as transformers would add them, and nothing else in it changes. The template is saved with
+it, as Jinja for `apply_chat_template` and as its description for every later stage.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from tokenizers import AddedToken, Tokenizer
 
 from common.cli import UserError
 from common.files import sha256_file, write_json, write_text
-from ftdp.chat_template import CHAT_TEMPLATE, END_OF_TURN, SPECIAL_TOKENS
+from ftdp.chat_template import ChatTemplate
+from ftdp.jinja_template import jinja_template
+from ftdp.template_file import load_template, template_from
 
 _EXTEND = "run extend_tokenizer.py and pass the folder that it writes"
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -30,16 +33,17 @@ _CLASS_TOKENS = {"LlamaTokenizer": _LLAMA, "CodeLlamaTokenizer": _LLAMA, "GPT2To
 
 @dataclass(frozen=True)
 class ExtendedTokenizer:
-    """A tokenizer that knows the six chat tokens.
+    """A tokenizer that knows the control tokens of a chat template.
 
     Attributes:
         tokenizer: The `tokenizers.Tokenizer`, without truncation and padding.
         sha256: Of the tokenizer.json.
         tokens: `bos_token`, `eos_token`, `unk_token`, `pad_token` -> text, those that exist.
-        ids: The six chat tokens -> id.
+        ids: The template's control tokens -> id.
         added: The chat tokens that the base lacked -> id.
         base_sha256: Of the base's tokenizer.json.
         base_vocab_size: Rows that the base tokenizer needs.
+        template: The chat template that is saved with it.
     """
 
     tokenizer: Tokenizer
@@ -49,10 +53,12 @@ class ExtendedTokenizer:
     added: dict[str, int] = field(default_factory=dict)
     base_sha256: str = ""
     base_vocab_size: int = 0
+    template: ChatTemplate = field(default_factory=load_template)
 
     @property
-    def bos_token_id(self) -> int:
-        return self.tokenizer.token_to_id(self.tokens["bos_token"])
+    def bos_token_id(self) -> int | None:
+        """None only where the template begins without BOS."""
+        return self._id_of("bos_token")
 
     @property
     def eos_token_id(self) -> int | None:
@@ -63,9 +69,29 @@ class ExtendedTokenizer:
         return self._id_of("pad_token")
 
     @property
+    def end_of_turn_id(self) -> int:
+        """The id that ends an answer."""
+        return self.tokenizer.token_to_id(self.template.end_of_turn)
+
+    @property
     def vocab_size(self) -> int:
         """Embedding rows that the ids need (the largest id and one more)."""
         return rows_needed(self.tokenizer)
+
+    def require(self, template: ChatTemplate) -> None:
+        """Raises a UserError unless the tokenizer has what a template needs."""
+        missing = [token for token in _tokens_of(template) if self.tokenizer.token_to_id(token) is None]
+        if missing:
+            raise UserError(
+                f"the tokenizer lacks tokens of the chat template {template.name}",
+                found=f"no {' '.join(missing)}; it was made for {self.template.name}",
+                fix=f"run extend_tokenizer.py --template {template.name}",
+            )
+        if template.bos and "bos_token" not in self.tokens:
+            raise UserError(
+                f"the tokenizer has no BOS token, but {template.name} begins with one",
+                fix="name one in tokenizer_config.json, or set bos: false in the template",
+            )
 
     def _id_of(self, name: str) -> int | None:
         return self.tokenizer.token_to_id(self.tokens[name]) if name in self.tokens else None
@@ -91,14 +117,15 @@ def load_tokenizer(folder: str | os.PathLike) -> ExtendedTokenizer:
         found = "a folder without it" if folder.is_dir() else "no such folder"
         raise UserError(f"{path} is missing", found=found, expected="an extended tokenizer", fix=_EXTEND)
     tokenizer = parse_tokenizer(path.read_text(encoding="utf-8"), path)
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    manifest = folder / "manifest.json"
+    known: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    template = _saved_template(known, manifest)
+    ids = {token: tokenizer.token_to_id(token) for token in template.special_tokens}
     missing = [token for token, token_id in ids.items() if token_id is None]
     if missing:
         raise UserError(f"{path} lacks chat tokens", found=f"no {' '.join(missing)}", fix=_EXTEND)
-    tokens = special_tokens(folder, tokenizer)
+    tokens = special_tokens(folder, tokenizer, template.bos)
     sha = sha256_file(path)
-    manifest = folder / "manifest.json"
-    known: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     if known.get("tokenizer_sha256") != sha:
         known = {}  # not written by us, or tokenizer.json was changed since
     return ExtendedTokenizer(
@@ -109,7 +136,23 @@ def load_tokenizer(folder: str | os.PathLike) -> ExtendedTokenizer:
         known.get("added", {}),
         known.get("base_sha256", sha),
         known.get("base_vocab_size", rows_needed(tokenizer)),
+        template,
     )
+
+
+def _saved_template(manifest: dict[str, Any], path: Path) -> ChatTemplate:
+    """Returns the template that a manifest describes; a tokenizer without one is an InternLM2 one."""
+    saved = manifest.get("chat_template")
+    return (
+        template_from(saved["description"], saved["name"], f"{path} (chat_template)")
+        if saved
+        else load_template()
+    )
+
+
+def _tokens_of(template: ChatTemplate) -> list[str]:
+    """Returns the tokens that a template needs, in the order in which missing ones are added."""
+    return list(dict.fromkeys((*template.special_tokens, template.end_of_turn)))
 
 
 def parse_tokenizer(text: str, path: str | os.PathLike) -> Tokenizer:
@@ -132,11 +175,11 @@ def parse_tokenizer(text: str, path: str | os.PathLike) -> Tokenizer:
     return tokenizer
 
 
-def special_tokens(folder: str | os.PathLike, tokenizer: Tokenizer) -> dict[str, str]:
+def special_tokens(folder: str | os.PathLike, tokenizer: Tokenizer, needs_bos: bool = True) -> dict[str, str]:
     """Returns bos, eos, unk and pad token of a tokenizer folder, as far as they exist.
 
     Raises:
-        UserError: There is no BOS token (each conversation starts with it), or a token is not in the tokenizer.
+        UserError: There is no BOS token and conversations start with it, or a token is not in the tokenizer.
     """
     folder = Path(folder)
     config = _read_config(folder / "tokenizer_config.json")
@@ -157,7 +200,7 @@ def special_tokens(folder: str | os.PathLike, tokenizer: Tokenizer) -> dict[str,
                 expected="a token with an id",
                 fix="correct bos_token in tokenizer_config.json",
             )
-    if "bos_token" not in tokens:
+    if needs_bos and "bos_token" not in tokens:
         raise UserError(
             f"{folder}: the tokenizer has no BOS token, but every conversation starts with one",
             found="no bos_token in tokenizer_config.json or special_tokens_map.json",
@@ -167,26 +210,31 @@ def special_tokens(folder: str | os.PathLike, tokenizer: Tokenizer) -> dict[str,
     return tokens
 
 
-def extend(text: str, folder: str | os.PathLike) -> tuple[str, ExtendedTokenizer]:
-    """Adds the missing chat tokens to a tokenizer.json.
+def extend(
+    text: str, folder: str | os.PathLike, template: ChatTemplate | None = None
+) -> tuple[str, ExtendedTokenizer]:
+    """Adds the missing control tokens of a chat template to a tokenizer.json.
 
-    Tokens that the base has keep their ids; missing ones get the next ids in the order of `SPECIAL_TOKENS`, as
-    special tokens, which is how XTuner 0.2.0 adds them. Only `added_tokens` of the JSON grows.
+    Tokens that the base has keep their ids; missing ones get the next ids in the template's order, as special tokens,
+    which is how XTuner 0.2.0 adds InternLM2's. Only `added_tokens` of the JSON grows.
 
     Args:
         text: The base's tokenizer.json.
         folder: Where its tokenizer_config.json lies.
+        template: The chat template, by default InternLM2's.
 
     Returns:
         The new tokenizer.json and the tokenizer that it makes.
     """
+    template = template or load_template()
+    wanted = _tokens_of(template)
     tokenizer = parse_tokenizer(text, Path(folder) / "tokenizer.json")
     base_rows = rows_needed(tokenizer)
-    tokens = special_tokens(folder, tokenizer)
+    tokens = special_tokens(folder, tokenizer, template.bos)
     present = tokenizer.get_vocab(with_added_tokens=True)
-    missing = [token for token in SPECIAL_TOKENS if token not in present]
+    missing = [token for token in wanted if token not in present]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    ids = {token: tokenizer.token_to_id(token) for token in wanted}
     for token, token_id in ids.items():
         got = tokenizer.encode(token, add_special_tokens=False).ids
         if (
@@ -203,11 +251,11 @@ def extend(text: str, folder: str | os.PathLike) -> tuple[str, ExtendedTokenizer
     new_text = _with_added_tokens(text, added) if added else text
     # What is written must make what the library made: read it back.
     reread = parse_tokenizer(new_text, "the extended tokenizer.json") if added else tokenizer
-    if {token: reread.token_to_id(token) for token in SPECIAL_TOKENS} != ids:
+    if {token: reread.token_to_id(token) for token in wanted} != ids:
         raise UserError(
             f"{folder}: the chat tokens get other ids when tokenizer.json is read again", found=ids
         )
-    tokens.setdefault("eos_token", END_OF_TURN)
+    tokens.setdefault("eos_token", template.end_of_turn)
     tokens.setdefault("pad_token", tokens["eos_token"])
     return new_text, ExtendedTokenizer(
         reread,
@@ -217,6 +265,7 @@ def extend(text: str, folder: str | os.PathLike) -> tuple[str, ExtendedTokenizer
         added,
         hashlib.sha256(text.encode()).hexdigest(),
         base_rows,
+        template,
     )
 
 
@@ -231,7 +280,7 @@ def save_tokenizer(folder: str | os.PathLike, text: str, extended: ExtendedToken
         **extended.tokens,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1000000000000000019884624838656,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": jinja_template(extended.template),
     }
     pre_tokenizer = json.loads(text).get("pre_tokenizer") or {}
     if pre_tokenizer.get("add_prefix_space"):
@@ -257,6 +306,7 @@ def manifest(extended: ExtendedTokenizer) -> dict[str, Any]:
         "bos_token_id": extended.bos_token_id,
         "eos_token_id": extended.eos_token_id,
         "pad_token_id": extended.pad_token_id,
+        "chat_template": {"name": extended.template.name, "description": extended.template.description},
     }
 
 

@@ -1,39 +1,47 @@
-"""Tokenises datasets: JSONL files in the processed layout to `.bin` files, and a manifest for each dataset."""
+"""Tokenises datasets: JSONL files in the processed layout to `.bin` files, and a manifest for each dataset.
+
+The work is planned as parts (see `planning`) that may run as jobs of their own, on several machines that share the
+folder. What a part has done is recorded file by file, and range by range (see `chunk_store`): started again it does the
+rest. Ranges are put together, and manifests written, once all parts are done (see `finishing`). Without parts the same
+happens in one process.
+"""
 
 from __future__ import annotations
 
 import os
-import re
+from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from common.cli import UserError
 from common.files import write_json
 from ftdp.block_tokenizer import BlockTokenizer, TokenizedBlock, TokenizeOptions
+from ftdp.chunk_store import ChunkStore, SourceState
+from ftdp.chunk_tokenizer import ChunkTokenizer
+from ftdp.chunk_writer import write_chunk
+from ftdp.finishing import Finisher, remove_other_datasets
 from ftdp.heldout import check_share
-from ftdp.layout import TEMPLATE_FOLDER, bin_name, dataset_folder, find_datasets, manifest_path
+from ftdp.identity import tokenize_identity
+from ftdp.index import write_index
+from ftdp.layout import find_datasets
+from ftdp.planning import (
+    DEFAULT_BATCH_BYTES,
+    DEFAULT_SHARD_BYTES,
+    Chunk,
+    file_sizes,
+    plan_parts,
+)
 from ftdp.progress import TokenizeProgress
-from ftdp.reading import LineReader
-from ftdp.tokenized_writer import write_tokenized
+from ftdp.ranges import RangeReader
+from ftdp.reading import Block
 from ftdp.tokenizer import ExtendedTokenizer
 from ftdp.workers import WorkerPool
 
 # From here on the faster encoder wins back what making it costs.
 _MANY_BYTES = 3_000_000
-
-_SUMS = (
-    "source_bytes",
-    "bin_bytes",
-    "samples",
-    "valid_samples",
-    "heldout",
-    "tokens",
-    "trained_tokens",
-    "truncated",
-)
 
 
 def tokenize_datasets(
@@ -45,20 +53,23 @@ def tokenize_datasets(
     datasets: list[str] | None = None,
     manifest: str | os.PathLike | None = None,
     processes: int = 1,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> dict[str, dict[str, Any]]:
     """Tokenises datasets and writes their manifests, each after its last file.
 
-    A dataset's older files are removed before its first file is written: what is there never mixes two runs, and a
-    dataset without a manifest is not finished. Equal input gives equal bytes, whatever `processes` is.
+    Files that are done already, with the same content, tokenizer and options, are kept. A dataset of which a file has
+    to be done loses its manifest first: a dataset without a manifest is not finished. Equal input gives equal bytes,
+    whatever `processes` and `shard_bytes` are, and however often the work was interrupted.
 
     Args:
         processed_dir: Folder with `<dataset>/processed/.../<file>.jsonl`.
-        tokenized_dir: Receives `chatml_llamav13_32k/{train,valid}/cn/<dataset>/`.
+        tokenized_dir: Receives `chatml_llamav13_32k/{train,valid}/cn/<dataset>/`, `manifests/`, `chunks/`.
         tokenizer: The extended tokenizer.
-        options: Length limit and held-out share.
+        options: What decides the bytes, and what becomes of bad lines.
         datasets: Names; None takes all.
         manifest: Where the manifest goes when there is one dataset; by default `manifests/<dataset>.json`.
         processes: Worker processes.
+        shard_bytes: Bytes of a file after which what is done is recorded.
 
     Returns:
         The manifests by dataset.
@@ -66,117 +77,117 @@ def tokenize_datasets(
     Raises:
         UserError: A dataset is missing, an option is out of range, or a line is not a conversation.
     """
-    chosen = _choose(processed_dir, datasets)
+    chosen = choose_datasets(processed_dir, datasets)
     if manifest is not None and len(chosen) != 1:
         raise UserError(
             "--manifest names one file, but there are several datasets",
             found=", ".join(chosen),
             fix="leave --manifest out, or choose one dataset with --dataset",
         )
-    if options.max_length < 1:
-        raise UserError("the length limit is out of range", found=options.max_length, expected="1 or more")
-    check_share(options.heldout_share)
-    size = sum(file.stat().st_size for files in chosen.values() for file in files)
-    progress = TokenizeProgress(size)
-    block_tokenizer = BlockTokenizer(tokenizer, options, many=size >= _MANY_BYTES)
-    results = {}
-    with WorkerPool(block_tokenizer, processes) as pool:
-        for dataset, files in chosen.items():
-            target = Path(manifest) if manifest else manifest_path(tokenized_dir, dataset)
-            target.unlink(missing_ok=True)
-            _clear(tokenized_dir, dataset)
-            _remove_unfinished(target)
-            job = _DatasetJob(Path(processed_dir), Path(tokenized_dir), dataset, pool, progress)
-            results[dataset] = job.run(files, tokenizer, options)
-            write_json(target, results[dataset])
-    print(f"tokenised {len(results)} datasets: {progress.finish()}", flush=True)
-    return results
+    check_options(options)
+    store = ChunkStore(tokenized_dir, tokenize_identity(tokenizer, options))
+    finisher = Finisher(store, processed_dir, options, manifest)
+    sizes = file_sizes(chosen)
+    parts = plan_parts(chosen, sizes, shard_bytes, DEFAULT_BATCH_BYTES)
+    chunks = sorted(chunk for part in parts.values() for chunk in part)
+    unfinished = _Unfinished(finisher, chosen, chunks)
+    run = _Run(finisher, tokenizer, options, processes)
+    for chunk in run.run(chunks, sizes):
+        unfinished.done(chunk)
+    print(f"tokenised {len(chosen)} datasets: {run.status}", flush=True)
+    return unfinished.manifests
 
 
-class _DatasetJob:
-    """One dataset: its files one by one, the blocks of each through the pool."""
+def tokenize_part(
+    processed_dir: str | os.PathLike,
+    tokenized_dir: str | os.PathLike,
+    tokenizer: ExtendedTokenizer,
+    options: TokenizeOptions,
+    part: str,
+    *,
+    datasets: list[str] | None = None,
+    marker: str | os.PathLike | None = None,
+    processes: int = 1,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    batch_bytes: int = DEFAULT_BATCH_BYTES,
+) -> str:
+    """Tokenises one part of the plan, without manifests, and returns what to say of it.
 
-    def __init__(
-        self, processed: Path, tokenized: Path, dataset: str, pool: WorkerPool, progress: TokenizeProgress
-    ):
-        self._processed, self._tokenized = processed, tokenized
-        self._dataset, self._pool, self._progress = dataset, pool, progress
-        self._lengths = LengthHistogram()
+    Args:
+        part: Its name in the plan.
+        marker: JSON file that is written last, for a scheduler: what the part consists of.
+        batch_bytes: Size of a batch of small files. The others: see `tokenize_datasets`.
 
-    def run(
-        self, sources: list[Path], tokenizer: ExtendedTokenizer, options: TokenizeOptions
-    ) -> dict[str, Any]:
-        files = [self._tokenize(source) for source in sources]
-        totals = {key: sum(file[key] for file in files) for key in _SUMS}
-        totals["longest"] = max(file["longest"] for file in files)
-        return {
-            "format": 1,
-            "dataset": self._dataset,
-            "tokenizer_sha256": tokenizer.sha256,
-            "options": {
-                "max_length": options.max_length,
-                "heldout_share": options.heldout_share,
-                "heldout_seed": options.heldout_seed,
-                "template": TEMPLATE_FOLDER,
-            },
-            "files": files,
-            "totals": totals,
-            "length_histogram": self._lengths.as_json(),
-            "trained_share": totals["trained_tokens"] / totals["tokens"] if totals["tokens"] else 0.0,
+    Raises:
+        UserError: As `tokenize_datasets`; or the plan has no such part (the data changed since it was made).
+    """
+    check_options(options)
+    chosen = choose_datasets(processed_dir, datasets)
+    sizes = file_sizes(chosen)
+    parts = plan_parts(chosen, sizes, shard_bytes, batch_bytes)
+    if part not in parts:
+        raise UserError(
+            f"the plan has no part {part!r}",
+            found=", ".join(list(parts)[:8]) + (", ..." if len(parts) > 8 else ""),
+            expected="a part of the data as they are now",
+            fix="start the workflow again: the data have changed since it was planned",
+        )
+    store = ChunkStore(tokenized_dir, tokenize_identity(tokenizer, options))
+    run = _Run(Finisher(store, processed_dir, options), tokenizer, options, processes)
+    done = list(run.run(parts[part], sizes))
+    if marker:
+        files = {
+            f"{chunk.source.relative_to(processed_dir).as_posix()} {chunk.index + 1}/{chunk.count}": sha256
+            for chunk, sha256 in zip(done, map(store.digest, done), strict=True)
         }
-
-    def _tokenize(self, source: Path) -> dict[str, Any]:
-        name = bin_name(source)
-        train = dataset_folder(self._tokenized, "train", self._dataset) / name
-        valid = dataset_folder(self._tokenized, "valid", self._dataset) / name
-        sums = dict.fromkeys(("heldout", "tokens", "trained_tokens", "truncated", "longest"), 0)
-        with LineReader(source) as reader:
-            blocks = self._pool.map((str(source), block) for block in reader)
-            written = write_tokenized(train, valid, self._count(blocks, sums))
-        return {
-            "source": source.relative_to(self._processed).as_posix(),
-            "source_sha256": reader.sha256,
-            "source_bytes": reader.size,
-            "bin": train.relative_to(self._tokenized).as_posix(),
-            "bin_sha256": written.sha256,
-            "bin_bytes": written.bytes,
-            "meta_sha256": written.meta_sha256,
-            "samples": written.samples,
-            "valid_samples": written.valid_samples,
-            **sums,
-        }
-
-    def _count(self, blocks: Iterable[TokenizedBlock], sums: dict[str, int]) -> Iterator[TokenizedBlock]:
-        for block in blocks:
-            tokens = int(block.lengths.sum())
-            sums["heldout"] += block.heldout
-            sums["tokens"] += tokens
-            sums["trained_tokens"] += block.trained_tokens
-            sums["truncated"] += block.truncated
-            sums["longest"] = max(sums["longest"], int(block.lengths.max(initial=0)))
-            self._lengths.add(block.lengths)
-            yield block
-            self._progress.update(self._dataset, block.source_bytes, len(block.lengths), tokens)
+        write_json(marker, {"format": 1, "part": part, "identity": store.identity, "chunks": files})
+    return run.status
 
 
-class LengthHistogram:
-    """Counts conversations by length: bin i holds lengths from 2**i to below 2**(i+1) tokens."""
+def merge_parts(
+    processed_dir: str | os.PathLike,
+    tokenized_dir: str | os.PathLike,
+    tokenizer: ExtendedTokenizer,
+    options: TokenizeOptions,
+    *,
+    datasets: list[str] | None = None,
+    index: str | os.PathLike | None = None,
+    prune: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Joins the ranges of split files and writes the manifests, once every part is done; tokenises nothing.
 
-    def __init__(self) -> None:
-        self._counts = np.zeros(63, dtype=np.int64)
+    Args:
+        index: JSON file that is written last, with the digest of every manifest.
+        prune: Remove datasets of the tokenised folder that are not among those asked for.
+            The others: see `tokenize_datasets`.
 
-    def add(self, lengths: np.ndarray) -> None:
-        # frexp writes n as m * 2**e with 0.5 <= m < 1.
-        bins = np.frexp(lengths.astype(np.float64))[1] - 1
-        self._counts += np.bincount(bins, minlength=len(self._counts))
+    Returns:
+        The manifests by dataset.
 
-    def as_json(self) -> dict[str, list[int]]:
-        used = np.flatnonzero(self._counts)
-        bins = int(used[-1]) + 1 if len(used) else 0
-        return {"edges": [2**i for i in range(bins + 1)], "counts": self._counts[:bins].tolist()}
+    Raises:
+        UserError: A part is missing, was made with something else, or its source has changed.
+    """
+    chosen = choose_datasets(processed_dir, datasets)
+    store = ChunkStore(tokenized_dir, tokenize_identity(tokenizer, options))
+    finisher = Finisher(store, processed_dir, options)
+    if prune:
+        for name in remove_other_datasets(tokenized_dir, set(chosen)):
+            print(f"{name}: removed, it is no longer among the datasets", flush=True)
+    manifests = {}
+    for name, sources in chosen.items():
+        found = [chunk for source in sources for chunk in store.recorded(name, source)]
+        manifests[name] = finisher.finish(name, found)
+    if index:
+        write_index(index, manifests)
+    return manifests
 
 
-def _choose(processed_dir: str | os.PathLike, names: list[str] | None) -> dict[str, list[Path]]:
+def choose_datasets(processed_dir: str | os.PathLike, names: list[str] | None) -> dict[str, list[Path]]:
+    """Returns the JSONL files of the datasets named, or of all.
+
+    Raises:
+        UserError: There is no such dataset.
+    """
     found = find_datasets(processed_dir)
     if not names:
         return found
@@ -191,20 +202,101 @@ def _choose(processed_dir: str | os.PathLike, names: list[str] | None) -> dict[s
     return {name: found[name] for name in dict.fromkeys(names)}
 
 
-def _clear(tokenized_dir: str | os.PathLike, dataset: str) -> None:
-    """Removes a dataset's older tokenised files, and what a killed run left half-written."""
-    for split in ("train", "valid"):
-        folder = dataset_folder(tokenized_dir, split, dataset)
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.iterdir()):
-            unfinished = path.name.startswith(".") and path.name.endswith(".tmp")
-            if unfinished or path.name.endswith((".bin", ".bin.meta")):
-                path.unlink()
+def check_options(options: TokenizeOptions) -> None:
+    """Raises a UserError when an option is out of range."""
+    if options.max_length < 1:
+        raise UserError("the length limit is out of range", found=options.max_length, expected="1 or more")
+    check_share(options.heldout_share)
+    check_share(options.valid_share, "valid")
+    if not 0 <= options.max_bad_share <= 1:
+        raise UserError("--max-bad-share is out of range", found=options.max_bad_share, expected="0 to 1")
 
 
-def _remove_unfinished(target: Path) -> None:
-    """Removes what `atomic_path` left of `target` when it was killed."""
-    if target.parent.is_dir():
-        pattern = re.compile(rf"\.{re.escape(target.name)}\.\d+\.tmp")
-        for path in [each for each in target.parent.iterdir() if pattern.fullmatch(each.name)]:
-            path.unlink(missing_ok=True)
+class _Run:
+    """The chunks of one process: those that are not done go through one pool, as one stream of blocks.
+
+    Attributes:
+        status: What was done and how fast, once the run is over.
+    """
+
+    def __init__(
+        self, finisher: Finisher, tokenizer: ExtendedTokenizer, options: TokenizeOptions, processes: int
+    ):
+        self._finisher, self._store = finisher, finisher.store
+        self._tokenizer, self._options, self._processes = tokenizer, options, processes
+        self.status = ""
+
+    def run(self, chunks: list[Chunk], sizes: dict[Path, int]) -> Iterator[Chunk]:
+        """Yields each chunk when its files and its record are there."""
+        missing = [chunk for chunk in chunks if not self._is_done(chunk)]
+        for chunk in missing:
+            self._finisher.reopen(chunk)
+        yield from sorted(set(chunks) - set(missing))
+        total = sum(end - start for start, end in (chunk.range(sizes[chunk.source]) for chunk in missing))
+        progress = TokenizeProgress(total)
+        tokenizer = BlockTokenizer(self._tokenizer, self._options, many=total >= _MANY_BYTES)
+        with WorkerPool(ChunkTokenizer(tokenizer), self._processes) as pool:
+            yield from self._tokenize(missing, pool, progress)
+        kept = len(chunks) - len(missing)
+        self.status = progress.finish() + (
+            f"; {kept} of {len(chunks)} parts were done before" if kept else ""
+        )
+
+    def _is_done(self, chunk: Chunk) -> bool:
+        return self._store.find(chunk.whole) is not None or (
+            chunk.count > 1 and self._store.find(chunk) is not None
+        )
+
+    def _tokenize(self, chunks: list[Chunk], pool: WorkerPool, progress: TokenizeProgress) -> Iterator[Chunk]:
+        order: deque[int] = deque()
+        read: dict[int, tuple[SourceState, str]] = {}
+        results = pool.map(_blocks(chunks, order, read))
+        # The reader is ahead of the results: a result's number is in `order`, and a file's digest in `read` once the
+        # last of its results has come.
+        numbered = ((order.popleft(), result) for result in results)
+        for number, group in groupby(numbered, itemgetter(0)):
+            chunk = chunks[number]
+            blocks = self._shown(chunk, (result for _, result in group), progress)
+            result = write_chunk(self._store, chunk, self._options, blocks)
+            self._store.save(chunk, *read.pop(number), result)
+            yield chunk
+
+    def _shown(
+        self, chunk: Chunk, blocks: Iterable[tuple[int, TokenizedBlock]], progress: TokenizeProgress
+    ) -> Iterator[tuple[int, TokenizedBlock]]:
+        for lines, block in blocks:
+            yield lines, block
+            progress.update(chunk.dataset, block.source_bytes, len(block.lengths), int(block.lengths.sum()))
+
+
+def _blocks(
+    chunks: list[Chunk], order: deque[int], read: dict[int, tuple[SourceState, str]]
+) -> Iterator[tuple[str, Block, int]]:
+    """Yields what `ChunkTokenizer` takes; notes each block's chunk and, at a chunk's end, the digest of its bytes."""
+    for number, chunk in enumerate(chunks):
+        state = SourceState(chunk.source)
+        with RangeReader(chunk.source, *chunk.range(state.size)) as reader:
+            # An empty chunk has a block, too: its files must be written.
+            for block in chain(reader, [Block(1, [], 0)]):
+                if block.lines or not reader.bytes_read:
+                    order.append(number)
+                    yield str(chunk.source), block, reader.first_byte
+        read[number] = state, reader.sha256
+
+
+class _Unfinished:
+    """Writes a dataset's manifest as soon as its last chunk is done."""
+
+    def __init__(self, finisher: Finisher, datasets: dict[str, list[Path]], chunks: list[Chunk]):
+        self._finisher = finisher
+        self._chunks: dict[str, list[Chunk]] = {name: [] for name in datasets}
+        for chunk in chunks:
+            self._chunks[chunk.dataset].append(chunk)
+        self._left = {name: len(own) for name, own in self._chunks.items()}
+        self.manifests: dict[str, dict[str, Any]] = dict.fromkeys(datasets, {})
+
+    def done(self, chunk: Chunk) -> None:
+        name = chunk.dataset
+        self._left[name] -= 1
+        if not self._left[name]:
+            self.manifests[name] = self._finisher.finish(name, self._chunks[name])

@@ -1,0 +1,90 @@
+"""`inspect_sample.py`: all of a sample's text, marked as it is stored."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+from ftdp_small_tokenizers import KINDS, extended_folder, small_tokenizer
+
+from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.inspecting import Sample, paint, token_table
+from ftdp.tokenizing import tokenize_datasets
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello, you.\n12 * 7"}],
+    [
+        {"role": "system", "name": "plugin", "content": '[{"name": "get_weather"}]'},
+        {"role": "user", "content": "今天天气怎么样？\x1b[31mred\x07"},
+        {"role": "tool", "name": "plugin", "content": '{"name": "get_weather"}'},
+        {"role": "environment", "name": "plugin", "content": "sunny 🙂"},
+        {"role": "assistant", "content": "no", "loss": False},
+    ],
+]
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.fixture
+def tokenized(tmp_path, write_processed):
+    """Returns a function that tokenises the conversations where the workflow would, and returns the .bin file."""
+
+    def tokenize(kind):
+        write_processed(tmp_path / "in", {"d": CONVERSATIONS})
+        shutil.copytree(extended_folder(kind), tmp_path / "shared" / "tokenizer" / "mine")
+        out = tmp_path / "shared" / "data" / "x"
+        tokenize_datasets(tmp_path / "in", out, small_tokenizer(kind), TokenizeOptions())
+        return out / "chatml_llamav13_32k" / "train" / "cn" / "d" / "d.bin"
+
+    return tokenize
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_text_is_shown_with_its_mask(tokenized, kind):
+    path = tokenized(kind)
+    tokenizer = small_tokenizer(kind)
+    stored = [json.loads(line)["tokens"] for line in path.read_bytes().splitlines()]
+    for number, ids in enumerate(stored):
+        sample = Sample(path, number, tokenizer)
+        assert [(token.id, token.trained) for token in sample.tokens] == [(abs(i), i > 0) for i in ids]
+        text = "".join(text for *_, text in sample.pieces())
+        for part in (
+            "<|im_start|>",
+            "<|im_end|>",
+            *(message["content"] for message in CONVERSATIONS[number]),
+        ):
+            assert part in text
+        plain, colourful = paint(sample, False), paint(sample, True)
+        assert plain.replace("[+", "").replace("+]", "") == ESCAPES.sub("", colourful).replace("\u21b5", "")
+        # What a terminal would act upon comes from here alone.
+        assert "\x1b" not in plain and "\x07" not in colourful
+        assert not number or r"\x1b[31mred\x07" in plain
+        trained = "".join(re.findall(r"\[\+(.*?)\+\]", plain, re.DOTALL))
+        assert ("Hello, you." if number == 0 else "get_weather") in trained
+        assert ("hi" if number == 0 else "sunny") not in trained
+        assert len(token_table(sample).splitlines()) == len(ids) + 1
+    assert Sample(path, -1, tokenizer).number == 1
+
+
+def test_the_command_finds_the_tokenizer(tokenized, run_script, tmp_path):
+    path = tokenized("byte_level")
+    done = run_script("inspect_sample.py", path, 0)
+    assert "sample 0 of 2" in done.stdout and "[+Hello, you." in done.stdout and "\x1b" not in done.stdout
+    assert "special tokens: <s> x1 (trained), <|im_start|> x2 (masked)" in done.stdout
+    done = run_script("inspect_sample.py", path, "-1", "--color", "always")
+    assert "\x1b[32m" in done.stdout and "sunny" in done.stdout
+    assert "<|im_start|>" in run_script("inspect_sample.py", path, 1, "--ids").stdout.split("entry")[1]
+
+    def error_of(*arguments):
+        done = run_script("inspect_sample.py", *arguments, check=False)
+        assert done.returncode == 2 and done.stderr.startswith("error: ")
+        return done.stderr
+
+    assert "has no sample 2" in error_of(path, 2)
+    assert "made with another tokenizer" in error_of(
+        path, 0, "--tokenizer-path", extended_folder("smollm_like")
+    )
+    shutil.rmtree(tmp_path / "shared" / "tokenizer")
+    assert "--tokenizer-path" in error_of(path, 0)
+    assert "meta" in error_of(tmp_path / "no.bin", 0, "--tokenizer-path", extended_folder("byte_level"))

@@ -1,0 +1,229 @@
+"""`mask: exact` and `control_tokens` against an independent implementation, and example by example."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from ftdp_conversations import conversations
+from ftdp_reference import exact_tokens, signed_tokens
+from ftdp_small_tokenizers import KINDS, small_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from common.cli import UserError
+from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.chat_template import MessageError
+from ftdp.control_tokens import literal_tokenizer
+from ftdp.encode import BatchEncoder, encode_conversation, encode_conversations, signed_ids
+from ftdp.tokenizing import tokenize_datasets
+
+USER = {"role": "user", "content": "hi"}
+
+
+def tokens_of(messages, tokenizer, **options):
+    """Returns [(token, trained)] without BOS."""
+    ids = encode_conversation(messages, tokenizer, **options)[1:]
+    return [(tokenizer.tokenizer.id_to_token(abs(each)), each > 0) for each in ids]
+
+
+def trained_text(messages, tokenizer, **options):
+    """Returns what is trained on, as text."""
+    options = {"mask": "exact", **options}
+    ids = [each for each in encode_conversation(messages, tokenizer, **options) if each > 0]
+    return tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def counts_of(conversations, tokenizer, **options):
+    encoder = BatchEncoder(tokenizer, **options)
+    encoder.encode_turns([encoder.turns(each) for each in conversations])
+    counts = encoder.take_counts()
+    assert set(encoder.take_counts().values()) == {0}, "counted once"
+    return counts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("control_tokens", ["literal", "control"])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(batch=st.lists(conversations(), max_size=3), many=st.booleans())
+def test_exact_equals_the_reference(kind, control_tokens, batch, many):
+    tokenizer = small_tokenizer(kind)
+    bos = -tokenizer.bos_token_id
+    literal = control_tokens == "literal"
+    expected = [[bos, *exact_tokens(each, tokenizer.tokenizer, literal)] for each in batch]
+    before = json.dumps(batch)
+    encoder = BatchEncoder(tokenizer, many, mask="exact", control_tokens=control_tokens)
+    pieces = encoder.encode_turns([encoder.turns(each) for each in batch])
+    assert [signed_ids(each) for each in pieces] == expected
+    assert json.dumps(batch) == before, "the conversations are left as they are"
+    counts = encoder.take_counts()
+    if not counts["straddling_messages"]:
+        compat = encode_conversations(batch, tokenizer, None, control_tokens=control_tokens)
+        differing = sum(
+            a != b for one, two in zip(compat, expected, strict=True) for a, b in zip(one, two, strict=True)
+        )
+        assert counts["tokens_differing_from_compat"] == differing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(messages=conversations(control=False))
+def test_without_control_tokens_literal_is_compat(kind, messages):
+    tokenizer = small_tokenizer(kind)
+    encode = lambda text: tokenizer.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+    expected = signed_tokens(messages, encode, tokenizer.bos_token_id)
+    assert encode_conversation(messages, tokenizer, control_tokens="literal") == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mask", ["compat", "exact"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(messages=conversations())
+def test_literal_never_writes_a_control_token_of_a_message(kind, mask, messages):
+    tokenizer = small_tokenizer(kind)
+    special = {key for key, token in tokenizer.tokenizer.get_added_tokens_decoder().items() if token.special}
+    ids = [
+        abs(each)
+        for each in encode_conversation(messages, tokenizer, None, mask=mask, control_tokens="literal")
+    ]
+    emptied = [{**message, "content": ""} for message in messages]
+    for message in emptied:
+        if message.get("name") not in (None, "plugin", "interpreter"):
+            message["name"] = "x"
+        if message["role"] == "user" and message.get("name"):
+            message["name"] = "x"
+    expected = encode_conversation(emptied, tokenizer, None, mask=mask, control_tokens="literal")
+    # A tokenizer that does not know a character writes <unk>, which is special too, for text.
+    unknown = tokenizer.tokenizer.token_to_id("<unk>")
+    of_template = [abs(each) for each in expected if abs(each) in special - {unknown}]
+    assert [each for each in ids if each in special - {unknown}] == of_template
+
+
+def test_bos_is_not_trained():
+    tokenizer = small_tokenizer("byte_level")
+    assert encode_conversation([USER], tokenizer)[0] == tokenizer.bos_token_id
+    assert encode_conversation([USER], tokenizer, mask="exact")[0] == -tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("silent", [{"loss": False}, {"type": "prefix"}])
+def test_no_loss_covers_the_closing_token(silent):
+    tokenizer = small_tokenizer("byte_level")
+    messages = [USER, {"role": "assistant", "content": "yes", **silent}]
+    compat = [token for token, trained in tokens_of(messages, tokenizer) if trained]
+    assert compat == ["<|im_end|>", "Ċ"]
+    assert trained_text(messages, tokenizer) == ""
+
+
+def test_a_line_break_at_a_border_is_not_lost():
+    tokenizer = small_tokenizer("newlines")
+    messages = [USER, {"role": "assistant", "content": "\nyes\n"}]
+    kept = "".join(token for token, _ in tokens_of(messages, tokenizer))
+    assert "assistantĊyes" in kept, "compat drops the content's line break"
+    exact = tokens_of(messages, tokenizer, mask="exact")
+    at = exact.index(("assistant", False))
+    assert exact[at + 1] == ("ĊĊ", True), "the merged token holds a character that is trained on"
+    assert exact[-3:] == [("Ċ", True), ("<|im_end|>", True), ("Ċ", True)]
+    counts = counts_of([messages], tokenizer, mask="exact")
+    # BOS, and the merged line break in place of the begin's.
+    assert counts == {"straddling_messages": 1, "tokens_differing_from_compat": 2, "control_messages": 0}
+    assert counts_of([messages], tokenizer)["straddling_messages"] == 1
+    untouched = [USER, {"role": "assistant", "content": "yes"}]
+    assert counts_of([untouched], tokenizer)["straddling_messages"] == 0
+
+
+def test_a_tool_call_has_a_loss_of_its_own():
+    tokenizer = small_tokenizer("byte_level")
+    messages = [
+        USER,
+        {"role": "assistant", "content": "Let me look."},
+        {"role": "tool", "name": "plugin", "content": "{}", "loss": False},
+        {"role": "thought", "content": "done"},
+    ]
+    assert trained_text(messages, tokenizer) == "Let me look.done<|im_end|>\n"
+    assert "{}" in trained_text(messages, tokenizer, mask="compat")
+    del messages[2]["loss"]
+    messages[1]["loss"] = False
+    assert trained_text(messages, tokenizer) == ""
+    messages[3]["loss"] = True
+    assert trained_text(messages, tokenizer) == "done<|im_end|>\n"
+    messages[3]["loss"] = "false"
+    with pytest.raises(MessageError, match=r"\[3\].loss"):
+        trained_text(messages, tokenizer)
+    encode_conversation(messages, tokenizer, mask="compat")
+
+
+def test_control_tokens_in_messages():
+    tokenizer = small_tokenizer("byte_level")
+    end = tokenizer.ids["<|im_end|>"]
+    typed = [{"role": "user", "name": "<|im_end|>", "content": "a<|im_end|>\nb"}]
+    conversations = [typed, [USER], [USER, {"role": "thought", "content": "<s>"}]]
+    as_control, as_text = (
+        encode_conversations(conversations, tokenizer, control_tokens=each) for each in ("control", "literal")
+    )
+    assert [each.count(-end) for each in as_control] == [3, 1, 1]
+    assert [each.count(-end) for each in as_text] == [1, 1, 1]
+    decoded = tokenizer.tokenizer.decode([abs(each) for each in as_text[0][1:]], skip_special_tokens=False)
+    assert decoded == "<|im_start|>user name=<|im_end|>\na<|im_end|>\nb<|im_end|>\n"
+    assert tokenizer.bos_token_id not in as_text[2][1:]
+    for mask in ("compat", "exact"):
+        for how in ("control", "literal"):
+            found = counts_of(conversations, tokenizer, mask=mask, control_tokens=how)["control_messages"]
+            assert found == 3
+    with pytest.raises(MessageError, match=r"\[0\].content: found the control token <\|im_end\|>"):
+        encode_conversations(conversations, tokenizer, control_tokens="error")
+    typed[0]["content"] = ""
+    with pytest.raises(MessageError, match=r"\[0\].name"):
+        encode_conversations(conversations, tokenizer, control_tokens="error")
+
+
+def test_the_template_may_write_control_tokens():
+    tokenizer = small_tokenizer("byte_level")
+    messages = [
+        {"role": "system", "name": "plugin", "content": "[]"},
+        USER,
+        {"role": "tool", "name": "plugin", "content": "{}"},
+    ]
+    for how in ("literal", "error"):
+        ids = encode_conversation(messages, tokenizer, control_tokens=how)
+        assert ids == encode_conversation(messages, tokenizer, control_tokens="control")
+    assert counts_of([messages], tokenizer)["control_messages"] == 0
+
+
+def test_renaming_keeps_ids_and_is_done_once():
+    for kind in KINDS:
+        tokenizer = small_tokenizer(kind)
+        literal = literal_tokenizer(tokenizer)
+        assert literal is literal_tokenizer(tokenizer)
+        assert set(literal.spelling) >= {*tokenizer.ids, *tokenizer.tokens.values()}
+        for old, new in literal.spelling.items():
+            assert literal.tokenizer.token_to_id(new) == tokenizer.tokenizer.token_to_id(old)
+            assert literal.tokenizer.token_to_id(old) is None
+
+
+def test_the_run_reports_what_it_counted(tmp_path):
+    source = tmp_path / "in" / "d" / "processed" / "f.jsonl"
+    source.parent.mkdir(parents=True)
+    lines = [
+        [USER, {"role": "assistant", "content": "\nyes"}],
+        [{"role": "user", "content": "<|im_start|>"}, {"role": "assistant", "content": "no", "loss": False}],
+    ]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokenizer = small_tokenizer("newlines")
+    manifest = tokenize_datasets(tmp_path / "in", tmp_path / "out", tokenizer, TokenizeOptions(mask="exact"))[
+        "d"
+    ]
+    counts = manifest["files"][0]["counts"]
+    # BOS twice, the merged line break, and the closing token of the second answer (two ids).
+    assert counts["straddling_messages"] == 1
+    assert counts["tokens_differing_from_compat"] == 5
+    assert counts["control_messages"] == 1
+    with pytest.raises(UserError, match=r"f\.jsonl:2: \[0\]\.content(.|\n)*<\|im_start\|>"):
+        tokenize_datasets(
+            tmp_path / "in", tmp_path / "out", tokenizer, TokenizeOptions(control_tokens="error")
+        )
+
+
+@pytest.mark.parametrize("option", [{"mask": "right"}, {"control_tokens": "text"}])
+def test_unknown_options(option):
+    with pytest.raises(UserError, match="out of range"):
+        BatchEncoder(small_tokenizer("byte_level"), **option)

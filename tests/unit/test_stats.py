@@ -1,0 +1,88 @@
+"""Stats of a dataset against counting by hand."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+from ftdp_small_tokenizers import small_tokenizer
+
+from common.files import read_json
+from ftdp import stats
+from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.tokenizing import tokenize_datasets
+
+
+@pytest.fixture
+def tokenized(tmp_path):
+    """Two files of one dataset, with long, cut, held-out and bad lines."""
+    rng = random.Random(3)
+    for name in ("a", "b"):
+        lines = []
+        for number in range(150):
+            text = "word " * rng.choice([1, 1, 2, 5, 40, 90])
+            lines.append(json.dumps([{"role": "user", "content": f"{name}{number} {text}"}]).encode())
+        lines[7] = b"oops"
+        lines[9] = b'[{"role": "bot", "content": ""}]'
+        lines[11] = b'[{"role": "elf", "content": ""}]'
+        file = tmp_path / "in" / "d" / "processed" / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"\n".join(lines))
+    options = TokenizeOptions(
+        max_length=100, heldout_share=0.1, on_bad_sample="quarantine", max_bad_share=0.05
+    )
+    tokenize_datasets(tmp_path / "in", tmp_path / "out", small_tokenizer("byte_level"), options)
+    return tmp_path / "out"
+
+
+def by_hand(out):
+    places = []
+    for name in ("a", "b"):
+        path = f"chatml_llamav13_32k/train/cn/d/{name}.bin"
+        for number, line in enumerate((out / path).read_bytes().splitlines()):
+            places.append((len(json.loads(line)["tokens"]), path, number))
+    return places
+
+
+def test_stats_lie_beside_the_manifest(tokenized):
+    manifest = tokenized / "manifests" / "d.json"
+    assert stats.stats_path(manifest) == tokenized / "manifests" / "d" / "stats.json"
+    found = read_json(stats.stats_path(manifest))
+    assert found == stats.dataset_stats(read_json(manifest), tokenized)
+    places = by_hand(tokenized)
+    lengths = [tokens for tokens, *_ in places]
+    assert found["samples"] == len(lengths)
+    assert found["samples"] + found["heldout"] + found["quarantined"] == 300
+    assert found["quarantined"] == 6
+    assert found["bad_lines"] == {"[0].role is not as it should be": 4, "not JSON": 2}
+    assert found["truncated"] == lengths.count(100) > 0
+    longest = sorted(places, key=lambda place: (-place[0], place[1:]))[:10]
+    assert [(each["tokens"], each["bin"], each["sample"]) for each in found["longest_samples"]] == longest
+    assert found["lengths"] == {
+        "mean": round(float(np.mean(lengths)), 2),
+        **{f"p{p}": int(np.percentile(lengths, p, method="inverted_cdf")) for p in (50, 90, 95, 99)},
+        "shortest": min(lengths),
+        "longest": max(lengths),
+    }
+    assert [file["samples"] for file in found["files"]] == [
+        sum(path.endswith(name) for _, path, _ in places) for name in ("a.bin", "b.bin")
+    ]
+
+
+def test_pieces_of_a_meta_file_make_no_difference(tokenized, monkeypatch):
+    manifest = read_json(tokenized / "manifests" / "d.json")
+    whole = stats.dataset_stats(manifest, tokenized)
+    monkeypatch.setattr(stats, "_ROWS", 7)
+    assert stats.dataset_stats(manifest, tokenized) == whole
+
+
+def test_an_empty_dataset(tmp_path):
+    file = tmp_path / "in" / "d" / "processed" / "f.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"")
+    tokenize_datasets(tmp_path / "in", tmp_path / "out", small_tokenizer("byte_level"), TokenizeOptions())
+    found = read_json(tmp_path / "out" / "manifests" / "d" / "stats.json")
+    assert found["samples"] == 0 and found["longest_samples"] == []
+    assert set(found["lengths"].values()) == {None}

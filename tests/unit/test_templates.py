@@ -1,0 +1,278 @@
+"""Chat templates: files that are checked, the shipped ones, and Jinja that gives the ids of training."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+
+import pytest
+import yaml
+from ftdp_conversations import conversations
+from ftdp_reference import exact_spans
+from ftdp_small_tokenizers import KINDS, extended_folder, small_tokenizer
+from hypothesis import HealthCheck, given, settings
+
+from common.cli import UserError
+from ftdp.base_tokenizer import open_tokenizer
+from ftdp.chat_template import MessageError
+from ftdp.encode import BatchEncoder, encode_conversation, signed_ids
+from ftdp.jinja_template import jinja_template
+from ftdp.template_file import load_template, shipped_templates, template_from
+from ftdp.tokenizer import load_tokenizer
+
+TEMPLATES = ["chatml", "internlm2_chat", "llama3", "mistral_instruct"]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "system", "name": "plugin", "content": '[{"name": "f"}]'},
+    {"role": "user", "content": "hi"},
+    {"role": "thought", "content": "Look."},
+    {"role": "tool", "name": "plugin", "content": '{"name": "f"}'},
+    {"role": "environment", "name": "plugin", "content": "[1]"},
+    {"role": "assistant", "content": "One."},
+    {"role": "user", "content": "bye"},
+    {"role": "assistant", "content": "Bye."},
+]
+
+
+@functools.cache
+def transformers_tokenizer(kind, template):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(extended_folder(kind, template))
+
+
+def test_shipped():
+    assert shipped_templates() == TEMPLATES
+    for name in TEMPLATES:
+        assert load_template(name).name == name
+    assert load_template().name == "internlm2_chat"
+    with pytest.raises(UserError, match=r"no chat template 'nonsense'(.|\n)*chatml, internlm2_chat"):
+        load_template("nonsense")
+
+
+def test_what_they_write():
+    """Against the formats as their makers describe them."""
+    assert load_template("chatml").render([TALK[0], *TALK[2:]]) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        '<|im_start|>assistant\nLook.\n<tool_call>\n{"name": "f"}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\n[1]\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\nOne.<|im_end|>\n"
+        "<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\nBye.<|im_end|>\n"
+    )
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    assert load_template("llama3").render([TALK[0], *TALK[2:]]) == (
+        head.format("system") + "Be brief.<|eot_id|>" + head.format("user") + "hi<|eot_id|>"
+        f'{head.format("assistant")}Look.<|python_tag|>{{"name": "f"}}<|eot_id|>'
+        f"{head.format('ipython')}[1]<|eot_id|>{head.format('assistant')}One.<|eot_id|>"
+        f"{head.format('user')}bye<|eot_id|>{head.format('assistant')}Bye.<|eot_id|>"
+    )
+    assert load_template("mistral_instruct").render(TALK) == (
+        '[AVAILABLE_TOOLS][{"name": "f"}][/AVAILABLE_TOOLS][INST]Be brief.\n\nhi[/INST]'
+        'Look.[TOOL_CALLS]{"name": "f"}</s>[TOOL_RESULTS][1][/TOOL_RESULTS]One.</s>[INST]bye[/INST]Bye.</s>'
+    )
+    assert load_template().render(TALK) == "".join(text for text, _, _ in exact_spans(TALK))
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(messages=conversations())
+def test_jinja_gives_the_ids_of_training(kind, template, messages):
+    tokenizer = small_tokenizer(kind, template)
+    library = transformers_tokenizer(kind, template)
+    try:
+        text = tokenizer.template.render(messages)
+    except MessageError as error:
+        assert template == "mistral_instruct" and "next user turn" in str(error)
+        messages = [message for message in messages if message["role"] != "system"]
+        if messages and messages[0]["role"] in ("tool", "thought"):
+            messages = []
+        text = tokenizer.template.render(messages)
+    bos = tokenizer.tokens["bos_token"] if tokenizer.template.bos else ""
+    assert library.apply_chat_template(messages, tokenize=False) == bos + text
+    prompt = library.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == bos + text + tokenizer.template.generation_prompt
+    encoder = BatchEncoder(tokenizer, mask="exact", control_tokens="control")
+    pieces = encoder.encode_turns([encoder.turns(messages)])[0]
+    ids = [abs(each) for each in signed_ids(pieces)]
+    assert library.apply_chat_template(messages, tokenize=True, return_dict=False) == ids
+    if not encoder.take_counts()["straddling_messages"]:
+        compat = encode_conversation(messages, tokenizer, None, control_tokens="control")
+        assert [abs(each) for each in compat] == ids
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("mask", ["compat", "exact"])
+def test_jinja_gives_the_ids_of_training_on_real_data(template, mask, shared_data, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = open_tokenizer(shared_data / "mistral_v1_tokenizer", tmp_path / "x", template=template)
+    library = AutoTokenizer.from_pretrained(tmp_path / "x")
+    encoder = BatchEncoder(tokenizer, many=True, mask=mask)
+    batch = [
+        json.loads(line)
+        for source in sorted((shared_data / "ftdp").rglob("*.jsonl"))
+        for line in source.read_text(encoding="utf-8").splitlines()
+    ]
+    assert len(batch) == 600
+    pieces = encoder.encode_turns([encoder.turns(each) for each in batch])
+    assert encoder.take_counts()["control_messages"] == 0
+    for messages, each in zip(batch, pieces, strict=True):
+        expected = library.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert [abs(token) for token in signed_ids(each)] == expected
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("mask", ["compat", "exact"])
+def test_what_is_trained(template, mask):
+    tokenizer = small_tokenizer("byte_level", template)
+    ids = encode_conversation(TALK, tokenizer, mask=mask)[tokenizer.template.bos :]
+    trained = tokenizer.tokenizer.decode([each for each in ids if each > 0], skip_special_tokens=False)
+    assert trained == {
+        "internlm2_chat": 'Look.<|action_start|><|plugin|>\n{"name": "f"}<|action_end|>\n<|im_end|>\n'
+        "One.<|im_end|>\nBye.<|im_end|>\n",
+        "chatml": 'Look.\n<tool_call>\n{"name": "f"}\n</tool_call><|im_end|>\nOne.<|im_end|>\nBye.<|im_end|>\n',
+        "llama3": 'Look.<|python_tag|>{"name": "f"}<|eot_id|>One.<|eot_id|>Bye.<|eot_id|>',
+        "mistral_instruct": 'Look.[TOOL_CALLS]{"name": "f"}</s>One.</s>Bye.</s>',
+    }[template]
+
+
+def test_the_template_is_saved_with_the_tokenizer():
+    for name in TEMPLATES:
+        tokenizer = load_tokenizer(extended_folder("newlines", name))
+        assert tokenizer.template == load_template(name)
+        assert tokenizer.end_of_turn_id == tokenizer.ids[tokenizer.template.end_of_turn]
+        config = json.loads((extended_folder("newlines", name) / "tokenizer_config.json").read_text())
+        assert config["chat_template"] == jinja_template(tokenizer.template)
+    with pytest.raises(UserError, match=r"lacks tokens(.|\n)*<\|eot_id\|>(.|\n)*--template llama3"):
+        BatchEncoder(small_tokenizer("byte_level"), template="llama3")
+
+
+def test_a_template_without_bos_needs_none(tmp_path):
+    base = extended_folder("byte_level").parent / "base"
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "tokenizer.json").write_bytes((base / "tokenizer.json").read_bytes())
+    (tmp_path / "base" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="no BOS token"):
+        open_tokenizer(tmp_path / "base", tmp_path / "x")
+    tokenizer = open_tokenizer(tmp_path / "base", tmp_path / "x", template="chatml")
+    assert tokenizer.bos_token_id is None
+    assert load_tokenizer(tmp_path / "x").template.bos is False
+    first = encode_conversation(TALK, tokenizer)[0]
+    assert first == -tokenizer.ids["<|im_start|>"]
+
+
+def test_a_message_that_opens_another_roles_turn():
+    template = load_template("mistral_instruct")
+    system, user = TALK[0], TALK[2]
+    twice = template.turns([system, system, user])
+    assert [turn.content for turn in twice] == ["Be brief.\n\nBe brief.\n\nhi"]
+    for messages, index in (([system], 1), ([system, TALK[6]], 1), ([user, system, TALK[3], user], 2)):
+        with pytest.raises(MessageError, match=rf"\[{index}\].role.*expected a user message"):
+            template.turns(messages)
+
+
+CUSTOM = {
+    "special_tokens": ["<turn>", "</turn>"],
+    "end_of_turn": "</turn>",
+    "names": {"calc": "<turn>calc"},
+    "roles": {
+        "person": {"begin": "<turn>person: ", "named_begin": "<turn>{name}: ", "end": "</turn>"},
+        "assistant": {"begin": "<turn>assistant: ", "end": "</turn>", "trained": True},
+        "aside": {"part_of": "assistant", "begin": "(", "end": ")"},
+    },
+}
+
+
+def test_a_template_of_ones_own(tmp_path, run_script, tiny_tokenizer_dir):
+    """A YAML file and no Python: extend, tokenise, load again."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(CUSTOM))
+    save = ("--tokenizer-w-special-tokens-save-dir", tmp_path / "tokenizer")
+    run_script("extend_tokenizer.py", "--tokenizer-path", tiny_tokenizer_dir, *save, "--template", path)
+    source = tmp_path / "in" / "d" / "processed" / "f.jsonl"
+    source.parent.mkdir(parents=True)
+    talk = [
+        {"role": "person", "name": "Ann", "content": "1+1?"},
+        {"role": "aside", "content": "easy"},
+        {"role": "assistant", "content": "2"},
+    ]
+    source.write_text(json.dumps(talk) + "\n")
+    places = ("--processed-dir", tmp_path / "in", "--tokenized-dir", tmp_path / "out")
+    run_script(
+        "tokenize_dataset.py",
+        *(*places, "--tokenizer-path", tmp_path / "tokenizer", "--template", path, "--mask", "exact"),
+    )
+    line = next((tmp_path / "out").rglob("f.bin")).read_text()
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    assert tokenizer.template.name == "mine"
+    ids = json.loads(line)["tokens"]
+    decode = functools.partial(tokenizer.tokenizer.decode, skip_special_tokens=False)
+    assert decode([abs(each) for each in ids]) == (
+        "<s><turn>Ann: 1+1?</turn><turn>assistant: (easy)</turn><turn>assistant: 2</turn>"
+    )
+    # The space before the answer belongs to it where the two are one token.
+    assert decode([each for each in ids if each > 0]) == "(easy)</turn>2</turn>"
+
+
+def changed(path, value):
+    description = copy.deepcopy(CUSTOM)
+    *parents, last = path
+    place = description
+    for key in parents:
+        place = place[key]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return description
+
+
+BAD = {
+    "not a mapping": (["roles"], "the file"),
+    "unknown key": (changed(["rolls"], {}), "rolls"),
+    "no roles": (changed(["roles"], None), "roles"),
+    "no tokens": (changed(["special_tokens"], None), "special_tokens"),
+    "no end": (changed(["end_of_turn"], None), "end_of_turn"),
+    "empty end": (changed(["end_of_turn"], ""), "end_of_turn"),
+    "token twice": (changed(["special_tokens"], ["a", "a"]), "special_tokens[1]"),
+    "token is a number": (changed(["special_tokens"], [3]), "special_tokens[0]"),
+    "bos is a text": (changed(["bos"], "yes"), "bos"),
+    "name is a list": (changed(["names", "calc"], []), "names.calc"),
+    "no assistant": (changed(["roles", "assistant"], None), "roles"),
+    "nothing trained": (changed(["roles", "assistant", "trained"], False), "roles"),
+    "unknown role key": (changed(["roles", "person", "start"], "x"), "roles.person.start"),
+    "begin is a number": (changed(["roles", "person", "begin"], 3), "roles.person.begin"),
+    "role is a text": (changed(["roles", "person"], "x"), "roles.person"),
+    "odd role name": (changed(["roles", "a b"], {}), "roles.a b"),
+    "name nowhere": (changed(["roles", "person", "named_begin"], "x"), "roles.person.named_begin"),
+    "name twice": (changed(["roles", "person", "named_begin"], "{name}{name}"), "roles.person.named_begin"),
+    "part of nothing": (changed(["roles", "aside", "part_of"], "bot"), "roles.aside.part_of"),
+    "part of itself": (changed(["roles", "aside", "part_of"], "aside"), "roles.aside.part_of"),
+    "part that is trained": (changed(["roles", "aside", "trained"], True), "roles.aside.trained"),
+    "opens nothing": (changed(["roles", "person", "opens"], "aside"), "roles.person.opens"),
+    "type is a text": (changed(["roles", "person", "types"], {"x": "no"}), "roles.person.types.x"),
+    "type trained": (changed(["roles", "person", "types"], {"x": True}), "roles.person.types.x"),
+    "by_name is a text": (changed(["roles", "person", "by_name"], {"x": "no"}), "roles.person.by_name.x"),
+    "by_name key": (changed(["roles", "person", "by_name"], {"x": {"a": "b"}}), "roles.person.by_name.x.a"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_descriptions(case, tmp_path):
+    description, key = BAD[case]
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(description))
+    with pytest.raises(UserError) as caught:
+        load_template(path)
+    assert str(caught.value).startswith(f"{path}: {key} is not as it should be\n"), caught.value
+    for part in ("found:", "expected:", "to fix:"):
+        assert part in str(caught.value)
+
+
+def test_files_that_are_no_yaml(tmp_path):
+    (tmp_path / "bad.yaml").write_text("roles: [")
+    with pytest.raises(UserError, match="cannot be read as YAML"):
+        load_template(tmp_path / "bad.yaml")
+    assert template_from(CUSTOM, "mine", "here").generation_prompt == "<turn>assistant: "

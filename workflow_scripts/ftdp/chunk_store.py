@@ -1,0 +1,215 @@
+"""What is done already, decided by content: a record for each finished file and for each finished range of one.
+
+    <tokenized_dir>/chunks/<dataset>/<file>/done.json                  the file is tokenised and in its place
+    <tokenized_dir>/chunks/<dataset>/<file>/0003-of-0012.json          a range of it is, and lies beside
+    <tokenized_dir>/chunks/<dataset>/<file>/0003-of-0012.{train,valid}.bin and .bin.meta, .quarantine.jsonl
+
+A record is believed when it was made with the same tokenizer, template and options, the source still has the bytes that
+it was made from, and every output has the bytes that were written. Equal size and time stamp stand for equal bytes, but
+only where the time stamp was old when the bytes were read; otherwise they are hashed again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from common.files import sha256_file
+from ftdp.layout import bin_name, dataset_folder
+from ftdp.planning import Chunk
+from ftdp.ranges import RangeReader
+
+# A file changed within the resolution of a clock could change again unseen.
+_CLOCK_NS = 2_000_000_000
+
+
+class ChunkStore:
+    """The records and files below one tokenised folder.
+
+    Args:
+        tokenized_dir: The folder.
+        identity: What decides the bytes besides the source: JSON of the tokenizer's digest, the template, the options.
+    """
+
+    def __init__(self, tokenized_dir: str | os.PathLike, identity: dict[str, Any]):
+        self.root = Path(tokenized_dir)
+        self.identity = identity
+
+    def folder(self, dataset: str, source: Path) -> Path:
+        """Returns the folder of a file's records."""
+        return self.root / "chunks" / dataset / bin_name(source).removesuffix(".bin")
+
+    def bins(self, chunk: Chunk) -> dict[str, Path]:
+        """Returns where a chunk's train and valid part and its bad lines go."""
+        if chunk.count == 1:
+            name = bin_name(chunk.source)
+            quarantine = (
+                self.root / "manifests" / chunk.dataset / f"{name.removesuffix('.bin')}.quarantine.jsonl"
+            )
+            parts = {
+                split: dataset_folder(self.root, split, chunk.dataset) / name for split in ("train", "valid")
+            }
+        else:
+            folder, stem = self.folder(chunk.dataset, chunk.source), _stem(chunk)
+            quarantine = folder / f"{stem}.quarantine.jsonl"
+            parts = {split: folder / f"{stem}.{split}.bin" for split in ("train", "valid")}
+        return parts | {"quarantine": quarantine}
+
+    def outputs(self, chunk: Chunk) -> list[Path]:
+        """Returns every file that a chunk may have written."""
+        paths = self.bins(chunk)
+        return [
+            path
+            for split in ("train", "valid")
+            for path in (paths[split], paths[split].with_name(f"{paths[split].name}.meta"))
+        ] + [paths["quarantine"]]
+
+    def record_path(self, chunk: Chunk) -> Path:
+        """Returns the place of a chunk's record."""
+        name = "done" if chunk.count == 1 else _stem(chunk)
+        return self.folder(chunk.dataset, chunk.source) / f"{name}.json"
+
+    def recorded(self, dataset: str, source: Path) -> list[Chunk]:
+        """Returns the chunks that a file was last cut into, whether done or not; the whole file if there are none.
+
+        Merging so needs not know the sizes that the plan was made with.
+        """
+        whole = Chunk(dataset, source)
+        if self.record_path(whole).exists():
+            return [whole]
+        stamps = {}
+        with suppress(OSError):
+            for path in self.folder(dataset, source).iterdir():
+                if match := re.fullmatch(r"\d+-of-(\d+)\.json", path.name):
+                    count = int(match[1])
+                    stamps[count] = max(stamps.get(count, 0), path.stat().st_mtime_ns)
+        if not stamps:
+            return [whole]
+        count = max(stamps, key=stamps.__getitem__)
+        return [Chunk(dataset, source, index, count) for index in range(count)]
+
+    def find(self, chunk: Chunk) -> dict[str, Any] | None:
+        """Returns the record of a finished chunk, or None when it has to be done."""
+        record = _read(self.record_path(chunk))
+        if (
+            not record
+            or record.get("identity") != self.identity
+            or record.get("place") != [chunk.index, chunk.count]
+        ):
+            return None
+        try:
+            if not self._same_outputs(record, chunk) or not _same_source(record["bytes_of"], chunk):
+                return None
+        except (OSError, KeyError, TypeError):
+            return None
+        return record
+
+    def digest(self, chunk: Chunk) -> str:
+        """Returns the digest of the bytes that a finished chunk (or the file that it is in) was made from."""
+        record = _read(self.record_path(chunk.whole)) or _read(self.record_path(chunk)) or {}
+        return record["bytes_of"]["sha256"]
+
+    def forget(self, chunk: Chunk) -> None:
+        """Removes a chunk's record first, then its files."""
+        for path in [self.record_path(chunk), *self.outputs(chunk)]:
+            path.unlink(missing_ok=True)
+
+    def save(self, chunk: Chunk, state: SourceState, sha256: str, result: dict[str, Any]) -> dict[str, Any]:
+        """Writes the record of a chunk whose files are in place, and returns it.
+
+        Args:
+            chunk: The chunk.
+            state: The source as it was before it was read.
+            sha256: Of the bytes of the chunk's lines.
+            result: What to remember of it.
+        """
+        outputs = {}
+        for path in self.outputs(chunk):
+            if path.exists():
+                stat = path.stat()
+                name = path.relative_to(self.root).as_posix()
+                outputs[name] = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": None}
+        for name, digest in result.pop("digests", {}).items():
+            outputs[name]["sha256"] = digest
+        for name, output in outputs.items():
+            output["sha256"] = output["sha256"] or sha256_file(self.root / name)
+        record = {
+            "format": 1,
+            "identity": self.identity,
+            "place": [chunk.index, chunk.count],
+            "bytes_of": {"size": state.size, "mtime_ns": state.mtime_ns, "sha256": sha256},
+            "outputs": outputs,
+            "result": result,
+        }
+        path = self.record_path(chunk)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not flushed to disk: a record that is lost or broken costs doing the chunk again, no more.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(record, sort_keys=True), encoding="utf-8")
+        temporary.replace(path)
+        return record
+
+    def _same_outputs(self, record: dict[str, Any], chunk: Chunk) -> bool:
+        there = {path.relative_to(self.root).as_posix() for path in self.outputs(chunk) if path.exists()}
+        if there != set(record["outputs"]):
+            return False
+        for name, known in record["outputs"].items():
+            path = self.root / name
+            stat = path.stat()
+            if stat.st_size != known["bytes"]:
+                return False
+            if stat.st_mtime_ns != known["mtime_ns"] and sha256_file(path) != known["sha256"]:
+                return False
+        return True
+
+
+class SourceState:
+    """A source as it is before it is read.
+
+    Attributes:
+        size: Its bytes.
+        mtime_ns: Its time stamp, or None when that is too fresh to stand for the content.
+    """
+
+    def __init__(self, source: Path):
+        stat = source.stat()
+        self.size = stat.st_size
+        self.mtime_ns = stat.st_mtime_ns if time.time_ns() - stat.st_mtime_ns > _CLOCK_NS else None
+
+
+def _same_source(known: dict[str, Any], chunk: Chunk) -> bool:
+    stat = chunk.source.stat()
+    if stat.st_size != known["size"]:
+        return False
+    if stat.st_mtime_ns == known["mtime_ns"]:
+        return True
+    with RangeReader(chunk.source, *chunk.range(stat.st_size)) as reader:
+        for _ in reader:
+            pass
+    return reader.sha256 == known["sha256"]
+
+
+def remove_unfinished(folders: Iterable[Path]) -> None:
+    """Removes what killed jobs left half-written in folders that no job writes to now."""
+    for folder in folders:
+        if folder.is_dir():
+            for path in folder.iterdir():
+                if path.name.startswith(".") and path.name.endswith(".tmp") and path.is_file():
+                    path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _stem(chunk: Chunk) -> str:
+    return f"{chunk.index + 1:04d}-of-{chunk.count:04d}"

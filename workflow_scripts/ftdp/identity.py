@@ -1,0 +1,33 @@
+"""What decides the bytes of tokenised files besides the conversations; in every record and manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from common.files import sha256_file
+from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.planning import TOKENIZED_FORMAT
+from ftdp.tokenizer import ExtendedTokenizer
+
+_SHIPPED = Path(__file__).resolve().parent / "templates"
+
+
+def tokenize_identity(tokenizer: ExtendedTokenizer, options: TokenizeOptions) -> dict[str, Any]:
+    """Returns the digests of tokenizer and template and the options, as JSON.
+
+    A template file counts by its content; of its path only the file name is told.
+    """
+    values = dataclasses.asdict(options)
+    file = Path(options.template)
+    if not file.is_file():
+        file = _SHIPPED / f"{options.template}.yaml"
+    else:
+        values["template"] = file.name
+    return {
+        "format": TOKENIZED_FORMAT,
+        "tokenizer_sha256": tokenizer.sha256,
+        "template_sha256": sha256_file(file) if file.is_file() else None,
+        "options": values,
+    }

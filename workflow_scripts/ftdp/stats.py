@@ -1,0 +1,129 @@
+"""What a tokenised dataset looks like: lengths, longest samples, shares and counts, for people and for the report.
+
+Everything comes from the manifest, the meta files and the quarantine, so it can be made again at any time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+
+from common.files import write_json
+
+LONGEST = 10
+_REASONS = 20
+_ROWS = 1 << 20
+_PERCENTILES = (50, 90, 95, 99)
+_COUNTS = ("straddling_messages", "tokens_differing_from_compat", "control_messages")
+
+
+class _Long(NamedTuple):
+    """A sample's place in the order of the longest: longer first, then as the files are."""
+
+    minus_tokens: int
+    bin: str
+    sample: int
+
+
+def stats_path(manifest: str | os.PathLike) -> Path:
+    """Returns where the stats of the dataset of a manifest lie: in the folder of the manifest's name, beside it."""
+    return Path(manifest).with_suffix("") / "stats.json"
+
+
+def write_stats(
+    manifest_path: str | os.PathLike, manifest: Mapping[str, Any], tokenized_dir: str | os.PathLike
+) -> dict[str, Any]:
+    """Writes the stats of a dataset beside its manifest, and returns them."""
+    stats = dataset_stats(manifest, tokenized_dir)
+    write_json(stats_path(manifest_path), stats)
+    return stats
+
+
+def dataset_stats(manifest: Mapping[str, Any], tokenized_dir: str | os.PathLike) -> dict[str, Any]:
+    """Returns the stats of a tokenised dataset.
+
+    Args:
+        manifest: Its manifest.
+        tokenized_dir: The folder that the manifest's paths begin in.
+
+    Returns:
+        JSON values: counts of samples and tokens, `lengths` in tokens (mean, percentiles, longest), the longest samples
+        with their places for `inspect_sample.py`, reasons of bad lines by number, and the sums of each file.
+    """
+    root, totals = Path(tokenized_dir), manifest["totals"]
+    by_length = np.zeros(1, dtype=np.int64)
+    longest: list[_Long] = []
+    for file in manifest["files"]:
+        for first, lengths in _lengths(root / f"{file['bin']}.meta"):
+            counts = np.bincount(lengths)
+            by_length, counts = sorted((by_length, counts), key=len, reverse=True)
+            by_length = by_length.copy()
+            by_length[: len(counts)] += counts
+            order = np.argsort(-lengths, kind="stable")[:LONGEST]
+            longest += [_Long(-int(lengths[i]), file["bin"], first + int(i)) for i in order]
+            longest = sorted(longest)[:LONGEST]
+    counts = manifest.get("counts", {})
+    return {
+        "format": 1,
+        "dataset": manifest["dataset"],
+        **{
+            key: totals[key]
+            for key in ("samples", "heldout", "valid_samples", "tokens", "trained_tokens", "truncated")
+        },
+        "quarantined": totals.get("quarantined", 0),
+        "trained_share": manifest["trained_share"],
+        **{key: counts.get(key, 0) for key in _COUNTS},
+        "lengths": _summary(by_length),
+        "length_histogram": manifest["length_histogram"],
+        "longest_samples": [
+            {"bin": each.bin, "sample": each.sample, "tokens": -each.minus_tokens} for each in longest
+        ],
+        "bad_lines": _reasons(root / "manifests" / manifest["dataset"], manifest["files"]),
+        "files": [_file(file) for file in manifest["files"]],
+    }
+
+
+def _lengths(meta: Path) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (number of the first, int64 array of lengths in tokens) of consecutive samples."""
+    rows = np.load(meta, mmap_mode="r")
+    for first in range(0, len(rows), _ROWS):
+        yield first, np.array(rows[first : first + _ROWS, 1])
+
+
+def _summary(by_length: np.ndarray) -> dict[str, Any]:
+    """Describes lengths; `by_length[n]` is the number of samples of n tokens. Percentile p: p% are no longer."""
+    total = int(by_length.sum())
+    if not total:
+        return {"mean": None, **{f"p{p}": None for p in _PERCENTILES}, "shortest": None, "longest": None}
+    cumulated = np.cumsum(by_length)
+    used = np.flatnonzero(by_length)
+    mean = float((by_length * np.arange(len(by_length))).sum() / total)
+    percentiles = {f"p{p}": int(np.searchsorted(cumulated, -(-p * total // 100))) for p in _PERCENTILES}
+    return {"mean": round(mean, 2), **percentiles, "shortest": int(used[0]), "longest": int(used[-1])}
+
+
+def _reasons(folder: Path, files: list[Mapping[str, Any]]) -> dict[str, int]:
+    """Counts the bad lines by what is wrong with them, the commonest first."""
+    reasons: Counter[str] = Counter()
+    for file in files:
+        path = folder / f"{Path(file['bin']).stem}.quarantine.jsonl"
+        if path.exists():
+            with open(path, "rb") as lines:
+                reasons.update(orjson.loads(line)["reason"].split("; found: ", 1)[0] for line in lines)
+    return dict(sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))[:_REASONS])
+
+
+def _file(file: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("source", "bin", "samples", "heldout", "tokens", "trained_tokens", "truncated", "longest")
+    share = file["trained_tokens"] / file["tokens"] if file["tokens"] else 0.0
+    return {
+        **{key: file[key] for key in keys},
+        "quarantined": file.get("quarantined", 0),
+        "trained_share": share,
+    }

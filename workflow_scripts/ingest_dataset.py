@@ -1,0 +1,72 @@
+"""Turns chat data as people have it into a dataset in the processed ftdp layout, ready for tokenize_dataset.py.
+
+Reads OpenAI messages (with tools, tool_calls and their results), ShareGPT (with function_call and observation), Alpaca
+and ftdp itself, from .json, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files of any size. Writes
+<processed-dir>/<dataset>/processed/sft_chat/<file>.jsonl and, last, <processed-dir>/<dataset>/ingest.json, which
+accounts for every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from common.cli import UserError, run
+from ingest.formats import FORMATS
+from ingest.ingesting import IngestOptions, ingest
+
+
+def parse_args() -> argparse.Namespace:
+    default = IngestOptions()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        help="files, or folders that are searched for .json, .jsonl, .ndjson (plain, .gz or .zst) and .parquet",
+    )
+    parser.add_argument("--processed-dir", required=True, help="folder that receives <dataset>/")
+    parser.add_argument("--dataset", required=True, help="name of the dataset to write")
+    parser.add_argument(
+        "--format",
+        choices=("auto", *FORMATS),
+        default=default.format,
+        help="format of the rows; auto looks at the keys of each row",
+    )
+    parser.add_argument(
+        "--arguments-key",
+        choices=("arguments", "parameters"),
+        default=default.arguments_key,
+        help="what a tool call's arguments are called in the result; InternLM2's own models saw parameters",
+    )
+    parser.add_argument(
+        "--on-bad-sample",
+        choices=("stop", "quarantine"),
+        default=default.on_bad_sample,
+        help="a bad row: stop, or move it unchanged to <dataset>/quarantine/ and go on",
+    )
+    parser.add_argument(
+        "--max-bad-share",
+        type=float,
+        default=default.max_bad_share,
+        help="share of a file's rows above which quarantine fails too",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if not 0 <= args.max_bad_share <= 1:
+        raise UserError("--max-bad-share is out of range", found=args.max_bad_share, expected="0 to 1")
+    options = IngestOptions(args.format, args.arguments_key, args.on_bad_sample, args.max_bad_share)
+    manifest = ingest(args.input, args.processed_dir, args.dataset, options)
+    totals = manifest["totals"]
+    print(
+        f"{args.dataset}: {totals['samples']:,} conversations of {totals['rows']:,} rows, "
+        f"{totals['quarantined']:,} bad rows set aside"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
