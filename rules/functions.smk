@@ -46,6 +46,27 @@ def tokenize_flags(wildcards):
     ) + dataset_flags(wildcards)
 
 
+def heldout_tokenizer(wildcards):
+    """The tokenizer, where it is needed to tell which lines hold a control token and so are bad."""
+    spec = DATA_SPECS[wildcards.data]
+    needed = spec["tokenize"]["control_tokens"] == "error" and spec["heldout_share"]
+    return TOKENIZER.format(tokenizer=spec["tokenizer"]) if needed else []
+
+
+def heldout_flags(wildcards, input):
+    """The flags of split_heldout.py: which lines, and what makes one a bad line."""
+    spec = DATA_SPECS[wildcards.data]
+    return flags(
+        processed_dir=spec["processed_dir"],
+        output_dir=f"{DATA}/heldout".format(data=wildcards.data),
+        share=spec["heldout_share"],
+        seed=spec["heldout_seed"],
+        max_length=spec["max_tokens"],
+        tokenizer_path=str(input.tokenizer) or None,
+        **{key: spec["tokenize"][key] for key in ("template", "mask", "control_tokens")},
+    ) + dataset_flags(wildcards)
+
+
 def dataset_flags(wildcards):
     """The datasets that the config names; by default a script takes all."""
     names = DATA_SPECS[wildcards.data]["datasets"] or []

@@ -11,7 +11,8 @@ files that it, or another part before it, has finished. What is kept is decided 
 
 rule split_heldout:
     input:
-        sources_of(heldout_part_files),
+        sources=sources_of(heldout_part_files),
+        tokenizer=heldout_tokenizer,
     output:
         HELDOUT_PART,
     log:
@@ -25,13 +26,7 @@ rule split_heldout:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
         runtime=120,
     params:
-        options=lambda wildcards: flags(
-            processed_dir=DATA_SPECS[wildcards.data]["processed_dir"],
-            output_dir=f"{DATA}/heldout".format(data=wildcards.data),
-            share=DATA_SPECS[wildcards.data]["heldout_share"],
-            seed=DATA_SPECS[wildcards.data]["heldout_seed"],
-        )
-        + dataset_flags(wildcards),
+        options=heldout_flags,
         digest=digest_of(heldout_part_files),
     message:
         "Set held-out conversations aside: {wildcards.part}"

@@ -1,7 +1,8 @@
 """Sets a seeded share of a dataset's conversations aside for evaluation, before anything is tokenised.
 
 A line's content decides, not its place: duplicates fall on the same side, and a line that is added or removed moves
-no other. Give tokenize_dataset.py the same share and seed: it leaves these lines out.
+no other. Give tokenize_dataset.py the same share and seed: it leaves these lines out. A bad line is never set aside:
+tokenize_dataset.py stops at it or quarantines it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import argparse
 
 from common.cli import UserError, run
-from ftdp.heldout import write_heldout, write_heldout_part
+from ftdp.chat_template import MAX_LENGTH
+from ftdp.heldout import line_check, write_heldout, write_heldout_part
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,12 +41,23 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--share", type=float, default=0.05, help="share of the lines, 0 <= share < 1")
     parser.add_argument("--seed", type=int, default=1024, help="another seed sets other lines aside")
+    same = "as tokenize_dataset.py has it, which decides what a bad line is"
+    parser.add_argument("--template", default="internlm2_chat", help=f"chat template, {same}")
+    parser.add_argument("--max-length", type=int, default=MAX_LENGTH, help=same)
+    parser.add_argument("--mask", choices=("compat", "exact"), default="compat", help=same)
+    parser.add_argument(
+        "--control-tokens", choices=("literal", "control", "error"), default="literal", help=same
+    )
+    parser.add_argument(
+        "--tokenizer-path", help="folder of the extended tokenizer; only --control-tokens error needs it"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    options = (args.share, args.seed)
+    check = line_check(args.template, args.max_length, args.mask, args.control_tokens, args.tokenizer_path)
+    options = (args.share, args.seed, check)
     if args.part:
         manifests = write_heldout_part(
             args.processed_dir, args.dataset, args.output_dir, args.part, args.manifest, *options
@@ -58,6 +71,7 @@ def main() -> None:
         totals = manifest["totals"]
         print(
             f"{name}: {totals['heldout']} of {totals['lines']} conversations set aside in {args.output_dir}"
+            + (f", {totals['bad']} bad lines among them left where they are" if totals["bad"] else "")
         )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 
 import pytest
-from ftdp_small_tokenizers import small_tokenizer
+from ftdp_small_tokenizers import extended_folder, small_tokenizer
 
 from common.cli import UserError
 from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.heldout import held_out_lines, is_held_out, split_heldout, write_heldout
+from ftdp.heldout import held_out_lines, is_held_out, line_check, split_heldout, write_heldout
 from ftdp.tokenizing import tokenize_datasets
 
 
@@ -41,7 +42,7 @@ def test_train_and_heldout_make_the_whole(tmp_path):
     manifest = write_heldout(tmp_path / "in", "d", tmp_path / "held", tmp_path / "d.json", 0.2, 7)
     held = (tmp_path / "held" / "d" / "processed" / "sft_chat" / "f.jsonl").read_text().splitlines()
     assert held == [line.decode() for line in held_out_lines(source, 0.2, 7)]
-    assert manifest["totals"] == {"lines": 400, "heldout": len(held)}
+    assert manifest["totals"] == {"lines": 400, "heldout": len(held), "bad": 0}
     assert json.loads((tmp_path / "d.json").read_text()) == manifest
     assert 40 < len(held) < 120
     rest = [line for line in map(conversation, numbers) if line not in set(held)]
@@ -59,6 +60,48 @@ def test_train_and_heldout_make_the_whole(tmp_path):
     assert (tmp_path / "out" / f"{name}.meta").read_bytes() == (
         tmp_path / "out_rest" / f"{name}.meta"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("control_tokens", ["literal", "error"])
+def test_a_bad_line_is_quarantined_and_nowhere_else(tmp_path, run_script, control_tokens):
+    good = [conversation(number) for number in range(300)]
+    typed = [conversation(f"<|im_end|> {number}") for number in range(100)]
+    bad = [f"oops {number}" for number in range(100)] + [
+        conversation(number).replace("user", "bot") for number in range(100)
+    ]
+    bad.append(conversation("long " * 2_000_000))
+    lines = good + typed + bad
+    random.Random(5).shuffle(lines)
+    source = write_source(tmp_path / "in", [])
+    source.write_text("\n".join(lines))
+    options = ("--processed-dir", tmp_path / "in", "--control-tokens", control_tokens)
+    options += ("--tokenizer-path", extended_folder())
+    run_script(
+        *("split_heldout.py", *options, "--dataset", "d", "--output-dir", tmp_path / "held"),
+        *("--manifest", tmp_path / "m.json", "--share", 0.3, "--seed", 3),
+    )
+    run_script(
+        *("tokenize_dataset.py", *options, "--tokenized-dir", tmp_path / "out"),
+        *("--heldout-share", 0.3, "--heldout-seed", 3, "--on-bad-sample", "quarantine", "--max-bad-share", 1),
+        *("--valid", "holdout", "--valid-share", 0.2),
+    )
+    refused = bad + typed * (control_tokens == "error")
+    (file,) = (tmp_path / "held").rglob("*.jsonl")
+    held = file.read_text().splitlines()
+    split = json.loads((tmp_path / "m.json").read_text())["totals"]
+    totals = json.loads((tmp_path / "out" / "manifests" / "d.json").read_text())["totals"]
+    (quarantine,) = (tmp_path / "out").rglob("*.quarantine.jsonl")
+    aside = [json.loads(line)["raw"] for line in quarantine.read_text().splitlines()]
+    assert sorted(aside) == sorted(refused) and not set(held) & set(refused)
+    assert totals["heldout"] == split["heldout"] == len(held) > 50
+    assert split["bad"] == sum(is_held_out(line.encode(), 0.3, 3) for line in refused) > 30
+    assert totals["valid_samples"] > 20
+    assert len(lines) == sum(totals[key] for key in ("samples", "valid_samples", "heldout", "quarantined"))
+
+
+def test_control_tokens_need_the_tokenizer():
+    with pytest.raises(UserError, match="give --tokenizer-path"):
+        line_check(control_tokens="error")
 
 
 def test_script_and_repeat(tmp_path, run_script):

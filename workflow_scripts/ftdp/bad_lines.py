@@ -60,7 +60,8 @@ def read_conversation(
             "the line is too long",
             found=f"{len(line):,} bytes, {line[:60]!r}...",
             expected=f"at most {limit:,} bytes for a conversation of {max_length:,} tokens",
-            fix="split the conversation: all but its beginning would be cut off",
+            fix=f"split the conversation (only its first {max_length:,} tokens would be kept), or set such lines aside: "
+            "--on-bad-sample quarantine (config: tokenize.on_bad_sample)",
         )
     value = parse_line(line, cut_off)
     if value == []:

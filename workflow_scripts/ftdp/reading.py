@@ -12,8 +12,9 @@ from common.cli import UserError
 
 # A block's ids and their strings take about 100 times its bytes in the tokenizers library.
 BLOCK_BYTES = 384 << 10
-# Nothing that is written line by line has such lines: it is no JSONL file at all.
-MAX_LINE_BYTES = 1 << 30
+# Nothing that is written line by line has such lines. A line takes about five times its bytes on its way to where it is
+# refused or set aside, so this bounds the memory.
+MAX_LINE_BYTES = 256 << 20
 _BOM = b"\xef\xbb\xbf"
 # Inode, bytes, time of the last change in nanoseconds.
 FileState = tuple[int, int, int]
@@ -96,8 +97,10 @@ class LineReader:
             if data and not data.endswith(b"\n"):
                 rest = self._file.readline(MAX_LINE_BYTES)
                 if len(rest) == MAX_LINE_BYTES:
+                    first = self.size + data.rfind(b"\n") + 1
                     raise UserError(
-                        f"{self.path} has a line of more than {MAX_LINE_BYTES >> 30} GiB",
+                        f"{self.path} has a line of more than {MAX_LINE_BYTES >> 20} MiB",
+                        found=f"it begins at byte {first:,}: {data[first - self.size :][:60]!r}...",
                         expected="a JSONL file: one conversation on each line",
                         fix="write it line by line, or let ingest_dataset.py convert it",
                     )
