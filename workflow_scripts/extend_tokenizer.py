@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer-w-special-tokens-save-dir",
         required=True,
-        help="receives tokenizer.json, tokenizer_config.json, special_tokens_map.json and manifest.json",
+        help="receives tokenizer.json and its settings, chat_template.yaml and manifest.json",
     )
     parser.add_argument(
         "--template",

@@ -51,6 +51,17 @@ def test_runs_do_not_share_mutable_defaults(config, schema):
     assert runs["two"]["train"]["betas"] == [0.9, 0.95]
 
 
+def test_the_template_is_there_and_its_mask_exists(config, schema):
+    config["tokenize"] = {"template": "chatml"}
+    with pytest.raises(UserError, match=r"template chatml with mask compat(.|\n)*set tokenize\.mask: exact"):
+        load_settings(config, schema)
+    config["tokenize"]["mask"] = "exact"
+    assert load_settings(config, schema).runs["one"]["tokenize"]["template"] == "chatml"
+    config["tokenize"]["template"] = "chatlm"
+    with pytest.raises(UserError, match=r"no chat template 'chatlm'(.|\n)*tokenize\.template"):
+        load_settings(config, schema)
+
+
 def change(config, path, value):
     config = copy.deepcopy(config)
     *parents, key = path.split(".")

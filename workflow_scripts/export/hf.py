@@ -184,7 +184,7 @@ def _write_generation_config(base: str, tokenizer: Path, model, folder: Path) ->
     names = read_json(tokenizer / "tokenizer_config.json")
     manifest = tokenizer / "manifest.json"
     saved = read_json(manifest).get("chat_template") if manifest.is_file() else None
-    ends = [vocabulary.token_to_id(saved["description"]["end_of_turn"] if saved else _END_OF_TURN)]
+    ends = [vocabulary.token_to_id(saved["end_of_turn"] if saved else _END_OF_TURN)]
     for source in (settings.get("eos_token_id"), model.config.eos_token_id):
         ends += source if isinstance(source, list) else [source]
     pad = names.get("pad_token")

@@ -113,16 +113,16 @@ class ChatTemplate:
         bos: Does a conversation begin with BOS?
         names: Names that are written as control tokens.
         roles: How each role is written.
-        description: What the template's file says, as JSON.
+        text: Its file.
     """
 
-    name: str
+    name: str = field(compare=False)
     special_tokens: tuple[str, ...]
     end_of_turn: str
     bos: bool
     names: Mapping[str, str]
     roles: Mapping[str, Role]
-    description: Mapping[str, Any] = field(compare=False)
+    text: str = field(compare=False)
 
     @property
     def generation_prompt(self) -> str:

@@ -19,7 +19,7 @@ from ftdp.chat_template import MAX_LENGTH, ChatTemplate, MessageError, Turn, ref
 from ftdp.control_tokens import control_pattern, control_tokens, literal_tokenizer, without_trimming
 from ftdp.exact_mask import Span, difference, encode_spans, one_answer, spans_of
 from ftdp.piece import Piece, signed_ids
-from ftdp.template_file import load_template
+from ftdp.template_file import check_mask, load_template
 from ftdp.tokenizer import ExtendedTokenizer
 from ftdp.word_encoder import word_encoder
 
@@ -57,7 +57,8 @@ class BatchEncoder:
                 "error".
 
         Raises:
-            UserError: The tokenizer lacks tokens of the template, or an option has no such value.
+            UserError: The tokenizer lacks tokens of the template, an option has no such value, or the mask is compat
+                and the template not InternLM2's.
         """
         _check_choice("mask", mask, MASKS)
         _check_choice("control_tokens", control_tokens, CONTROL_TOKENS)
@@ -65,6 +66,7 @@ class BatchEncoder:
             template = tokenizer.template
         elif not isinstance(template, ChatTemplate):
             template = load_template(template)
+        check_mask(template, mask)
         tokenizer.require(template)
         self._exact = mask == "exact"
         self._refuse = control_tokens == "error"

@@ -72,17 +72,32 @@ def load_template(name: str | os.PathLike = DEFAULT_TEMPLATE) -> ChatTemplate:
     return _read(path)
 
 
-def template_from(description: Any, name: str, where: str) -> ChatTemplate:
-    """Makes a template of what its file says.
+def check_mask(template: ChatTemplate, mask: str) -> None:
+    """Raises a UserError for `compat` with another template than InternLM2's: XTuner has no such masks to be equal to."""
+    if mask == "compat" and template != load_template():
+        raise UserError(
+            "mask: compat is XTuner's choice of trained tokens, and XTuner has the template internlm2_chat alone",
+            found=f"template {template.name} with mask compat",
+            expected="mask exact with this template",
+            fix="set tokenize.mask: exact in the config (--mask exact on the command line)",
+        )
+
+
+def parse_template(text: str, name: str, where: str | os.PathLike) -> ChatTemplate:
+    """Makes a template of its file's text.
 
     Args:
-        description: The file's content: mappings, lists and texts.
+        text: YAML.
         name: The template's name.
         where: What to call the source in errors.
 
     Raises:
-        UserError: The description is not as it should be.
+        UserError: The text is not as it should be; names the key.
     """
+    try:
+        description = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise _not_yaml(where, error) from None
     _check_keys(description, _KEYS, where, "")
     for key in ("special_tokens", "end_of_turn", "roles"):
         if key not in description:
@@ -113,7 +128,7 @@ def template_from(description: Any, name: str, where: str) -> ChatTemplate:
         bos=description.get("bos", True),
         names=names,
         roles=roles,
-        description=description,
+        text=text,
     )
 
 
@@ -124,15 +139,17 @@ def _load_shipped(name: str) -> ChatTemplate:
 
 def _read(path: Path) -> ChatTemplate:
     try:
-        description = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{path} cannot be read as YAML", found=error, expected="a chat template", fix=_DOCS
-        ) from None
-    return template_from(description, path.stem, str(path))
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _not_yaml(path, error) from None
+    return parse_template(text, path.stem, path)
 
 
-def _role(name: str, said: Any, every: Mapping[str, Any], where: str) -> Role:
+def _not_yaml(where: str | os.PathLike, error: Exception) -> UserError:
+    return UserError(f"{where} cannot be read as YAML", found=error, expected="a chat template", fix=_DOCS)
+
+
+def _role(name: str, said: Any, every: Mapping[str, Any], where: str | os.PathLike) -> Role:
     at = f"roles.{name}"
     said = {} if said is None else said  # a role without keys
     _check_keys(said, _ROLE_KEYS, where, f"{at}.")
@@ -188,7 +205,7 @@ def _role(name: str, said: Any, every: Mapping[str, Any], where: str) -> Role:
     return Role(**{**vars(role), "by_name": by_name}) if by_name else role
 
 
-def _named(text: str | None, where: str, key: str) -> tuple[str, str] | None:
+def _named(text: str | None, where: str | os.PathLike, key: str) -> tuple[str, str] | None:
     if text is None:
         return None
     before, found, after = text.partition("{name}")
@@ -197,7 +214,7 @@ def _named(text: str | None, where: str, key: str) -> tuple[str, str] | None:
     return before, after
 
 
-def _check_keys(said: Any, known: Mapping[str, Any], where: str, prefix: str) -> None:
+def _check_keys(said: Any, known: Mapping[str, Any], where: str | os.PathLike, prefix: str) -> None:
     if type(said) is not dict:
         raise _error(where, prefix.rstrip(".") or "the file", repr(said), "a mapping of keys")
     for key, value in said.items():
@@ -208,5 +225,5 @@ def _check_keys(said: Any, known: Mapping[str, Any], where: str, prefix: str) ->
             raise _error(where, f"{prefix}{key}", repr(value), _WORDS[types[0]])
 
 
-def _error(where: str, key: str, found: str, expected: str) -> UserError:
+def _error(where: str | os.PathLike, key: str, found: str, expected: str) -> UserError:
     return UserError(f"{where}: {key} is not as it should be", found=found, expected=expected, fix=_DOCS)

@@ -3,7 +3,7 @@
 transformers 4 and 5 build different tokenizers from one SentencePiece model, but give the same ids from one
 `tokenizer.json`. So that file is the truth here: it is read with the `tokenizers` library, the chat tokens that are
 missing are written into it as transformers would add them, and nothing else in it changes. The template is saved with
-it, as Jinja for `apply_chat_template` and as its description for every later stage.
+it, as Jinja for `apply_chat_template` and as its file for every later stage.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from common.cli import UserError
 from common.files import sha256_file, write_json, write_text
 from ftdp.chat_template import ChatTemplate
 from ftdp.jinja_template import jinja_template
-from ftdp.template_file import load_template, template_from
+from ftdp.template_file import load_template, parse_template
 
+TEMPLATE_FILE = "chat_template.yaml"
 _EXTEND = "run extend_tokenizer.py and pass the folder that it writes"
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
@@ -119,7 +120,7 @@ def load_tokenizer(folder: str | os.PathLike) -> ExtendedTokenizer:
     tokenizer = parse_tokenizer(path.read_text(encoding="utf-8"), path)
     manifest = folder / "manifest.json"
     known: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    template = _saved_template(known, manifest)
+    template = _saved_template(folder, known)
     ids = {token: tokenizer.token_to_id(token) for token in template.special_tokens}
     missing = [token for token, token_id in ids.items() if token_id is None]
     if missing:
@@ -140,14 +141,19 @@ def load_tokenizer(folder: str | os.PathLike) -> ExtendedTokenizer:
     )
 
 
-def _saved_template(manifest: dict[str, Any], path: Path) -> ChatTemplate:
-    """Returns the template that a manifest describes; a tokenizer without one is an InternLM2 one."""
-    saved = manifest.get("chat_template")
-    return (
-        template_from(saved["description"], saved["name"], f"{path} (chat_template)")
-        if saved
-        else load_template()
-    )
+def _saved_template(folder: Path, manifest: dict[str, Any]) -> ChatTemplate:
+    """Returns the template that lies beside a tokenizer; a tokenizer without one is an InternLM2 one."""
+    saved, path = manifest.get("chat_template"), folder / TEMPLATE_FILE
+    if not path.is_file() and not saved:
+        return load_template()
+    if saved and not (path.is_file() and sha256_file(path) == saved["sha256"]):
+        raise UserError(
+            f"{path} is not the chat template that the manifest beside it names",
+            found="a file that was changed" if path.is_file() else "no such file",
+            fix=_EXTEND,
+        )
+    name = saved["name"] if saved else path.stem
+    return parse_template(path.read_text(encoding="utf-8"), name, path)
 
 
 def _tokens_of(template: ChatTemplate) -> list[str]:
@@ -290,6 +296,7 @@ def save_tokenizer(folder: str | os.PathLike, text: str, extended: ExtendedToken
     write_text(folder / "tokenizer.json", text)
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", extended.tokens)
+    write_text(folder / TEMPLATE_FILE, extended.template.text)
     write_json(folder / "manifest.json", manifest(extended))
 
 
@@ -306,7 +313,11 @@ def manifest(extended: ExtendedTokenizer) -> dict[str, Any]:
         "bos_token_id": extended.bos_token_id,
         "eos_token_id": extended.eos_token_id,
         "pad_token_id": extended.pad_token_id,
-        "chat_template": {"name": extended.template.name, "description": extended.template.description},
+        "chat_template": {
+            "name": extended.template.name,
+            "end_of_turn": extended.template.end_of_turn,
+            "sha256": hashlib.sha256(extended.template.text.encode()).hexdigest(),
+        },
     }
 
 

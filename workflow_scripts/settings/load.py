@@ -16,6 +16,7 @@ import jsonschema
 import yaml
 
 from common.cli import UserError
+from ftdp.template_file import check_mask, load_template
 
 SECTIONS = ("model", "tokenizer", "data", "tokenize", "heldout", "train", "hf", "turbomind", "evaluate")
 
@@ -201,6 +202,7 @@ def _check_run(run: dict, name: str) -> None:
             found=f"{folder} has neither tokenizer.json nor tokenizer.model",
             fix="point tokenizer.path at a folder that has one of them",
         )
+    check_mask(load_template(run["tokenize"]["template"]), run["tokenize"]["mask"])
     if run["heldout"]["processed_dir"] is None and run["heldout"]["share"] == 0:
         raise UserError(
             f"config: run {name!r} has nothing to evaluate on",
