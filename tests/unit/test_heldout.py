@@ -11,7 +11,7 @@ from ftdp_small_tokenizers import extended_folder, small_tokenizer
 
 from common.cli import UserError
 from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.heldout import held_out_lines, is_held_out, line_check, split_heldout, write_heldout
+from ftdp.heldout import held_out_lines, is_held_out, is_valid, line_check, split_heldout, write_heldout
 from ftdp.tokenizing import tokenize_datasets
 
 
@@ -34,6 +34,56 @@ def test_the_rule_itself():
     assert is_held_out(line + b"\r\n", fraction + 1e-9, 1024)
     assert not is_held_out(line, 0, 1024)
     assert {is_held_out(line, 0.5, seed) for seed in range(20)} == {True, False}
+
+
+def test_the_valid_choice_is_independent_of_the_held_out_one():
+    line = b'[{"role": "user"}]'
+    fraction = int(hashlib.sha256(b"valid:1024:" + line).hexdigest()[:16], 16) / 2**64
+    assert is_valid(line, fraction + 1e-9, 1024) and is_valid(line + b"\r\n", fraction + 1e-9, 1024)
+    assert not is_valid(line, fraction - 1e-9, 1024)
+    lines = [conversation(number).encode() for number in range(4000)]
+    both = sum(is_valid(each, 0.5, 7) and is_held_out(each, 0.5, 7) for each in lines)
+    assert 850 < both < 1150, "a quarter: the seeds are the same, the choices are not"
+
+
+def samples_of(folder, split):
+    """Returns the lines of the one .bin file of a split, none where there is no file."""
+    return [
+        line for path in (folder / "chatml_llamav13_32k" / split).rglob("f.bin") for line in path.open("rb")
+    ]
+
+
+@pytest.mark.parametrize("lines_twice", [False, True])
+def test_train_and_valid_make_the_whole(tmp_path, lines_twice):
+    numbers = list(range(500)) * (1 + lines_twice)
+    source = write_source(tmp_path / "in", numbers)
+    tokenizer = small_tokenizer("byte_level")
+    tokenize_datasets(tmp_path / "in", tmp_path / "copy", tokenizer, TokenizeOptions())
+    every = samples_of(tmp_path / "copy", "train")
+    assert len(every) == len(numbers)
+    moved = {}
+    for seed in (1, 2):
+        options = TokenizeOptions(
+            valid="holdout", valid_share=0.2, valid_seed=seed, heldout_share=0.1, heldout_seed=seed
+        )
+        out = tmp_path / f"seed{seed}"
+        totals = tokenize_datasets(tmp_path / "in", out, tokenizer, options)["d"]["totals"]
+        train, valid = samples_of(out, "train"), samples_of(out, "valid")
+        # By the rule as it is written down, over the source; each sample keeps its place among its own.
+        place = {"train": [], "valid": [], "heldout": []}
+        for line, sample in zip(source.read_bytes().splitlines(), every, strict=True):
+            first = {
+                name: int(hashlib.sha256(salt + line).hexdigest()[:16], 16) / 2**64
+                for name, salt in (("heldout", b"%d:" % seed), ("valid", b"valid:%d:" % seed))
+            }
+            side = "heldout" if first["heldout"] < 0.1 else "valid" if first["valid"] < 0.2 else "train"
+            place[side].append(sample)
+        assert (train, valid) == (place["train"], place["valid"])
+        assert not set(train) & set(valid), "no sample is on both sides, not even a copy"
+        assert len(train) + len(valid) + totals["heldout"] == len(numbers)
+        assert (totals["samples"], totals["valid_samples"]) == (len(train), len(valid))
+        moved[seed] = set(valid)
+    assert len(moved[1] - moved[2]) > 30 and len(moved[2] - moved[1]) > 30
 
 
 def test_train_and_heldout_make_the_whole(tmp_path):

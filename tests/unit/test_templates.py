@@ -133,13 +133,16 @@ def test_what_is_trained(template, mask):
     tokenizer = small_tokenizer("byte_level", template)
     ids = encode_conversation(TALK, tokenizer, mask=mask)[tokenizer.template.bos :]
     trained = tokenizer.tokenizer.decode([each for each in ids if each > 0], skip_special_tokens=False)
-    assert trained == {
-        "internlm2_chat": 'Look.<|action_start|><|plugin|>\n{"name": "f"}<|action_end|>\n<|im_end|>\n'
-        "One.<|im_end|>\nBye.<|im_end|>\n",
-        "chatml": 'Look.\n<tool_call>\n{"name": "f"}\n</tool_call><|im_end|>\nOne.<|im_end|>\nBye.<|im_end|>\n',
-        "llama3": 'Look.<|python_tag|>{"name": "f"}<|eot_id|>One.<|eot_id|>Bye.<|eot_id|>',
-        "mistral_instruct": 'Look.[TOOL_CALLS]{"name": "f"}</s>One.</s>Bye.</s>',
-    }[template]
+    assert (
+        trained
+        == {
+            "internlm2_chat": 'Look.<|action_start|><|plugin|>\n{"name": "f"}<|action_end|>\n<|im_end|>\n'
+            "One.<|im_end|>\nBye.<|im_end|>\n",
+            "chatml": 'Look.\n<tool_call>\n{"name": "f"}\n</tool_call><|im_end|>\nOne.<|im_end|>\nBye.<|im_end|>\n',
+            "llama3": 'Look.<|python_tag|>{"name": "f"}<|eot_id|>One.<|eot_id|>Bye.<|eot_id|>',
+            "mistral_instruct": 'Look.[TOOL_CALLS]{"name": "f"}</s>One.</s>Bye.</s>',
+        }[template]
+    )
 
 
 def test_the_template_is_saved_with_the_tokenizer():

@@ -10,7 +10,7 @@ import numpy as np
 from ftdp.bad_lines import BadLine, read_conversation
 from ftdp.chat_template import MAX_LENGTH, Turn
 from ftdp.encode import BatchEncoder
-from ftdp.heldout import is_held_out
+from ftdp.heldout import is_held_out, is_valid
 from ftdp.piece import Piece
 from ftdp.reading import Block
 from ftdp.tokenizer import ExtendedTokenizer
@@ -168,13 +168,10 @@ class BlockTokenizer:
         bad.append((number, line, str(error)))
 
     def _for_valid(self, kept: list[_Kept]) -> np.ndarray:
-        """Chooses by content. The prefix keeps the choice apart from that of the held-out lines, if seeds agree."""
         options = self._options
         if options.valid != "holdout":
             return np.zeros(len(kept), dtype=bool)
-        chosen = (
-            is_held_out(b"valid:" + each.line, options.valid_share, options.valid_seed) for each in kept
-        )
+        chosen = (is_valid(each.line, options.valid_share, options.valid_seed) for each in kept)
         return np.fromiter(chosen, dtype=bool, count=len(kept))
 
 

@@ -36,10 +36,19 @@ def is_held_out(line: bytes, share: float, seed: int) -> bool:
         share: Between 0 and 1.
         seed: Another seed sets other lines aside.
     """
-    if share <= 0:
-        return False
-    digest = hashlib.sha256(b"%d:" % seed + line.rstrip(b"\r\n")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < share
+    return share > 0 and _fraction(b"%d:" % seed, line) < share
+
+
+def is_valid(line: bytes, share: float, seed: int) -> bool:
+    """Does `valid: holdout` move this line to the valid folder?
+
+    Decided as by `is_held_out`, over `valid:<seed>:<line>`: with equal seeds, too, the two choices are independent.
+    """
+    return _fraction(b"valid:%d:" % seed, line) < share
+
+
+def _fraction(salt: bytes, line: bytes) -> float:
+    return int.from_bytes(hashlib.sha256(salt + line.rstrip(b"\r\n")).digest()[:8], "big") / 2**64
 
 
 def check_share(share: float, name: str = "held-out") -> None:
