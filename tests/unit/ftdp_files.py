@@ -1,0 +1,46 @@
+"""One dataset `d` of JSONL files, tokenised in a folder of its own, for the tests of bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ftdp_small_tokenizers import small_tokenizer
+
+from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.tokenizing import tokenize_datasets
+
+GOOD = b'[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]'
+# Sets every bad line aside, however many there are.
+SET_ASIDE = {"on_bad_sample": "quarantine", "max_bad_share": 1}
+
+
+def source_of(folder: Path, name: str = "f.jsonl") -> Path:
+    """Returns the path of a source file, whose folder is there."""
+    source = folder / "in" / "d" / "processed" / "sft" / name
+    source.parent.mkdir(parents=True, exist_ok=True)
+    return source
+
+
+def tokenize(folder: Path, **options):
+    """Tokenises the dataset with fields of `TokenizeOptions`, and returns its manifest."""
+    tokenizer = small_tokenizer("byte_level")
+    return tokenize_datasets(folder / "in", folder / "out", tokenizer, TokenizeOptions(**options))["d"]
+
+
+def quarantined(folder: Path, stem: str = "f") -> list[dict]:
+    """Returns the records of the quarantine of a file; none if there is no such file."""
+    path = folder / "out" / "manifests" / "d" / f"{stem}.quarantine.jsonl"
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def bin_of(folder: Path, stem: str = "f") -> bytes:
+    """Returns the tokenised file's bytes."""
+    return (folder / "out" / "chatml_llamav13_32k" / "train" / "cn" / "d" / f"{stem}.bin").read_bytes()
+
+
+def finals(folder: Path) -> list[str]:
+    """Returns what a reader of the output could take for a result."""
+    out = folder / "out"
+    names = [path for path in out.rglob("*") if path.is_file() and "chunks" not in path.parts]
+    return sorted(path.relative_to(out).as_posix() for path in names if "quarantine" not in path.name)
