@@ -36,9 +36,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--arguments-key",
-        choices=("arguments", "parameters"),
+        choices=("parameters", "arguments"),
         default=default.arguments_key,
-        help="what a tool call's arguments are called in the result; InternLM2's own models saw parameters",
+        help="what a tool call's arguments are called in the result: as InternLM2's models write them, or as OpenAI",
     )
     parser.add_argument(
         "--on-bad-sample",

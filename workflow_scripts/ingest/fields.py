@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 from ftdp.chat_template import MessageError
 
 PLUGIN = "plugin"
+CONVERSATION_KEYS = ("messages", "conversations", "conversation")
 
 
 class ConvertOptions(NamedTuple):
     """How rows are converted.
 
     Attributes:
-        arguments_key: What a call's arguments are called in ftdp: "arguments", or "parameters" as for InternLM2.
+        arguments_key: What a call's arguments are called in ftdp: "parameters", as InternLM2's own models write them and
+            lmdeploy writes past calls into their prompts, or "arguments" as OpenAI.
     """
 
-    arguments_key: str = "arguments"
+    arguments_key: str = "parameters"
 
 
 def bad(field: str, value: Any, expected: str, fix: str) -> MessageError:
@@ -43,6 +45,12 @@ def list_of(value: Any, field: str) -> list:
     if not isinstance(value, list):
         raise bad(field, value, "a list", "write it as a list")
     return value
+
+
+def conversation_of(row: dict) -> tuple[str, list]:
+    """Returns the key that a row's messages stand under, and the messages."""
+    key = next((key for key in CONVERSATION_KEYS if row.get(key) is not None), CONVERSATION_KEYS[0])
+    return key, list_of(row.get(key), key)
 
 
 def object_of(value: Any, field: str) -> dict:

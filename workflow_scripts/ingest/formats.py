@@ -7,7 +7,7 @@ from typing import Any
 
 from ftdp.chat_template import MessageError
 from ingest import alpaca, openai_messages, sharegpt
-from ingest.fields import ConvertOptions, bad, list_of
+from ingest.fields import CONVERSATION_KEYS, ConvertOptions, bad, list_of
 
 _CONVERTERS: dict[str, Callable[[dict, ConvertOptions], list[dict]]] = {
     "openai": openai_messages.convert,
@@ -26,12 +26,14 @@ def format_of(row: Any) -> str:
     if isinstance(row, list):
         return "ftdp"
     if isinstance(row, dict):
-        for key in sharegpt.CONVERSATION_KEYS:
+        # Either format is found under the other's key, too.
+        for key in CONVERSATION_KEYS:
             if row.get(key) is not None:
                 messages = list_of(row[key], key)
                 first = messages[0] if messages else None
-                if isinstance(first, dict) and "from" in first:
-                    return "sharegpt"
+                for sign, name in (("from", "sharegpt"), ("role", "openai")):
+                    if isinstance(first, dict) and sign in first:
+                        return name
                 return "openai" if key == "messages" else "sharegpt"
         if "instruction" in row:
             return "alpaca"

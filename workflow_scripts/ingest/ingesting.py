@@ -44,7 +44,7 @@ class IngestOptions:
     """
 
     format: str = "auto"
-    arguments_key: str = "arguments"
+    arguments_key: str = "parameters"
     on_bad_sample: str = "stop"
     max_bad_share: float = 0.01
 

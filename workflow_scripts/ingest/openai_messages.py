@@ -12,6 +12,7 @@ from ingest.fields import (
     ConvertOptions,
     bad,
     call_message,
+    conversation_of,
     list_of,
     loss_of,
     object_of,
@@ -35,8 +36,9 @@ def convert(row: dict, options: ConvertOptions) -> list[dict]:
     result: list[dict] = []
     pending: list[tuple[Any, str]] = []  # (id, field) of the calls whose results come next
     results: list[tuple[Any, str, str]] = []  # (id, content, field)
-    for index, message in enumerate(list_of(row.get("messages"), "messages")):
-        field = f"messages[{index}]"
+    key, messages = conversation_of(row)
+    for index, message in enumerate(messages):
+        field = f"{key}[{index}]"
         message = object_of(message, field)
         role = message.get("role")
         if role in ("tool", "function"):

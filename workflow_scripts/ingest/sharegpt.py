@@ -6,8 +6,8 @@ from ingest.fields import (
     ConvertOptions,
     bad,
     call_message,
+    conversation_of,
     json_of,
-    list_of,
     loss_of,
     object_of,
     result_message,
@@ -29,7 +29,6 @@ _ROLES = {
 }
 _CALLS = ("function_call", "tool_call", "function-call")
 _RESULTS = ("observation", "function_response", "tool_response", "function-response", "tool")
-CONVERSATION_KEYS = ("conversations", "conversation", "messages")
 
 
 def convert(row: dict, options: ConvertOptions) -> list[dict]:
@@ -38,11 +37,11 @@ def convert(row: dict, options: ConvertOptions) -> list[dict]:
     Raises:
         MessageError: The row is not in the format.
     """
-    key = next((key for key in CONVERSATION_KEYS if row.get(key) is not None), CONVERSATION_KEYS[0])
+    key, messages = conversation_of(row)
     result: list[dict] = []
     if row.get("system"):
         result.append({"role": "system", "content": text_of(row["system"], "system")})
-    for index, message in enumerate(list_of(row.get(key), key)):
+    for index, message in enumerate(messages):
         field = f"{key}[{index}]"
         message = object_of(message, field)
         speaker = message.get("from")
