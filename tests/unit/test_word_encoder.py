@@ -83,12 +83,23 @@ def changed(tokenizer, change):
     return Tokenizer.from_str(json.dumps(data))
 
 
+def with_merge(left, right):
+    def change(data):
+        vocabulary = data["model"]["vocab"]
+        for entry in (left, right, left + right):
+            vocabulary.setdefault(entry, len(vocabulary) + 50)
+        data["model"]["merges"].append([left, right])
+
+    return change
+
+
 def test_where_it_would_not_be_exact_it_is_not_used(tmp_path):
     tokenizer = small_tokenizer("sentencepiece").tokenizer
     assert word_encoder(tokenizer) is not None
     assert word_encoder(small_tokenizer("byte_level").tokenizer) is None
     unlike = [
-        lambda data: data["model"]["vocab"].update({"a▁": len(data["model"]["vocab"]) + 50}),
+        with_merge("a", "▁"),
+        with_merge("<0x41>", "b"),
         lambda data: data["model"].update(ignore_merges=True),
         lambda data: data["model"].update(byte_fallback=False),
         lambda data: data["model"].update(dropout=0.1),

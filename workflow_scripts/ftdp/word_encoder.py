@@ -1,10 +1,13 @@
 """A faster way to the same ids for Llama- and Mistral-like tokenizers, which have no pre-tokenizer.
 
 Such a tokenizer merges a whole message as one word, so nothing is remembered from one message to the next, and that
-is most of the time of tokenising. But where its vocabulary holds no entry with a "▁" (its space) behind another
-character, no merge can cross the border before a "▁" that follows another character: every merge makes an entry of the
-vocabulary, and one that crosses would hold just that pair. So the parts between such borders can be encoded apart, and
-the ids of short ones kept. Parts that are new go through the tokenizers library, all of a batch in one call.
+is most of the time of tokenising. But its list of merges proves borders that no merge can cross. What a merge makes is
+the text of its two sides, so it holds the characters left and right of a border that it crosses. Therefore
+
+- a character that is in nothing that merges make is a word of its own (a Chinese character, a digit);
+- "▁" (the space) begins a word, where no merge makes something with a "▁" behind another character.
+
+So words can be encoded apart, and the ids of short ones kept.
 """
 
 from __future__ import annotations
@@ -12,20 +15,77 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer
 
-_SPACE = "▁"
-_WORD = re.compile("▁*[^▁]+|▁+")
+SPACE = "▁"
 _NORMALIZER = {
     "type": "Sequence",
     "normalizers": [
-        {"type": "Prepend", "prepend": _SPACE},
-        {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
     ],
 }
+
+
+class WordRules(NamedTuple):
+    """How a tokenizer's texts fall into words.
+
+    Attributes:
+        words: Finds the words of a text in which "▁" stands for the space.
+        products: What merges make.
+        merging: The characters in them. Each other character is a word of its own.
+        added: The added tokens' ids.
+    """
+
+    words: re.Pattern[str]
+    products: frozenset[str]
+    merging: frozenset[str]
+    added: dict[str, int]
+
+
+def word_rules(tokenizer: Tokenizer) -> WordRules | None:
+    """Returns the rules of a tokenizer, or None where encoding word by word would not be exact."""
+    data: dict[str, Any] = orjson.loads(tokenizer.to_str())
+    model, added = data["model"], data["added_tokens"]
+    flags = ("normalized", "lstrip", "rstrip", "single_word")
+    of_bytes = {f"<0x{byte:02X}>" for byte in range(256)}
+    suits = (
+        data["normalizer"] == _NORMALIZER
+        and data["pre_tokenizer"] is None
+        and model["type"] == "BPE"
+        and not any(model.get(key) for key in ("dropout", "ignore_merges"))
+        and not any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix"))
+        # With a token for "▁" and for every byte nothing is unknown, so no run of unknowns is fused over a border.
+        and model.get("byte_fallback")
+        and of_bytes <= model["vocab"].keys()
+        and SPACE in model["vocab"]
+        and added
+        and not any(entry[flag] for entry in added for flag in flags)
+        and not any(SPACE in entry["content"] or not entry["content"] for entry in added)
+    )
+    if not suits:
+        return None
+    pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    products = frozenset([left + right for left, right in pairs])
+    # A merge of the token of a byte does not say which character it stands for.
+    of_bytes_merge = any(left in of_bytes or right in of_bytes for left, right in pairs)
+    if of_bytes_merge or any(SPACE in product.lstrip(SPACE) for product in products):
+        return None
+    merging = frozenset("".join(products)) | {SPACE}
+    letters = re.escape("".join(sorted(merging - {SPACE})))
+    words = f"{SPACE}*[{letters}]+|{SPACE}+|[^{letters}{SPACE}]" if letters else f"{SPACE}+|[^{SPACE}]"
+    return WordRules(
+        re.compile(words, re.DOTALL), products, merging, {entry["content"]: entry["id"] for entry in added}
+    )
+
+
+def splitter(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Returns a pattern whose `split` cuts a text at added tokens as the library does: the leftmost, the longest."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
 class WordEncoder:
@@ -35,12 +95,11 @@ class WordEncoder:
     _MAX_WORDS = 50_000
     _MAX_LENGTH = 24
 
-    def __init__(self, tokenizer: Tokenizer, added: dict[str, int]):
-        self._tokenizer = tokenizer
-        # The library takes the leftmost match and of those the longest.
-        longest_first = sorted(added, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
-        self._added = {token: [token_id] for token, token_id in added.items()}
+    def __init__(self, tokenizer: Tokenizer, rules: WordRules):
+        self._model = tokenizer.model
+        self._split = splitter(rules.added).split
+        self._find = rules.words.findall
+        self._added = {token: [token_id] for token, token_id in rules.added.items()}
         self._known = dict(self._added)
 
     def encode(self, texts: Iterable[str]) -> dict[str, list[int]]:
@@ -50,9 +109,8 @@ class WordEncoder:
             self._known = dict(self._added)
         known = self._known
         new = [word for word in set(chain.from_iterable(words_of.values())) if word not in known]
-        if new:
-            encodings = self._tokenizer.encode_batch_fast(new, add_special_tokens=False)
-            known.update((word, encoding.ids) for word, encoding in zip(new, encodings, strict=True))
+        for word in new:
+            known[word] = [token.id for token in self._model.tokenize(word)]
         ids = {
             text: list(chain.from_iterable(map(known.__getitem__, words))) for text, words in words_of.items()
         }
@@ -62,38 +120,17 @@ class WordEncoder:
         return ids
 
     def _words(self, text: str) -> list[str]:
-        """Cuts a text into added tokens and words; a word begins with "▁", an added token does not."""
+        """Cuts a text into added tokens and words; no word is an added token."""
         words: list[str] = []
         for index, part in enumerate(self._split(text)):
             if index % 2:
                 words.append(part)
             elif part:
-                words += _WORD.findall(_SPACE + part.replace(" ", _SPACE))
+                words += self._find(SPACE + part.replace(" ", SPACE))
         return words
 
 
 def word_encoder(tokenizer: Tokenizer) -> WordEncoder | None:
     """Returns an encoder that gives the tokenizer's ids faster, or None where that would not be exact."""
-    data: dict[str, Any] = orjson.loads(tokenizer.to_str())
-    model, added = data["model"], data["added_tokens"]
-    flags = ("normalized", "lstrip", "rstrip", "single_word")
-    exact = (
-        data["normalizer"] == _NORMALIZER
-        and data["pre_tokenizer"] is None
-        and model["type"] == "BPE"
-        and not any(model.get(key) for key in ("dropout", "ignore_merges"))
-        and not any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix"))
-        # With a token for "▁" and for every byte nothing is unknown, so no run of unknowns is fused over a border.
-        and model.get("byte_fallback")
-        and all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256))
-        and _SPACE in model["vocab"]
-        and not any(_SPACE in entry.lstrip(_SPACE) for entry in model["vocab"])
-        and added
-        and not any(entry[flag] for entry in added for flag in flags)
-        and not any(_SPACE in entry["content"] or not entry["content"] for entry in added)
-    )
-    if not exact:
-        return None
-    plain = Tokenizer.from_str(tokenizer.to_str())
-    plain.normalizer = normalizers.Sequence([])
-    return WordEncoder(plain, {entry["content"]: entry["id"] for entry in added})
+    rules = word_rules(tokenizer)
+    return WordEncoder(tokenizer, rules) if rules else None
