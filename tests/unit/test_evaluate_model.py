@@ -248,4 +248,4 @@ def test_the_command_writes_what_the_library_measures(setting, tmp_path, run_scr
     assert result["label"] == "tuned" and result["format"] == 1 and result["samples"] == 11
     assert [answer["prompt"] for answer in result["generations"]] == PROMPTS
     assert result["heldout_sha256"] == heldout_digest(heldout)
-    assert "tokens/s" in done.stdout and "tuned: loss" in done.stdout
+    assert "held-out loss: 502 tokens (" in done.stdout and "tuned: loss" in done.stdout

@@ -241,7 +241,7 @@ def test_the_memory_of_parquet_does_not_grow_with_the_file(tmp_path):
     assert peaks[1] < 1.1 * peaks[0]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     data=st.lists(
         st.sampled_from(

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from common.cli import UserError
+from common.progress import Progress
 from ftdp.chat_template import MessageError
 from ftdp.encode import encode_conversations
 from ftdp.tokenizer import ExtendedTokenizer
-
-from .progress import Progress
 
 
 def read_prompts(path: Path) -> list[list[dict]]:
@@ -82,7 +81,7 @@ def generate(
         pad_token_id=tokenizer.end_of_turn_id if pad_id is None else pad_id,
     )
     device = model.get_input_embeddings().weight.device
-    progress = Progress(len(prompts), "generations", "prompts")
+    progress = Progress("prompts", len(prompts), "tokens")
     answers = []
     for number, prompt in enumerate(prompts, 1):
         ids = torch.tensor([encode_prompt(prompt, tokenizer, f"prompt {number}")], device=device)
@@ -92,5 +91,6 @@ def generate(
         # Special tokens stay: a tool call is made of them.
         text = tokenizer.tokenizer.decode(new[:-1] if finished else new, skip_special_tokens=False)
         answers.append({"prompt": prompt, "text": text, "tokens": len(new), "finished": finished})
-        progress.add(1)
+        progress.add("generations", prompts=1, tokens=len(new))
+    print(f"generations: {progress.finish()}", flush=True)
     return answers

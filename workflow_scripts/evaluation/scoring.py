@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from common.progress import Progress
+
 from .heldout import Sample, batches_by_length
-from .progress import Progress
 
 
 @torch.inference_mode()
@@ -62,12 +63,13 @@ def score(model, samples: list[Sample], pad_id: int, batch_tokens: int = 2048) -
         {"loss", "perplexity", "trained_tokens", "samples", "truncated", "datasets": {name: the same five}}
     """
     sums: dict[str, float] = {}
-    progress = Progress(sum(len(sample.ids) for sample in samples), "held-out loss", "tokens")
+    progress = Progress("tokens", sum(len(sample.ids) for sample in samples))
     for batch in batches_by_length(samples, batch_tokens):
         for sample, losses in zip(batch, token_losses(model, batch, pad_id), strict=True):
             # fp64: the sum must not depend on how many tokens there are.
             sums[sample.dataset] = sums.get(sample.dataset, 0.0) + losses.double().sum().item()
-        progress.add(sum(len(sample.ids) for sample in batch))
+        progress.add("held-out loss", tokens=sum(len(sample.ids) for sample in batch))
+    print(f"held-out loss: {progress.finish()}", flush=True)
     names = sorted({sample.dataset for sample in samples})
     by_dataset = {
         name: _result(sums[name], [sample for sample in samples if sample.dataset == name]) for name in names

@@ -18,6 +18,7 @@ from typing import Any
 
 from common.cli import UserError
 from common.files import write_json
+from common.progress import Progress
 from ftdp.block_tokenizer import BlockTokenizer, TokenizedBlock, TokenizeOptions
 from ftdp.chunk_store import ChunkStore, SourceState
 from ftdp.chunk_tokenizer import ChunkTokenizer
@@ -34,14 +35,10 @@ from ftdp.planning import (
     file_sizes,
     plan_parts,
 )
-from ftdp.progress import TokenizeProgress
 from ftdp.ranges import RangeReader
 from ftdp.reading import Block
 from ftdp.tokenizer import ExtendedTokenizer
 from ftdp.workers import WorkerPool
-
-# From here on the faster encoder wins back what making it costs.
-_MANY_BYTES = 3_000_000
 
 
 def tokenize_datasets(
@@ -233,8 +230,8 @@ class _Run:
             self._finisher.reopen(chunk)
         yield from sorted(set(chunks) - set(missing))
         total = sum(end - start for start, end in (chunk.range(sizes[chunk.source]) for chunk in missing))
-        progress = TokenizeProgress(total)
-        tokenizer = BlockTokenizer(self._tokenizer, self._options, many=total >= _MANY_BYTES)
+        progress = Progress("bytes", total, "samples", "tokens")
+        tokenizer = BlockTokenizer(self._tokenizer, self._options)
         with WorkerPool(ChunkTokenizer(tokenizer), self._processes) as pool:
             yield from self._tokenize(missing, pool, progress)
         kept = len(chunks) - len(missing)
@@ -247,7 +244,7 @@ class _Run:
             chunk.count > 1 and self._store.find(chunk) is not None
         )
 
-    def _tokenize(self, chunks: list[Chunk], pool: WorkerPool, progress: TokenizeProgress) -> Iterator[Chunk]:
+    def _tokenize(self, chunks: list[Chunk], pool: WorkerPool, progress: Progress) -> Iterator[Chunk]:
         order: deque[int] = deque()
         read: dict[int, tuple[SourceState, str]] = {}
         results = pool.map(_blocks(chunks, order, read))
@@ -262,11 +259,12 @@ class _Run:
             yield chunk
 
     def _shown(
-        self, chunk: Chunk, blocks: Iterable[tuple[int, TokenizedBlock]], progress: TokenizeProgress
+        self, chunk: Chunk, blocks: Iterable[tuple[int, TokenizedBlock]], progress: Progress
     ) -> Iterator[tuple[int, TokenizedBlock]]:
         for lines, block in blocks:
             yield lines, block
-            progress.update(chunk.dataset, block.source_bytes, len(block.lengths), int(block.lengths.sum()))
+            tokens = int(block.lengths.sum())
+            progress.add(chunk.dataset, bytes=block.source_bytes, samples=len(block.lengths), tokens=tokens)
 
 
 def _blocks(

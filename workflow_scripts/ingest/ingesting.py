@@ -12,15 +12,15 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import orjson
 
 from common.cli import UserError
 from common.files import atomic_dir, sha256_file, write_json
+from common.progress import Progress
 from ftdp.bad_lines import BadLine
 from ftdp.chat_template import MessageError, refuse_half_characters
-from ftdp.progress import TokenizeProgress
 from ftdp.quarantine import QuarantineFile, quarantine_record, refuse_too_many
 from ftdp.template_file import load_template
 from ingest.fields import ConvertOptions
@@ -81,7 +81,7 @@ def ingest(inputs: list[str], processed_dir: str, dataset: str, options: IngestO
             raise UserError(f"{file} lies in the folder that is written", fix="choose another --dataset")
     # The quarantine shows what stopped the last run, until the next one.
     shutil.rmtree(folder / "quarantine", ignore_errors=True)
-    progress = IngestProgress(sum(file.stat().st_size for file in files))
+    progress = Progress("bytes", sum(file.stat().st_size for file in files), "rows")
     with atomic_dir(folder / "processed") as target:
         (target / FOLDER).mkdir()
         reports = [_FileJob(file, folder, options, progress).run(target / FOLDER) for file in files]
@@ -102,7 +102,7 @@ def ingest(inputs: list[str], processed_dir: str, dataset: str, options: IngestO
 class _FileJob:
     """One input file."""
 
-    def __init__(self, source: Path, folder: Path, options: IngestOptions, progress: IngestProgress):
+    def __init__(self, source: Path, folder: Path, options: IngestOptions, progress: Progress):
         self._source, self._options, self._progress = source, options, progress
         self._quarantine = folder / "quarantine" / f"{output_stem(source)}.quarantine.jsonl"
         self._formats: Counter[str] = Counter()
@@ -112,7 +112,7 @@ class _FileJob:
     def run(self, target: Path) -> dict[str, Any]:
         """Writes `<target>/<file>.jsonl` and returns the file's part of the manifest."""
         output = target / f"{output_stem(self._source)}.jsonl"
-        rows = samples = 0
+        rows = samples = position = 0
         reader = RowReader(self._source)
         with open(output, "wb") as file, QuarantineFile(self._quarantine) as quarantine:
             for row in reader:
@@ -125,7 +125,8 @@ class _FileJob:
                         raise error.at(f"{self._source}:{row.number}") from None
                     reason = str(error)
                     quarantine.add(quarantine_record(self._source.name, row.number, row.raw, reason))
-                self._progress.at(self._source.name, self._source, reader.position)
+                self._progress.add(self._source.name, bytes=reader.position - position, rows=1)
+                position = reader.position
         refuse_too_many(
             str(self._source), quarantine.count, rows, self._options.max_bad_share, str(self._quarantine)
         )
@@ -160,19 +161,3 @@ class _FileJob:
     def _check(self, messages: Any) -> None:
         """Refuses now what tokenisation with the default template would refuse."""
         refuse_half_characters(self._template.turns(messages))
-
-
-class IngestProgress(TokenizeProgress):
-    """Prints rows/s, MB/s of the files as they lie on disk, and the time that is left."""
-
-    def __init__(self, total_bytes: int, stream: IO[str] | None = None):
-        super().__init__(total_bytes, stream)
-        self._file: Path | None = None
-        self._position = 0
-
-    def at(self, label: str, file: Path, position: int) -> None:
-        """Says that a row was dealt with, and how far its file is read."""
-        if file != self._file:
-            self._file, self._position = file, 0
-        self.update(label, position - self._position, 1, 0)
-        self._position = position
