@@ -60,18 +60,36 @@ def is_trained(message):
     return False
 
 
-def signed_tokens(messages, encode, bos, max_length=32768):
-    """Signed ids of a conversation; `encode` maps a text to its ids."""
-    out = [bos]
+def compat_turns(messages, encode):
+    """Returns, turn by turn, [(id, trained)]; `encode` maps a text to its ids. Id 0 has no sign, so it is not trained."""
+    turns = []
     for message in glue(messages):
         begin, end = begin_of(message), "<|im_end|>\n"
         begin_ids, end_ids = encode(begin), encode(end)
         whole = encode(begin + message["content"] + end)
         middle = whole[len(begin_ids) : len(whole) - len(end_ids)]
-        out.extend(-i for i in begin_ids)
-        out.extend(middle if is_trained(message) else [-i for i in middle])
-        out.extend(end_ids if message["role"] == "assistant" else [-i for i in end_ids])
-    return out[:max_length]
+        turn = [(i, False) for i in begin_ids]
+        turn += [(i, is_trained(message) and i != 0) for i in middle]
+        turn += [(i, message["role"] == "assistant" and i != 0) for i in end_ids]
+        turns.append(turn)
+    return turns
+
+
+def signed_tokens(messages, encode, bos, max_length=32768):
+    """Signed ids of a conversation; `encode` maps a text to its ids."""
+    flat = [pair for turn in compat_turns(messages, encode) for pair in turn]
+    return [bos, *(i if trained else -i for i, trained in flat)][:max_length]
+
+
+def straddles(message, encode):
+    """Does a turn's text, encoded as a whole, begin and end otherwise than its begin and end alone?"""
+    begin, end = encode(begin_of(message)), encode("<|im_end|>\n")
+    whole = encode(begin_of(message) + message["content"] + "<|im_end|>\n")
+    return (
+        len(whole) < len(begin) + len(end)
+        or whole[: len(begin)] != begin
+        or whole[len(whole) - len(end) :] != end
+    )
 
 
 def bin_and_meta(conversations, encode, bos, max_length=32768):
@@ -91,47 +109,110 @@ def _files(samples):
     return data, meta.getvalue()
 
 
-def exact_spans(messages):
-    """The text of `mask: exact` as [(text, trained, written by the format)]: each message answers for itself."""
-    spans, closing = [], None
-    owner = None
+def written(template, role, name):
+    """What a format writes before and after a message: ([(text, is markup)], text), as its makers describe it."""
+    if template == "internlm2_chat":
+        if role == "thought":
+            return [], ""
+        if role == "tool":
+            if name is None:
+                return [], "<|action_end|>\n"
+            return (
+                [("<|action_start|>", True), (MARK.get(name, name), name in MARK), ("\n", True)],
+                "<|action_end|>\n",
+            )
+        mapped = role != "user" and name in MARK
+        called = [] if name is None else [(" name=", True), (MARK[name] if mapped else name, mapped)]
+        return [("<|im_start|>" + role, True), *called, ("\n", True)], "<|im_end|>\n"
+    plugin = role == "system" and name == "plugin"
+    if template == "chatml":
+        head = "<|im_start|>"
+        tools = (
+            "system\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+            "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n",
+            "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+            '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
+            "<args-json-object>}\n</tool_call><|im_end|>\n",
+        )
+        table = {
+            "tool": ("\n<tool_call>\n", "\n</tool_call>"),
+            "thought": ("", ""),
+            "environment": (head + "user\n<tool_response>\n", "\n</tool_response><|im_end|>\n"),
+        }
+        begin, end = table.get(role, (f"{head}{role}\n", "<|im_end|>\n"))
+        if plugin:
+            begin, end = head + tools[0], tools[1]
+    elif template == "llama3":
+        shown = {"environment": "ipython"}.get(role, role)
+        begin, end = f"<|start_header_id|>{shown}<|end_header_id|>\n\n", "<|eot_id|>"
+        if plugin:
+            begin += "Environment: ipython\n\n"
+        if role in ("tool", "thought"):
+            begin, end = "<|python_tag|>" if role == "tool" else "", ""
+    else:
+        begin, end = {
+            "system": ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]") if plugin else ("", "\n\n"),
+            "user": ("[INST]", "[/INST]"),
+            "assistant": ("", "</s>"),
+            "environment": ("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+            "tool": ("[TOOL_CALLS]", ""),
+            "thought": ("", ""),
+        }[role]
+    return [(begin, True)], end
+
+
+def exact_turns(messages, template="internlm2_chat"):
+    """The text of `mask: exact`, turn by turn, as [(text, trained, written by the format)].
+
+    Each message answers for itself, and the end of a turn goes with what stands before it.
+    """
+    turns, closing, owner, turn_trained, waiting = [], [], None, False, []
     for message in messages:
         role, content = message["role"], message["content"]
-        if role in ("tool", "thought"):
+        begin, end = written(template, role, message.get("name"))
+        glued = role in ("tool", "thought")
+        if glued:
             if owner != "assistant":
-                spans += closing or []
-                spans.append(("<|im_start|>assistant\n", False, True))
+                if turns:
+                    turns[-1] += closing
+                opened, assistant_end = written(template, "assistant", None)
+                turns.append([(text, False, markup) for text, markup in opened])
                 owner, turn_trained = "assistant", True
             trained = bool(message["loss"]) if "loss" in message else turn_trained
-            if role == "tool" and message.get("name") is not None:
-                name = message["name"]
-                spans.append(("<|action_start|>", trained, True))
-                spans.append((MARK.get(name, name), trained, name in MARK))
-                spans.append(("\n", trained, True))
-            spans.append((content, trained, False))
-            if role == "tool":
-                spans.append(("<|action_end|>\n", trained, True))
         else:
-            spans += closing or []
-            owner, trained = role, is_trained(message)
-            turn_trained = trained
-            name = message.get("name")
-            spans.append(("<|im_start|>" + role, False, True))
-            if name is not None:
-                mapped = role != "user" and name in MARK
-                spans.append((" name=", False, True))
-                spans.append((MARK[name] if mapped else name, False, mapped))
-            spans.append(("\n", False, True))
-            spans.append((content, trained, False))
-        closing = [("<|im_end|>\n", trained and owner == "assistant", True)]
-    return spans + (closing or [])
+            if turns:
+                turns[-1] += closing
+            trained = turn_trained = is_trained(message)
+            if template == "mistral_instruct" and role == "system" and message.get("name") != "plugin":
+                waiting += [(content, False, False), (end, False, True)]
+                closing = []
+                continue
+            owner, assistant_end = role, end
+            turns.append([])
+        turns[-1] += [(text, trained and glued, markup) for text, markup in begin]
+        turns[-1] += waiting
+        waiting = []
+        turns[-1].append((content, trained, False))
+        if glued:
+            turns[-1].append((end, trained, True))
+        closing = [(assistant_end, trained and owner == "assistant", True)]
+    if turns:
+        turns[-1] += closing
+    return turns
 
 
-def exact_tokens(messages, tokenizer, literal):
-    """Signed ids of `mask: exact`; `tokenizer` is a `tokenizers.Tokenizer` whose control tokens are all special.
+def exact_tokens(messages, tokenizer, literal, template="internlm2_chat"):
+    """`mask: exact` as [(id, trained)]; `tokenizer` is a `tokenizers.Tokenizer` whose control tokens are all special."""
+    return spans_to_tokens(
+        [span for turn in exact_turns(messages, template) for span in turn], tokenizer, literal
+    )
 
-    Looks at what each token spells instead of at offsets. Control tokens that are text go through the library's own
-    `encode_special_tokens`, one stretch between control tokens at a time.
+
+def spans_to_tokens(spans, tokenizer, literal):
+    """Looks at what each token spells instead of at offsets.
+
+    Control tokens that are text go through the library's own `encode_special_tokens`, one stretch between control
+    tokens at a time.
     """
     special = [str(t) for t in tokenizer.get_added_tokens_decoder().values()]
     cut = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
@@ -147,13 +228,12 @@ def exact_tokens(messages, tokenizer, literal):
             out.extend(_signs(text, marks, ids, plain))
         stretch.clear()
 
-    for text, trained, markup in exact_spans(messages):
+    for text, trained, markup in spans:
         # A control token may be made of two spans only where both are typed text, which the tests do not do.
         for place, part in enumerate(cut.split(text) if markup or not literal else [text]):
             if place % 2:
                 flush()
-                token = tokenizer.token_to_id(part)
-                out.append(token if trained else -token)
+                out.append((tokenizer.token_to_id(part), trained))
             elif part:
                 stretch.append((part, trained))
     flush()
@@ -161,7 +241,7 @@ def exact_tokens(messages, tokenizer, literal):
 
 
 def _signs(text, marks, ids, tokenizer):
-    """Signs the ids of a stretch; `marks` holds one flag a byte of `text`. A byte's neighbours in its character count."""
+    """Returns [(id, trained)] of a stretch; `marks` holds one flag a byte of `text`."""
     whole = text.encode()
     if "▁" in tokenizer.get_vocab():
         # The tokenizer writes "▁" for a space and puts one in front.
@@ -170,7 +250,7 @@ def _signs(text, marks, ids, tokenizer):
         marks = [marks[0]] * 3 + marks
         whole = "▁".encode() + b"".join(spelled)
     back = {c: b for b, c in _byte_characters().items()}
-    at, signed = 0, []
+    at, result = 0, []
     for token in ids:
         name = tokenizer.id_to_token(token)
         if re.fullmatch("<0x[0-9A-F]{2}>", name):
@@ -180,10 +260,10 @@ def _signs(text, marks, ids, tokenizer):
         else:
             raw = bytes(back[c] for c in name)
         assert whole[at : at + len(raw)] == raw, (whole, at, raw)
-        signed.append(token if any(marks[at : at + len(raw)]) else -token)
+        result.append((token, any(marks[at : at + len(raw)])))
         at += len(raw)
     assert at == len(whole)
-    return signed
+    return result
 
 
 def _byte_characters():

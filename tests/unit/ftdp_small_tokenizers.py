@@ -87,6 +87,16 @@ def extended_folder(kind: str = "byte_level", template: str = "internlm2_chat") 
     if kind in ("byte_level", "newlines"):
         config = {"bos_token": "<s>", "eos_token": "</s>"}
         byte_level_base(folder / "base", ["<unk>", "<s>", "</s>"], config, kind == "newlines")
+    elif kind == "bang":
+        # As in GPT-2, Llama 3 and Qwen: id 0 is "!".
+        byte_level_base(folder / "base", [], {"bos_token": "<s>", "eos_token": "</s>"})
+        path = folder / "base" / "tokenizer.json"
+        bang = Tokenizer.from_file(str(path))
+        bang.add_special_tokens(
+            [AddedToken(each, special=True, normalized=False) for each in ("<s>", "</s>")]
+        )
+        assert bang.token_to_id("!") == 0
+        bang.save(str(path))
     elif kind == "smollm_like":
         first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "GPT2Tokenizer"}

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from ftdp_conversations import conversations
-from ftdp_reference import exact_tokens, signed_tokens
+from ftdp_reference import (
+    compat_turns,
+    exact_tokens,
+    exact_turns,
+    glue,
+    signed_tokens,
+    spans_to_tokens,
+    straddles,
+)
 from ftdp_small_tokenizers import KINDS, small_tokenizer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from common.cli import UserError
 from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.chat_template import MessageError
 from ftdp.control_tokens import literal_tokenizer
-from ftdp.encode import BatchEncoder, encode_conversation, encode_conversations, signed_ids
+from ftdp.encode import BatchEncoder, encode_conversation, encode_conversations
+from ftdp.packing import IGNORE_INDEX, TokenizedFile
 from ftdp.tokenizing import tokenize_datasets
 
 USER = {"role": "user", "content": "hi"}
@@ -42,31 +52,63 @@ def counts_of(conversations, tokenizer, **options):
     return counts
 
 
+def pairs_of(pieces):
+    return [(token, piece.trained) for piece in pieces for token in piece.ids]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("control_tokens", ["literal", "control"])
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(batch=st.lists(conversations(), max_size=3), many=st.booleans())
 def test_exact_equals_the_reference(kind, control_tokens, batch, many):
     tokenizer = small_tokenizer(kind)
-    bos = -tokenizer.bos_token_id
     literal = control_tokens == "literal"
-    expected = [[bos, *exact_tokens(each, tokenizer.tokenizer, literal)] for each in batch]
+    expected = [
+        [(tokenizer.bos_token_id, False), *exact_tokens(each, tokenizer.tokenizer, literal)] for each in batch
+    ]
     before = json.dumps(batch)
     encoder = BatchEncoder(tokenizer, many, mask="exact", control_tokens=control_tokens)
     pieces = encoder.encode_turns([encoder.turns(each) for each in batch])
-    assert [signed_ids(each) for each in pieces] == expected
+    assert list(map(pairs_of, pieces)) == expected
     assert json.dumps(batch) == before, "the conversations are left as they are"
+    if literal:
+        return  # what `compat` then is, the library alone cannot say
     counts = encoder.take_counts()
-    if not counts["straddling_messages"]:
-        compat = encode_conversations(batch, tokenizer, None, control_tokens=control_tokens)
-        differing = sum(
-            a != b for one, two in zip(compat, expected, strict=True) for a, b in zip(one, two, strict=True)
-        )
-        assert counts["tokens_differing_from_compat"] == differing
+    encode = lambda text: tokenizer.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+    straddling = sum(straddles(message, encode) for each in batch for message in glue(each))
+    assert counts["straddling_messages"] == straddling
+    differing = len(batch)  # BOS
+    for messages in batch:
+        exact = [spans_to_tokens(turn, tokenizer.tokenizer, literal) for turn in exact_turns(messages)]
+        for one, two in zip(exact, compat_turns(messages, encode), strict=True):
+            differing += sum(a != b for a, b in zip(one, two, strict=False)) + abs(len(one) - len(two))
+    assert counts["tokens_differing_from_compat"] == differing
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "mistral_instruct"])
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(messages=conversations(), control_tokens=st.sampled_from(["literal", "control"]))
+def test_exact_equals_the_reference_in_every_template(kind, template, messages, control_tokens):
+    messages = [{k: v for k, v in each.items() if (k, v) != ("type", "end")} for each in messages]
+    if template == "mistral_instruct":  # a system message stands in the user's turn after it
+        followed = [after["role"] for after in messages[1:]] + [""]
+        messages = [
+            each
+            for each, after in zip(messages, followed, strict=False)
+            if each["role"] != "system" or each.get("name") == "plugin" or after == "user"
+        ]
+        assume(not messages or messages[0]["role"] not in ("tool", "thought"))
+    tokenizer = small_tokenizer(kind, template)
+    encoder = BatchEncoder(tokenizer, mask="exact", control_tokens=control_tokens)
+    (pieces,) = encoder.encode_turns([encoder.turns(messages)])
+    bos = [(tokenizer.bos_token_id, False)] if tokenizer.template.bos else []
+    literal = control_tokens == "literal"
+    assert pairs_of(pieces) == bos + exact_tokens(messages, tokenizer.tokenizer, literal, template)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(messages=conversations(control=False))
 def test_without_control_tokens_literal_is_compat(kind, messages):
     tokenizer = small_tokenizer(kind)
@@ -77,7 +119,7 @@ def test_without_control_tokens_literal_is_compat(kind, messages):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mask", ["compat", "exact"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(messages=conversations())
 def test_literal_never_writes_a_control_token_of_a_message(kind, mask, messages):
     tokenizer = small_tokenizer(kind)
@@ -103,6 +145,51 @@ def test_bos_is_not_trained():
     tokenizer = small_tokenizer("byte_level")
     assert encode_conversation([USER], tokenizer)[0] == tokenizer.bos_token_id
     assert encode_conversation([USER], tokenizer, mask="exact")[0] == -tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("valid", ["copy", "holdout"])
+def test_id_0_is_trained_on_in_exact(valid, tmp_path):
+    """Its sign cannot tell: the file says -0, XTuner reads 0, and the trainer gets the label."""
+    tokenizer = small_tokenizer("bang")
+    texts = ["!", "!a!", "a!!", "Hi!", "0! 10 -0", "no"]
+    lines = [[{"role": "user", "content": "!u!"}, {"role": "assistant", "content": text}] for text in texts]
+    lines.append([{"role": "user", "content": "a"}, {"role": "assistant", "content": "!", "loss": False}])
+    source = tmp_path / "in" / "d" / "processed" / "f.jsonl"
+    source.parent.mkdir(parents=True)
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trained = {}
+    for mask in ("compat", "exact"):
+        out = tmp_path / mask
+        options = TokenizeOptions(mask=mask, valid=valid, valid_share=0.5)
+        totals = tokenize_datasets(tmp_path / "in", out, tokenizer, options)["d"]["totals"]
+        train, others = (
+            sorted((out / "chatml_llamav13_32k" / split).rglob("f.bin")) for split in ("train", "valid")
+        )
+        assert len(others) == (valid == "holdout")
+        trained[mask] = []
+        for path in (*train, *others):
+            file = TokenizedFile(path)
+            samples = [file[number] for number in range(len(file))]
+            assert [json.loads(line)["tokens"] for line in path.open()] == [
+                np.where(labels == IGNORE_INDEX, -ids, ids).tolist() for ids, labels in samples
+            ], "-0 is 0 for whoever does not know"
+            for ids, labels in samples:
+                assert set(labels[labels != ids].tolist()) <= {IGNORE_INDEX}
+                kept = tokenizer.tokenizer.decode(
+                    labels[labels != IGNORE_INDEX].tolist(), skip_special_tokens=False
+                )
+                trained[mask].append(kept)
+            if path in train:
+                count = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in samples)
+                assert totals["trained_tokens"] == count
+    end = "<|im_end|>\n"
+    assert sorted(trained["exact"]) == sorted([*(text + end for text in texts), ""])
+    assert sorted(trained["compat"]) == sorted(
+        ["<s>" + text.replace("!", "") + end for text in texts] + ["<s>" + end]
+    )
+    zeros = "".join(texts).count("!")
+    # BOS of each, what id 0 adds, and the two ids of the last end; of its content, 0 is trained on in neither.
+    assert counts_of(lines, tokenizer, mask="exact")["tokens_differing_from_compat"] == len(lines) + zeros + 2
 
 
 @pytest.mark.parametrize("silent", [{"loss": False}, {"type": "prefix"}])

@@ -9,7 +9,7 @@ import json
 import pytest
 import yaml
 from ftdp_conversations import conversations
-from ftdp_reference import exact_spans
+from ftdp_reference import exact_turns
 from ftdp_small_tokenizers import KINDS, extended_folder, small_tokenizer
 from hypothesis import HealthCheck, assume, given, settings
 
@@ -73,7 +73,7 @@ def test_what_they_write():
         '[AVAILABLE_TOOLS][{"name": "f"}][/AVAILABLE_TOOLS][INST]Be brief.\n\nhi[/INST]'
         'Look.[TOOL_CALLS]{"name": "f"}</s>[TOOL_RESULTS][1][/TOOL_RESULTS]One.</s>[INST]bye[/INST]Bye.</s>'
     )
-    assert load_template().render(TALK) == "".join(text for text, _, _ in exact_spans(TALK))
+    assert load_template().render(TALK) == "".join(text for turn in exact_turns(TALK) for text, _, _ in turn)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -114,6 +114,7 @@ class BlockTokenizer:
             UserError: A line is not a conversation and `on_bad_sample` is "stop"; names file, line and field.
         """
         options = self._options
+        exact = options.mask == "exact"
         bad: list[tuple[int, bytes, str]] = []
         kept, heldout = self._read(source, block, bad)
         encoded = self._encoder.encode_turns([each.conversation for each in kept])
@@ -125,9 +126,14 @@ class BlockTokenizer:
                 truncated += 1
                 pieces = _cut(pieces, options.max_length)
                 length = options.max_length
-            lines.append(b'{"tokens": [' + b", ".join(filter(None, map(Piece.write, pieces))) + b"]}\n")
+            lines.append(
+                b'{"tokens": [' + b", ".join(filter(None, [piece.write(exact) for piece in pieces])) + b"]}\n"
+            )
             lengths.append(length)
-            trained += sum(len(piece.ids) - piece.ids.count(0) for piece in pieces if piece.trained)
+            # Id 0: see `ftdp.piece`.
+            trained += sum(
+                len(piece.ids) - (0 if exact else piece.ids.count(0)) for piece in pieces if piece.trained
+            )
         return TokenizedBlock(
             b"".join(lines),
             np.array([len(line) for line in lines], dtype=np.int64),

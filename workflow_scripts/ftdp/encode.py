@@ -159,7 +159,7 @@ class BatchEncoder:
         later: list[tuple[list[Piece], list[Span], list[Piece]]] = []
         for conversation in conversations:
             pieces: list[Piece] = list(self._bos)
-            different += len(pieces)
+            different += sum(piece.ids != [0] for piece in pieces)
             result.append(pieces)
             chunks = self._chunks(conversation)
             for number, chunk in enumerate(chunks):
@@ -174,8 +174,8 @@ class BatchEncoder:
                     if alone and content is not None and answer is not None:
                         end_trained = answer and turn.end_trained
                         pieces += begin, Piece(content, answer), self._piece(end, end_trained)
-                        different += (end_trained != turn.end_trained) * len(end.ids)
-                        different += (answer != turn.content_trained) * (len(content) - content.count(0))
+                        different += _different(end.ids, end_trained, turn.end_trained)
+                        different += _different(content, answer, turn.content_trained)
                         break
                     if content is None:
                         content = ids[len(begin.ids) : -len(end.ids) or None]
@@ -187,7 +187,7 @@ class BatchEncoder:
                         compat[:0] = pieces[:1]
                         pieces.clear()
                         spans.insert(0, Span(self._bos_text, False))
-                        different -= 1
+                        different -= self._bos[0].ids != [0]
                     slot: list[Piece] = []
                     pieces.append(slot)  # type: ignore[arg-type]  (filled below)
                     later.append((slot, spans, compat))
@@ -235,7 +235,7 @@ class BatchEncoder:
         ids_of = self._encode({text for text, _ in missing})
         for text, trained in missing:
             piece = Piece(ids_of[text], trained)
-            self._cache[text, trained] = piece._replace(written=piece.write())
+            self._cache[text, trained] = piece._replace(written=piece.write(self._exact))
 
     def _count_control_tokens(self, every: list[Turn]) -> None:
         texts = [turn.content for turn in every if turn.parts is None]
@@ -306,6 +306,13 @@ def _cut(ids: list[int], begin: list[int], end: list[int]) -> list[int] | None:
     if last < first or ids[:first] != begin or ids[last:] != end:
         return None
     return ids[first:last]
+
+
+def _different(ids: list[int], exact: bool, compat: bool) -> int:
+    """Returns at how many ids the masks differ; compat never trains on id 0."""
+    if exact == compat:
+        return ids.count(0) if exact else 0
+    return len(ids) if exact else len(ids) - ids.count(0)
 
 
 def _flat(pieces: list) -> list[Piece]:

@@ -10,7 +10,7 @@ between tokens, because a token always stands for the same characters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ftdp.chat_template import Turn
-from ftdp.piece import Piece
+from ftdp.piece import Piece, trained_mask
 
 
 class Span(NamedTuple):
@@ -73,10 +73,16 @@ def _pieces(ids: list[int], offsets: list[tuple[int, int]], spans: Sequence[Span
     return [Piece([token for token, _ in pairs], answer) for answer, pairs in grouped]
 
 
-def difference(pieces: Iterable[Piece], others: Iterable[Piece]) -> int:
-    """Returns at how many places two lists of signed ids differ; what one has more counts as differing."""
+def difference(exact: Sequence[Piece], compat: Sequence[Piece]) -> int:
+    """Returns at how many places ids or masks differ; what one has more counts as differing."""
     one, other = (
-        [token if piece.trained else -token for piece in each for token in piece.ids]
-        for each in (pieces, others)
+        list(
+            zip(
+                [token for piece in pieces for token in piece.ids],
+                trained_mask(pieces, is_exact),
+                strict=True,
+            )
+        )
+        for pieces, is_exact in ((exact, True), (compat, False))
     )
     return sum(a != b for a, b in zip(one, other, strict=False)) + abs(len(one) - len(other))

@@ -59,7 +59,7 @@ class TokenizedFile:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns (input_ids, labels) of one conversation: int64 arrays (tokens,), labels -100 where untrained.
 
-        An id stored as 0 or negative is untrained: id 0 therefore never trains, as in XTuner.
+        An id stored as 0 or negative is untrained, but for a 0 that is spelled `-0` (see `ftdp.piece`).
         """
         if self._map is None:
             with open(self.path, "rb") as file:
@@ -67,9 +67,14 @@ class TokenizedFile:
         start = int(self.offsets[index])
         end = self._map.find(b"\n", start)
         try:
-            stored = np.array(
-                json.loads(self._map[start : end if end >= 0 else None])["tokens"], dtype=np.int64
-            )
+            line = self._map[start : end if end >= 0 else None]
+            stored = np.array(json.loads(line)["tokens"], dtype=np.int64)
+            trained = stored > 0
+            if b"-0" in line:
+                trained |= [
+                    each.strip() == b"-0"
+                    for each in line[line.index(b"[") + 1 : line.rindex(b"]")].split(b",")
+                ]
             if len(stored) != self.lengths[index]:
                 raise ValueError(f"{len(stored)} tokens")
         except (ValueError, KeyError, TypeError) as error:
@@ -79,7 +84,8 @@ class TokenizedFile:
                 expected=f'{{"tokens": [...]}} with {self.lengths[index]} tokens',
                 fix="delete the file and its .meta and tokenise the dataset again",
             ) from None
-        return np.abs(stored), np.where(stored > 0, stored, IGNORE_INDEX)
+        ids = np.abs(stored)
+        return ids, np.where(trained, ids, IGNORE_INDEX)
 
 
 def _read_meta(path: Path) -> np.ndarray:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import orjson
 
 from ftdp.block_tokenizer import TokenizedBlock
+from ftdp.piece import count_trained
 from ftdp.tokenized_writer import Lines
 
 _SUMS = ("lines", "heldout", "quarantined", "tokens", "trained_tokens", "truncated")
@@ -60,7 +60,7 @@ class Tally:
         trained = block.trained_tokens
         if valid is not None:
             for line in valid.data.splitlines():
-                trained -= sum(token > 0 for token in orjson.loads(line)["tokens"])
+                trained -= count_trained(line)
         added = (
             *(lines, block.heldout, len(block.quarantined)),
             *(int(train.lengths.sum()), trained, block.truncated),
