@@ -84,19 +84,27 @@ class _Kept(NamedTuple):
     conversation: list[Turn]
 
 
+class _Line(NamedTuple):
+    """A line of a `.bin` file, and how many tokens it has and trains on."""
+
+    data: bytes
+    tokens: int
+    trained: int
+    truncated: bool
+
+
 class BlockTokenizer:
     """Turns blocks into tokenised blocks, each with one call of the tokenizer.
 
     Args:
         tokenizer: The extended tokenizer.
         options: What decides the bytes, and what becomes of bad lines.
-        many: There are some megabytes to come (see `BatchEncoder`); the bytes are the same either way.
     """
 
-    def __init__(self, tokenizer: ExtendedTokenizer, options: TokenizeOptions, many: bool = False):
+    def __init__(self, tokenizer: ExtendedTokenizer, options: TokenizeOptions):
         self._encoder = BatchEncoder(
             tokenizer,
-            many,
+            many=True,
             template=options.template,
             mask=options.mask,
             control_tokens=options.control_tokens,
@@ -113,39 +121,41 @@ class BlockTokenizer:
         Raises:
             UserError: A line is not a conversation and `on_bad_sample` is "stop"; names file, line and field.
         """
-        options = self._options
-        exact = options.mask == "exact"
         bad: list[tuple[int, bytes, str]] = []
         kept, heldout = self._read(source, block, bad)
-        encoded = self._encoder.encode_turns([each.conversation for each in kept])
-        lines, lengths = [], []
-        trained = truncated = 0
-        for pieces in encoded:
-            length = sum(len(piece.ids) for piece in pieces)
-            if length > options.max_length:
-                truncated += 1
-                pieces = _cut(pieces, options.max_length)
-                length = options.max_length
-            lines.append(
-                b'{"tokens": [' + b", ".join(filter(None, [piece.write(exact) for piece in pieces])) + b"]}\n"
-            )
-            lengths.append(length)
-            # Id 0: see `ftdp.piece`.
-            trained += sum(
-                len(piece.ids) - (0 if exact else piece.ids.count(0)) for piece in pieces if piece.trained
-            )
+        lines = self._lines([each.conversation for each in kept])
+        data = b"".join([line.data for line in lines])
         return TokenizedBlock(
-            b"".join(lines),
-            np.array([len(line) for line in lines], dtype=np.int64),
-            np.array(lengths, dtype=np.int64),
+            data,
+            np.array([len(line.data) for line in lines], dtype=np.int64),
+            np.array([line.tokens for line in lines], dtype=np.int64),
             heldout,
-            trained,
-            truncated,
+            sum(line.trained for line in lines),
+            sum(line.truncated for line in lines),
             block.size,
             counts=self._encoder.take_counts() | {"quarantined": len(bad)},
             quarantined=bad,
             for_valid=self._for_valid(kept),
         )
+
+    def _lines(self, conversations: list[list[Turn]]) -> list[_Line]:
+        """Returns the line of each conversation."""
+        encoder, max_length = self._encoder, self._options.max_length
+        straight = list(map(encoder.line, conversations))
+        others = [turns for turns, line in zip(conversations, straight, strict=True) if line is None]
+        encoded = iter(encoder.encode_turns(others))
+        # `encode_turns` has counted its own.
+        encoder.count_control_tokens(
+            turn
+            for turns, line in zip(conversations, straight, strict=True)
+            if line is not None
+            for turn in turns
+        )
+        exact = self._options.mask == "exact"
+        return [
+            _line_of_pieces(next(encoded), max_length, exact) if line is None else _line(line, max_length)
+            for line in straight
+        ]
 
     def _read(self, source: str, block: Block, bad: list[tuple[int, bytes, str]]) -> tuple[list[_Kept], int]:
         """Returns the conversations to encode, and how many others are held out. A bad line is never held out."""
@@ -179,6 +189,28 @@ class BlockTokenizer:
             return np.zeros(len(kept), dtype=bool)
         chosen = (is_valid(each.line, options.valid_share, options.valid_seed) for each in kept)
         return np.fromiter(chosen, dtype=bool, count=len(kept))
+
+
+def _line(data: bytes, max_length: int) -> _Line:
+    """Returns what a line from `BatchEncoder.line` comes to, cut if it is too long. It has no id 0."""
+    tokens = data.count(b",") + 1
+    truncated = tokens > max_length
+    if truncated:
+        data = b", ".join(data.split(b", ", max_length)[:max_length]) + b"]}\n"
+        tokens = max_length
+    return _Line(data, tokens, tokens - data.count(b"-"), truncated)
+
+
+def _line_of_pieces(pieces: list[Piece], max_length: int, exact: bool) -> _Line:
+    tokens = sum(len(piece.ids) for piece in pieces)
+    truncated = tokens > max_length
+    if truncated:
+        pieces = _cut(pieces, max_length)
+        tokens = max_length
+    data = b", ".join(filter(None, [piece.write(exact) for piece in pieces]))
+    # Id 0: see `ftdp.piece`.
+    trained = sum(len(piece.ids) - (0 if exact else piece.ids.count(0)) for piece in pieces if piece.trained)
+    return _Line(b'{"tokens": [' + data + b"]}\n", tokens, trained, truncated)
 
 
 def _cut(pieces: list[Piece], max_length: int) -> list[Piece]:

@@ -43,6 +43,13 @@ def control_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, tokens)))
 
 
+@lru_cache(maxsize=4)
+def literal_spelling(names: tuple[str, ...]) -> dict[str, str]:
+    """Returns the new name of each control token, the same all through this process."""
+    salt = secrets.token_hex(8)
+    return {name: f"\ufdd0{salt}-{place}\ufdd1" for place, name in enumerate(names)}
+
+
 def literal_tokenizer(tokenizer: ExtendedTokenizer, also: Iterable[str] = ()) -> LiteralTokenizer:
     """Returns the tokenizer with its control tokens renamed, made once for each tokenizer.json.
 
@@ -69,9 +76,7 @@ class _Source:
 @lru_cache(maxsize=4)
 def _literal_tokenizer(sha256: str, also: tuple[str, ...], source: _Source) -> LiteralTokenizer:
     tokenizer = source.tokenizer
-    salt = secrets.token_hex(8)
-    names = control_tokens(tokenizer, also)
-    spelling = {name: f"\ufdd0{salt}-{place}\ufdd1" for place, name in enumerate(names)}
+    spelling = literal_spelling(tuple(control_tokens(tokenizer, also)))
     data: dict[str, Any] = orjson.loads(tokenizer.to_str())
     _rename_in_model(data["model"], spelling)
     for entry in data["added_tokens"]:

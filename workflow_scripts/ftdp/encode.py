@@ -10,18 +10,21 @@ shifts an id, and that is what XTuner's files hold. `mask: exact` is in `ftdp.ex
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from common.cli import UserError
 from ftdp.chat_template import MAX_LENGTH, ChatTemplate, MessageError, Turn, refuse_half_characters
-from ftdp.control_tokens import control_pattern, control_tokens, literal_tokenizer, without_trimming
+from ftdp.control_tokens import control_pattern, literal_spelling, literal_tokenizer, without_trimming
+from ftdp.control_tokens import control_tokens as find_control_tokens
 from ftdp.exact_mask import Span, difference, encode_spans, one_answer, spans_of
 from ftdp.piece import Piece, signed_ids
 from ftdp.template_file import check_mask, load_template
 from ftdp.tokenizer import ExtendedTokenizer
-from ftdp.word_encoder import word_encoder
+from ftdp.word_encoder import WordEncoder, word_encoder, word_rules
+from ftdp.word_lines import WordLines, word_lines
 
 MASKS = ("compat", "exact")
 CONTROL_TOKENS = ("literal", "control", "error")
@@ -50,7 +53,7 @@ class BatchEncoder:
 
         Args:
             tokenizer: The extended tokenizer.
-            many: Spend a fraction of a second on a faster way to the same ids, where the tokenizer has one.
+            many: Prepare `line`, where the tokenizer allows it.
             template: A chat template, a shipped one's name or a file; None takes the one saved with the tokenizer.
             mask: "compat" trains on what XTuner trains on, "exact" corrects it.
             control_tokens: A control token inside a message becomes "literal" text, the token ("control"), or an
@@ -69,24 +72,20 @@ class BatchEncoder:
         check_mask(template, mask)
         tokenizer.require(template)
         self._exact = mask == "exact"
-        self._refuse = control_tokens == "error"
-        self._tokenizer: Tokenizer = tokenizer.tokenizer
-        tokens = _names(self._tokenizer, template)
-        self._control = control_pattern(tokens).search
+        self._refuse, literal = control_tokens == "error", control_tokens == "literal"
+        self._extended, self._also, self._many = tokenizer, template.special_tokens, many
+        tokens = find_control_tokens(tokenizer.tokenizer, template.special_tokens)
+        self._control_tokens, self._control = tokens, control_pattern(tokens).search
         bos = tokenizer.tokens.get("bos_token", "") if template.bos else ""
-        if control_tokens == "literal":
-            literal = literal_tokenizer(tokenizer, template.special_tokens)
-            self._tokenizer = literal.tokenizer
-            template = template.respelled(literal.spelling)
-            bos = literal.spelling.get(bos, bos)
-            tokens = [literal.spelling[token] for token in tokens]
-        self._anchors = tuple(tokens)
+        self._spelling = literal_spelling(tuple(tokens)) if literal else {}
+        template = template.respelled(self._spelling)
+        self._bos_text = self._spelling.get(bos, bos)
+        self._anchors = tuple(self._spelling.get(token, token) for token in tokens)
         self.template = template
-        self._bos_text = bos
         self._bos = [Piece([tokenizer.bos_token_id], not self._exact)] if template.bos else []
-        self._words = word_encoder(self._tokenizer) if many else None
-        self._with_offsets: Tokenizer | None = None
-        self._unknown = _unknown_id(self._tokenizer)
+        self._lines = self._prepare_lines() if many else None
+        if self._lines is None:
+            _ = self._tokenizer  # so that one which cannot be made is known before any work
         self._cache: dict[tuple[str, bool], Piece] = {}
         self._plain_begins: dict[str, bool] = {}
         self._counts = dict.fromkeys(
@@ -107,7 +106,7 @@ class BatchEncoder:
         """Returns the pieces of each conversation, BOS first where the template has it, not truncated."""
         every = [turn for conversation in conversations for turn in conversation]
         self._fill_cache(every)
-        self._count_control_tokens(every)
+        self.count_control_tokens(every)
         # Many conversations share a system message, often a long one: each text is encoded once a batch.
         texts = [turn.begin + turn.content + turn.end for turn in every]
         ids_of = self._encode(dict.fromkeys(texts))
@@ -118,6 +117,13 @@ class BatchEncoder:
             self._plain_begins.clear()
         return result
 
+    def line(self, conversation: list[Turn]) -> bytes | None:
+        """Returns the line of a `.bin` file for a conversation, not truncated.
+
+        None where only `encode_turns` can do that: the ids depend on more than single words.
+        """
+        return self._lines.line(conversation) if self._lines else None
+
     def take_counts(self) -> dict[str, int]:
         """Returns what was counted since the last call.
 
@@ -126,6 +132,9 @@ class BatchEncoder:
         `control_messages`: messages that hold a control token, in the content or the name.
         """
         counts = dict(self._counts)
+        if self._lines:
+            counts["tokens_differing_from_compat"] += self._lines.different
+            self._lines.different = 0
         self._counts = dict.fromkeys(counts, 0)
         return counts
 
@@ -193,7 +202,7 @@ class BatchEncoder:
                     later.append((slot, spans, compat))
         if later:
             for (slot, _, compat), found in zip(
-                later, encode_spans(self._offsets_tokenizer(), [spans for _, spans, _ in later]), strict=True
+                later, encode_spans(self._offsets_tokenizer, [spans for _, spans, _ in later]), strict=True
             ):
                 slot += found
                 different += difference(found, compat)
@@ -224,10 +233,30 @@ class BatchEncoder:
     def _piece(self, piece: Piece, trained: bool) -> Piece:
         return piece if piece.trained == trained else Piece(piece.ids, trained)
 
+    # What follows is made when it is first needed: most conversations of some tokenizers never need it.
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        if self._spelling:
+            return literal_tokenizer(self._extended, self._also).tokenizer
+        return self._extended.tokenizer
+
+    @cached_property
+    def _words(self) -> WordEncoder | None:
+        return word_encoder(self._tokenizer) if self._many else None
+
+    @cached_property
     def _offsets_tokenizer(self) -> Tokenizer:
-        if self._with_offsets is None:
-            self._with_offsets = without_trimming(self._tokenizer)
-        return self._with_offsets
+        return without_trimming(self._tokenizer)
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        return _unknown_id(self._tokenizer)
+
+    def _prepare_lines(self) -> WordLines | None:
+        rules = word_rules(self._extended.tokenizer)
+        bos = self._extended.bos_token_id if self._bos else None
+        return rules and word_lines(self._extended.tokenizer, rules, self._spelling, bos, self._exact)
 
     def _fill_cache(self, every: list[Turn]) -> None:
         wanted = {(turn.begin, False) for turn in every} | {(turn.end, turn.end_trained) for turn in every}
@@ -237,14 +266,17 @@ class BatchEncoder:
             piece = Piece(ids_of[text], trained)
             self._cache[text, trained] = piece._replace(written=piece.write(self._exact))
 
-    def _count_control_tokens(self, every: list[Turn]) -> None:
-        texts = [turn.content for turn in every if turn.parts is None]
+    def count_control_tokens(self, every: Iterable[Turn]) -> None:
+        """Counts the messages that hold a control token; `encode_turns` does so itself."""
+        texts = []
         for turn in every:
-            if turn.parts is not None or turn.name is not None:
+            if turn.parts is None and turn.name is None:
+                texts.append(turn.content)
+            else:
                 texts += turn.user_texts()
-        if self._control("\0".join(texts)):
-            found = sum(self._control(text) is not None for turn in every for text in turn.user_texts())
-            self._counts["control_messages"] += found
+        joined = "\0".join(texts)
+        if any(token in joined for token in self._control_tokens):
+            self._counts["control_messages"] += sum(self._control(text) is not None for text in texts)
 
     def _refuse_control_tokens(self, messages: Any) -> None:
         if type(messages) is not list:
@@ -323,10 +355,6 @@ def _flat(pieces: list) -> list[Piece]:
         else:
             result += each
     return result
-
-
-def _names(tokenizer: Tokenizer, template: ChatTemplate) -> list[str]:
-    return control_tokens(tokenizer, template.special_tokens)
 
 
 def _unknown_id(tokenizer: Tokenizer) -> int | None:
