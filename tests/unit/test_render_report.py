@@ -11,6 +11,7 @@ import pytest
 
 from common.cli import UserError
 from common.files import write_json
+from evaluation.data_summary import Dataset, load_dataset
 
 EVIL = "<script>alert('x')</script>&\"<img src=http://example.org/x.png onerror=alert(1)>"
 DIGEST = "ab" * 32
@@ -32,18 +33,27 @@ def evaluation(loss: float, text: str) -> dict:
 @pytest.fixture
 def parts() -> dict:
     manifest = {
-        "dataset": EVIL,
         "tokenizer_sha256": DIGEST,
-        "totals": {
-            "samples": 100,
-            "tokens": 23456,
-            "trained_tokens": 11728,
-            "truncated": 2,
-            "heldout": 7,
-            "longest": 4000,
-        },
+        "options": {"valid": "copy", "mask": EVIL, "control_tokens": EVIL},
+    }
+    stats = {
+        "dataset": EVIL,
+        "samples": 100,
+        "valid_samples": 1,
+        "tokens": 23456,
+        "trained_tokens": 11728,
+        "truncated": 2,
+        "heldout": 7,
+        "quarantined": 1,
+        "straddling_messages": 3,
+        "tokens_differing_from_compat": 4,
+        "control_messages": 5,
         "trained_share": 0.5,
+        "lengths": {"p50": 7, "longest": 4000},
         "length_histogram": {"edges": [1, 2, 4, 8, 1024, 2048], "counts": [0, 0, 60, 38, 2]},
+        "longest_samples": [{"bin": f"train/{EVIL}.bin", "sample": 17, "tokens": 4000}],
+        "bad_lines": {EVIL: 1},
+        "files": [{"quarantined": 1, "quarantine": f"manifests/{EVIL}.quarantine.jsonl"}],
     }
     train = {
         "identity": DIGEST,
@@ -69,7 +79,7 @@ def parts() -> dict:
         "config": {"model": {"path": EVIL}, "train": {"lr": 4e-5, EVIL: EVIL, "config": None, "flag": True}},
         "train": train,
         "metrics": metrics,
-        "datasets": [manifest],
+        "datasets": [Dataset(manifest, stats, "results/data")],
         "base": evaluation(3.5, EVIL),
         "tuned": evaluation(1.25, ""),
         "hf": {
@@ -207,7 +217,9 @@ def test_the_command_finds_the_metrics_through_train_json(parts, tmp_path, run_s
     for key, name in names.items():
         write_json(tmp_path / name, parts[key])
     write_json(tmp_path / "hf.json", parts["hf"])
-    write_json(tmp_path / "data.json", parts["datasets"][0])
+    data = tmp_path / "tokenized" / "manifests" / "data.json"
+    write_json(data, parts["datasets"][0].manifest)
+    write_json(data.parent / "data" / "stats.json", parts["datasets"][0].stats)
     run_folder = tmp_path / parts["train"]["run_folder"]
     run_folder.mkdir(parents=True)
     (run_folder / "metrics.jsonl").write_text(
@@ -216,12 +228,12 @@ def test_the_command_finds_the_metrics_through_train_json(parts, tmp_path, run_s
     run_script(
         *("render_report.py", "--output", tmp_path / "report.html", "--run", EVIL),
         *("--config", tmp_path / "config.json", "--train-manifest", tmp_path / "train.json"),
-        *("--dataset-manifests", tmp_path / "data.json", "--base-evaluation", tmp_path / "base.json"),
+        *("--dataset-manifests", data, "--base-evaluation", tmp_path / "base.json"),
         *("--tuned-evaluation", tmp_path / "tuned.json", "--hf-manifest", tmp_path / "hf.json"),
     )
     # JSON keeps no order of keys but the sorted one.
     parts["config"] = json.loads(json.dumps(parts["config"], sort_keys=True))
-    parts.update(turbomind=None)
+    parts.update(turbomind=None, datasets=[load_dataset(data)])
     for label in ("base", "tuned"):
         parts[label] = json.loads(json.dumps(parts[label], sort_keys=True))
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(**parts)

@@ -26,7 +26,7 @@ def tokenized(tmp_path):
             lines.append(json.dumps([{"role": "user", "content": f"{name}{number} {text}"}]).encode())
         lines[7] = b"oops"
         lines[9] = b'[{"role": "bot", "content": ""}]'
-        lines[11] = b'[{"role": "elf", "content": ""}]'
+        lines[11] = b'[{"role": "user", "content": ""}, {"role": "elf", "content": ""}]'
         file = tmp_path / "in" / "d" / "processed" / f"{name}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"\n".join(lines))
@@ -56,7 +56,9 @@ def test_stats_lie_beside_the_manifest(tokenized):
     assert found["samples"] == len(lengths)
     assert found["samples"] + found["heldout"] + found["quarantined"] == 300
     assert found["quarantined"] == 6
-    assert found["bad_lines"] == {"[0].role is not as it should be": 4, "not JSON": 2}
+    assert found["bad_lines"] == {"[n].role is not as it should be": 4, "not JSON": 2}
+    quarantine = "manifests/d/a.quarantine.jsonl"
+    assert found["files"][0]["quarantine"] == quarantine and (tokenized / quarantine).is_file()
     assert found["truncated"] == lengths.count(100) > 0
     longest = sorted(places, key=lambda place: (-place[0], place[1:]))[:10]
     assert [(each["tokens"], each["bin"], each["sample"]) for each in found["longest_samples"]] == longest

@@ -10,6 +10,7 @@ from typing import Any
 from common.cli import UserError
 from common.files import read_json
 
+from .data_summary import Dataset, data_summary, load_dataset
 from .plots import length_histogram, loss_curve
 
 _TEMPLATE = "report.html.j2"
@@ -40,7 +41,7 @@ def render(
     config: Mapping[str, Any],
     train: Mapping[str, Any],
     metrics: list[dict],
-    datasets: list[Mapping[str, Any]],
+    datasets: list[Dataset],
     base: Mapping[str, Any],
     tuned: Mapping[str, Any],
     hf: Mapping[str, Any] | None = None,
@@ -53,7 +54,7 @@ def render(
         config: The run's merged settings, section by section.
         train: `train.json`.
         metrics: Records of `metrics.jsonl`.
-        datasets: The tokenised datasets' manifests.
+        datasets: The tokenised datasets.
         base: Evaluation of the base model, as evaluate_model.py writes it.
         tuned: The same of the tuned model.
         hf: Manifest of the Hugging Face folder.
@@ -81,6 +82,7 @@ def render(
     environment.filters.update(
         number=_number, fixed=_fixed, percent=_percent, value=_value, duration=_duration
     )
+    data = data_summary(datasets)
     return environment.get_template(_TEMPLATE).render(
         run=run,
         config=config,
@@ -89,11 +91,10 @@ def render(
         tuned=tuned,
         evaluation=_evaluation_rows(base, tuned),
         generations=_side_by_side(base, tuned),
-        datasets=[_dataset_row(manifest) for manifest in datasets],
-        totals=_totals(datasets),
+        data=data,
         histograms=[
-            (manifest["dataset"], Markup(length_histogram(**manifest["length_histogram"])))  # noqa: S704 - our SVG
-            for manifest in datasets
+            (name, Markup(length_histogram(**histogram)))  # noqa: S704 - our own SVG, holds no outside text
+            for name, histogram in data["histograms"]
         ],
         curve=Markup(loss_curve(metrics)) if metrics else None,  # noqa: S704 - our own SVG, holds no outside text
         speed=_speed(metrics),
@@ -123,7 +124,7 @@ def load_and_render(
         read_json(config),
         train,
         read_metrics(metrics),
-        sorted((read_json(path) for path in dataset_manifests), key=lambda manifest: manifest["dataset"]),
+        [load_dataset(path) for path in dataset_manifests],
         read_json(base_evaluation),
         read_json(tuned_evaluation),
         read_json(hf_manifest) if hf_manifest else None,
@@ -160,19 +161,6 @@ def _side_by_side(base: Mapping, tuned: Mapping) -> list[dict[str, Any]]:
     ]
 
 
-def _dataset_row(manifest: Mapping) -> dict[str, Any]:
-    totals = manifest["totals"]
-    return {"name": manifest["dataset"], "trained_share": manifest["trained_share"], **totals}
-
-
-def _totals(datasets: list[Mapping]) -> dict[str, Any]:
-    keys = ("samples", "tokens", "trained_tokens", "truncated", "heldout")
-    sums = {key: sum(manifest["totals"][key] for manifest in datasets) for key in keys}
-    sums["longest"] = max((manifest["totals"]["longest"] for manifest in datasets), default=0)
-    sums["trained_share"] = sums["trained_tokens"] / sums["tokens"] if sums["tokens"] else 0.0
-    return sums
-
-
 def _speed(metrics: list[dict]) -> dict[str, float] | None:
     """Tokens per second over all steps but the first, which also warms up, and seconds in all."""
     timed = [record for record in metrics if "seconds" in record]
@@ -191,7 +179,7 @@ def _lineage(train, datasets, base, tuned, hf, turbomind) -> list[tuple[str, str
         ("trained weights", train["weights_sha256"]),
         ("held-out conversations", tuned["heldout_sha256"]),
     ]
-    rows += [("tokenizer", digest) for digest in {manifest["tokenizer_sha256"] for manifest in datasets}]
+    rows += [("tokenizer", digest) for digest in {each.manifest["tokenizer_sha256"] for each in datasets}]
     if hf:
         rows.append(("Hugging Face weights", hf["weights_sha256"]))
     if turbomind:

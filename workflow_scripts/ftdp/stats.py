@@ -6,6 +6,7 @@ Everything comes from the manifest, the meta files and the quarantine, so it can
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -84,8 +85,8 @@ def dataset_stats(manifest: Mapping[str, Any], tokenized_dir: str | os.PathLike)
         "longest_samples": [
             {"bin": each.bin, "sample": each.sample, "tokens": -each.minus_tokens} for each in longest
         ],
-        "bad_lines": _reasons(root / "manifests" / manifest["dataset"], manifest["files"]),
-        "files": [_file(file) for file in manifest["files"]],
+        "bad_lines": _reasons(root, manifest),
+        "files": [_file(file, manifest["dataset"]) for file in manifest["files"]],
     }
 
 
@@ -108,22 +109,32 @@ def _summary(by_length: np.ndarray) -> dict[str, Any]:
     return {"mean": round(mean, 2), **percentiles, "shortest": int(used[0]), "longest": int(used[-1])}
 
 
-def _reasons(folder: Path, files: list[Mapping[str, Any]]) -> dict[str, int]:
+def _reasons(root: Path, manifest: Mapping[str, Any]) -> dict[str, int]:
     """Counts the bad lines by what is wrong with them, the commonest first."""
     reasons: Counter[str] = Counter()
-    for file in files:
-        path = folder / f"{Path(file['bin']).stem}.quarantine.jsonl"
+    for file in manifest["files"]:
+        path = root / _quarantine(file, manifest["dataset"])
         if path.exists():
             with open(path, "rb") as lines:
-                reasons.update(orjson.loads(line)["reason"].split("; found: ", 1)[0] for line in lines)
+                reasons.update(_kind(orjson.loads(line)["reason"]) for line in lines)
     return dict(sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))[:_REASONS])
 
 
-def _file(file: Mapping[str, Any]) -> dict[str, Any]:
+def _kind(reason: str) -> str:
+    """Returns what is wrong without what was found, and without which message it was."""
+    return re.sub(r"\[\d+\]", "[n]", reason.split("; found: ", 1)[0])
+
+
+def _quarantine(file: Mapping[str, Any], dataset: str) -> str:
+    return f"manifests/{dataset}/{Path(file['bin']).stem}.quarantine.jsonl"
+
+
+def _file(file: Mapping[str, Any], dataset: str) -> dict[str, Any]:
     keys = ("source", "bin", "samples", "heldout", "tokens", "trained_tokens", "truncated", "longest")
     share = file["trained_tokens"] / file["tokens"] if file["tokens"] else 0.0
     return {
         **{key: file[key] for key in keys},
         "quarantined": file.get("quarantined", 0),
+        "quarantine": _quarantine(file, dataset) if file.get("quarantined") else None,
         "trained_share": share,
     }

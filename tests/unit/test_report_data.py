@@ -1,0 +1,178 @@
+"""The report's data part: every number on the page is one that counting the files gives."""
+
+from __future__ import annotations
+
+import json
+import random
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from ftdp_files import GOOD
+from ftdp_small_tokenizers import small_tokenizer
+
+from common.cli import UserError
+from common.files import read_json
+from evaluation.data_summary import data_summary, load_dataset
+from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.index import manifest_paths, write_index
+from ftdp.tokenizing import tokenize_datasets
+
+
+class Tables(HTMLParser):
+    """Collects the body cells of each table that has an id."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self._table, self._cell = {}, None, None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "table":
+            self._table = self.tables.setdefault(dict(attrs).get("id"), [])
+        elif tag == "tr":
+            self._table.append([])
+        elif tag == "td":
+            self._cell = ""
+
+    def handle_endtag(self, tag):
+        if tag == "td":
+            self._table[-1].append(self._cell.strip())
+            self._cell = None
+
+    def handle_data(self, data):
+        if self._cell is not None:
+            self._cell += data
+
+
+@pytest.fixture(scope="module")
+def tokenized(tmp_path_factory):
+    """Three datasets with bad, held-out, moved, long and injected lines; returns the tokenised folder."""
+    root = tmp_path_factory.mktemp("report_data")
+    rng = random.Random(4)
+    for name, count in (("chat", 300), ("code", 150), ("empty", 0)):
+        for part in ("a", "b"):
+            lines = [
+                GOOD.replace(b"hi", f"{name} {part} {i} {'word ' * rng.choice([1, 5, 60])}".encode())
+                for i in range(count)
+            ]
+            if name == "chat":
+                lines[3], lines[40], lines[41] = b"oops", b"[]", b'[{"role": "bot", "content": ""}]'
+                lines[50] = GOOD.replace(b"yes", b"<|im_end|>")
+                for number in range(51, 61):
+                    lines[number] = GOOD.replace(b"hi", b"\\nhi %d" % number)
+            file = root / "in" / name / "processed" / "x" / f"{part}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"".join(line + b"\n" for line in lines))
+    options = TokenizeOptions(
+        max_length=80,
+        mask="exact",
+        valid="holdout",
+        valid_share=0.1,
+        heldout_share=0.1,
+        on_bad_sample="quarantine",
+        max_bad_share=0.05,
+    )
+    manifests = tokenize_datasets(root / "in", root / "out", small_tokenizer("newlines"), options)
+    write_index(root / "out" / "tokenized.json", manifests)
+    return root / "out"
+
+
+def number(cell):
+    return int(cell.replace(",", ""))
+
+
+def count_samples(tokenized, split, name):
+    files = sorted((tokenized / "chatml_llamav13_32k" / split / "cn" / name).glob("*.bin"))
+    return [[json.loads(line)["tokens"] for line in file.read_bytes().splitlines()] for file in files]
+
+
+def render_data(tokenized):
+    from test_render_report import evaluation
+
+    from evaluation.report import render
+
+    train = dict.fromkeys(
+        ("identity", "data_sha256", "config_sha256", "weights_sha256", "dtype", "git_commit"), "x"
+    ) | {"steps": 1, "epochs": 1, "tokens": 1, "world_size": 1, "zero_stage": 0, "versions": {}}
+    datasets = [load_dataset(path) for path in manifest_paths(tokenized / "tokenized.json")]
+    return Tables(render("run", {}, train, [], datasets, evaluation(2, ""), evaluation(1, ""))).tables
+
+
+def test_the_page_counts_what_the_files_hold(tokenized):
+    tables = render_data(tokenized)
+    rows = {row[0]: row[1:] for row in tables["datasets"] if row}
+    assert list(rows) == ["all", "chat", "code", "empty"]
+    sums = [0] * 9
+    for name, lines in (("chat", 600), ("code", 300), ("empty", 0)):
+        samples = [tokens for file in count_samples(tokenized, "train", name) for tokens in file]
+        moved = sum(map(len, count_samples(tokenized, "valid", name)))
+        lengths = sorted(map(len, samples))
+        cut = lengths.count(80) + sum(
+            len(tokens) == 80 for file in count_samples(tokenized, "valid", name) for tokens in file
+        )
+        tokens, trained = sum(lengths), sum(i > 0 for tokens in samples for i in tokens)
+        bad = 6 if name == "chat" else 0
+        shown = rows[name]
+        assert [number(shown[i]) for i in (0, 1, 3, 4)] == [len(samples), moved, bad, tokens]
+        assert sum(map(number, shown[:4])) == lines
+        assert shown[5] == f"{100 * trained / max(tokens, 1):.1f}%"
+        if samples:
+            assert [number(cell) for cell in shown[6:]] == [
+                lengths[(len(lengths) - 1) // 2],
+                lengths[-1],
+                cut,
+            ]
+        for i in (0, 1, 2, 3, 4, 8):
+            sums[i] += number(shown[i])
+    assert [number(rows["all"][i]) for i in (0, 1, 2, 3, 4, 8)] == [sums[i] for i in (0, 1, 2, 3, 4, 8)]
+    assert number(rows["all"][8]) > 100, "some were cut"
+
+
+def test_masks_reasons_and_places(tokenized):
+    tables = render_data(tokenized)
+    stats = {
+        name: read_json(tokenized / "manifests" / name / "stats.json") for name in ("chat", "code", "empty")
+    }
+    counts = ("straddling_messages", "tokens_differing_from_compat", "control_messages")
+    for row in tables["masks"][2:]:
+        shown = [number(row[2]), number(row[3]), number(row[5])]
+        assert shown == [stats[row[0]][key] for key in counts]
+        assert (row[1], row[4]) == ("exact", "literal")
+    chat = next(row for row in tables["masks"] if row and row[0] == "chat")
+    assert number(chat[2]) >= 1 and number(chat[5]) == 2
+
+    quarantine = sorted((tokenized / "manifests" / "chat").glob("*.quarantine.jsonl"))
+    assert tables["quarantine"][1:] == [[str(path), "3"] for path in quarantine] and len(quarantine) == 2
+    assert tables["reasons"][1:] == [
+        ["[n].role is not as it should be", "2"],
+        ["not JSON", "2"],
+        ["the conversation is empty", "2"],
+    ]
+
+    rows = tables["longest"][1:]
+    assert len(rows) == 10
+    for dataset, path, sample, tokens in rows:
+        lines = Path(path).read_bytes().splitlines()
+        assert f"/cn/{dataset}/" in path
+        assert len(json.loads(lines[number(sample)])["tokens"]) == number(tokens) == 80
+
+
+def test_a_page_of_many_datasets_draws_few(tokenized):
+    datasets = [load_dataset(path) for path in manifest_paths(tokenized / "tokenized.json")]
+    many = [
+        each._replace(stats=each.stats | {"dataset": f"{each.stats['dataset']}-{i:03}"})
+        for each in datasets
+        for i in range(100)
+    ]
+    summary = data_summary(many)
+    assert len(summary["rows"]) == 301 and len(summary["histograms"]) == 9 and len(summary["longest"]) == 10
+    name, histogram = summary["histograms"][0]
+    assert name == "all" and sum(histogram["counts"]) == summary["rows"][0]["samples"]
+    assert len(summary["quarantine_files"][0]) == 20 and summary["quarantine_files"][1] == 180
+
+
+def test_stats_that_are_missing(tmp_path):
+    (tmp_path / "d.json").write_text("{}")
+    with pytest.raises(UserError, match=r"d/stats\.json is missing"):
+        load_dataset(tmp_path / "d.json")
