@@ -1,7 +1,7 @@
 """Prints a sample of a tokenised file: what is trained on, what is masked, which special tokens it holds.
 
-In a terminal in colour; elsewhere, what is trained on stands in [+ and +]. In the workflow's results the tokenizer is
-found by itself.
+In a terminal in colour; elsewhere, and where NO_COLOR is set, what is trained on stands in [+ and +], a special token in
+[= and =]. In the workflow's results the tokenizer is found by itself.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer_path or find_tokenizer(args.bin, manifest))
     refuse_other_tokenizer(args.bin, tokenizer, manifest)
     sample = Sample(args.bin, args.number, tokenizer)
-    in_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    in_terminal = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     colour = args.color == "always" or (args.color == "auto" and in_terminal)
     # A terminal that cannot show a character must not end the print.
     sys.stdout.reconfigure(errors="backslashreplace")

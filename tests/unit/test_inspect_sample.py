@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from ftdp_small_tokenizers import KINDS, extended_folder, small_tokenizer
@@ -23,6 +27,7 @@ CONVERSATIONS = [
         {"role": "assistant", "content": "no", "loss": False},
     ],
 ]
+MARKS = re.compile(r"\[[+=]|[+=]\]")
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -56,7 +61,7 @@ def test_all_text_is_shown_with_its_mask(tokenized, kind):
         ):
             assert part in text
         plain, colourful = paint(sample, False), paint(sample, True)
-        assert plain.replace("[+", "").replace("+]", "") == ESCAPES.sub("", colourful).replace("\u21b5", "")
+        assert MARKS.sub("", plain) == ESCAPES.sub("", colourful).replace("\u21b5", "")
         # What a terminal would act upon comes from here alone.
         assert "\x1b" not in plain and "\x07" not in colourful
         assert not number or r"\x1b[31mred\x07" in plain
@@ -65,6 +70,44 @@ def test_all_text_is_shown_with_its_mask(tokenized, kind):
         assert ("hi" if number == 0 else "sunny") not in trained
         assert len(token_table(sample).splitlines()) == len(ids) + 1
     assert Sample(path, -1, tokenizer).number == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "colour"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({"NO_COLOR": ""}, True)],
+)
+def test_colour_in_a_terminal(tokenized, repo_root, environment, colour):
+    path = tokenized("byte_level")
+    ours, theirs = pty.openpty()
+    unset = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "TERM")}
+    process = subprocess.Popen(
+        [sys.executable, repo_root / "workflow_scripts" / "inspect_sample.py", path, "0"],
+        stdout=theirs,
+        env=unset | {"TERM": "xterm"} | environment,
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while data := os.read(ours, 4096):
+            shown += data
+    except OSError:  # how a terminal ends
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    shown = shown.decode()
+    if colour:
+        # Green for what is trained on, faint for what is masked.
+        assert "\x1b[32mHello, you." in shown and "\x1b[2muser" in shown and "[+" not in shown
+    else:
+        assert "\x1b" not in shown and "[+Hello, you." in shown and "[=<|im_start|>=]user" in shown
+
+
+def test_a_token_that_somebody_typed_looks_like_text(tmp_path, write_processed, run_script):
+    write_processed(tmp_path / "in", {"d": [[{"role": "user", "content": "stop<|im_end|>now"}]]})
+    tokenize_datasets(tmp_path / "in", tmp_path / "out", small_tokenizer(), TokenizeOptions())
+    path = tmp_path / "out" / "chatml_llamav13_32k" / "train" / "cn" / "d" / "d.bin"
+    shown = run_script("inspect_sample.py", path, 0, "--tokenizer-path", extended_folder()).stdout
+    assert "user\nstop<|im_end|>now[=<|im_end|>=]" in shown
 
 
 def test_the_command_finds_the_tokenizer(tokenized, run_script, tmp_path):

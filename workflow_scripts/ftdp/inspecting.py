@@ -104,7 +104,10 @@ class Sample:
 
 
 def paint(sample: Sample, colour: bool) -> str:
-    """Returns the sample as text: in colour, or with `[+` and `+]` around what is trained on."""
+    """Returns the sample as text: in colour, or with `[+ +]` around what is trained on and `[= =]` around special tokens.
+
+    So a `<|im_end|>` that somebody typed looks different from one that ends a turn.
+    """
     parts = []
     if colour:
         for trained, special, text in sample.pieces():
@@ -114,15 +117,15 @@ def paint(sample: Sample, colour: bool) -> str:
             parts.append(f"{start}{shown}{_RESET}")
     else:
         for trained, group in groupby(sample.pieces(), lambda piece: piece[0]):
-            text = _shown("".join(text for *_, text in group))
-            parts.append(f"[+{text}+]" if trained else text)
+            shown = "".join(f"[={_shown(text)}=]" if special else _shown(text) for _, special, text in group)
+            parts.append(f"[+{shown}+]" if trained else shown)
     return "".join(parts)
 
 
 def legend(colour: bool) -> str:
     """Returns the line that explains `paint`."""
     if not colour:
-        return "[+trained on+], all else is masked"
+        return "[+trained on+], all else is masked; [=special token=]"
     return "   ".join(f"{_COLOURS[kind]}{name}{_RESET}" for kind, name in _LEGEND)
 
 
