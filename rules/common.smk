@@ -42,6 +42,7 @@ from common.files import sha256_json
 from common.fingerprints import FingerprintCache
 from ftdp.layout import find_datasets
 from ftdp.planning import MEGABYTE, TOKENIZED_FORMAT, file_sizes, plan_datasets, plan_parts
+from ftdp.template_file import template_path
 from settings.load import load_schema, load_settings
 
 try:
@@ -106,10 +107,9 @@ def readable_key(path, settings):
 
 
 def template_of(run):
-    """The run's chat template; a file of the user's own counts by its content."""
+    """The run's chat template; its file, shipped or the user's own, counts by its content."""
     template = RUNS[run]["tokenize"]["template"]
-    own = Path(template).is_file()
-    return {"template": template} | ({"template_sha256": FINGERPRINTS.file(template)} if own else {})
+    return {"template": template, "template_sha256": FINGERPRINTS.file(template_path(template))}
 
 
 def base_tokenizer(run):

@@ -165,6 +165,7 @@ def evaluate_flags(wildcards):
         max_length=settings["max_tokens"],
         max_samples=settings["max_samples"],
         max_new_tokens=settings["max_new_tokens"],
+        **{key: RUNS[wildcards.run]["tokenize"][key] for key in ("template", "mask", "control_tokens")},
         trust_remote_code=RUNS[wildcards.run]["model"]["trust_remote_code"],
     )
 

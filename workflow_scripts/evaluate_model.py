@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from common.cli import run
 from common.files import write_json
+from ftdp.encode import CONTROL_TOKENS, MASKS
 
 
 def main() -> None:
@@ -45,6 +47,20 @@ def main() -> None:
         action="store_true",
         help="grow the embedding to the tokenizer as training does at its start",
     )
+    parser.add_argument(
+        "--template",
+        help="chat template that the model is trained with: a shipped name, or a path to a template file; without it "
+        "the one saved with the tokenizer",
+    )
+    parser.add_argument(
+        "--mask", choices=MASKS, default="compat", help="which tokens are trained on, and so predicted here"
+    )
+    parser.add_argument(
+        "--control-tokens",
+        choices=CONTROL_TOKENS,
+        default="literal",
+        help="what training makes of control tokens typed inside a message",
+    )
     parser.add_argument("--label", default=None, help="what the report calls it; default base or tuned")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
@@ -54,11 +70,15 @@ def main() -> None:
     # Bad input shows before the seconds that torch and transformers take.
     from evaluation.generation import generate, read_prompts
     from evaluation.heldout import heldout_digest, load_heldout
+    from ftdp.template_file import load_template
     from ftdp.tokenizer import load_tokenizer
 
     prompts = read_prompts(args.prompts) if args.prompts else []
     tokenizer = load_tokenizer(args.tokenizer_path)
-    samples = load_heldout(args.heldout_dir, tokenizer, args.max_length, args.max_samples)
+    if args.template:
+        tokenizer = dataclasses.replace(tokenizer, template=load_template(args.template))
+    options = {"mask": args.mask, "control_tokens": args.control_tokens}
+    samples = load_heldout(args.heldout_dir, tokenizer, args.max_length, args.max_samples, **options)
     print(
         f"{len(samples)} held-out conversations, {sum(len(sample.ids) for sample in samples)} tokens",
         flush=True,
@@ -87,7 +107,11 @@ def main() -> None:
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_length": args.max_length,
             **result,
-            "generations": generate(model, prompts, tokenizer, args.max_new_tokens) if prompts else [],
+            "template": tokenizer.template.name,
+            **options,
+            "generations": generate(model, prompts, tokenizer, args.max_new_tokens, **options)
+            if prompts
+            else [],
             "heldout_sha256": heldout_digest(args.heldout_dir),
             "tokenizer_sha256": tokenizer.sha256,
         },

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import fields
+from typing import Any
 
 from common.cli import UserError, run
 from ftdp.base_tokenizer import open_tokenizer
@@ -154,6 +155,23 @@ def options_of(args: argparse.Namespace) -> TokenizeOptions:
     return TokenizeOptions(**{field.name: getattr(args, field.name) for field in fields(TokenizeOptions)})
 
 
+def summary(manifest: dict[str, Any]) -> str:
+    """Returns what to say of a dataset: two lines, the second of what `docs/masks.md` explains."""
+    totals, counts, options = manifest["totals"], manifest["counts"], manifest["options"]
+    first = (
+        f"{manifest['dataset']}: {totals['samples']} samples, {totals['tokens']} tokens "
+        f"({100 * manifest['trained_share']:.1f}% trained on), {totals['truncated']} cut, "
+        f"{totals['heldout']} held out"
+    )
+    if totals["quarantined"]:
+        first += f", {totals['quarantined']} quarantined"
+    second = f"  mask {options['mask']}: {counts['straddling_messages']} messages straddle a border"
+    if options["mask"] == "exact":
+        second += f", {counts['tokens_differing_from_compat']} tokens differ from compat"
+    second += f"; {counts['control_messages']} messages hold a control token ({options['control_tokens']})"
+    return f"{first}\n{second}"
+
+
 def main() -> None:
     args = parse_args()
     for name in ("threads", "shard_mb", "batch_mb"):
@@ -189,14 +207,8 @@ def main() -> None:
             processes=args.threads,
             shard_bytes=shard_bytes,
         )
-    for dataset, manifest in manifests.items():
-        totals = manifest["totals"]
-        print(
-            f"{dataset}: {totals['samples']} samples, {totals['tokens']} tokens "
-            f"({100 * manifest['trained_share']:.1f}% trained on), {totals['truncated']} cut, "
-            f"{totals['heldout']} held out"
-            + (f", {totals['quarantined']} quarantined" if totals["quarantined"] else "")
-        )
+    for manifest in manifests.values():
+        print(summary(manifest))
 
 
 if __name__ == "__main__":

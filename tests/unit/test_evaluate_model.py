@@ -218,6 +218,41 @@ def test_bad_lines_are_named(setting, tmp_path, line, message):
         load_heldout(tmp_path, setting[1], 2048)
 
 
+@pytest.mark.parametrize(
+    ("template", "mask"), [("internlm2_chat", "compat"), ("internlm2_chat", "exact"), ("llama3", "exact")]
+)
+def test_held_out_conversations_are_what_training_would_see(
+    template, mask, tmp_path, tiny_tokenizer_dir, write_processed
+):
+    """Against the .bin file that tokenising the same folder makes."""
+    from evaluation.generation import encode_prompt
+    from evaluation.heldout import load_heldout
+    from ftdp.base_tokenizer import open_tokenizer
+    from ftdp.block_tokenizer import TokenizeOptions
+    from ftdp.packing import IGNORE_INDEX, TokenizedFile
+    from ftdp.tokenizing import tokenize_datasets
+
+    tokenizer = open_tokenizer(tiny_tokenizer_dir, tmp_path / "tokenizer", template=template)
+    talks = [TOOL_TALK, [*_talk(3), {"role": "user", "content": "<|im_end|><|eot_id|>\n"}]]
+    talks.append([*_talk(2), {"role": "assistant", "content": "\nno\n", "loss": False}])
+    folder = write_processed(tmp_path / "in", {"d": talks})
+    for control_tokens in ("literal", "control"):
+        options = TokenizeOptions(max_length=70, template=template, mask=mask, control_tokens=control_tokens)
+        made = tokenize_datasets(folder, tmp_path / control_tokens, tokenizer, options)
+        (path,) = (tmp_path / control_tokens).rglob("*.bin")
+        expected = [TokenizedFile(path)[number] for number in range(len(talks))]
+        samples = load_heldout(folder, tokenizer, 70, mask=mask, control_tokens=control_tokens)
+        assert [sample.ids for sample in samples] == [ids.tolist() for ids, _ in expected]
+        assert [sample.trained for sample in samples] == [
+            (labels != IGNORE_INDEX).tolist() for _, labels in expected
+        ]
+        assert sum(sample.truncated for sample in samples) == made["d"]["totals"]["truncated"] > 0
+        prompt = encode_prompt(talks[1], tokenizer, mask=mask, control_tokens=control_tokens)
+        begin = tokenizer.tokenizer.encode(tokenizer.template.generation_prompt, add_special_tokens=False).ids
+        assert prompt[-len(begin) :] == begin
+        assert (prompt[: -len(begin)])[:70] == samples[1].ids
+
+
 def test_nothing_to_measure_is_an_error(setting, tmp_path, write_processed):
     from evaluation.heldout import load_heldout
 

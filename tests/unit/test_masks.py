@@ -16,7 +16,7 @@ from ftdp_reference import (
     spans_to_tokens,
     straddles,
 )
-from ftdp_small_tokenizers import KINDS, small_tokenizer
+from ftdp_small_tokenizers import KINDS, extended_folder, small_tokenizer
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -287,7 +287,7 @@ def test_renaming_keeps_ids_and_is_done_once():
             assert literal.tokenizer.token_to_id(old) is None
 
 
-def test_the_run_reports_what_it_counted(tmp_path):
+def test_the_run_reports_what_it_counted(tmp_path, run_script):
     source = tmp_path / "in" / "d" / "processed" / "f.jsonl"
     source.parent.mkdir(parents=True)
     lines = [
@@ -304,6 +304,18 @@ def test_the_run_reports_what_it_counted(tmp_path):
     assert counts["straddling_messages"] == 1
     assert counts["tokens_differing_from_compat"] == 5
     assert counts["control_messages"] == 1
+    assert manifest["counts"] == {
+        key: counts[key]
+        for key in ("straddling_messages", "tokens_differing_from_compat", "control_messages")
+    }
+    places = ("--processed-dir", tmp_path / "in", "--tokenized-dir", tmp_path / "by_script")
+    done = run_script(
+        "tokenize_dataset.py", *places, "--tokenizer-path", extended_folder("newlines"), "--mask", "exact"
+    )
+    assert done.stdout.splitlines()[-1] == (
+        "  mask exact: 1 messages straddle a border, 5 tokens differ from compat; "
+        "1 messages hold a control token (literal)"
+    )
     with pytest.raises(UserError, match=r"f\.jsonl:2: \[0\]\.content(.|\n)*<\|im_start\|>"):
         tokenize_datasets(
             tmp_path / "in", tmp_path / "out", tokenizer, TokenizeOptions(control_tokens="error")

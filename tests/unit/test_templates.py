@@ -157,6 +157,31 @@ def test_the_template_is_saved_with_the_tokenizer():
         BatchEncoder(small_tokenizer("byte_level"), template="llama3", mask="exact")
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_gets_the_tokens_of_its_template(kind, template):
+    """The missing ones, in the order of the file, each one token wherever it stands; nothing else changes."""
+    tokenizer = small_tokenizer(kind, template)
+    base = json.loads((extended_folder(kind, template) / "tokenizer.json").read_text())
+    path = extended_folder(kind, template).parent / "base" / "tokenizer.json"
+    had = set(json.loads(path.read_text())["model"]["vocab"]) if path.is_file() else {"<unk>", "<s>", "</s>"}
+    wanted = {
+        "chatml": "<|im_start|> <|im_end|>",
+        "internlm2_chat": "<|plugin|> <|interpreter|> <|action_end|> <|action_start|> <|im_end|> <|im_start|>",
+        "llama3": "<|start_header_id|> <|end_header_id|> <|eot_id|> <|python_tag|>",
+        "mistral_instruct": "[INST] [/INST] [TOOL_CALLS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
+        "[/TOOL_RESULTS] </s>",
+    }[template].split()
+    assert list(tokenizer.ids) == wanted
+    missing = [token for token in wanted if token not in had]
+    first = tokenizer.base_vocab_size
+    assert tokenizer.added == {token: first + place for place, token in enumerate(missing)}
+    assert [each["content"] for each in base["added_tokens"] if each["id"] >= first] == missing
+    for token, token_id in tokenizer.ids.items():
+        for text in (token, f"a{token}b", f" {token}\n"):
+            assert tokenizer.tokenizer.encode(text, add_special_tokens=False).ids.count(token_id) == 1
+
+
 def test_a_saved_template_that_was_changed_is_refused(tmp_path):
     open_tokenizer(extended_folder("newlines").parent / "base", tmp_path / "x", template="chatml")
     path = tmp_path / "x" / "chat_template.yaml"

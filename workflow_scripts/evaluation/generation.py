@@ -34,14 +34,18 @@ def read_prompts(path: Path) -> list[list[dict]]:
     return prompts
 
 
-def encode_prompt(prompt: list[dict], tokenizer: ExtendedTokenizer, where: str = "prompt") -> list[int]:
+def encode_prompt(
+    prompt: list[dict], tokenizer: ExtendedTokenizer, where: str = "prompt", **options: str
+) -> list[int]:
     """Returns the ids of a conversation and of the assistant's beginning turn, as training would see them.
+
+    `options` are `mask` and `control_tokens` of `ftdp.encode.BatchEncoder`.
 
     Raises:
         UserError: When a message is not in the format.
     """
     try:
-        signed = encode_conversations([prompt], tokenizer)[0]
+        signed = encode_conversations([prompt], tokenizer, **options)[0]
     except MessageError as error:
         raise UserError(
             f"{where}: {error.field}", found=error.found, expected=error.expected, fix=error.fix
@@ -52,7 +56,7 @@ def encode_prompt(prompt: list[dict], tokenizer: ExtendedTokenizer, where: str =
 
 @torch.inference_mode()
 def generate(
-    model, prompts: list[list[dict]], tokenizer: ExtendedTokenizer, max_new_tokens: int
+    model, prompts: list[list[dict]], tokenizer: ExtendedTokenizer, max_new_tokens: int, **options: str
 ) -> list[dict[str, Any]]:
     """Returns one greedy answer per prompt, up to the end of the turn, the base's end token, or `max_new_tokens`.
 
@@ -64,6 +68,7 @@ def generate(
         prompts: Conversations without the answer.
         tokenizer: The extended tokenizer.
         max_new_tokens: Longest answer.
+        **options: `mask` and `control_tokens`, as in training.
 
     Returns:
         [{"prompt": messages, "text": answer without the end token, "tokens": count, "finished": bool}]
@@ -84,7 +89,7 @@ def generate(
     progress = Progress("prompts", len(prompts), "tokens")
     answers = []
     for number, prompt in enumerate(prompts, 1):
-        ids = torch.tensor([encode_prompt(prompt, tokenizer, f"prompt {number}")], device=device)
+        ids = torch.tensor([encode_prompt(prompt, tokenizer, f"prompt {number}", **options)], device=device)
         output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
         new = output[0, ids.shape[1] :].tolist()
         finished = bool(new) and new[-1] in ends

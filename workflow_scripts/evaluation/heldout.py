@@ -10,8 +10,10 @@ from pathlib import Path
 
 from common.cli import UserError
 from common.files import sha256_file, sha256_json
-from ftdp.chat_template import MessageError
-from ftdp.encode import encode_conversations
+from ftdp.chat_template import MessageError, refuse_half_characters
+from ftdp.encode import BatchEncoder
+from ftdp.layout import find_datasets
+from ftdp.piece import trained_mask
 from ftdp.tokenizer import ExtendedTokenizer
 
 LAYOUT = "<dataset>/processed/<any>/<file>.jsonl"
@@ -23,7 +25,7 @@ class Sample:
 
     Attributes:
         dataset: Name of its dataset folder.
-        ids: Token ids, BOS first.
+        ids: Token ids, BOS first where the template has one.
         trained: Whether the id at the same place is one that training would learn to predict.
         truncated: Whether the conversation was cut at the maximum length.
     """
@@ -35,7 +37,7 @@ class Sample:
 
     @property
     def targets(self) -> int:
-        """Trained ids that something comes before: BOS is marked as trained, but nothing can predict it."""
+        """Trained ids that something comes before: `mask: compat` trains on BOS, but nothing can predict it."""
         return sum(self.trained[1:])
 
 
@@ -45,15 +47,16 @@ def find_files(folder: Path) -> list[tuple[str, Path]]:
     Raises:
         UserError: When there is none.
     """
-    files = sorted(folder.glob("*/processed/*/*.jsonl"))
-    if not files:
+    try:
+        datasets = find_datasets(folder)
+    except UserError as error:
         raise UserError(
             f"no held-out conversations in {folder}",
-            found="a folder without them" if folder.is_dir() else "no such folder",
+            found=str(error).splitlines()[0],
             expected=f"files {folder}/{LAYOUT}",
             fix="set heldout.share above 0, or heldout.processed_dir to a folder in this layout",
-        )
-    return [(path.relative_to(folder).parts[0], path) for path in files]
+        ) from None
+    return [(name, path) for name, files in datasets.items() for path in files]
 
 
 def heldout_digest(folder: Path) -> str:
@@ -62,7 +65,12 @@ def heldout_digest(folder: Path) -> str:
 
 
 def load_heldout(
-    folder: Path, tokenizer: ExtendedTokenizer, max_length: int, max_samples: int | None = None
+    folder: Path,
+    tokenizer: ExtendedTokenizer,
+    max_length: int,
+    max_samples: int | None = None,
+    mask: str = "compat",
+    control_tokens: str = "literal",
 ) -> list[Sample]:
     """Reads and tokenises held-out conversations.
 
@@ -72,6 +80,8 @@ def load_heldout(
         max_length: Tokens after which a conversation is cut.
         max_samples: Conversations per dataset; those whose lines have the smallest SHA-256, so that the choice
             depends neither on the order of the file nor on other lines.
+        mask: As in training, see `ftdp.encode.BatchEncoder`.
+        control_tokens: As in training.
 
     Returns:
         The samples, in the order of the files.
@@ -82,6 +92,7 @@ def load_heldout(
     lines: dict[str, list[tuple[str, bytes]]] = {}
     for dataset, path in find_files(folder):
         lines.setdefault(dataset, []).extend(_lines(path))
+    encoder = BatchEncoder(tokenizer, mask=mask, control_tokens=control_tokens)
     samples = []
     for dataset, places in lines.items():
         if max_samples is not None and len(places) > max_samples:
@@ -89,7 +100,7 @@ def load_heldout(
             places = [place for place in places if place in chosen]
         conversations = [_parse(where, line) for where, line in places]
         for where, conversation in zip((where for where, _ in places), conversations, strict=True):
-            samples.append(_encode(where, dataset, conversation, tokenizer, max_length))
+            samples.append(_encode(where, dataset, conversation, encoder, mask == "exact", max_length))
     if not any(sample.targets for sample in samples):
         raise UserError(
             f"the held-out conversations in {folder} have no trained token",
@@ -129,13 +140,16 @@ def _parse(where: str, line: bytes) -> list[dict]:
 
 
 def _encode(
-    where: str, dataset: str, conversation: list[dict], tokenizer: ExtendedTokenizer, max_length: int
+    where: str, dataset: str, conversation: list[dict], encoder: BatchEncoder, exact: bool, max_length: int
 ) -> Sample:
     try:
-        signed = encode_conversations([conversation], tokenizer, max_length=None)[0]
+        turns = encoder.turns(conversation)
+        refuse_half_characters(turns)
     except MessageError as error:
         raise UserError(
             f"{where}: {error.field}", found=error.found, expected=error.expected, fix=error.fix
         ) from None
-    kept = signed[:max_length]
-    return Sample(dataset, [abs(i) for i in kept], [i > 0 for i in kept], len(signed) > max_length)
+    (pieces,) = encoder.encode_turns([turns])
+    ids = [token for piece in pieces for token in piece.ids]
+    trained = trained_mask(pieces, exact, max_length)
+    return Sample(dataset, ids[:max_length], trained, len(ids) > max_length)

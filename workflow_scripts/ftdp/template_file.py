@@ -62,14 +62,23 @@ def load_template(name: str | os.PathLike = DEFAULT_TEMPLATE) -> ChatTemplate:
     """
     if str(name) in shipped_templates():
         return _load_shipped(str(name))
-    path = Path(name)
+    return _read(template_path(name))
+
+
+def template_path(name: str | os.PathLike) -> Path:
+    """Returns the file of a template that is named as for `load_template`.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = _FOLDER / f"{name}.yaml" if str(name) in shipped_templates() else Path(name)
     if not path.is_file():
         raise UserError(
             f"there is no chat template {str(name)!r}",
             expected=f"{', '.join(shipped_templates())}, or the path of a template file",
             fix="correct the template's name (config: tokenize.template)",
         )
-    return _read(path)
+    return path
 
 
 def check_mask(template: ChatTemplate, mask: str) -> None:
