@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from ftdp_small_tokenizers import small_tokenizer
@@ -115,6 +116,17 @@ def test_what_the_model_sees(tmp_path):
     learnt = "".join(text for text, trained in trained if trained)
     assert learnt.count("<|action_start|><|plugin|>") == 2 and learnt.endswith("-3 and 21.<|im_end|>\n")
     assert "Be kind" not in learnt and "21<|im_end|>\n<|im_start|>" not in learnt
+
+
+@pytest.mark.parametrize("page", ["docs/input.md", "docs/zh_cn/input.md"])
+def test_the_examples_of_the_docs(tmp_path, repo_root, page):
+    text = (repo_root / page).read_text(encoding="utf-8")
+    examples = re.findall(r"```json\n(.*)\n```\n\n(?:becomes|变为)\n\n```json\n(.*)\n```", text)
+    assert len(examples) == 3
+    for row, expected in examples:
+        convert(tmp_path, row.encode())
+        output = tmp_path / "out" / "d" / "processed" / "sft_chat" / "in.jsonl"
+        assert output.read_text(encoding="utf-8") == expected + "\n"
 
 
 BAD = {
