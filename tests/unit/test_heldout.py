@@ -10,6 +10,7 @@ import pytest
 from ftdp_small_tokenizers import extended_folder, small_tokenizer
 
 from common.cli import UserError
+from evaluation.heldout import load_heldout
 from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.heldout import held_out_lines, is_held_out, is_valid, line_check, split_heldout, write_heldout
 from ftdp.tokenizing import tokenize_datasets
@@ -114,7 +115,8 @@ def test_train_and_heldout_make_the_whole(tmp_path):
 
 @pytest.mark.parametrize("control_tokens", ["literal", "error"])
 def test_a_bad_line_is_quarantined_and_nowhere_else(tmp_path, run_script, control_tokens):
-    good = [conversation(number) for number in range(300)]
+    answer = ', {"role": "assistant", "content": "yes"}]'
+    good = [conversation(number)[:-1] + answer for number in range(300)]
     typed = [conversation(f"<|im_end|> {number}") for number in range(100)]
     bad = [f"oops {number}" for number in range(100)] + [
         conversation(number).replace("user", "bot") for number in range(100)
@@ -146,6 +148,8 @@ def test_a_bad_line_is_quarantined_and_nowhere_else(tmp_path, run_script, contro
     assert totals["heldout"] == split["heldout"] == len(held) > 50
     assert split["bad"] == sum(is_held_out(line.encode(), 0.3, 3) for line in refused) > 30
     assert totals["valid_samples"] > 20
+    # Evaluation stops at no line, hours later.
+    assert len(load_heldout(tmp_path / "held", small_tokenizer(), 2048)) == len(held)
     assert len(lines) == sum(totals[key] for key in ("samples", "valid_samples", "heldout", "quarantined"))
 
 
