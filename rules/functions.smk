@@ -94,7 +94,7 @@ def flags(**options):
     for name, value in options.items():
         if value is None or value is False:
             continue
-        words.append("--" + name.replace("_", "-"))
+        words.append(f"--{name.replace('_', '-')}")
         if value is not True:
             words += [shlex.quote(str(item)) for item in (value if isinstance(value, list) else [value])]
     return " ".join(words)

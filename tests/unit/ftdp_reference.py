@@ -5,6 +5,7 @@ Written from the description of the format, for comparison only.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import re
@@ -214,10 +215,7 @@ def spans_to_tokens(spans, tokenizer, literal):
     Control tokens that are text go through the library's own `encode_special_tokens`, one stretch between control
     tokens at a time.
     """
-    special = [str(t) for t in tokenizer.get_added_tokens_decoder().values()]
-    cut = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
-    plain = type(tokenizer).from_str(tokenizer.to_str())
-    plain.encode_special_tokens = True
+    cut, plain, underscore = _prepared(tokenizer)
     out, stretch = [], []
 
     def flush():
@@ -225,7 +223,7 @@ def spans_to_tokens(spans, tokenizer, literal):
         if text:
             ids = plain.encode(text, add_special_tokens=False).ids
             marks = [trained for part, trained in stretch for _ in part.encode()]
-            out.extend(_signs(text, marks, ids, plain))
+            out.extend(_signs(text, marks, ids, plain, underscore))
         stretch.clear()
 
     for text, trained, markup in spans:
@@ -240,10 +238,20 @@ def spans_to_tokens(spans, tokenizer, literal):
     return out
 
 
-def _signs(text, marks, ids, tokenizer):
+@functools.cache
+def _prepared(tokenizer):
+    """Returns a pattern of the control tokens, the tokenizer that reads them as text, and whether it writes "▁"."""
+    special = [str(t) for t in tokenizer.get_added_tokens_decoder().values()]
+    cut = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+    plain = type(tokenizer).from_str(tokenizer.to_str())
+    plain.encode_special_tokens = True
+    return cut, plain, tokenizer.token_to_id("▁") is not None
+
+
+def _signs(text, marks, ids, tokenizer, underscore):
     """Returns [(id, trained)] of a stretch; `marks` holds one flag a byte of `text`."""
     whole = text.encode()
-    if "▁" in tokenizer.get_vocab():
+    if underscore:
         # The tokenizer writes "▁" for a space and puts one in front.
         spelled = ["▁".encode() if c == " " else c.encode() for c in text]
         marks = [marks[len(text[:i].encode())] for i, c in enumerate(spelled) for _ in c]
@@ -255,7 +263,7 @@ def _signs(text, marks, ids, tokenizer):
         name = tokenizer.id_to_token(token)
         if re.fullmatch("<0x[0-9A-F]{2}>", name):
             raw = bytes([int(name[3:5], 16)])
-        elif "▁" in tokenizer.get_vocab():
+        elif underscore:
             raw = name.encode()
         else:
             raw = bytes(back[c] for c in name)
