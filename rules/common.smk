@@ -124,10 +124,16 @@ def tokenizer_key(run):
     return readable_key(tokenizer["source"], tokenizer)
 
 
+# What decides no byte of the tokenised files: the sizes of the jobs, and what becomes of bad lines.
+SIZE_KEYS = ("shard_mb", "batch_mb")
+BAD_LINE_KEYS = ("on_bad_sample", "max_bad_share")
+
+
 def tokenize_options(run):
     """The options of a run's tokenisation that decide bytes."""
     options = RUNS[run]["tokenize"]
-    return {key: options[key] for key in options if key not in ("shard_mb", "batch_mb")} | template_of(run)
+    no_bytes = (*SIZE_KEYS, *BAD_LINE_KEYS)
+    return {key: options[key] for key in options if key not in no_bytes} | template_of(run)
 
 
 def data_spec(run):
@@ -154,11 +160,9 @@ def data_key(run):
 
 TOKENIZERS = {tokenizer_key(run): base_tokenizer(run) for run in RUNS}
 DATA_SPECS = {data_key(run): data_spec(run) for run in RUNS}
-# The sizes of the jobs decide no bytes: of runs that share their data, the last one's hold.
-JOB_SIZES = {
-    data_key(run): {key: RUNS[run]["tokenize"][key] * MEGABYTE for key in ("shard_mb", "batch_mb")}
-    for run in RUNS
-}
+# Of runs that share their data, the last one's hold.
+JOB_SIZES = {data_key(run): {key: RUNS[run]["tokenize"][key] * MEGABYTE for key in SIZE_KEYS} for run in RUNS}
+BAD_LINES = {data_key(run): {key: RUNS[run]["tokenize"][key] for key in BAD_LINE_KEYS} for run in RUNS}
 
 
 wildcard_constraints:

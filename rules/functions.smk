@@ -43,6 +43,7 @@ def tokenize_flags(wildcards):
         heldout_share=spec["heldout_share"],
         heldout_seed=spec["heldout_seed"],
         **options,
+        **BAD_LINES[wildcards.data],
     ) + dataset_flags(wildcards)
 
 

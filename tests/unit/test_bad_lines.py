@@ -8,12 +8,14 @@ import sys
 
 import pytest
 from ftdp_files import GOOD, SET_ASIDE, bin_of, finals, quarantined, source_of, tokenize
-from ftdp_small_tokenizers import extended_folder
+from ftdp_small_tokenizers import extended_folder, small_tokenizer
 
 from common.cli import UserError
 from ftdp import reading
+from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.quarantine import raw_line
 from ftdp.reading import LineReader
+from ftdp.tokenizing import tokenize_datasets
 
 
 def openai(**fields) -> bytes:
@@ -212,3 +214,40 @@ def test_a_bad_line_is_never_held_out(tmp_path):
     totals = tokenize(tmp_path, on_bad_sample="quarantine", max_bad_share=0.5, heldout_share=0.5)["totals"]
     assert totals["quarantined"] == 50
     assert totals["samples"] + totals["heldout"] == 50
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 400])
+def test_another_answer_to_bad_lines_keeps_what_is_done(tmp_path, shard_bytes):
+    source_of(tmp_path, "a.jsonl").write_bytes((GOOD + b"\n") * 20)
+    source_of(tmp_path, "b.jsonl").write_bytes((GOOD + b"\n") * 5)
+    source_of(tmp_path, "c.jsonl").write_bytes((GOOD + b"\n") * 19 + b"oops\n")
+
+    def run(**options):
+        options = TokenizeOptions(**options)
+        return tokenize_datasets(
+            tmp_path / "in", tmp_path / "out", small_tokenizer("byte_level"), options, shard_bytes=shard_bytes
+        )["d"]
+
+    def done():
+        """Returns when what was written for the good file was written."""
+        files = [
+            path for path in (tmp_path / "out" / "chunks" / "d" / "a").iterdir() if path.suffix == ".json"
+        ]
+        return {path.name: path.stat().st_mtime_ns for path in files}
+
+    with pytest.raises(UserError, match=r"c\.jsonl:20: not JSON"):
+        run()
+    before = done()
+    assert before
+    first = run(on_bad_sample="quarantine", max_bad_share=0.05)
+    kept = done()
+    assert first["totals"]["quarantined"] == 1
+    # A file that was done is; of one in ranges, these were, and are joined now.
+    assert kept == before or shard_bytes == 400
+    with pytest.raises(UserError, match=r"c\.jsonl:20: not JSON"):
+        run()
+    assert done() == kept
+    with pytest.raises(UserError, match="1 of 20"):
+        run(on_bad_sample="quarantine", max_bad_share=0.04)
+    assert run(on_bad_sample="quarantine", max_bad_share=0.05) == first
+    assert done() == kept

@@ -35,11 +35,15 @@ class ChunkStore:
     Args:
         tokenized_dir: The folder.
         identity: What decides the bytes besides the source: JSON of the tokenizer's digest, the template, the options.
+        max_bad_share: Share of a file's lines that may be bad; 0 where a bad line stops the run.
     """
 
-    def __init__(self, tokenized_dir: str | os.PathLike, identity: dict[str, Any]):
+    def __init__(
+        self, tokenized_dir: str | os.PathLike, identity: dict[str, Any], max_bad_share: float = 1.0
+    ):
         self.root = Path(tokenized_dir)
         self.identity = identity
+        self._max_bad_share = max_bad_share
 
     def folder(self, dataset: str, source: Path) -> Path:
         """Returns the folder of a file's records."""
@@ -104,6 +108,8 @@ class ChunkStore:
         ):
             return None
         try:
+            if self._has_too_many_bad(record["result"]["tally"]["sums"], chunk):
+                return None
             if not self._same_outputs(record, chunk) or not _same_source(record["bytes_of"], chunk):
                 return None
         except (OSError, KeyError, TypeError):
@@ -154,6 +160,11 @@ class ChunkStore:
         temporary.write_text(json.dumps(record, sort_keys=True), encoding="utf-8")
         temporary.replace(path)
         return record
+
+    def _has_too_many_bad(self, sums: dict[str, int], chunk: Chunk) -> bool:
+        # Of a range only "none" can be asked: the share is that of the whole file.
+        share = self._max_bad_share if chunk.count == 1 or not self._max_bad_share else 1.0
+        return sums["quarantined"] > share * sums["lines"]
 
     def _same_outputs(self, record: dict[str, Any], chunk: Chunk) -> bool:
         there = {path.relative_to(self.root).as_posix() for path in self.outputs(chunk) if path.exists()}

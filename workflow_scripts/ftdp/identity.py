@@ -11,15 +11,17 @@ from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.planning import TOKENIZED_FORMAT
 from ftdp.tokenizer import ExtendedTokenizer
 
+# What becomes of bad lines is no reason to do again what has none.
+_NO_BYTES = ("on_bad_sample", "max_bad_share")
 _SHIPPED = Path(__file__).resolve().parent / "templates"
 
 
 def tokenize_identity(tokenizer: ExtendedTokenizer, options: TokenizeOptions) -> dict[str, Any]:
-    """Returns the digests of tokenizer and template and the options, as JSON.
+    """Returns the digests of tokenizer and template and the options that decide bytes, as JSON.
 
     A template file counts by its content; of its path only the file name is told.
     """
-    values = dataclasses.asdict(options)
+    values = {key: value for key, value in dataclasses.asdict(options).items() if key not in _NO_BYTES}
     file = Path(options.template)
     if not file.is_file():
         file = _SHIPPED / f"{options.template}.yaml"

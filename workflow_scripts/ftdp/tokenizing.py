@@ -82,7 +82,7 @@ def tokenize_datasets(
             fix="leave --manifest out, or choose one dataset with --dataset",
         )
     check_options(options)
-    store = ChunkStore(tokenized_dir, tokenize_identity(tokenizer, options))
+    store = _open_store(tokenized_dir, tokenizer, options)
     finisher = Finisher(store, processed_dir, options, manifest)
     sizes = file_sizes(chosen)
     parts = plan_parts(chosen, sizes, shard_bytes, DEFAULT_BATCH_BYTES)
@@ -129,7 +129,7 @@ def tokenize_part(
             expected="a part of the data as they are now",
             fix="start the workflow again: the data have changed since it was planned",
         )
-    store = ChunkStore(tokenized_dir, tokenize_identity(tokenizer, options))
+    store = _open_store(tokenized_dir, tokenizer, options)
     run = _Run(Finisher(store, processed_dir, options), tokenizer, options, processes)
     done = list(run.run(parts[part], sizes))
     if marker:
@@ -165,7 +165,7 @@ def merge_parts(
         UserError: A part is missing, was made with something else, or its source has changed.
     """
     chosen = choose_datasets(processed_dir, datasets)
-    store = ChunkStore(tokenized_dir, tokenize_identity(tokenizer, options))
+    store = _open_store(tokenized_dir, tokenizer, options)
     finisher = Finisher(store, processed_dir, options)
     if prune:
         for name in remove_other_datasets(tokenized_dir, set(chosen)):
@@ -177,6 +177,13 @@ def merge_parts(
     if index:
         write_index(index, manifests)
     return manifests
+
+
+def _open_store(
+    tokenized_dir: str | os.PathLike, tokenizer: ExtendedTokenizer, options: TokenizeOptions
+) -> ChunkStore:
+    max_bad_share = options.max_bad_share if options.on_bad_sample == "quarantine" else 0.0
+    return ChunkStore(tokenized_dir, tokenize_identity(tokenizer, options), max_bad_share)
 
 
 def choose_datasets(processed_dir: str | os.PathLike, names: list[str] | None) -> dict[str, list[Path]]:
