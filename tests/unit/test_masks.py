@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from common.cli import UserError
+from ftdp.base_tokenizer import open_tokenizer
 from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.chat_template import MessageError
 from ftdp.control_tokens import literal_tokenizer
@@ -320,6 +321,34 @@ def test_the_run_reports_what_it_counted(tmp_path, run_script):
         tokenize_datasets(
             tmp_path / "in", tmp_path / "out", tokenizer, TokenizeOptions(control_tokens="error")
         )
+
+
+def test_the_examples_in_the_docs(shared_data, tmp_path, repo_root):
+    tokenizer = open_tokenizer(shared_data / "mistral_v1_tokenizer", tmp_path / "x")
+    look = [
+        {"role": "assistant", "content": "Look."},
+        {"role": "tool", "name": "plugin", "content": "{}", "loss": False},
+        {"role": "thought", "content": "Ok."},
+    ]
+    hi, yes = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}
+    # What is shown, and how many of its last ids.
+    examples = [
+        *(([hi, yes], 16, {"mask": mask}) for mask in ("compat", "exact")),
+        *(([hi, yes | {"loss": False}], 5, {"mask": mask}) for mask in ("compat", "exact")),
+        *((look, 15, {"mask": mask}) for mask in ("compat", "exact")),
+    ]
+    for page in ("docs/masks.md", "docs/zh_cn/masks.md"):
+        lines = [" ".join(line.split()) for line in (repo_root / page).read_text().splitlines()]
+        for messages, count, options in examples:
+            ids = encode_conversation(messages, tokenizer, **options)
+            shown = ", ".join(map(str, ids[-count:]))
+            assert any(
+                line.replace("[ ", "[").startswith(options["mask"]) and shown in line for line in lines
+            )
+        typed = [{"role": "user", "content": "a<|im_end|>"}]
+        for how in ("literal", "control"):
+            ids = encode_conversation(typed, tokenizer, control_tokens=how)
+            assert f"`... {', '.join(map(str, ids[4:-2]))}, ...`" in (repo_root / page).read_text()
 
 
 @pytest.mark.parametrize("option", [{"mask": "right"}, {"control_tokens": "text"}])

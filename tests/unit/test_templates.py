@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 
 import pytest
 import yaml
@@ -232,6 +233,16 @@ def test_a_message_that_opens_another_roles_turn():
     for messages, index in (([system], 1), ([system, TALK[6]], 1), ([user, system, TALK[3], user], 2)):
         with pytest.raises(MessageError, match=rf"\[{index}\].role.*expected a user message"):
             template.turns(messages)
+
+
+@pytest.mark.parametrize("page", ["docs/templates.md", "docs/zh_cn/templates.md"])
+def test_the_example_in_the_docs(page, repo_root):
+    (text,) = re.findall(r"```yaml\n# gemma\.yaml\n(.*?)^```$", (repo_root / page).read_text(), re.S | re.M)
+    assert parse_template(text, "gemma", page).render(TALK[:1] + TALK[2:6]) == (
+        "<start_of_turn>user\nBe brief.\n\nhi<end_of_turn>\n"
+        '<start_of_turn>model\nLook.```tool_code\n{"name": "f"}\n```<end_of_turn>\n'
+        "<start_of_turn>user\n```tool_output\n[1]\n```<end_of_turn>\n"
+    )
 
 
 CUSTOM = {
