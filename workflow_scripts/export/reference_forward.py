@@ -7,31 +7,35 @@ rounded to the workspace's dtype: what is left between them is the order of sums
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import silu
 
 from common.cli import UserError
 
-from .safetensors_reader import SafetensorsFolder
 from .turbomind_folder import TurboMindFolder
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Weights = Mapping[str, torch.Tensor]
 
 
 @torch.inference_mode()
 def turbomind_logits(folder: TurboMindFolder, ids: torch.Tensor) -> torch.Tensor:
-    """Returns the logits (tokens, vocabulary), fp32, of one sequence.
+    """Returns the logits (sequences, tokens, vocabulary), fp32.
 
     Args:
         folder: The workspace.
-        ids: int64 (tokens,).
+        ids: int64 (sequences, tokens). Attention is causal: padding on the right changes nothing before it.
     """
     model, attention = folder.config["model_config"], folder.config["attention_config"]
     eps, size = model["norm_eps"], folder.head_size
-    angles = torch.arange(len(ids)).double()[:, None] * _frequencies(attention["rope_param"])
+    angles = torch.arange(ids.shape[1]).double()[:, None] * _frequencies(attention["rope_param"])
     cos, sin = angles.cos().float()[:, None], angles.sin().float()[:, None]
-    ahead = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
+    ahead = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
     state = folder.embedding()[ids].float()
     for number in range(folder.layers):
         layer = folder.layer(number)
@@ -41,9 +45,9 @@ def turbomind_logits(folder: TurboMindFolder, ids: torch.Tensor) -> torch.Tensor
             q, k = _rms_norm(q, layer.q_norm, eps), _rms_norm(k, layer.k_norm, eps)
         q, k = _turn(q, cos, sin), _turn(k, cos, sin)
         group = folder.heads // folder.kv_heads
-        scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) / math.sqrt(size)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(group, 2)) / math.sqrt(size)
         shares = scores.masked_fill(ahead, -torch.inf).softmax(-1)
-        mixed = torch.einsum("hqk,khd->qhd", shares, v.repeat_interleave(group, 1)).flatten(1)
+        mixed = torch.einsum("bhqk,bkhd->bqhd", shares, v.repeat_interleave(group, 2)).flatten(2)
         state = state + _linear(mixed, layer, "o")
         x = _rms_norm(state, layer.ffn_norm, eps)
         state = state + (silu(x @ layer.gate.float()) * (x @ layer.up.float())) @ layer.down.float()
@@ -51,22 +55,21 @@ def turbomind_logits(folder: TurboMindFolder, ids: torch.Tensor) -> torch.Tensor
 
 
 @torch.inference_mode()
-def hf_logits(
-    hf: Path, weights: SafetensorsFolder, ids: torch.Tensor, rounded_to: torch.dtype | None = None
+def transformers_logits(
+    config: PretrainedConfig, weights: Weights, ids: torch.Tensor, rounded_to: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Returns the logits (tokens, vocabulary), fp32, that transformers computes for one sequence.
+    """Returns the logits (sequences, tokens, vocabulary), fp32, that transformers computes.
 
     The model is built without memory; each layer's weights come when its turn is there, and go after it.
 
     Args:
-        hf: Folder with config.json.
-        weights: Its tensors.
-        ids: int64 (tokens,).
-        rounded_to: Rounds every weight to this dtype first; None takes them as saved.
+        config: The model's config.
+        weights: Its tensors by name; a tied head may be left out.
+        ids: int64 (sequences, tokens), padded on the right.
+        rounded_to: Rounds every weight to this dtype first; None takes them as they are.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(hf)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     body = model.model
@@ -76,9 +79,9 @@ def hf_logits(
         state = {}
         for name in dict(module.named_parameters()):
             source = f"{prefix}.{name}"
-            if source not in weights.names and source == "lm_head.weight":
+            if source not in weights and source == "lm_head.weight":
                 source = "model.embed_tokens.weight"
-            tensor = weights.tensor(source)
+            tensor = weights[source]
             state[name] = (tensor if rounded_to is None else tensor.to(rounded_to)).float()
         module.load_state_dict(state, assign=True)
 
@@ -87,7 +90,7 @@ def hf_logits(
     for prefix, module in parts.items():
         module.register_forward_pre_hook(lambda module, _, prefix=prefix: load(module, prefix))
         module.register_forward_hook(lambda module, *_: module.to("meta") and None)
-    return model(input_ids=ids[None], use_cache=False).logits[0]
+    return model(input_ids=ids, use_cache=False).logits
 
 
 def _linear(x: torch.Tensor, layer: Any, letter: str) -> torch.Tensor:
@@ -100,7 +103,7 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns neighbouring dimensions (tokens, heads, size) by their angles (tokens, 1, size / 2)."""
+    """Turns neighbouring dimensions (..., tokens, heads, size) by their angles (tokens, 1, size / 2)."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 

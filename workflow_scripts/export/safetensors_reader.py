@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from common.cli import UserError
 
 
-class SafetensorsFolder:
+class SafetensorsFolder(Mapping[str, torch.Tensor]):
     """The tensors of all `*.safetensors` files of a folder, read when asked for.
 
     Raises:
@@ -21,15 +22,15 @@ class SafetensorsFolder:
         self._files = {}
         for path in sorted(folder.glob("*.safetensors")):
             file = safe_open(path, "pt")
-            self._files |= {name: file for name in file.keys()}  # noqa: SIM118 (a safetensors handle is no mapping)
+            self._files |= dict.fromkeys(file.keys(), file)
         if not self._files:
             raise UserError(f"{folder} holds no safetensors", expected="*.safetensors")
 
-    @property
-    def names(self) -> set[str]:
-        """Names of all tensors."""
-        return set(self._files)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Returns a tensor as it was saved."""
+    def __getitem__(self, name: str) -> torch.Tensor:
         return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)

@@ -101,7 +101,8 @@ class TurboMindFolder:
         inner = self.inner_sizes[number]
         biases = {}
         if self.weights.joinpath(f"{prefix}.attention.w_qkv.0.bias").is_file():
-            biases = dict(zip("qkv", (each[0] for each in self._qkv(f"{prefix}.attention.w_qkv", "bias", 1))))
+            rows = self._qkv(f"{prefix}.attention.w_qkv", "bias", 1)
+            biases = {letter: row[0] for letter, row in zip("qkv", rows, strict=True)}
             biases["o"] = self._copies(f"{prefix}.attention.wo", "bias", self.hidden)
         return Layer(
             q=q,
@@ -180,7 +181,7 @@ class TurboMindFolder:
             self._file(f"{name}.{rank}.{kind}", rows, sum(widths)).split(widths, dim=1)
             for rank in range(self.tp)
         ]
-        return [torch.cat(parts, dim=1) if self.tp > 1 else parts[0] for parts in zip(*ranks)]
+        return [torch.cat(parts, dim=1) if self.tp > 1 else parts[0] for parts in zip(*ranks, strict=True)]
 
     def _joined(self, name: str, rows: int, columns: int, dim: int) -> torch.Tensor:
         shape = [rows, columns]

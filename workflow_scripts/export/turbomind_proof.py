@@ -19,7 +19,7 @@ from common.files import read_json
 
 from .hf_config import rope_of
 from .hf_folder import require_model_folder
-from .reference_forward import hf_logits, turbomind_logits
+from .reference_forward import transformers_logits, turbomind_logits
 from .safetensors_reader import SafetensorsFolder
 from .turbomind_folder import TurboMindFolder, same_bits
 
@@ -55,10 +55,11 @@ def prove(hf: Path, turbomind: Path) -> dict[str, Any]:
     folder, weights = TurboMindFolder(turbomind), SafetensorsFolder(hf)
     config = compare_config(hf_config, folder)
     tensors = compare_weights(weights, folder, hf_config)
-    ids = torch.randint(folder.vocab, (TOKENS,), generator=torch.Generator().manual_seed(0))
-    forward = compare_logits(
-        hf_logits(hf, weights, ids, folder.dtype), turbomind_logits(folder, ids), "TurboMind"
-    )
+    ids = torch.randint(folder.vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    from transformers import AutoConfig
+
+    expected = transformers_logits(AutoConfig.from_pretrained(hf), weights, ids, folder.dtype)
+    forward = compare_logits(expected, turbomind_logits(folder, ids), "TurboMind", "the Hugging Face folder")
     return {
         "format": 1,
         "architecture": architecture,
@@ -79,13 +80,13 @@ def compare_weights(weights: SafetensorsFolder, folder: TurboMindFolder, hf_conf
     """
     heads = hf_config["num_attention_heads"]
     kv_heads = hf_config.get("num_key_value_heads") or heads
-    left = {name for name in weights.names if not name.endswith("rotary_emb.inv_freq")}
+    left = {name for name in weights if not name.endswith("rotary_emb.inv_freq")}
     wrong, tensors = [], 0
     total = 2 + len(left)
     found = folder.hf_tensors(hf_config["intermediate_size"], kv_heads)
-    for name, tensor in tqdm(found, "weights", total, mininterval=2, leave=False):
+    for name, tensor in tqdm(found, "weights", total, mininterval=5, leave=False, disable=None):
         source = "model.embed_tokens.weight" if name == "lm_head.weight" and name not in left else name
-        if source not in weights.names:
+        if source not in weights:
             # lmdeploy writes a bias for `wo` wherever q, k and v have one; the model adds nothing there.
             if name.endswith("o_proj.bias") and not tensor.count_nonzero():
                 continue
@@ -93,7 +94,7 @@ def compare_weights(weights: SafetensorsFolder, folder: TurboMindFolder, hf_conf
             continue
         left.discard(source)
         tensors += 1
-        wrong += _difference(name, weights.tensor(source).to(folder.dtype), tensor)
+        wrong += _difference(name, weights[source].to(folder.dtype), tensor)
     wrong += [f"{name}: not in the TurboMind folder" for name in sorted(left)]
     wrong += [f"{name}: a file that belongs to no weight" for name in folder.unread()]
     if wrong:
@@ -146,8 +147,8 @@ def compare_config(hf_config: dict[str, Any], folder: TurboMindFolder) -> dict[s
     return {name: theirs for name, (_, theirs) in pairs.items()}
 
 
-def compare_logits(expected: torch.Tensor, found: torch.Tensor, what: str) -> dict[str, float]:
-    """Compares two sets of logits (tokens, vocabulary) and returns how far apart they are.
+def compare_logits(expected: torch.Tensor, found: torch.Tensor, what: str, source: str) -> dict[str, float]:
+    """Compares two sets of logits (..., vocabulary) and returns how far apart they are.
 
     Raises:
         UserError: They differ by more than fp32 arithmetic does.
@@ -156,10 +157,10 @@ def compare_logits(expected: torch.Tensor, found: torch.Tensor, what: str) -> di
     relative = ((found - expected).norm() / expected.norm()).item()
     if not relative <= LARGEST_DIFFERENCE:
         raise UserError(
-            f"{what} gives other logits than the Hugging Face folder",
+            f"{what} gives other logits than {source}",
             found=f"relative difference {relative:.2e}",
             expected=f"at most {LARGEST_DIFFERENCE:.0e}",
-            fix="do not serve this model; the configs of the two folders say something different",
+            fix="do not use this model; weights or config of the two say something different",
         )
     return {
         "relative_difference": relative,
