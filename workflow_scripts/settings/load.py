@@ -17,7 +17,7 @@ import yaml
 
 from common.cli import UserError
 
-SECTIONS = ("model", "tokenizer", "data", "tokenize", "heldout", "train", "hf", "turbomind", "evaluate")
+SECTIONS = ("model", "tokenizer", "data", "tokenize", "heldout", "train", "hf", "turbomind", "parity", "evaluate")
 
 
 @dataclass(frozen=True)
