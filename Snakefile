@@ -25,6 +25,7 @@ include: "rules/render_train_config.smk"
 include: "rules/train_model.smk"
 include: "rules/convert_pth_to_hf.smk"
 include: "rules/convert_hf_to_turbomind.smk"
+include: "rules/check_parity.smk"
 include: "rules/evaluate_model.smk"
 include: "rules/render_report.smk"
 
@@ -35,6 +36,7 @@ localrules:
     train,
     hf,
     turbomind,
+    parity,
     evaluate,
     report,
 
@@ -64,6 +66,11 @@ rule hf:
 rule turbomind:
     input:
         expand(TURBOMIND, run=RUNS),
+
+
+rule parity:
+    input:
+        expand(PARITY, run=RUNS),
 
 
 rule evaluate:

@@ -17,6 +17,8 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     {run}/checkpoints/<identity>/                          run folders (undeclared, so retries keep them)
     {run}/train.json                                       what was trained (manifest, last)
     {run}/hf/    {run}/turbomind/                          the model
+    {run}/prompt_readings.json                             fixed prompts as transformers 4 and lmdeploy encode them
+    {run}/parity.json                                      the conversions, proved
     {run}/evaluation/{label}.json                          label: base | tuned
     {run}/report.html
     logs/<rule>/...    benchmarks/<rule>/...
@@ -66,6 +68,8 @@ CHECKPOINTS = f"{RESULTS}/{{run}}/checkpoints"
 TRAIN_MANIFEST = f"{RESULTS}/{{run}}/train.json"
 HF = f"{RESULTS}/{{run}}/hf"
 TURBOMIND = f"{RESULTS}/{{run}}/turbomind"
+READINGS = f"{RESULTS}/{{run}}/prompt_readings.json"
+PARITY = f"{RESULTS}/{{run}}/parity.json"
 EVALUATION = f"{RESULTS}/{{run}}/evaluation/{{label}}.json"
 REPORT = f"{RESULTS}/{{run}}/report.html"
 LOGS = f"{RESULTS}/logs"

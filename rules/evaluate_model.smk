@@ -9,6 +9,7 @@ rule evaluate_model:
         model=lambda wildcards: HF.format(run=wildcards.run) if wildcards.label == "tuned" else [],
         tokenizer=path_of(TOKENIZER),
         heldout=heldout_parts,
+        parity=parity_gate,
         prompts=lambda wildcards: RUNS[wildcards.run]["evaluate"]["prompts"] or [],
     output:
         EVALUATION,

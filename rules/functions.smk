@@ -173,3 +173,26 @@ def evaluate_flags(wildcards):
 
 def has_turbomind(wildcards):
     return RUNS[wildcards.run]["turbomind"]["enabled"]
+
+
+def own_prompts(wildcards):
+    return RUNS[wildcards.run]["evaluate"]["prompts"] or []
+
+
+def parity_flags(wildcards, input):
+    """The flags of check_parity.py; what the run does not have is not compared."""
+    settings = RUNS[wildcards.run]
+    return flags(
+        turbomind=input.get("turbomind") or None,
+        readings=input.get("readings") or None,
+        prompts=settings["evaluate"]["prompts"],
+        template=settings["tokenize"]["template"],
+        control_tokens=settings["tokenize"]["control_tokens"],
+        trust_remote_code=settings["model"]["trust_remote_code"],
+    )
+
+
+def parity_gate(wildcards):
+    """The gate before the tuned model's evaluation, where the config asks for it."""
+    gated = wildcards.label == "tuned" and RUNS[wildcards.run]["parity"]["enabled"]
+    return PARITY.format(run=wildcards.run) if gated else []

@@ -71,7 +71,20 @@ def test_nothing_else_in_the_json_changes(kind):
     new = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     added = len(small_tokenizer(kind).added)
     assert new.pop("added_tokens")[:-added] == base.pop("added_tokens")
+    new.pop("post_processor"), base.pop("post_processor")  # see the next test
     assert new == base
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_asks_for_special_tokens_gets_the_bos_of_training(kind):
+    from transformers import AutoTokenizer
+
+    tokenizer = small_tokenizer(kind)
+    served = AutoTokenizer.from_pretrained(extended_folder(kind))
+    for text in ("a", "<|im_start|>user\nhi<|im_end|>\n"):
+        bare = encode(tokenizer.tokenizer, text)
+        assert served(text)["input_ids"] == [tokenizer.bos_token_id, *bare]
+        assert served(text, add_special_tokens=False)["input_ids"] == bare
 
 
 @pytest.mark.parametrize("kind", KINDS)

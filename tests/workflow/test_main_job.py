@@ -10,7 +10,13 @@ from contextlib import contextmanager
 import pytest
 
 TOKENIZE = {"tokenize_dataset": 1, "merge_tokenized": 1}
-AFTER_TRAINING = {"convert_pth_to_hf": 1, "convert_hf_to_turbomind": 1, "render_report": 1}
+AFTER_TRAINING = {
+    "convert_pth_to_hf": 1,
+    "convert_hf_to_turbomind": 1,
+    "encode_prompts": 1,
+    "check_parity": 1,
+    "render_report": 1,
+}
 
 
 @contextmanager
@@ -124,6 +130,17 @@ def test_naming_a_target_redoes_only_what_it_needs(finished):
         finished.configure(turbomind={"dtype": "bfloat16"})
         assert finished.planned("results/demo/hf") == {}
         assert finished.planned("results/demo/turbomind") == {"convert_hf_to_turbomind": 1}
+        # The tuned model is evaluated behind the gate, the base needs none.
+        gate = {"convert_hf_to_turbomind": 1, "encode_prompts": 1, "check_parity": 1}
+        assert finished.planned("results/demo/evaluation/tuned.json") == gate | {"evaluate_model": 1}
+        assert finished.planned("results/demo/evaluation/base.json") == {}
+
+
+def test_the_conversions_are_proved(finished):
+    parity = json.loads((finished.folder / "results/demo/parity.json").read_text())
+    assert [row["of"] for row in parity["logits"]] == ["Hugging Face", "TurboMind"]
+    assert all(row["top1_agreement"] == 1.0 for row in parity["logits"])
+    assert {row["reader"].split()[0] for row in parity["ids"]} == {"transformers", "lmdeploy"}
 
 
 def test_two_runs_share_their_tokenised_files(finished):

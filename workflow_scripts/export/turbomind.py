@@ -70,7 +70,7 @@ def convert(
     hf_config = read_json(model_path / "config.json")
     if not trust_remote_code:
         _refuse_code(model_path)
-    gpu = _import_converter()
+    gpu = import_converter()
     from lmdeploy.model import MODELS
     from lmdeploy.turbomind.deploy import converter
 
@@ -125,8 +125,12 @@ def cuda_is_usable() -> bool:
     return libcuda.cuInit(0) == 0 and libcuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
-def _import_converter() -> bool:
-    """Imports lmdeploy with what the node has; returns whether a usable GPU was found."""
+def import_converter() -> bool:
+    """Makes lmdeploy 0.9.2 ready to be imported on any node; returns whether a usable GPU was found.
+
+    Raises:
+        UserError: lmdeploy is not installed, or has no converter.
+    """
     package = importlib.util.find_spec("lmdeploy")
     if package is None:
         raise UserError(

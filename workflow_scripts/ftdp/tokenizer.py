@@ -255,8 +255,10 @@ def extend(
             )
     added = {token: ids[token] for token in missing}
     new_text = _with_added_tokens(text, added) if added else text
+    if template.bos and not _puts_first(tokenizer, tokens["bos_token"]):
+        new_text = _with_bos_first(new_text, tokens["bos_token"], tokenizer.token_to_id(tokens["bos_token"]))
     # What is written must make what the library made: read it back.
-    reread = parse_tokenizer(new_text, "the extended tokenizer.json") if added else tokenizer
+    reread = parse_tokenizer(new_text, "the extended tokenizer.json") if new_text != text else tokenizer
     if {token: reread.token_to_id(token) for token in wanted} != ids:
         raise UserError(
             f"{folder}: the chat tokens get other ids when tokenizer.json is read again", found=ids
@@ -326,6 +328,33 @@ def _with_added_tokens(text: str, added: dict[str, int]) -> str:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     entries = [{"id": token_id, "content": token, **flags} for token, token_id in added.items()]
     data["added_tokens"] = [*(data.get("added_tokens") or []), *entries]
+    return orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
+
+
+def _puts_first(tokenizer: Tokenizer, bos: str) -> bool:
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    return tokenizer.encode("a").ids == [tokenizer.token_to_id(bos), *bare]
+
+
+def _with_bos_first(text: str, bos: str, bos_id: int) -> str:
+    """Lets the tokenizer begin every text with BOS, as conversations do in training.
+
+    Servers (lmdeploy, vLLM's completions) ask the tokenizer for it, and not every base's does: SmolLM2's model would be
+    served without the BOS that it was trained with.
+    """
+    data = orjson.loads(text)
+    first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    one, two = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [first, one],
+        "pair": [first, one, first, two],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }
+    old = data.get("post_processor")
+    if old and old["type"] == "ByteLevel":  # keeps offsets right
+        processor = {"type": "Sequence", "processors": [old, processor]}
+    data["post_processor"] = processor
     return orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
 
 

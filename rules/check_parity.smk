@@ -1,0 +1,64 @@
+"""
+REQUIRED INPUT  {run}/train.json, {run}/hf/ and, where the run has it, {run}/turbomind/
+OUTPUT          {run}/parity.json: the gate. Logits of checkpoint, Hugging Face and TurboMind, ids of the same prompts
+                by training, transformers 4 and 5 and lmdeploy, and the proof of every TurboMind weight
+
+The tuned model is evaluated behind this gate: what differs without a known reason stops the graph there.
+"""
+
+
+rule encode_prompts:
+    input:
+        model=TURBOMIND,
+        prompts=own_prompts,
+    output:
+        READINGS,
+    log:
+        f"{LOGS}/encode_prompts/{{run}}.log",
+    benchmark:
+        f"{BENCHMARKS}/encode_prompts/{{run}}.tsv"
+    conda:
+        "../envs/turbomind.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=30,
+    params:
+        options=lambda wildcards: flags(
+            prompts=RUNS[wildcards.run]["evaluate"]["prompts"],
+            template=RUNS[wildcards.run]["tokenize"]["template"],
+            chat_template=RUNS[wildcards.run]["turbomind"]["chat_template"],
+        ),
+    message:
+        "Encode fixed prompts as they are served: run {wildcards.run}"
+    shell:
+        '"$TURBOMIND_PYTHON" "$SCRIPTS"/encode_prompts.py {input.model:q} --output {output:q} {params.options} 2>&1 | tee {log:q}'
+
+
+rule check_parity:
+    input:
+        config=TRAIN_CONFIG,
+        checkpoint=TRAIN_MANIFEST,
+        hf=HF,
+        turbomind=branch(has_turbomind, then=TURBOMIND, otherwise=[]),
+        readings=branch(has_turbomind, then=READINGS, otherwise=[]),
+        prompts=own_prompts,
+    output:
+        PARITY,
+    log:
+        f"{LOGS}/check_parity/{{run}}.log",
+    benchmark:
+        f"{BENCHMARKS}/check_parity/{{run}}.tsv"
+    conda:
+        "../envs/snaketune.yaml"
+    threads: 2
+    resources:
+        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        runtime=120,
+    params:
+        options=parity_flags,
+    message:
+        "Check that the conversions of run {wildcards.run} say what the checkpoint says"
+    shell:
+        'python "$SCRIPTS"/check_parity.py {input.config:q} {input.checkpoint:q} {input.hf:q} --output {output:q}'
+        " {params.options} 2>&1 | tee {log:q}"

@@ -1,0 +1,94 @@
+"""A batch of prompts gets token for token what a plain loop without a cache gives each of them alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from evaluation.batched_generation import batches, generate_batched
+
+
+@pytest.fixture(scope="module", params=["llama", "sliding_window"])
+def model(request, tiny_model_dir):
+    """The tiny random Llama, and a random Mistral whose keys are soon out of its window."""
+    from sft.attention import PACKED_SDPA
+    from sft.model import load_base_model
+
+    if request.param == "llama":
+        return load_base_model(str(tiny_model_dir), "float32").eval()
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(1)
+    config = MistralConfig(
+        vocab_size=600,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=6,
+        attn_implementation=PACKED_SDPA,
+    )
+    return MistralForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def alone(model, prompt, stop_ids, limit, suppress=()):
+    """Greedy, one prompt, the whole text again for every token."""
+    ids = list(prompt)
+    while len(ids) - len(prompt) < limit:
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        for token in suppress:
+            logits[token] = -torch.inf
+        ids.append(int(logits.argmax()))
+        if ids[-1] in stop_ids:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    pick, size = random.Random(3), model.config.vocab_size
+    return [[pick.randrange(3, size) for _ in range(pick.randrange(1, 30))] for _ in range(14)]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 120, 10_000])
+def test_a_batch_answers_as_one_by_one(model, prompts, batch_tokens):
+    free = [alone(model, prompt, (), 16) for prompt in prompts]
+    # Ids that the model says early in some answers and late, or never, in others.
+    stop_ids = {free[0][2], free[1][7], free[2][0]}
+    expected = [alone(model, prompt, stop_ids, 16) for prompt in prompts]
+    assert len({len(ids) for ids in expected}) > 2, "the answers must end at different places"
+    seen = {}
+    answers = generate_batched(
+        model, prompts, stop_ids, 16, batch_tokens=batch_tokens, on_answer=seen.__setitem__
+    )
+    assert [answer.ids for answer in answers] == expected
+    assert [answer.stopped for answer in answers] == [ids[-1] in stop_ids for ids in expected]
+    assert [seen[place] for place in range(len(prompts))] == answers
+
+
+def test_a_suppressed_id_is_never_said_and_counted(model, prompts):
+    free = [alone(model, prompt, (), 8) for prompt in prompts]
+    suppress = {free[0][0], free[3][1]}
+    answers = generate_batched(model, prompts, (), 8, suppress=suppress)
+    assert [answer.ids for answer in answers] == [alone(model, prompt, (), 8, suppress) for prompt in prompts]
+    assert answers[0].suppressed > 0
+    for answer, before in zip(answers, free, strict=True):
+        assert (answer.suppressed > 0) == bool(suppress & set(before))
+
+
+def test_batches_hold_every_prompt_once_and_keep_their_bounds():
+    pick = random.Random(5)
+    lengths = [pick.randrange(1, 200) for _ in range(40)] + [900]
+    for batch_tokens, max_rows in ((1, 8), (500, 8), (5000, 4), (10**6, 100)):
+        made = batches(lengths, 20, batch_tokens, max_rows)
+        assert sorted(place for batch in made for place in batch) == list(range(41))
+        for batch in made:
+            longest = max(lengths[place] for place in batch)
+            assert len(batch) == 1 or (len(batch) * (longest + 20) <= batch_tokens)
+            assert len(batch) <= max_rows
+        assert lengths[made[0][0]] == 900

@@ -1,0 +1,123 @@
+"""The gate behind the conversions, on real conversions of a tiny model by the real converter."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.files import read_json, write_json
+from export_models import REPO, converter_python, extend_tokenizer, write_base, write_checkpoint
+
+SCRIPTS = REPO / "workflow_scripts"
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, tiny_tokenizer_dir):
+    """Folder with train_config.py, a checkpoint, hf/, turbomind/ and readings.json of one tiny model."""
+    from export.hf import convert
+
+    python = converter_python()
+    root = tmp_path_factory.mktemp("parity")
+    extend_tokenizer(tiny_tokenizer_dir, root / "tokenizer")
+    base = write_base(root / "base", tiny_tokenizer_dir)
+    config, checkpoint, _ = write_checkpoint(base, root / "tokenizer", root / "run")
+    convert(config, checkpoint, root / "hf")
+    for command in (
+        ("convert_hf_to_turbomind.py", "internlm2-chat-7b", root / "hf", "--dst-path", root / "turbomind"),
+        ("encode_prompts.py", root / "turbomind", "--output", root / "readings.json"),
+    ):
+        done = subprocess.run(
+            [python, str(SCRIPTS / command[0]), *map(str, command[1:])],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return root
+
+
+def check(chain, run_script, output, hf=None, check=True):
+    return run_script(
+        "check_parity.py",
+        *(chain / "run/train_config.py", chain / "run/iter_7.pth", hf or chain / "hf"),
+        *("--turbomind", chain / "turbomind", "--readings", chain / "readings.json", "--output", output),
+        check=check,
+    )
+
+
+def test_an_honest_chain_passes_and_every_difference_is_listed_and_explained(chain, run_script, tmp_path):
+    done = check(chain, run_script, tmp_path / "parity.json")
+    gate = read_json(tmp_path / "parity.json")
+    hf, turbomind = gate["logits"]
+    assert hf["relative_difference"] < 1e-6 and turbomind["relative_difference"] < 1e-5
+    assert hf["top1_agreement"] == turbomind["top1_agreement"] == 1.0
+    assert hf["rounding_difference"] == 0.0 < turbomind["rounding_difference"] < 0.01
+    assert gate["turbomind"]["tensors"] == len(load_file(chain / "hf/model.safetensors"))
+
+    five, four, own_system, silent, calls = gate["ids"]
+    assert five["reader"].startswith("transformers 5.") and four["reader"].startswith("transformers 4.")
+    for row in (five, four, silent):
+        assert row["equal"] == row["prompts"] and not row["differences"], row
+    # What lmdeploy does by itself: a system message where there is none, no line break behind a tool call.
+    assert [each["prompt"] for each in own_system["differences"]] == [1]
+    assert own_system["differences"][0]["reader"].startswith("system\nYou are an AI assistant")
+    assert "meta_instruction" in own_system["differences"][0]["why"]
+    assert [each["prompt"] for each in calls["differences"]] == [3]
+    assert "line break" in calls["differences"][0]["why"]
+    assert "parity holds" in done.stdout and "why: lmdeploy" in done.stdout
+
+
+def test_a_weight_that_the_conversion_changed_stops_it(chain, run_script, tmp_path):
+    hf = shutil.copytree(chain / "hf", tmp_path / "hf")
+    weights = load_file(hf / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.01
+    save_file(weights, hf / "model.safetensors", {"format": "pt"})
+    done = check(chain, run_script, tmp_path / "parity.json", hf, check=False)
+    assert done.returncode == 2 and "Hugging Face gives other logits than the checkpoint" in done.stderr
+    assert not (tmp_path / "parity.json").exists()
+
+
+def test_another_chat_template_stops_it(chain, run_script, tmp_path):
+    """As when someone edits the template for serving: the role line loses its line break."""
+    hf = shutil.copytree(chain / "hf", tmp_path / "hf")
+    template = hf / "chat_template.jinja"
+    if template.is_file():
+        template.write_text(template.read_text().replace("user\\n", "user "))
+    else:
+        config = read_json(hf / "tokenizer_config.json")
+        changed = config["chat_template"].replace("user\\n", "user ")
+        assert changed != config["chat_template"]
+        write_json(hf / "tokenizer_config.json", {**config, "chat_template": changed})
+    done = check(chain, run_script, tmp_path / "parity.json", hf, check=False)
+    assert done.returncode == 2
+    assert "transformers 5." in done.stderr and "otherwise than training did" in done.stderr
+
+
+def test_a_small_rope_difference_shows_in_the_logits(chain, run_script, tmp_path):
+    hf = shutil.copytree(chain / "hf", tmp_path / "hf")
+    config = read_json(hf / "config.json")
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 10000.0
+    write_json(hf / "config.json", config)
+    done = check(chain, run_script, tmp_path / "parity.json", hf, check=False)
+    assert done.returncode == 2 and "other logits" in done.stderr
+
+
+def test_prompts_in_a_batch_do_not_see_each_other(chain):
+    """Padding on the right must change nothing: each prompt alone has the same logits."""
+    from transformers import AutoConfig
+
+    from export.reference_forward import transformers_logits, turbomind_logits
+    from export.safetensors_reader import SafetensorsFolder
+    from export.turbomind_folder import TurboMindFolder
+
+    ids = torch.randint(3, 500, (2, 12), generator=torch.Generator().manual_seed(3))
+    ids[1, 7:] = 0
+    config, weights = AutoConfig.from_pretrained(chain / "hf"), SafetensorsFolder(chain / "hf")
+    folder = TurboMindFolder(chain / "turbomind")
+    for logits in (lambda x: transformers_logits(config, weights, x), lambda x: turbomind_logits(folder, x)):
+        torch.testing.assert_close(logits(ids)[1, :7], logits(ids[1:, :7])[0], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,207 @@
+"""The proof of a TurboMind workspace: lmdeploy's own output passes, anything broken is caught and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from common.cli import UserError
+from common.files import read_json, write_json
+from export.hf_folder import save_model
+from export.turbomind_proof import prove
+from export_models import REPO, converter_python, write_base
+
+WEIGHTS = Path("triton_models/weights")
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# name: (kind of model, its settings, tp, dtype)
+FAMILIES = {
+    "mistral": ("mistral", {}, 1, "float16"),
+    "mistral tp 2, padded": ("mistral", {"intermediate_size": 97, "vocab_size": 701}, 2, "bfloat16"),
+    "llama tied": ("llama", {"tie_word_embeddings": True}, 1, "bfloat16"),
+    "llama 3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}, 1, "float16"),
+    "llama tp 8, copied KV heads": (
+        "llama",
+        {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512},
+        8,
+        "float16",
+    ),
+    "qwen2 tp 4": (
+        "qwen2",
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 256},
+        4,
+        "bfloat16",
+    ),
+    "qwen3": ("qwen3", {}, 1, "bfloat16"),
+}
+_DRIVER = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from export.turbomind import convert
+for job in json.loads(sys.argv[2]):
+    convert("internlm2-chat-7b", Path(job["hf"]), Path(job["dst"]), tp=job["tp"], dtype=job["dtype"])
+"""
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, tiny_tokenizer_dir) -> dict[str, tuple[Path, Path]]:
+    """(Hugging Face folder, TurboMind workspace) of each family, all made by lmdeploy in one process."""
+    from transformers import AutoModelForCausalLM
+
+    python = converter_python()
+    root, jobs, folders = tmp_path_factory.mktemp("proof"), [], {}
+    for number, (name, (kind, settings, tp, dtype)) in enumerate(FAMILIES.items()):
+        base = write_base(root / f"base{number}", tiny_tokenizer_dir, kind, **settings)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        with torch.no_grad():  # biases and norms start as 0 and 1, which hides a mistake
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn(parameter.shape))
+        hf, dst = root / f"hf{number}", root / f"tm{number}"
+        shutil.copytree(base, hf)
+        save_model(model, hf, "float32")
+        jobs.append({"hf": str(hf), "dst": str(dst), "tp": tp, "dtype": dtype})
+        folders[name] = hf, dst
+    command = [python, "-c", _DRIVER, str(REPO / "workflow_scripts"), json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
+@pytest.fixture
+def copy(converted, tmp_path):
+    """Returns a function that copies a family's workspace, to be broken."""
+
+    def make(name: str) -> tuple[Path, Path]:
+        hf, turbomind = converted[name]
+        return hf, shutil.copytree(turbomind, tmp_path / "tm", symlinks=True)
+
+    return make
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_lmdeploy_writes_is_proved(converted, name):
+    proof = prove(*converted[name])
+    _, _, tp, dtype = FAMILIES[name]
+    assert (proof["tp"], proof["dtype"]) == (tp, dtype)
+    assert proof["tensors"] == len(read_tensor_names(converted[name][0]))
+    assert proof["forward"]["relative_difference"] < 1e-5
+    assert proof["forward"]["top1_agreement"] == 1.0
+
+
+def read_tensor_names(hf: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(hf / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    # A tied head is stored once and written twice.
+    return names if "lm_head.weight" in names else names | {"lm_head.weight"}
+
+
+def edit_config(turbomind: Path, change) -> None:
+    path = turbomind / WEIGHTS / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    change(config)
+    path.write_text(yaml.safe_dump(config))
+
+
+def refusal(hf: Path, turbomind: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        prove(hf, turbomind)
+    return str(caught.value)
+
+
+def test_one_flipped_bit_is_named(copy):
+    hf, turbomind = copy("mistral tp 2, padded")
+    path = turbomind / WEIGHTS / "layers.1.feed_forward.w2.1.weight"
+    data = np.fromfile(path, dtype=np.uint16)
+    data[5] ^= 1
+    data.tofile(path)
+    message = refusal(hf, turbomind)
+    assert "model.layers.1.mlp.down_proj.weight: 1 of" in message
+
+
+def test_swapped_heads_are_named(copy):
+    hf, turbomind = copy("mistral")
+    path = turbomind / WEIGHTS / "layers.0.attention.w_qkv.0.weight"
+    data = np.fromfile(path, dtype=np.uint16).reshape(128, 4, 64)
+    data[:, [0, 1]] = data[:, [1, 0]]
+    data.tofile(path)
+    message = refusal(hf, turbomind)
+    assert "model.layers.0.self_attn.q_proj.weight" in message
+    assert "k_proj" not in message
+
+
+@pytest.mark.parametrize(
+    "field, change",
+    [
+        ("rope_theta", lambda c: c["attention_config"]["rope_param"].update(base=10000.0)),
+        ("norm_eps", lambda c: c["model_config"].update(norm_eps=1e-5)),
+        ("session_len", lambda c: c["model_config"].update(session_len=4096)),
+        ("rope_type", lambda c: c["attention_config"]["rope_param"].update(type="linear", factor=2.0)),
+    ],
+)
+def test_another_setting_is_named(copy, field, change):
+    hf, turbomind = copy("mistral")
+    edit_config(turbomind, change)
+    assert f"{field}: " in refusal(hf, turbomind)
+
+
+def test_the_logits_alone_show_a_wrong_theta(copy, monkeypatch):
+    """With the comparison of settings out of the way."""
+    from export import turbomind_proof
+
+    hf, turbomind = copy("mistral")
+    edit_config(turbomind, lambda c: c["attention_config"]["rope_param"].update(base=10000.0))
+    monkeypatch.setattr(turbomind_proof, "compare_config", lambda *_: {})
+    assert "other logits" in refusal(hf, turbomind)
+
+
+def test_missing_short_and_surplus_files_are_named(copy):
+    hf, turbomind = copy("mistral")
+    weights = turbomind / WEIGHTS
+    (weights / "layers.2.attention_norm.weight").write_bytes(b"\0\0")
+    assert "layers.2.attention_norm.weight: a file that belongs to no weight" in refusal(hf, turbomind)
+    (weights / "layers.2.attention_norm.weight").unlink()
+    path = weights / "norm.weight"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert "norm.weight" in refusal(hf, turbomind)
+    path.unlink()
+    assert "no such file" in refusal(hf, turbomind)
+
+
+def test_padding_and_copies_must_be_clean(copy):
+    hf, turbomind = copy("llama tp 8, copied KV heads")
+    path = turbomind / WEIGHTS / "layers.0.attention.w_qkv.1.weight"
+    data = np.fromfile(path, dtype=np.uint16).reshape(512, 3, 64)
+    data[7, 1, 3] ^= 1
+    data.tofile(path)
+    assert "copies of a KV head differ" in refusal(hf, turbomind)
+
+
+def test_an_unknown_architecture_is_refused(copy, tmp_path):
+    hf, turbomind = copy("mistral")
+    other = shutil.copytree(hf, tmp_path / "other")
+    write_json(other / "config.json", {**read_json(hf / "config.json"), "architectures": ["FooForCausalLM"]})
+    assert "FooForCausalLM" in refusal(other, turbomind)
+
+
+def test_the_script_writes_the_proof(converted, tmp_path, run_script):
+    hf, turbomind = converted["mistral"]
+    done = run_script("prove_turbomind.py", hf, turbomind, "--output", tmp_path / "proof.json")
+    assert "tensors equal bit for bit" in done.stdout
+    assert read_json(tmp_path / "proof.json")["config"]["rope_theta"] == 54321.0

@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""The gate behind the conversions: logits and ids of the checkpoint, Hugging Face and TurboMind side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import UserError, run
+from common.files import read_json, write_json
+
+
+def main() -> None:
+    """Parses the command line, compares, writes one JSON file; anything that differs without reason is an error."""
+    parser = argparse.ArgumentParser(
+        description="Compare a trained model along its conversions, on fixed prompts with tool calls: the logits of the "
+        "training checkpoint, of the Hugging Face folder and of the TurboMind files, and the ids that training, "
+        "transformers and lmdeploy make of the prompts. Also proves the TurboMind folder weight by weight.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, help="training config")
+    parser.add_argument("checkpoint", type=Path, help="iter_N.pth, a run folder, or train.json")
+    parser.add_argument("hf", type=Path, help="Hugging Face folder")
+    parser.add_argument("--turbomind", type=Path, help="TurboMind workspace; without it none is compared")
+    parser.add_argument("--readings", type=Path, help="what encode_prompts.py wrote in another environment")
+    parser.add_argument("--prompts", type=Path, help="JSON list of further conversations")
+    parser.add_argument("--template", help="chat template of the training; default: the tokenizer's")
+    parser.add_argument("--control-tokens", default="literal", help="as in the training")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
+    args = parser.parse_args()
+
+    from export.hf import find_checkpoint
+    from export.parity import compare_ids, compare_models, require_agreement, training_ids
+    from export.prompt_readers import read_prompts, read_with_transformers
+    from export.turbomind_proof import prove
+    from ftdp.tokenizer import load_tokenizer
+    from sft import config as training
+    from sft.checkpoints import read_state_dict
+
+    config = training.load_config(args.config)
+    base = training.model_path(config)
+    tokenizer = load_tokenizer(training.tokenizer_path(config) or base)
+    options = {"template": args.template, "control_tokens": args.control_tokens}
+    prompts = read_prompts(args.prompts)
+    readings = [read_with_transformers(args.hf, prompts)]
+    if args.readings:
+        theirs = read_json(args.readings)
+        if theirs["prompts"] != prompts:
+            raise UserError(f"{args.readings} is about other prompts", fix="run encode_prompts.py again")
+        readings += theirs["readings"]
+    ids = compare_ids(prompts, tokenizer, readings, **options)
+    state = read_state_dict(find_checkpoint(args.checkpoint)[0])
+    try:
+        logits = compare_models(
+            base,
+            state,
+            args.hf,
+            args.turbomind,
+            training_ids(prompts, tokenizer, **options),
+            args.trust_remote_code,
+        )
+        proof = prove(args.hf, args.turbomind) if args.turbomind else None
+    finally:
+        print_ids(ids)
+    print_logits(logits)
+    write_json(args.output, {"format": 1, "logits": logits, "ids": ids, "turbomind": proof})
+    require_agreement(ids)
+    print("parity holds" + (f"; {proof['tensors']} tensors equal bit for bit" if proof else ""))
+
+
+def print_ids(rows: list[dict]) -> None:
+    """Prints which readers agree with training, and each difference with its reason."""
+    for row in rows:
+        print(f"{row['equal']}/{row['prompts']} prompts have training's ids in {row['reader']}")
+        for each in row["differences"]:
+            print(
+                f"    prompt {each['prompt']}, token {each['at']}: {each['reader']!r} instead of {each['training']!r}"
+            )
+            print(f"    why: {each['why'] or 'unknown: this fails the gate'}")
+
+
+def print_logits(rows: list[dict]) -> None:
+    """Prints how far logits are apart."""
+    for row in rows:
+        print(
+            f"{row['of']} against {row['against']} in {row['dtype']}: relative {row['relative_difference']:.1e}, "
+            f"largest {row['largest_difference']:.1e}, top-1 agreement {row['top1_agreement']:.1%}, "
+            f"rounding itself {row['rounding_difference']:.1e}"
+        )
+
+
+if __name__ == "__main__":
+    run(main)

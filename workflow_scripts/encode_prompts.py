@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Writes down how transformers and lmdeploy turn fixed prompts into ids, for check_parity.py."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from common.cli import run
+from common.files import write_json
+
+
+def main() -> None:
+    """Parses the command line, encodes, and writes one JSON file."""
+    parser = argparse.ArgumentParser(
+        description="Encode fixed prompts, with tool calls, by transformers' apply_chat_template and, where it is "
+        "installed, by lmdeploy's chat template and tokenizer. Runs in the converter's environment; check_parity.py "
+        "compares the ids with those of training.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, help="folder with the tokenizer: Hugging Face or TurboMind")
+    parser.add_argument(
+        "--template", default="internlm2_chat", help="chat template of the training, or a file"
+    )
+    parser.add_argument("--chat-template", default="internlm2", help="lmdeploy's chat template for serving")
+    parser.add_argument("--prompts", type=Path, help="JSON list of further conversations")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    args = parser.parse_args()
+
+    from export.prompt_readers import read_prompts, read_with_lmdeploy, read_with_transformers
+    from ftdp.template_file import load_template
+
+    prompts = read_prompts(args.prompts)
+    readings = [read_with_transformers(args.model, prompts)]
+    if importlib.util.find_spec("lmdeploy"):
+        readings += read_with_lmdeploy(args.model, prompts, load_template(args.template), args.chat_template)
+    write_json(args.output, {"format": 1, "prompts": prompts, "readings": readings})
+    print(f"{len(prompts)} prompts as read by {'; '.join(reading['reader'] for reading in readings)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""Lets a model answer held-out conversations and says whether it calls tools as the reference does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import run
+from common.files import sha256_file, write_json
+
+
+def main() -> None:
+    """Parses the command line, lets the model answer, and writes one JSON file."""
+    parser = argparse.ArgumentParser(
+        description="At each answer of held-out conversations, give the model what comes before as training tokenised "
+        "it, and let it answer greedily: does it call a tool where the reference does, is the call well formed, is it "
+        "the same call, does the answer end? Also measure the loss by role of the trained tokens, and on plain text.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
+    parser.add_argument("--tokenizer-path", required=True, help="folder of the extended tokenizer")
+    parser.add_argument(
+        "--heldout-dir",
+        type=Path,
+        required=True,
+        help="conversations as <dataset>/processed/<any>/<file>.jsonl",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument(
+        "--max-points",
+        type=int,
+        default=200,
+        help="answers to ask for, half of them such that call a tool; chosen by their content",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        default=4096,
+        help="tokens before an answer; those with more are passed over",
+    )
+    parser.add_argument("--max-samples", type=int, help="conversations per dataset; without it all")
+    parser.add_argument(
+        "--plain-text", type=Path, help="UTF-8 text whose loss shows what training made the model forget"
+    )
+    parser.add_argument("--mask", choices=("compat", "exact"), default="compat", help="the training's mask")
+    parser.add_argument(
+        "--control-tokens",
+        choices=("literal", "control", "error"),
+        default="literal",
+        help="what the training made of control tokens inside messages",
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=16384,
+        help="tokens in a padded batch of answers, which bounds memory",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+        help="auto: bfloat16 on a GPU, float32 on a CPU",
+    )
+    parser.add_argument("--attention", default="auto", help="auto, sdpa, flash_attention_2 or another name")
+    parser.add_argument(
+        "--base-model",
+        action="store_true",
+        help="grow the embedding to the tokenizer as training does at its start",
+    )
+    parser.add_argument("--label", default=None, help="what the report calls it; default base or tuned")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
+    args = parser.parse_args()
+
+    # Bad input shows before the seconds that torch and transformers take.
+    from evaluation.conversations import read_conversations
+    from evaluation.heldout import heldout_digest
+    from evaluation.role_losses import plain_text_blocks
+    from evaluation.tool_calls import choose_points
+    from ftdp.encode import BatchEncoder
+    from ftdp.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    encoder, exact = (
+        BatchEncoder(tokenizer, mask=mask, control_tokens=args.control_tokens)
+        for mask in (args.mask, "exact")
+    )
+    conversations = read_conversations(args.heldout_dir, encoder, args.max_samples)
+    points, selection = choose_points(conversations, encoder, args.max_points, args.max_length)
+    blocks = plain_text_blocks(args.plain_text, tokenizer) if args.plain_text else []
+    print(
+        f"{len(conversations)} held-out conversations, {len(points)} points, "
+        f"{selection['call']['points']} of which call a tool",
+        flush=True,
+    )
+
+    from evaluation.models import load_for_evaluation
+    from evaluation.role_losses import conversation_losses, plain_text_losses
+    from evaluation.tool_call_tables import summarize
+    from evaluation.tool_calls import answer_points
+
+    model = load_for_evaluation(
+        args.model,
+        args.tokenizer_path,
+        tokenizer,
+        base=args.base_model,
+        dtype=args.dtype,
+        attention=args.attention,
+        trust_remote_code=args.trust_remote_code,
+    )
+    label = args.label or ("base" if args.base_model else "tuned")
+    answers = answer_points(model, points, tokenizer, args.max_new_tokens, args.batch_tokens)
+    pad_id = tokenizer.end_of_turn_id
+    result = {
+        "format": 1,
+        "label": label,
+        "model": str(args.model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "template": tokenizer.template.name,
+        "mask": args.mask,
+        "control_tokens": args.control_tokens,
+        "max_points": args.max_points,
+        "max_new_tokens": args.max_new_tokens,
+        "max_length": args.max_length,
+        "max_samples": args.max_samples,
+        "selection": selection,
+        "points": answers,
+        "losses": conversation_losses(model, conversations, encoder, exact, args.max_length, pad_id),
+        "plain_text": plain_text_losses(model, blocks, pad_id),
+        "plain_text_sha256": sha256_file(args.plain_text) if args.plain_text else None,
+        "heldout_sha256": heldout_digest(args.heldout_dir),
+        "tokenizer_sha256": tokenizer.sha256,
+    }
+    result["summary"] = summarize(result)
+    write_json(args.output, result)
+    whole = {row["metric"]: row["value"] for row in result["summary"] if row["scope"] == "all"}
+    shown = (
+        "recall",
+        "precision",
+        "well_formed",
+        "exact",
+        "argument_f1",
+        "stopped",
+        "loss.all",
+        "loss.plain_text",
+    )
+    figures = [f"{name} {whole[name]:.3f}" for name in shown if whole.get(name) is not None]
+    print(f"{label}: " + ", ".join(figures))
+
+
+if __name__ == "__main__":
+    run(main)

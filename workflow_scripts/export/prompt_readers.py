@@ -1,0 +1,128 @@
+"""The same prompts as other programs read them: transformers' chat template, and lmdeploy's own.
+
+Runs in the training environment (transformers 5) and in the converter's (transformers 4, lmdeploy 0.9.2): it imports
+what both have.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from common.cli import UserError
+from ftdp.chat_template import ChatTemplate
+
+PROMPTS = Path(__file__).with_name("parity_prompts.json")
+Message = Mapping[str, Any]
+
+
+def read_prompts(own: Path | None) -> list[list[dict[str, Any]]]:
+    """Returns the shipped prompts, with tool calls and their results, and those of a file of the user's own.
+
+    Raises:
+        UserError: The file is no list of conversations.
+    """
+    prompts = json.loads(PROMPTS.read_text(encoding="utf-8"))
+    if own is None:
+        return prompts
+    more = json.loads(own.read_text(encoding="utf-8"))
+    if not isinstance(more, list) or not all(isinstance(prompt, list) for prompt in more):
+        raise UserError(
+            f"{own} is no list of conversations", expected='[[{"role": ..., "content": ...}], ...]'
+        )
+    return prompts + more
+
+
+def read_with_transformers(folder: Path, prompts: list[list[Message]]) -> dict[str, Any]:
+    """Returns the ids of each prompt by `apply_chat_template` of the folder's tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # The template writes BOS itself. Text first: what `tokenize=True` returns differs between transformers 4 and 5.
+    texts = [
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        for prompt in prompts
+    ]
+    return {
+        "reader": f"transformers {importlib.metadata.version('transformers')}",
+        "form": "plain",
+        "ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
+    }
+
+
+def read_with_lmdeploy(
+    folder: Path, prompts: list[list[Message]], template: ChatTemplate, name: str
+) -> list[dict[str, Any]]:
+    """Returns the ids of each prompt by lmdeploy's template `name` and lmdeploy's tokenizer, in three forms of serving.
+
+    Args:
+        folder: Folder of the tokenizer.
+        prompts: Conversations in the ftdp format.
+        template: What they are trained with: it writes the assistant turns that a server is given back.
+        name: One of lmdeploy's built-in templates.
+    """
+    from .turbomind import import_converter
+
+    import_converter()
+    from lmdeploy.model import MODELS
+    from lmdeploy.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(str(folder))
+    plain, silent = MODELS.get(name)(), MODELS.get(name)(meta_instruction=None)
+    raw = [served_messages(prompt, template) for prompt in prompts]
+    calls = [served_messages(openai_messages(prompt), template) for prompt in prompts]
+    reader = f"lmdeploy {importlib.metadata.version('lmdeploy')} {name}"
+    return [
+        {
+            "reader": reader + words,
+            "form": form,
+            "ids": [tokenizer.encode(writer.messages2prompt(each)) for each in messages],
+        }
+        for form, words, writer, messages in (
+            ("own system message", "", plain, raw),
+            ("plain", ", meta_instruction: null", silent, raw),
+            ("tool_calls", ", meta_instruction: null, OpenAI's tool_calls", silent, calls),
+        )
+    ]
+
+
+def served_messages(prompt: list[Message], template: ChatTemplate) -> list[dict[str, Any]]:
+    """Returns a conversation as a server gets it back when a client keeps the assistant's text as it was generated.
+
+    What belongs to an assistant's turn (tool calls, thoughts) becomes part of its content; `tool_calls` stay.
+    """
+
+    def is_answer(message: Message) -> bool:
+        return message["role"] == "assistant" or template.roles[message["role"]].part_of == "assistant"
+
+    served: list[dict[str, Any]] = []
+    for answer, group in groupby(prompt, is_answer):
+        messages = list(group)
+        if not answer:
+            served += map(dict, messages)
+            continue
+        for turn in template.turns(messages):
+            served.append({"role": "assistant", "content": turn.content})
+        calls = [call for message in messages for call in message.get("tool_calls", [])]
+        if calls:
+            served[-1]["tool_calls"] = calls
+    return served
+
+
+def openai_messages(prompt: list[Message]) -> list[dict[str, Any]]:
+    """Returns a conversation with its plugin calls as OpenAI's `tool_calls`; code stays a message of its own."""
+    result: list[dict[str, Any]] = []
+    for message in prompt:
+        if message["role"] == "tool" and message.get("name") == "plugin":
+            call = json.loads(message["content"])
+            function = {"name": call["name"], "arguments": json.dumps(call["parameters"], ensure_ascii=False)}
+            if not result or result[-1]["role"] != "assistant":
+                result.append({"role": "assistant", "content": ""})
+            result[-1].setdefault("tool_calls", []).append({"type": "function", "function": function})
+        else:
+            result.append(dict(message))
+    return result
