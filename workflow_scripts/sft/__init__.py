@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 
 _HOMES = {
-    "CheckpointHook": "sft.hooks",
+    "CheckpointHook": "sft.checkpoint_hook",
     "DeepSpeedStrategy": "sft.strategy",
     "MetricsHook": "sft.hooks",
     "PackedDataset": "sft.data",
