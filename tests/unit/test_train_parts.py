@@ -213,7 +213,7 @@ def test_only_whole_checkpoints_count(tmp_path, capsys):
 
 
 def test_metrics_are_cut_back(tmp_path):
-    from sft.hooks import cut_metrics
+    from sft.metrics_hook import cut_metrics
 
     file = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]

@@ -11,7 +11,7 @@ from importlib import import_module
 _HOMES = {
     "CheckpointHook": "sft.checkpoint_hook",
     "DeepSpeedStrategy": "sft.strategy",
-    "MetricsHook": "sft.hooks",
+    "MetricsHook": "sft.metrics_hook",
     "PackedDataset": "sft.data",
     "PackedSampler": "sft.data",
     "SupervisedFinetune": "sft.finetune",

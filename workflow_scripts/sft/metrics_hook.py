@@ -1,4 +1,4 @@
-"""The hook that logs: metrics, once per optimizer step."""
+"""Metrics of the training loop, once per optimizer step."""
 
 from __future__ import annotations
 
