@@ -85,6 +85,7 @@ def base_tokenizer_digest(wildcards):
 
 TRAIN_CONFIG_KEYS = (
     "max_length lr min_lr_ratio betas weight_decay max_norm warmup_ratio max_epochs max_steps accumulative_counts zero_stage"
+    " loss_normalisation cross_entropy"
     " save_steps save_total_limit save_optimizer gradient_checkpointing dtype attention seed"
 ).split()
 

@@ -41,6 +41,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-epochs", type=float, default=1, help="passes over the data")
     add("--max-steps", type=int, help="optimizer steps; overrides --max-epochs")
     add("--accumulative-counts", type=int, default=1, help="micro-batches of a rank per optimizer step")
+    add(
+        "--loss-normalisation",
+        choices=["token", "micro_batch"],
+        default="token",
+        help="mean over the step's trained tokens, or mean of micro-batches' means (XTuner's)",
+    )
     add("--seed", type=int, default=42, help="seed of everything that is not data order")
     running = parser.add_argument_group("memory, precision, saving")
     add = running.add_argument
@@ -51,6 +57,12 @@ def parse_arguments() -> argparse.Namespace:
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
         help="of weights and activations",
+    )
+    add(
+        "--cross-entropy",
+        choices=["chunked", "liger"],
+        default="chunked",
+        help="liger: its fused kernel, on GPUs with liger-kernel",
     )
     add("--attention", default="auto", help="auto, sdpa, flash_attention_2, or another name transformers has")
     add(

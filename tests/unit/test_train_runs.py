@@ -194,6 +194,7 @@ def reference(world):
             rows[order[rank][step * ACCUMULATION + i]] for i in range(ACCUMULATION) for rank in range(RANKS)
         ]
         total = 0.0
+        trained = sum(int((row["labels"][1:] != -100).sum()) for row in micro)
         for row in micro:
             borders = row["cumulative_len"]
             logits = torch.cat(
@@ -203,9 +204,11 @@ def reference(world):
                 ]
             )
             labels = torch.from_numpy(row["labels"])
-            loss = torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100)
-            (loss / len(micro)).backward()
-            total += loss.item() / len(micro)
+            loss = torch.nn.functional.cross_entropy(
+                logits[:-1], labels[1:], ignore_index=-100, reduction="sum"
+            )
+            (loss / trained).backward()
+            total += loss.item() / trained
         losses.append(total)
         norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
         for parameter in model.parameters():

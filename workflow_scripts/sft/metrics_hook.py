@@ -22,7 +22,7 @@ ATTEMPTS = "attempts.json"
 class MetricsHook(Hook):
     """Writes one line a step to metrics.jsonl and TensorBoard, and a progress line with rate and ETA.
 
-    Fields of a line: `step`; `epoch` (passes over the data); `loss` (mean over micro-batches and ranks); `lr` used in
+    Fields of a line: `step`; `epoch` (passes over the data); `loss` of the step, see `sft.finetune.step_loss_weights`; `lr` used in
     this step; `grad_norm` (L2, before clipping); `tokens` and `trained_tokens` of all ranks; `tokens_per_second` of
     all ranks; `seconds`, data loading included, saving not; `attempt`; `memory_mib` (peak of rank 0's GPU).
 
@@ -66,7 +66,7 @@ class MetricsHook(Hook):
         step = batch_idx + 1
         norm = runner.model.get_global_grad_norm()
         values = {
-            "loss": loss / runner.world_size,
+            "loss": loss,
             "lr": runner.optim_wrapper.param_groups[0]["lr"],
             "grad_norm": None if norm is None else float(norm),
             "tokens_per_second": round(tokens / seconds, 1),

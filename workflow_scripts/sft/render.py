@@ -38,11 +38,13 @@ class TrainSettings:
     max_epochs: float = 1
     max_steps: int | None = None
     accumulative_counts: int = 1
+    loss_normalisation: str = "token"
     zero_stage: int = 2
     save_steps: int = 500
     save_total_limit: int = 2
     save_optimizer: bool = True
     gradient_checkpointing: bool = True
+    cross_entropy: str = "chunked"
     dtype: str = "auto"
     attention: str = "auto"
     seed: int = 42
@@ -90,6 +92,7 @@ trust_remote_code = $trust_remote_code  # run Python code that comes with the mo
 dtype = $dtype  # auto: bfloat16 on a GPU, float32 on a CPU
 attention = $attention  # auto: flash_attention_2 on a GPU that has it, else sdpa one document at a time
 gradient_checkpointing = $gradient_checkpointing  # recompute activations: less memory, about a third more time
+cross_entropy = $cross_entropy  # chunked: logits of a few hundred tokens at a time; liger: its kernel, GPU only
 
 # Data: the train folder that tokenize_dataset.py filled, and the order of its files.
 dataset_folder = $train_folder
@@ -108,6 +111,8 @@ weight_decay = $weight_decay
 max_norm = $max_norm  # gradient clipping; 0: none
 warm_up_ratio = $warmup_ratio  # share of the run in which lr rises from lr / 40
 min_lr_ratio = $min_lr_ratio  # lr falls to this share of lr
+# token: mean over the trained tokens of the whole step. micro_batch: mean of micro-batches' means, as XTuner.
+loss_normalisation = $loss_normalisation
 seed = $seed
 
 # Memory: 0 keeps everything on every rank, 1 shards the optimizer, 2 the gradients too, 3 the weights too.
@@ -127,6 +132,7 @@ model = dict(
     # The embedding grows to this tokenizer; rows of its new tokens start at the mean of the old rows.
     tokenizer=tokenizer_path,
     gradient_checkpointing=gradient_checkpointing,
+    cross_entropy=cross_entropy,
     llm=dict(
         type=load_base_model,
         model_path=pretrained_model_name_or_path,
@@ -179,7 +185,9 @@ param_scheduler = [
     dict(type=CosineAnnealingLR, eta_min=lr * min_lr_ratio, begin=warm_up_end, end=schedule_end, **schedule_unit),
 ]
 
-train_cfg = dict(type=TrainLoop, max_epochs=max_epochs, max_steps=max_steps)
+train_cfg = dict(
+    type=TrainLoop, max_epochs=max_epochs, max_steps=max_steps, loss_normalisation=loss_normalisation
+)
 
 #######################################################################
 #                           PART 5  Runtime                           #

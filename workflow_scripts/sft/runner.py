@@ -12,14 +12,19 @@ from torch.utils.data import DataLoader
 
 from common.cli import UserError
 from sft.checkpoints import load_random_state
-from sft.data import PackedSampler
+from sft.data import PackedSampler, read_ahead
+from sft.finetune import count_trained_tokens, step_loss_weights
 
 
 class TrainLoop(BaseLoop):
     """Trains for a number of optimizer steps, each over `accumulative_counts` micro-batches of every rank.
 
     Hooks and schedulers are called once per optimizer step. Micro-batches run on across epochs, as in XTuner; a last
-    incomplete step is not trained.
+    incomplete step is not trained. Which rows a step sees: `sft.data.PackedSampler`.
+
+    Attributes:
+        steps_per_epoch: Optimizer steps of one pass over the data, mostly not a whole number.
+        rows_not_trained: Rows of the last epoch that fill no step; 0 if `max_steps` ends the run.
 
     Args:
         runner: The runner.
@@ -27,6 +32,7 @@ class TrainLoop(BaseLoop):
         max_epochs: Passes over the data, whole or not.
         max_steps: Optimizer steps; overrides `max_epochs`.
         accumulative_counts: Micro-batches of a rank per optimizer step.
+        loss_normalisation: `token` or `micro_batch`, see `sft.finetune.step_loss_weights`.
     """
 
     def __init__(
@@ -36,24 +42,33 @@ class TrainLoop(BaseLoop):
         max_epochs: float | None = 1,
         max_steps: int | None = None,
         accumulative_counts: int = 1,
+        loss_normalisation: str = "token",
     ):
         super().__init__(runner, dataloader)
+        if loss_normalisation not in ("token", "micro_batch"):
+            raise UserError(
+                "loss_normalisation cannot be used", found=loss_normalisation, expected="token or micro_batch"
+            )
+        self.loss_normalisation = loss_normalisation
         self.accumulative_counts = accumulative_counts
-        self.micro_batches_per_epoch = len(self.dataloader)
-        if not self.micro_batches_per_epoch:
+        self.sampler: PackedSampler = self.dataloader.batch_sampler.sampler
+        entries, global_batch = self.sampler.entries_per_epoch, accumulative_counts * runner.world_size
+        if not entries:
             raise UserError(
                 "there are fewer packed rows than ranks",
                 found=f"{len(self.dataloader.dataset)} rows for {runner.world_size} ranks",
                 fix="set max_length lower, add data, or use fewer ranks",
             )
-        self._max_iters = max_steps or int(max_epochs * self.micro_batches_per_epoch / accumulative_counts)
+        self.steps_per_epoch = entries / global_batch
+        self._max_iters = max_steps or int(max_epochs * entries) // global_batch
         if self._max_iters < 1:
             raise UserError(
                 "the data does not fill one optimizer step",
-                found=f"{self.micro_batches_per_epoch} packed rows a rank and epoch",
-                expected=f"at least {accumulative_counts} (accumulative_counts) in {max_epochs} epochs",
+                found=f"{entries} packed rows an epoch, {max_epochs} epochs",
+                expected=f"at least {global_batch} rows (accumulative_counts for each of {runner.world_size} ranks)",
                 fix="set max_length or accumulative_counts lower, max_epochs higher, or add data",
             )
+        self.rows_not_trained = 0 if max_steps else int(max_epochs * entries) % global_batch
         self._iter = 0
         # Its own generator: opening an epoch must not move the model's random state (resume is bit for bit).
         self.dataloader.generator = torch.Generator()
@@ -76,7 +91,7 @@ class TrainLoop(BaseLoop):
     @property
     def epoch(self) -> float:
         """Passes over the data done."""
-        return self._iter * self.accumulative_counts / self.micro_batches_per_epoch
+        return self._iter / self.steps_per_epoch
 
     def seek(self, step: int) -> None:
         """Goes on after optimizer step `step`."""
@@ -94,33 +109,48 @@ class TrainLoop(BaseLoop):
             started = time.perf_counter()
             runner.model.train()
             batches = [next(stream) for _ in range(self.accumulative_counts)]
+            data_seconds = time.perf_counter() - started
             runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=batches)
-            losses = [
-                runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper)["loss"].detach()
-                for batch in batches
-            ]
-            labels = [batch["data"]["labels"] for batch in batches]
-            outputs = {
-                "loss": torch.stack(losses).double().mean(),
-                "tokens": sum(label.numel() for label in labels),
-                "trained_tokens": sum(int((label[:, 1:] != -100).sum()) for label in labels),
-                "started": started,
-            }
+            outputs = {**self._train_step(batches), "started": started, "data_seconds": data_seconds}
             runner.call_hook("after_train_iter", batch_idx=self._iter, data_batch=batches, outputs=outputs)
             self._iter += 1
         runner.call_hook("after_train_epoch")
         runner.call_hook("after_train")
         return runner.model
 
+    def _train_step(self, batches: list[dict]) -> dict:
+        """Runs forward and backward of one optimizer step's micro-batches; DeepSpeed steps with the last.
+
+        Returns:
+            loss: What this rank adds to the loss of the step, a float64 scalar tensor: the loss of the step is its
+                sum over the ranks, see `sft.finetune.step_loss_weights`.
+            tokens, trained_tokens: Of this rank.
+            document_lengths: Tokens of each document of this rank's rows.
+        """
+        runner = self.runner
+        rows = [batch["data"] for batch in batches]
+        trained_tokens = [count_trained_tokens(row["labels"]) for row in rows]
+        weights = step_loss_weights(trained_tokens, self.loss_normalisation, runner.model.device)
+        # DeepSpeed divides every gradient by the number of micro-batches and of ranks; the weights are sums' weights.
+        divisor = self.accumulative_counts * runner.world_size
+        losses = []
+        for batch, weight in zip(batches, weights, strict=True):
+            batch["data"]["loss_weight"] = weight * divisor
+            losses.append(runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper)["loss"].detach())
+        borders = [row["cumulative_len"] for row in rows]
+        return {
+            "loss": torch.stack(losses).double().sum() / divisor,
+            "tokens": sum(row["labels"].numel() for row in rows),
+            "trained_tokens": sum(trained_tokens),
+            "document_lengths": [length for b in borders for length in (b[1:] - b[:-1]).tolist()],
+        }
+
     def _micro_batches(self):
         """Yields micro-batches for ever, from the one that follows `iter` on; nothing before it is read."""
-        sampler: PackedSampler = self.dataloader.batch_sampler.sampler
-        position = self._iter * self.accumulative_counts
-        while True:
-            sampler.seek(*divmod(position, self.micro_batches_per_epoch))
-            for batch in self.dataloader:
-                position += 1
-                yield batch
+        self.sampler.seek(self._iter * self.accumulative_counts)
+        batches = iter(self.dataloader)
+        # Loader processes read ahead by themselves.
+        return batches if self.dataloader.num_workers else read_ahead(batches, self.accumulative_counts)
 
 
 class _NoVisualizer:
