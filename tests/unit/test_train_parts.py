@@ -14,7 +14,6 @@ from common.cli import UserError
 from common.files import write_json
 from sft.checkpoints import list_checkpoints, newest_whole_checkpoint, prune_checkpoints, remove_leftovers
 from sft.config import load_config, plain
-from sft.data import PackedSampler
 from sft.identity import differences
 from sft.launch import end_all, run_ranks, slurm_environment
 from sft.render import TrainSettings, render_config
@@ -66,19 +65,6 @@ def test_lr_curve(tmp_path, accumulation, rows, epochs, max_steps):
         optimizer.optimizer.step()
         for scheduler in schedulers:
             scheduler.step()
-
-
-def test_sampler_seeks_without_reading():
-    sampler = PackedSampler(range(23), rank=1, world_size=4)
-    assert len(sampler) == 5
-    sampler.seek(3)
-    whole = list(sampler)
-    for start in range(6):
-        sampler.seek(3, start)
-        assert list(sampler) == whole[start:]
-    ranks = [list(PackedSampler(range(23), rank=rank, world_size=4)) for rank in range(4)]
-    assert len({row for rows in ranks for row in rows}) == 20
-    assert list(PackedSampler(range(7), shuffle=False, rank=0, world_size=2)) == [0, 2, 4]
 
 
 def test_config_reads_back(config_path):

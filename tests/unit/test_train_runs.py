@@ -20,7 +20,9 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from ftdp.packing import load_packed_files, sampler_indices
+from ftdp.data_order import read_data_order
+from ftdp.pack_planning import make_plan
+from ftdp.packed_rows import PackedRows
 from sft.checkpoints import newest_whole_checkpoint, read_state_dict
 
 STEPS, ACCUMULATION, RANKS, LR, LENGTH = 8, 2, 2, 5e-3, 64
@@ -181,13 +183,15 @@ def reference(world):
         rows[:old] = layer.weight.data
         rows[old:] = layer.weight.data.mean(0)
         layer.weight = torch.nn.Parameter(rows)
-    files = load_packed_files(folder / "data/chatml_llamav13_32k/train", folder / "data_order.txt", LENGTH)
-    rows = [file[i] for file in files for i in range(len(file))]
+    names = read_data_order(folder / "data_order.txt")
+    rows = PackedRows(make_plan(folder / "data/chatml_llamav13_32k/train", names, LENGTH, "xtuner"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.01)
     order = [[], []]
     for epoch in range(3):
         for rank in range(RANKS):
-            order[rank] += sampler_indices(len(rows), rank, RANKS, epoch)
+            shuffled = np.arange(len(rows))
+            np.random.RandomState(1024 + epoch).shuffle(shuffled)
+            order[rank] += shuffled[rank : len(rows) // RANKS * RANKS : RANKS].tolist()
     losses = []
     for step in range(STEPS):
         micro = [

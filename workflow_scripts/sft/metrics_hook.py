@@ -76,7 +76,7 @@ class MetricsHook(Hook):
             values["memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
         counts = {"tokens": int(tokens), "trained_tokens": int(trained)}
         loop = runner.train_loop
-        epoch = round(step * loop.accumulative_counts / loop.micro_batches_per_epoch, 6)
+        epoch = round(step / loop.steps_per_epoch, 6)
         self.file.write(
             json.dumps({"step": step, "epoch": epoch, "attempt": self.attempt, **values, **counts}) + "\n"
         )
