@@ -8,10 +8,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class TensorSizes(TorchDispatchMode):
-    """Within this context `largest` holds the most elements that the memory of one tensor had, `shape` its shape.
+    """Within this context `largest` holds the most elements that a new tensor had, and `shape` its shape.
 
-    A view counts as the memory it looks at, so an expanded tensor counts as small. What a kernel allocates for
-    itself alone is not seen; the kernels' names are in `operators`.
+    Views are not new. What a kernel allocates for itself alone is not seen; the kernels' names are in `operators`.
     """
 
     def __init__(self):
@@ -21,9 +20,16 @@ class TensorSizes(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
         self.operators.add(str(operator))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-                if elements > self.largest:
-                    self.largest, self.shape = elements, tuple(tensor.shape)
+        known = {_memory(tensor) for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            if tensor.numel() > self.largest and _memory(tensor) not in known:
+                self.largest, self.shape = tensor.numel(), tuple(tensor.shape)
         return result
+
+
+def _tensors(values) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
