@@ -6,13 +6,23 @@ import json
 import math
 import sys
 from collections import OrderedDict
+from hashlib import sha256
 
 import pytest
 import torch
 
 from common.cli import UserError
 from common.files import write_json
-from sft.checkpoints import list_checkpoints, newest_whole_checkpoint, prune_checkpoints, remove_leftovers
+from sft.checkpoints import (
+    is_intact,
+    is_whole,
+    list_checkpoints,
+    newest_whole_checkpoint,
+    prune_checkpoints,
+    read_state_dict,
+    remove_leftovers,
+    set_aside,
+)
 from sft.config import load_config, plain
 from sft.identity import differences
 from sft.launch import end_all, run_ranks, slurm_environment
@@ -173,7 +183,8 @@ def checkpoint(folder, step: int, **marker) -> None:
     path = folder / f"iter_{step}.pth"
     path.mkdir()
     (path / "weights.pt").write_bytes(b"12345")
-    marker = {"step": step, "total_steps": 9, "save_optimizer": True, "files": {"weights.pt": 5}, **marker}
+    files = {"weights.pt": {"bytes": 5, "sha256": sha256(b"12345").hexdigest()}}
+    marker = {"step": step, "total_steps": 9, "save_optimizer": True, "files": files, **marker}
     write_json(path / "COMPLETE.json", marker)
 
 
@@ -196,6 +207,20 @@ def test_only_whole_checkpoints_count(tmp_path, capsys):
     prune_checkpoints(tmp_path, 1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["iter_12.pth"]
     assert newest_whole_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_flipped_bit_is_seen_and_the_checkpoint_set_aside(tmp_path):
+    for step in (2, 4):
+        checkpoint(tmp_path, step)
+    broken = tmp_path / "iter_4.pth"
+    assert is_intact(broken)
+    (broken / "weights.pt").write_bytes(b"12345"[:-1] + bytes([ord("5") ^ 1]))
+    assert is_whole(broken) and not is_intact(broken)
+    assert is_intact(broken, rank=1, world_size=2), "the one file is rank 0's share"
+    with pytest.raises(UserError, match="torn or corrupt"):
+        read_state_dict(broken)
+    assert set_aside(broken).name == "corrupt_iter_4.pth"
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["iter_2.pth"]
 
 
 def test_metrics_are_cut_back(tmp_path):

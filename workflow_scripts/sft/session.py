@@ -35,7 +35,8 @@ class Plan:
         folder: The run folder.
         identity: SHA-256 of the identity's fields.
         fields: The identity itself, see `run_identity`.
-        resume_from: Checkpoint to go on from; None starts from the base model.
+        checkpoint: What training goes on from, or what it ended with; None starts from the base model. Its bytes are
+            not looked at here.
         trained: True when no step is left to train.
         finished: True when the record of the finished run is there too.
     """
@@ -43,7 +44,7 @@ class Plan:
     folder: Path
     identity: str
     fields: dict[str, Any]
-    resume_from: Path | None = None
+    checkpoint: Path | None = None
     trained: bool = False
     finished: bool = False
 
@@ -58,7 +59,7 @@ def plan_run(
         work_dir: Exactly this folder, or None.
         runs_dir: A folder of run folders, one an identity, or None.
         world_size: Ranks of the run.
-        announce: Says when settings lead to a new folder beside others.
+        announce: Says when settings lead to a new folder beside others, and which checkpoints are torn.
 
     Raises:
         UserError: `work_dir` holds another run, or the run there cannot be resumed.
@@ -83,13 +84,14 @@ def plan_run(
             found="".join(f"\n    {line}" for line in changed),
             fix="undo the change, choose another --work-dir, or use --runs-dir, which gives each run its own folder",
         )
-    checkpoints = list_checkpoints(folder)
+    checkpoints = list_checkpoints(folder, warn=announce)
+    if not checkpoints:
+        return plan
     finished = folder / FINISHED
-    if finished.is_file() and checkpoints and checkpoints[-1].name == read_json(finished)["checkpoint"]:
-        plan.finished = plan.trained = True
-    elif checkpoints and is_last(checkpoints[-1]):
-        plan.trained = True
-    elif checkpoints:
+    plan.checkpoint = checkpoints[-1]
+    plan.finished = finished.is_file() and plan.checkpoint.name == read_json(finished)["checkpoint"]
+    plan.trained = plan.finished or is_last(plan.checkpoint)
+    if not plan.trained:
         resumable = [path for path in checkpoints if is_resumable(path)]
         if not resumable:
             raise UserError(
@@ -97,7 +99,7 @@ def plan_run(
                 found=f"{checkpoints[-1].name}, saved with save_optimizer = False",
                 fix="set save_optimizer = True for runs that may be cut off; to train this one anew, delete the folder",
             )
-        plan.resume_from = resumable[-1]
+        plan.checkpoint = resumable[-1]
     return plan
 
 

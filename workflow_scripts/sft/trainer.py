@@ -12,6 +12,7 @@ from mmengine.config import Config, ConfigDict
 from torch import distributed
 
 from common.cli import UserError
+from sft.checkpoints import is_intact, set_aside
 from sft.session import Plan, open_run_folder, plan_run, record_finished_run, write_manifest
 from sft.strategy import DeepSpeedStrategy, init_process_group  # noqa: F401 (before any other mmengine strategy)
 
@@ -55,23 +56,42 @@ def _train_rank(config, config_path, work_dir, runs_dir, manifest) -> None:
 
 
 def _plan_together(config, config_path, work_dir, runs_dir) -> tuple[Plan, object]:
-    """Rank 0 looks at the disk and takes the lock; all ranks follow its plan."""
-    answer: list = [None]
-    lock = error = None
-    if distributed.get_rank() == 0:
-        try:
-            plan = plan_run(config, work_dir, runs_dir, distributed.get_world_size())
-            lock = open_run_folder(plan, config_path)
-            # Again, now that nobody else writes there.
-            answer[0] = plan_run(config, work_dir, runs_dir, distributed.get_world_size())
-        except UserError as caught:
-            answer[0], error = "failed", caught
-    distributed.broadcast_object_list(answer)
-    if error is not None:
-        raise error
-    if answer[0] == "failed":
-        raise SystemExit(2)
-    return answer[0], lock
+    """Rank 0 looks at the disk and takes the lock; all ranks follow its plan, and read what they go on from."""
+    world_size = distributed.get_world_size()
+    lock = corrupt = None
+    while True:
+        answer: list = ["failed"]
+        error = None
+        if distributed.get_rank() == 0:
+            try:
+                if corrupt is not None:
+                    print(
+                        f"warning: {corrupt} is corrupt; set aside as {set_aside(corrupt).name}", flush=True
+                    )
+                if lock is None:
+                    lock = open_run_folder(plan_run(config, work_dir, runs_dir, world_size), config_path)
+                # Again, now that nobody else writes there.
+                answer[0] = plan_run(config, work_dir, runs_dir, world_size, announce=False)
+            except UserError as caught:
+                error = caught
+        distributed.broadcast_object_list(answer)
+        if error is not None:
+            raise error
+        if answer[0] == "failed":
+            raise SystemExit(2)
+        corrupt = answer[0].checkpoint
+        if answer[0].finished or _is_intact_together(corrupt):
+            return answer[0], lock
+
+
+def _is_intact_together(checkpoint: Path | None) -> bool:
+    """Reads a checkpoint's bytes, each rank its share of the files, and tells all ranks whether they are right."""
+    if checkpoint is None:
+        return True
+    verdicts: list = [None] * distributed.get_world_size()
+    mine = is_intact(checkpoint, distributed.get_rank(), len(verdicts))
+    distributed.all_gather_object(verdicts, mine)
+    return all(verdicts)
 
 
 def _train(config: Config, plan: Plan) -> None:
@@ -83,7 +103,7 @@ def _train(config: Config, plan: Plan) -> None:
         disable_progress_bar()
 
     runner = TrainRunner.from_cfg(runner_config(config, plan.folder))
-    runner.resume_from = plan.resume_from
+    runner.resume_from = plan.checkpoint
     runner.train()
 
 
