@@ -1,5 +1,5 @@
 """
-REQUIRED INPUT  the training config, the extended tokenizer, the tokenised data and their order
+REQUIRED INPUT  the training config, the extended tokenizer, the tokenised data and their pack plan
 OUTPUT          {run}/train.json, written last; the checkpoints it names lie in {run}/checkpoints/<identity>/
 
 Checkpoints are not declared: Snakemake deletes declared outputs before every attempt. Started again, the script
@@ -12,7 +12,7 @@ rule train_model:
     input:
         config=TRAIN_CONFIG,
         tokenizer=path_of(TOKENIZER),
-        data_order=path_of(DATA_ORDER),
+        plan=path_of(PACK_PLAN),
         data=path_of(TOKENIZED),
     output:
         TRAIN_MANIFEST,

@@ -26,9 +26,13 @@ def parse_arguments() -> argparse.Namespace:
     add = paths.add_argument
     add("--model-path", help="base model: a folder or a hub name")
     add("--tokenizer-path", help="folder that extend_tokenizer.py wrote")
-    add("--train-folder", help="<tokenized-dir>/chatml_llamav13_32k/train")
-    add("--data-order", help="data_order.txt; without it the folder is walked")
-    add("--max-length", type=int, default=32768, help="tokens of a packed row")
+    add("--plan", help="plan folder that plan_packing.py wrote")
+    add(
+        "--train-folder",
+        help="without --plan: <tokenized-dir>/chatml_llamav13_32k/train, packed as XTuner does",
+    )
+    add("--data-order", help="without --plan: data_order.txt; without it the folder is walked")
+    add("--max-length", type=int, default=32768, help="without --plan: tokens of a packed row")
     add("--num-workers", type=int, default=0, help="processes that load data")
     schedule = parser.add_argument_group("optimizer and schedule")
     add = schedule.add_argument
@@ -97,7 +101,9 @@ def _truth(text: str) -> bool:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name in ("model_path", "tokenizer_path", "train_folder"):
+    if arguments.plan and (arguments.train_folder or arguments.data_order):
+        raise UserError("--plan names the data already", fix="leave --train-folder and --data-order out")
+    for name in ("model_path", "tokenizer_path", "plan" if not arguments.train_folder else "train_folder"):
         if not getattr(arguments, name):
             raise UserError(f"--{name.replace('_', '-')} is missing", fix="give it, or --from-config")
     limits = {

@@ -23,11 +23,11 @@ import numpy as np
 
 from common.cli import UserError
 from common.files import atomic_path, read_json, sha256_json, write_json
+from ftdp.pack_format import PLAN_ARRAYS, PLAN_FORMAT
 
 MODES = ("best_fit", "xtuner")
 SEED = 1024  # XTuner's
 PLAN = "plan.json"
-_ARRAYS = ("rows", "slices", "order")
 
 # A stretch of a document: its file in the plan's list, its number in the file, its tokens from `start` to before
 # `stop`, and where its line begins in the file and how many bytes it has.
@@ -110,17 +110,17 @@ class PackPlan:
         """Returns the digest of all that decides what is trained on, and in which order: no path is part of it."""
         digests = {name: hashlib.sha256(getattr(self, name)).hexdigest() for name in ("rows", "slices")}
         data = [[file["name"], file["bin_sha256"]] for file in self.files]
-        return sha256_json({"format": 1, **self.settings, "files": data, **digests})
+        return sha256_json({"format": PLAN_FORMAT, **self.settings, "files": data, **digests})
 
     def write(self, folder: str | os.PathLike) -> dict[str, Any]:
         """Writes the folder's files, plan.json last, and returns what that holds."""
         folder = Path(folder)
         (folder / PLAN).unlink(missing_ok=True)
-        for name, array in zip(_ARRAYS, (self.rows, self.slices, self.orders), strict=True):
-            with atomic_path(folder / f"{name}.npy") as path, open(path, "wb") as file:
+        for name, array in zip(PLAN_ARRAYS, (self.rows, self.slices, self.orders), strict=True):
+            with atomic_path(folder / name) as path, open(path, "wb") as file:
                 np.save(file, array, allow_pickle=False)
         manifest = {
-            "format": 1,
+            "format": PLAN_FORMAT,
             "plan_sha256": self.sha256(),
             **self.settings,
             "train_folder": os.path.relpath(self.train_folder, folder),
@@ -151,7 +151,7 @@ def read_plan_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     path = plan_folder(folder) / PLAN
     try:
         manifest = read_json(path)
-        if manifest["format"] != 1 or manifest["mode"] not in MODES:
+        if manifest["format"] != PLAN_FORMAT or manifest["mode"] not in MODES:
             raise ValueError(f"format {manifest['format']}, mode {manifest['mode']}")
     except FileNotFoundError:
         raise UserError(f"{path} is missing", fix="make the plan with plan_packing.py") from None
@@ -176,7 +176,7 @@ def open_plan(folder: str | os.PathLike) -> PackPlan:
     """
     folder = plan_folder(folder)
     manifest = read_plan_manifest(folder)
-    arrays = [_map_array(folder / f"{name}.npy") for name in _ARRAYS]
+    arrays = [_map_array(folder / name) for name in PLAN_ARRAYS]
     found = [array.shape for array in arrays]
     expected = [(manifest["rows"] + 1,), (manifest["slices"],), (manifest["epochs"], manifest["rows"])]
     if found != expected or arrays[1].dtype != SLICE:

@@ -17,7 +17,18 @@ import yaml
 
 from common.cli import UserError
 
-SECTIONS = ("model", "tokenizer", "data", "tokenize", "heldout", "train", "hf", "turbomind", "evaluate")
+SECTIONS = (
+    "model",
+    "tokenizer",
+    "data",
+    "tokenize",
+    "heldout",
+    "packing",
+    "train",
+    "hf",
+    "turbomind",
+    "evaluate",
+)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,9 @@ def _check(config: Config, path: Path) -> None:
             found=", ".join(foreign),
             fix="render a config with render_train_config.py and copy your settings over",
         )
-    for keys in (("model", "llm", "model_path"), ("train_dataloader", "dataset", "folder")):
+    dataset = values["train_dataloader"].get("dataset")
+    source = "plan" if isinstance(dataset, dict) and dataset.get("plan") is not None else "folder"
+    for keys in (("model", "llm", "model_path"), ("train_dataloader", "dataset", source)):
         value = values
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
@@ -113,9 +115,14 @@ def training_dtype(config: Config) -> str:
     return plain(config)["model"]["llm"].get("dtype", "auto")
 
 
-def train_folder(config: Config) -> str:
-    """Returns `.../chatml_llamav13_32k/train`."""
-    return plain(config)["train_dataloader"]["dataset"]["folder"]
+def plan_path(config: Config) -> str | None:
+    """Returns the plan folder, if the config names one."""
+    return plain(config)["train_dataloader"]["dataset"].get("plan")
+
+
+def train_folder(config: Config) -> str | None:
+    """Returns `.../chatml_llamav13_32k/train`, if the config names it."""
+    return plain(config)["train_dataloader"]["dataset"].get("folder")
 
 
 def data_order_path(config: Config) -> str | None:

@@ -16,9 +16,10 @@ class TrainSettings:
     Attributes:
         model_path: Base model, a folder or a hub name.
         tokenizer_path: Folder of the extended tokenizer.
-        train_folder: `.../chatml_llamav13_32k/train`.
-        data_order: `data_order.txt`; None walks the folder.
-        max_length: Tokens of a packed row.
+        train_folder: `.../chatml_llamav13_32k/train`, to train without a plan, on rows as XTuner makes them.
+        data_order: Without a plan: `data_order.txt`; None walks the folder.
+        max_length: Without a plan: tokens of a packed row.
+        plan: A plan folder of plan_packing.py.
         max_steps: Optimizer steps; None trains `max_epochs`.
         save_steps: Optimizer steps between checkpoints; 0 saves at the end only.
         max_norm: Greatest gradient norm; 0 does not clip.
@@ -26,9 +27,10 @@ class TrainSettings:
 
     model_path: str
     tokenizer_path: str
-    train_folder: str
+    train_folder: str | None = None
     data_order: str | None = None
     max_length: int = 32768
+    plan: str | None = None
     lr: float = 4e-5
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
@@ -55,7 +57,35 @@ class TrainSettings:
 
 def render_config(settings: TrainSettings) -> str:
     """Returns the text of a training config."""
-    return _TEMPLATE.substitute({name: repr(value) for name, value in vars(settings).items()})
+    values = {name: repr(value) for name, value in vars(settings).items()}
+    blocks = _FROM_FOLDER if settings.plan is None else _FROM_PLAN
+    return _TEMPLATE.substitute(
+        values, **{name: Template(text).substitute(values) for name, text in blocks.items()}
+    )
+
+
+_FROM_PLAN = {
+    "data_settings": """\
+# Data: the plan that plan_packing.py made: which documents make which row, and the order of the rows.
+plan = $plan""",
+    "dataset": "dict(type=PackedDataset, plan=plan)",
+}
+_FROM_FOLDER = {
+    "data_settings": """\
+# Data: the train folder that tokenize_dataset.py filled, and the order of its files. Rows are packed as XTuner does.
+dataset_folder = $train_folder
+data_order_path = $data_order  # None: walk the folder
+max_length = $max_length  # tokens of a packed row; a micro-batch is one row""",
+    "dataset": """\
+dict(
+    type=PackedDataset,
+    folder=dataset_folder,
+    data_order_path=data_order_path,
+    packed_length=max_length,
+    min_length=0,
+    seed=1024,  # of the order within a file, and of the order of rows; XTuner's
+)""",
+}
 
 
 _TEMPLATE = Template('''\
@@ -94,14 +124,11 @@ attention = $attention  # auto: flash_attention_2 on a GPU that has it, else sdp
 gradient_checkpointing = $gradient_checkpointing  # recompute activations: less memory, about a third more time
 cross_entropy = $cross_entropy  # chunked: logits of a few hundred tokens at a time; liger: its kernel, GPU only
 
-# Data: the train folder that tokenize_dataset.py filled, and the order of its files.
-dataset_folder = $train_folder
-data_order_path = $data_order  # None: walk the folder
-max_length = $max_length  # tokens of a packed row; a micro-batch is one row
-dataloader_num_workers = $num_workers
+$data_settings
+dataloader_num_workers = $num_workers  # 0: a thread reads ahead
 
 # Scheduler & optimizer
-batch_size = 1  # rows; stays 1: raise max_length or accumulative_counts
+batch_size = 1  # rows; stays 1: plan longer rows, or raise accumulative_counts
 accumulative_counts = $accumulative_counts  # micro-batches of a rank per optimizer step
 max_epochs = $max_epochs
 max_steps = $max_steps  # optimizer steps; None: as many as max_epochs takes
@@ -145,20 +172,13 @@ model = dict(
 #######################################################################
 #                      PART 3  Dataset & Dataloader                   #
 #######################################################################
-train_dataset = dict(
-    type=PackedDataset,
-    folder=dataset_folder,
-    data_order_path=data_order_path,
-    packed_length=max_length,
-    min_length=0,
-    seed=1024,  # of the order within a file; XTuner's
-)
+train_dataset = $dataset
 
 train_dataloader = dict(
     batch_size=batch_size,
     num_workers=dataloader_num_workers,
     dataset=train_dataset,
-    sampler=dict(type=PackedSampler, shuffle=True, seed=1024),
+    sampler=dict(type=PackedSampler),
     batch_sampler=dict(type=BatchSampler, drop_last=True, batch_size=batch_size),
     collate_fn=dict(type=packed_collate),
 )
