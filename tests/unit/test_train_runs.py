@@ -24,6 +24,7 @@ from ftdp.data_order import read_data_order
 from ftdp.pack_planning import make_plan
 from ftdp.packed_rows import PackedRows
 from sft.checkpoints import newest_whole_checkpoint, read_state_dict
+from sft.metrics_hook import MEASURED
 
 STEPS, ACCUMULATION, RANKS, LR, LENGTH = 8, 2, 2, 5e-3, 64
 NEW_TOKENS = 6
@@ -124,10 +125,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def repeatable(lines: list[dict]) -> list[dict]:
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "attempt")}
-        for line in lines
-    ]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
