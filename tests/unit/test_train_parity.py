@@ -1,0 +1,117 @@
+"""Training against a plain PyTorch loop: every ZeRO stage, one and two ranks, the same global batch.
+
+The reference takes one document at a time with eager attention and whole logits, so it has neither packing, nor
+per-document attention, nor a chunked loss, nor accumulation, nor ranks: what these change would show.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+import parity_ranks as parity
+from sft.checkpoints import read_state_dict
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, repo_root):
+    """A folder with the finished runs of all cases: 20 steps each."""
+    from sft.launch import run_ranks
+
+    folder = tmp_path_factory.mktemp("parity")
+    parity.prepare(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "PYTHONPATH", os.pathsep.join(map(str, [repo_root / "workflow_scripts", repo_root / "tests"]))
+        )
+        patch.setenv("OMP_NUM_THREADS", "1")
+        for world_size in (1, 2):
+            command = [sys.executable, str(repo_root / "tests" / "parity_ranks.py"), str(folder)]
+            assert run_ranks(command, world_size) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    """Returns a function: (model, normalisation) -> (losses by step, final weights by name)."""
+
+    @functools.cache
+    def train(model_name: str, normalisation: str):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / model_name, dtype=torch.float32, attn_implementation="eager"
+        )
+        rows = parity.Rows().rows
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=parity.LR, betas=parity.BETAS, weight_decay=parity.DECAY
+        )
+        losses = []
+        for step in range(parity.STEPS):
+            first = step * parity.GLOBAL_BATCH
+            batch = [rows[entry % len(rows)] for entry in range(first, first + parity.GLOBAL_BATCH)]
+            sums = [row_loss(model, row) for row in batch]
+            counts = [int((row["labels"][1:] != -100).sum()) for row in batch]
+            if normalisation == "token":
+                loss = sum(sums) / sum(counts)
+            else:
+                loss = sum(total / count for total, count in zip(sums, counts, strict=True) if count) / len(
+                    batch
+                )
+            loss.backward()
+            losses.append(loss.item())
+            norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+            for parameter in model.parameters():
+                parameter.grad *= min(1.0, parity.CLIP / (norm + 1e-6))
+            optimizer.param_groups[0]["lr"] = parity.lr_of(step)
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses, {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+
+    return train
+
+
+def row_loss(model, row: dict) -> torch.Tensor:
+    """Sum of the token losses of a row, its documents one by one; labels shift over the whole row."""
+    borders = row["cumulative_len"]
+    logits = torch.cat(
+        [
+            model(torch.from_numpy(row["input_ids"][start:stop])[None], use_cache=False).logits[0]
+            for start, stop in zip(borders[:-1], borders[1:], strict=True)
+        ]
+    )
+    targets = torch.from_numpy(row["labels"])[1:]
+    return cross_entropy(logits[:-1], targets, ignore_index=-100, reduction="sum")
+
+
+def relative_l2(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a)
+    return math.sqrt(difference / sum(float(b[name].double().square().sum()) for name in b))
+
+
+@pytest.mark.parametrize("case", parity.CASES)
+def test_twenty_steps_equal_a_plain_loop(case, folder, reference):
+    _, model, _, changes = parity.CASES[case]
+    losses, weights = reference(model, changes.get("loss_normalisation", "token"))
+    lines = [json.loads(line) for line in (folder / case / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == parity.STEPS and losses[-1] < losses[0]
+    np.testing.assert_allclose([line["loss"] for line in lines], losses, atol=1e-5, rtol=0)
+    in_memory = torch.load(folder / case / "weights.pt", weights_only=True)
+    assert relative_l2(in_memory, weights) < 2e-6
+    saved = read_state_dict(folder / case / f"iter_{parity.STEPS}.pth")
+    assert saved.keys() == in_memory.keys()
+    assert all(torch.equal(saved[name], in_memory[name]) for name in saved)
+
+
+def test_the_two_normalisations_differ(reference):
+    """Else the cases above would prove nothing about them."""
+    token, micro_batch = (reference("llama", normalisation)[0] for normalisation in ("token", "micro_batch"))
+    assert abs(token[0] - micro_batch[0]) > 1e-2
