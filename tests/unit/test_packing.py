@@ -6,7 +6,7 @@ import pytest
 from pack_samples import write_bin
 
 from common.cli import UserError
-from ftdp.packing import TokenizedFile
+from ftdp.packing import TokenizedFile, read_line
 
 
 def test_id_zero_is_not_trained(tmp_path):
@@ -31,3 +31,18 @@ def test_broken_files_are_named(tmp_path):
     (tmp_path / "f.bin.meta").unlink()
     with pytest.raises(UserError, match=r"f\.bin\.meta is missing"):
         TokenizedFile(path)
+
+
+@pytest.mark.parametrize(
+    "line", [b"[1, 2]", b'{"tokens": 3}', b'{"tokens": ["a"]}', b'{"tokens": [1, [2]]}', b"{"]
+)
+def test_what_is_no_line_of_tokens(line):
+    with pytest.raises(ValueError):
+        read_line(line)
+
+
+def test_zero_that_is_trained():
+    """The exact mask spells it -0; JSON readers take it for 0."""
+    ids, labels = read_line(b'{"tokens": [-0, 0, 5, -0]}\n')
+    assert ids.tolist() == [0, 0, 5, 0]
+    assert labels.tolist() == [0, -100, 5, 0]

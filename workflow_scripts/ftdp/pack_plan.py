@@ -168,8 +168,12 @@ def plan_folder(path: str | os.PathLike) -> Path:
     return path.parent if path.name == PLAN else path
 
 
-def open_plan(folder: str | os.PathLike) -> PackPlan:
+def open_plan(folder: str | os.PathLike, train_folder: str | os.PathLike | None = None) -> PackPlan:
     """Opens a plan folder; the arrays are mapped, and the `.bin` files looked up but not read.
+
+    Args:
+        folder: The plan folder.
+        train_folder: Where the `.bin` files lie, if not where the plan says.
 
     Raises:
         UserError: The plan is torn, or a `.bin` file is missing or of another size than when it was planned.
@@ -191,7 +195,7 @@ def open_plan(folder: str | os.PathLike) -> PackPlan:
         manifest["mode"],
         manifest["seed"],
         manifest["max_length"],
-        Path(os.path.normpath(folder / manifest["train_folder"])),
+        Path(train_folder or os.path.normpath(folder / manifest["train_folder"])),
         manifest["files"],
         *arrays,
         totals=manifest["totals"],

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common.cli import UserError
-from ftdp.pack_plan import MODES, SEED, SLICE, PackPlan, join_rows, shuffled_rows
+from ftdp.data_order import list_train_files, read_data_order
+from ftdp.pack_plan import MODES, SEED, SLICE, PackPlan, join_rows, open_plan, shuffled_rows
 from ftdp.packing import read_meta
 
 
@@ -124,6 +125,39 @@ def make_plan(
         totals=_count(documents, pieces, max_length, min_length),
         processed_dir=processed_dir and Path(processed_dir),
     )
+
+
+def plan_for_training(
+    plan: str | os.PathLike | None = None,
+    folder: str | os.PathLike | None = None,
+    packed_length: int | None = None,
+    data_order_path: str | os.PathLike | None = None,
+    seed: int = SEED,
+    min_length: int = 0,
+) -> PackPlan:
+    """Returns the plan that a training config's dataset means: one on disk, or else XTuner's of a train folder.
+
+    Args:
+        plan: A plan folder; the other arguments but `folder` then count for nothing.
+        folder: `.../chatml_llamav13_32k/train`; with a plan, where it lies now.
+        packed_length: Tokens of a row.
+        data_order_path: A `data_order.txt`; None walks the folder.
+        seed: Of the order within each file and of the order of rows; XTuner's is 1024.
+        min_length: Documents with fewer tokens are left out.
+
+    Raises:
+        UserError: The plan or a file is missing or broken, or no file fills a row.
+    """
+    if plan is not None:
+        return open_plan(plan, folder)
+    if folder is None or packed_length is None:
+        raise UserError(
+            "the training data are not named",
+            expected="plan, or folder and packed_length, in train_dataloader.dataset",
+            fix="make a plan with plan_packing.py and render a config with --plan",
+        )
+    names = read_data_order(data_order_path) if data_order_path else list_train_files(folder)
+    return make_plan(folder, names, packed_length, "xtuner", seed, min_length=min_length)
 
 
 def _read_documents(train_folder: Path, files: list[dict]) -> Documents:

@@ -7,11 +7,10 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
-import orjson
 
 from common.cli import UserError
 from ftdp.pack_plan import PackPlan, Slice
-from ftdp.packing import IGNORE_INDEX
+from ftdp.packing import IGNORE_INDEX, read_line
 
 # Files that one reader keeps open: a data set may have more than a process is allowed to.
 _OPEN_FILES = 128
@@ -22,12 +21,10 @@ class PackedRows:
 
     Args:
         plan: The plan.
-        train_folder: Where the `.bin` files lie, if not where the plan says.
     """
 
-    def __init__(self, plan: PackPlan, train_folder: str | os.PathLike | None = None):
+    def __init__(self, plan: PackPlan):
         self.plan = plan
-        self.train_folder = Path(train_folder) if train_folder is not None else plan.train_folder
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
@@ -57,38 +54,36 @@ class PackedRows:
         if not 0 <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
         pieces = self.plan.row(number)
-        stored = np.concatenate([self._read(piece)[piece.start : piece.stop] for piece in pieces])
+        documents = [self._read(piece) for piece in pieces]
+        ids, labels = (np.concatenate(column) for column in zip(*documents, strict=True))
         sizes = np.array([piece.stop - piece.start for piece in pieces], dtype=np.int64)
         borders = np.concatenate([[0], np.cumsum(sizes)])
-        # Untrained ids are stored negated. Id 0 has no sign: it never trains, as in XTuner.
-        labels = np.where(stored > 0, stored, IGNORE_INDEX)
         if self.plan.mode == "best_fit":
             labels[borders[:-1]] = IGNORE_INDEX
         return {
-            "input_ids": np.abs(stored),
+            "input_ids": ids,
             "labels": labels,
-            "position_ids": np.arange(len(stored)) - np.repeat(borders[:-1], sizes),
+            "position_ids": np.arange(len(ids)) - np.repeat(borders[:-1], sizes),
             "cumulative_len": borders,
         }
 
-    def _read(self, piece: Slice) -> np.ndarray:
-        """Returns the ids of a whole document as they are stored: int64 (tokens,)."""
+    def _read(self, piece: Slice) -> tuple[np.ndarray, np.ndarray]:
         line = os.pread(self._handle(piece.file), piece.bytes, piece.offset)
         try:
-            stored = np.array(orjson.loads(line)["tokens"], dtype=np.int64)
-            if stored.ndim != 1 or len(stored) < piece.stop:
-                raise ValueError(f"tokens of shape {stored.shape}")
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            ids, labels = read_line(line)
+            if len(ids) < piece.stop:
+                raise ValueError(f"{len(ids)} tokens")
+        except ValueError as error:
             raise UserError(
                 f"{self._path(piece.file)}: the line at byte {piece.offset} is not what was planned with",
                 found=error,
                 expected=f'{{"tokens": [...]}} with at least {piece.stop} tokens',
                 fix="delete the file and its .meta, tokenise the dataset again, and plan again",
             ) from None
-        return stored
+        return ids[piece.start : piece.stop], labels[piece.start : piece.stop]
 
     def _path(self, file: int) -> Path:
-        return self.train_folder / self.plan.files[file]["name"]
+        return self.plan.train_folder / self.plan.files[file]["name"]
 
     def _handle(self, file: int) -> int:
         if file in self._open:

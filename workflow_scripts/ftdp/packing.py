@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 from pathlib import Path
 
 import numpy as np
+import orjson
 
 from common.cli import UserError
 
@@ -39,29 +39,48 @@ class TokenizedFile:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (input_ids, labels) of one conversation: int64 arrays (tokens,), labels -100 where untrained.
-
-        An id stored as 0 or negative is untrained: id 0 therefore never trains, as in XTuner.
-        """
+        """Returns (input_ids, labels) of one conversation, see `read_line`."""
         if self._map is None:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         start = int(self.offsets[index])
         end = self._map.find(b"\n", start)
         try:
-            stored = np.array(
-                json.loads(self._map[start : end if end >= 0 else None])["tokens"], dtype=np.int64
-            )
-            if len(stored) != self.lengths[index]:
-                raise ValueError(f"{len(stored)} tokens")
-        except (ValueError, KeyError, TypeError) as error:
+            ids, labels = read_line(self._map[start : end if end >= 0 else None])
+            if len(ids) != self.lengths[index]:
+                raise ValueError(f"{len(ids)} tokens")
+        except ValueError as error:
             raise UserError(
                 f"{self.path}: the line at byte {start} is not what the meta file says",
                 found=error,
                 expected=f'{{"tokens": [...]}} with {self.lengths[index]} tokens',
                 fix="delete the file and its .meta and tokenise the dataset again",
             ) from None
-        return np.abs(stored), np.where(stored > 0, stored, IGNORE_INDEX)
+        return ids, labels
+
+
+def read_line(line: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (input_ids, labels) of a `.bin` line: int64 arrays (tokens,), labels -100 where untrained.
+
+    An id that is stored as 0 or negative is untrained: id 0 therefore never trains, as in XTuner. The exact mask spells
+    a 0 that is trained `-0`, which XTuner reads as 0.
+
+    Raises:
+        ValueError: The line is not `{"tokens": [integers]}`.
+    """
+    try:
+        stored = np.array(orjson.loads(line)["tokens"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    if stored.ndim != 1 or (stored.dtype.kind != "i" and len(stored)):
+        raise ValueError(f"tokens of shape {stored.shape} and type {stored.dtype}")
+    stored = stored.astype(np.int64)
+    trained = stored > 0
+    if b"-0" in line:
+        spelled = line[line.index(b"[") + 1 : line.rindex(b"]")].split(b",")
+        trained |= [token.strip() == b"-0" for token in spelled]
+    ids = np.abs(stored)
+    return ids, np.where(trained, ids, IGNORE_INDEX)
 
 
 def read_meta(path: Path) -> np.ndarray:

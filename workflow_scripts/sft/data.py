@@ -10,49 +10,24 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from common.cli import UserError
-from ftdp.data_order import list_train_files, read_data_order
-from ftdp.pack_plan import SEED, open_plan
-from ftdp.pack_planning import make_plan
+from ftdp.pack_planning import plan_for_training
 from ftdp.packed_rows import PackedRows
 
 
 class PackedDataset(Dataset):
-    """The packed rows of a plan. Without a plan, those that XTuner makes of a train folder.
+    """The packed rows of a plan.
 
     Args:
-        plan: A plan folder, as plan_packing.py writes it.
-        folder: `.../chatml_llamav13_32k/train`; with a plan only needed if the data lie elsewhere now.
-        packed_length: Without a plan: tokens of a row.
-        data_order_path: Without a plan: a `data_order.txt`; None walks the folder.
-        seed: Without a plan: seed of the shuffle within each file; XTuner's is 1024.
-        min_length: Without a plan: conversations with fewer tokens are left out.
+        plan: A plan folder, as plan_packing.py writes it; None packs the files of a train folder as XTuner does.
+        **data: What `plan_for_training` takes besides: folder, packed_length, data_order_path, seed, min_length.
 
     Raises:
         UserError: The plan or a file is missing or broken, or no file fills a row.
     """
 
-    def __init__(
-        self,
-        plan: str | None = None,
-        folder: str | None = None,
-        packed_length: int | None = None,
-        data_order_path: str | None = None,
-        seed: int = SEED,
-        min_length: int = 0,
-    ):
-        if plan is not None:
-            self.plan = open_plan(plan)
-        elif folder is None or packed_length is None:
-            raise UserError(
-                "the training data are not named",
-                expected="plan, or folder and packed_length, in train_dataloader.dataset",
-                fix="make a plan with plan_packing.py and render a config with --plan",
-            )
-        else:
-            names = read_data_order(data_order_path) if data_order_path else list_train_files(folder)
-            self.plan = make_plan(folder, names, packed_length, "xtuner", seed, min_length=min_length)
-        self.rows = PackedRows(self.plan, folder)
+    def __init__(self, plan: str | None = None, **data):
+        self.plan = plan_for_training(plan, **data)
+        self.rows = PackedRows(self.plan)
 
     def __len__(self) -> int:
         return len(self.rows)
