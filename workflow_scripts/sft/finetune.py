@@ -11,9 +11,11 @@ from mmengine.registry import MODELS
 from torch import distributed
 from transformers import PreTrainedModel
 
-from sft.attention import packing_kwargs
+from sft.attention import check_attention, packing_kwargs
 from sft.cross_entropy import check_cross_entropy, chunked_cross_entropy, loss_in_head
+from sft.device import training_device
 from sft.model import resize_for_tokenizer
+from sft.nonfinite import spread_nonfinite
 from sft.tokenizer_rows import find_new_tokens
 
 IGNORE_INDEX = -100
@@ -72,6 +74,7 @@ class SupervisedFinetune(BaseModel):
         base_path = llm.get("model_path") if isinstance(llm, dict) else None
         self.llm = MODELS.build(llm) if isinstance(llm, dict) else llm
         self.llm.config.use_cache = False
+        check_attention(self.llm.config._attn_implementation, training_device())
         if tokenizer is not None:
             vocab_size, new_ids = find_new_tokens(tokenizer, base_path)
             resize_for_tokenizer(self.llm, vocab_size, new_ids)
@@ -108,7 +111,7 @@ class SupervisedFinetune(BaseModel):
             "use_cache": False,
             **packing_kwargs(data["cumulative_len"], data.get("max_seqlen")),
         }
-        return {"loss": self._summed_loss(inputs, kept, targets[kept]) * weight}
+        return {"loss": spread_nonfinite(self._summed_loss(inputs, kept, targets[kept]) * weight)}
 
     def _summed_loss(self, inputs: dict, kept: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self._loss_in_head is None:
