@@ -25,6 +25,7 @@ ATTEMPTS = "attempts.json"
 MEASURED = frozenset(
     [
         "attempt",
+        "world_size",
         "seconds",
         "tokens_per_second",
         "tokens_per_second_per_device",
@@ -42,7 +43,8 @@ class MetricsHook(Hook):
     """Writes one line a step to metrics.jsonl, TensorBoard and the trackers asked for, and a progress line.
 
     Fields of a line:
-        step: Optimizer steps done; `epoch` are passes over the data, `attempt` counts the starts of the run.
+        step: Optimizer steps done; `epoch` are passes over the data, `attempt` counts the starts of the run, which then
+            had `world_size` ranks.
         loss: Of the step, over all ranks, in nats a trained token; null where it is not finite. `skipped` is true
             where the step changed no weight.
         lr, grad_norm: Learning rate used in this step; L2 norm of the gradient before clipping.
@@ -127,7 +129,8 @@ class MetricsHook(Hook):
         if outputs.get("skipped"):
             counts["skipped"] = True
         epoch = round(step / runner.train_loop.steps_per_epoch, 6)
-        line = {"step": step, "epoch": epoch, "attempt": self.attempt, **values, **counts}
+        start = {"attempt": self.attempt, "world_size": ranks}
+        line = {"step": step, "epoch": epoch, **start, **values, **counts}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         self.record(step, {f"train/{name}": value for name, value in values.items()})

@@ -64,9 +64,11 @@ def trace_step(
     config = settings.load_config(folder / "train_config.py")
     plan = _plan_of(folder, settings.plain(config)["train_dataloader"]["dataset"], fields.get("plan"))
     accumulation = settings.plain(config)["optim_wrapper"].get("accumulative_counts", 1)
-    metrics = _metrics_of(folder / METRICS, step)
+    metrics, last = _metrics_of(folder / METRICS, step)
     global_batch = fields.get("global_batch") or fields["world_size"] * accumulation
-    world_size = (metrics or {}).get("world_size") or fields.get("world_size") or global_batch // accumulation
+    # How many ranks shared the rows may have changed from one attempt to the next; their order has not.
+    known = (metrics or last).get("world_size") or fields.get("world_size")
+    world_size = known or global_batch // accumulation
     if step < 1:
         raise UserError("--step cannot be used", found=step, expected="1 or more")
     if rank is not None and not 0 <= rank < world_size:
@@ -122,16 +124,14 @@ def _plan_of(folder: Path, dataset: dict[str, Any], sha256: str | None) -> PackP
     return plan
 
 
-def _metrics_of(path: Path, step: int) -> dict[str, Any] | None:
-    """Returns the line of a step; a run that goes on may be writing the last one."""
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                values = json.loads(line)
-            except ValueError:
-                return None
-            if values["step"] == step:
-                return values
-    return None
+def _metrics_of(path: Path, step: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Returns the line of a step, if there is one, and the last line read, if there is any."""
+    last: dict[str, Any] = {}
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            last = json.loads(line)
+        except ValueError:  # a run that goes on may be writing it
+            break
+        if last["step"] == step:
+            return last, last
+    return None, last
