@@ -82,8 +82,13 @@ def main() -> None:
     print(
         f"  packed   {totals['documents']:,} documents, {totals['packed_tokens']:,} of {totals['tokens']:,} tokens"
     )
+    least = (
+        "the fewest possible"
+        if totals["rows"] == totals["least_rows"]
+        else f"at least {totals['least_rows']:,}"
+    )
     print(
-        f"  rows     {totals['rows']:,} of up to {args.max_length:,} tokens, {waste['tokens']:,} unused ({waste['share']:.3%})"
+        f"  rows     {totals['rows']:,} ({least}) of up to {args.max_length:,} tokens, {waste['tokens']:,} unused ({waste['share']:.3%})"
     )
     print(f"  cut      {cut['documents']:,} documents, into {cut['pieces']:,} pieces")
     print(f"  dropped  {'; '.join(lost) or 'nothing'}")

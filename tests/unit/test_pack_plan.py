@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from pack_samples import random_samples, write_bin
 
 from common.cli import UserError
+from ftdp.best_fit import assign_rows, best_fit_decreasing, fill_rows
+from ftdp.data_order import list_train_files
 from ftdp.pack_plan import open_plan
-from ftdp.pack_planning import best_fit_decreasing, make_plan
+from ftdp.pack_planning import make_plan
 from ftdp.packed_rows import PackedRows
 
 
@@ -136,6 +138,33 @@ def test_best_fit_decreasing_leaves_the_rooms_of_the_naive_one(lengths, capacity
     assert sorted(capacity - filled) == sorted(rooms)
 
 
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), capacity=st.sampled_from([30, 41]))
+def test_filling_a_row_finds_the_best_sum(lengths, capacity):
+    """Row after row: with the longest piece left goes the subset of the others, of all there are, that fills it best."""
+    lengths = sorted(lengths, reverse=True)
+    rows = fill_rows(np.array(lengths), capacity)
+    left = lengths.copy()
+    for row in range(rows.max() + 1):
+        mine = [length for length, own in zip(lengths, rows, strict=True) if own == row]
+        assert mine[0] == left[0]
+        sums = {0}
+        for length in left[1:]:
+            sums |= {each + length for each in sums}
+        assert sum(mine[1:]) == max(each for each in sums if each <= capacity - mine[0])
+        for length in mine:
+            left.remove(length)
+    assert left == []
+
+
+def test_the_better_way_counts():
+    # Best fit decreasing puts 5 and 4 together, and needs three rows for 5 + 3 + 2 and 4 + 3 + 3.
+    lengths = np.array([5, 4, 3, 3, 3, 2])
+    assert best_fit_decreasing(lengths, 10).max() == 2
+    rows = assign_rows(lengths, 10)
+    assert sorted(np.bincount(rows, weights=lengths)) == [10, 10]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -191,6 +220,7 @@ def test_best_fit_rows(tmp_path_factory, seed, counts, longest, max_length, min_
     assert (totals["documents"], totals["tokens"]) == (len(everything), sum(map(len, everything)))
     assert totals["packed_tokens"] == len(seen)
     assert totals["waste"]["tokens"] == len(rows) * max_length - len(seen)
+    assert totals["least_rows"] == -(-len(seen) // max_length) <= totals["rows"] == len(rows)
     assert totals["cut"]["documents"] == len(cut)
     assert totals["dropped"]["too_short"]["documents"] == len(everything) - len(kept)
     assert totals["dropped"]["end_of_file"] == {"documents": 0, "tokens": 0}
@@ -320,3 +350,34 @@ def test_broken_plans_and_data_are_named(tmp_path):
         make_plan(tmp_path, ["gone.bin"], 6)
     with pytest.raises(UserError, match="mode cannot be used"):
         make_plan(tmp_path, ["f.bin"], 6, "first_fit")
+
+
+@pytest.mark.parametrize("max_length", [2048, 4096, 8192])
+def test_the_shipped_conversations_waste_next_to_nothing(shared_tokens, max_length):
+    plan = make_plan(*shared_tokens, max_length)
+    totals = plan.totals
+    assert totals["waste"]["share"] < 0.005
+    assert totals["packed_tokens"] == totals["tokens"] and not any(
+        value["documents"] for value in totals["dropped"].values()
+    )
+    lengths = np.concatenate([np.load(f"{shared_tokens[0] / name}.meta")[:, 1] for name in shared_tokens[1]])
+    assert totals["cut"]["documents"] == int((lengths > max_length).sum())
+    assert totals["rows"] == totals["least_rows"]
+    # XTuner's way cuts a document at the end of nearly every row.
+    assert make_plan(*shared_tokens, max_length, "xtuner").totals["cut"]["documents"] > 40
+
+
+@pytest.fixture(scope="module")
+def shared_tokens(shared_data, tmp_path_factory, run_script):
+    """The train folder and the files of the shared conversations under Mistral's tokenizer."""
+    folder = tmp_path_factory.mktemp("shared")
+    run_script(
+        *("extend_tokenizer.py", "--tokenizer-path", shared_data / "mistral_v1_tokenizer"),
+        *("--tokenizer-w-special-tokens-save-dir", folder / "tokenizer"),
+    )
+    run_script(
+        *("tokenize_dataset.py", "--processed-dir", shared_data / "ftdp", "--tokenized-dir", folder / "data"),
+        *("--tokenizer-path", folder / "tokenizer"),
+    )
+    train = folder / "data" / "chatml_llamav13_32k" / "train"
+    return train, list_train_files(train)

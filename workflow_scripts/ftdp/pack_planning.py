@@ -2,14 +2,13 @@
 
 * `xtuner` packs as XTuner 0.2.0's `JsonlDataset` and `PackedDataset` (written anew here): every file on its own, its
   documents shuffled, laid end to end and cut every `max_length` tokens; what is left at the end of a file is dropped.
-* `best_fit` packs the documents of all files by best-fit decreasing: the longest first, each into the row with the
-  least room that still holds it. No document that fits into a row is cut, and none is dropped.
+* `best_fit` packs the documents of all files together (ftdp/best_fit.py). No document that fits into a row is cut, and
+  none is dropped.
 """
 
 from __future__ import annotations
 
 import os
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.cli import UserError
+from ftdp.best_fit import assign_rows
 from ftdp.data_order import list_train_files, read_data_order
 from ftdp.pack_plan import MODES, SEED, SLICE, PackPlan, join_rows, open_plan, shuffled_rows
 from ftdp.packing import read_meta
@@ -209,63 +209,9 @@ def _best_fit(documents: Documents, max_length: int, seed: int) -> Pieces:
     start = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * max_length
     stop = np.minimum(start + max_length, documents.length[document])
     by_length = np.argsort(start - stop, kind="stable")
-    row = best_fit_decreasing((stop - start)[by_length], max_length)
+    row = assign_rows((stop - start)[by_length], max_length)
     by_row = by_length[np.argsort(row, kind="stable")]
     return Pieces(document[by_row], start[by_row], stop[by_row], join_rows(np.bincount(row)))
-
-
-def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Returns the row that each piece goes into.
-
-    Pieces of one length are placed together: the row with the least sufficient room takes as many as it holds, then
-    the next. Rows are kept by their room, so the work grows with the number of different lengths and not with that
-    of pieces times rows: a million pieces take about a second.
-
-    Args:
-        lengths: int64 (pieces,), falling, each from 1 to `capacity`.
-        capacity: Tokens of a row.
-
-    Returns:
-        int64 (pieces,); rows are numbered as they are opened.
-    """
-    row_of = np.empty(len(lengths), dtype=np.int64)
-    rooms: list[int] = []  # the rooms that rows have, rising
-    rows_with: dict[int, list[np.ndarray]] = {}
-    opened = 0
-
-    def put_back(rows: np.ndarray, room: int) -> None:
-        if len(rows) and room:
-            if room not in rows_with:
-                insort(rooms, room)
-                rows_with[room] = []
-            rows_with[room].append(rows)
-
-    begins = np.flatnonzero(np.diff(lengths, prepend=0))
-    for first, last in zip(begins.tolist(), [*begins[1:].tolist(), len(lengths)], strict=True):
-        length = int(lengths[first])
-        while first < last:
-            at = bisect_left(rooms, length)
-            if at < len(rooms):
-                room = rooms[at]
-                rows = rows_with[room].pop()
-                if not rows_with[room]:
-                    del rows_with[room], rooms[at]
-            else:
-                room = capacity
-                wanted = -(-(last - first) // (room // length))
-                rows = np.arange(opened, opened + wanted)
-                opened += wanted
-            each = room // length
-            full = min(len(rows), (last - first) // each)
-            row_of[first : first + full * each] = np.repeat(rows[:full], each)
-            put_back(rows[:full], room - each * length)
-            first += full * each
-            if full < len(rows) and first < last:  # one row takes the few that are left
-                row_of[first:last] = rows[full]
-                put_back(rows[full : full + 1], room - (last - first) * length)
-                first, full = last, full + 1
-            put_back(rows[full:], room)
-    return row_of
 
 
 def _records(documents: Documents, pieces: Pieces) -> np.ndarray:
@@ -297,6 +243,7 @@ def _count(documents: Documents, pieces: Pieces, max_length: int, min_length: in
         "tokens": int(documents.length.sum()),
         "packed_tokens": int(sizes.sum()),
         "rows": rows,
+        "least_rows": -(-int(sizes.sum()) // max_length),
         "waste": {"tokens": waste, "share": waste / (rows * max_length)},
         "cut": {"documents": len(np.unique(pieces.document[cut])), "pieces": int(cut.sum())},
         "dropped": {
