@@ -20,11 +20,13 @@ rule train_model:
         f"{LOGS}/train_model/{{run}}.log",
     benchmark:
         f"{BENCHMARKS}/train_model/{{run}}.tsv"
+    # Attempts go on where the last one stopped, at its time limit or preempted; a guard refuses those without progress.
+    retries: 10
     conda:
         "../envs/snaketune.yaml"
     threads: workflow.cores or 1
     resources:
-        mem_mb=lambda wildcards, attempt: 12000 * attempt,
+        mem_mb=lambda wildcards, attempt: 12000 * min(attempt, 3),
         runtime=1440,
     params:
         runs_dir=path_of(CHECKPOINTS),
@@ -33,5 +35,5 @@ rule train_model:
     message:
         "Train run {wildcards.run}"
     shell:
-        'python "$SCRIPTS"/train_model.py {input.config:q} --runs-dir {params.runs_dir:q} --manifest {output:q} {params.options}'
-        " 2>&1 | tee {log:q}"
+        'python "$SCRIPTS"/train_model.py {input.config:q} --runs-dir {params.runs_dir:q} --manifest {output:q}'
+        " --time-limit {resources.runtime} {params.options} 2>&1 | (trap '' INT TERM USR1; exec tee {log:q})"

@@ -51,6 +51,17 @@ def parse_arguments() -> argparse.Namespace:
         default="token",
         help="mean over the step's trained tokens, or mean of micro-batches' means (XTuner's)",
     )
+    add(
+        "--global-batch",
+        type=int,
+        help="rows of an optimizer step over all ranks, however many; in place of --accumulative-counts",
+    )
+    add(
+        "--max-skipped-steps",
+        type=int,
+        default=3,
+        help="steps in a row that may be skipped because their loss or gradient is not finite",
+    )
     add("--seed", type=int, default=42, help="seed of everything that is not data order")
     running = parser.add_argument_group("memory, precision, saving")
     add = running.add_argument
@@ -111,12 +122,12 @@ def _check(arguments: argparse.Namespace) -> None:
         "lr": 0.0,
         "max_epochs": 0.0,
         "accumulative_counts": 1,
+        "max_skipped_steps": 0,
         "save_steps": 0,
         "log_interval": 1,
         "num_workers": 0,
     }
-    if arguments.max_steps is not None:
-        limits["max_steps"] = 1
+    limits |= {name: 1 for name in ("max_steps", "global_batch") if getattr(arguments, name) is not None}
     for name, least in limits.items():
         value = getattr(arguments, name)
         if value < least or (isinstance(least, float) and value == least):

@@ -27,6 +27,7 @@ from sft.zero_state import read_zero_state_dict
 
 MARKER = "COMPLETE.json"
 LATEST = "latest"
+UNIVERSAL = ".universal"  # folder of a checkpoint that is being loaded with another number of ranks
 WEIGHTS_ONLY = "weights.pt"
 _NAME = re.compile(r"iter_(\d+)\.pth")
 
@@ -224,6 +225,7 @@ def remove_leftovers(run_folder: Path) -> None:
     """Removes what a killed save or prune left behind."""
     for path in run_folder.glob(".iter_*.pth.tmp"):
         shutil.rmtree(path)
+    shutil.rmtree(run_folder / UNIVERSAL, ignore_errors=True)
     for path in run_folder.glob("iter_*.pth"):
         if path.is_dir() and not (path / MARKER).is_file():
             shutil.rmtree(path)
@@ -240,7 +242,12 @@ def random_state() -> dict:
 
 
 def load_random_state(pth: Path, rank: int) -> None:
-    """Puts back what `random_state` returned on this rank when the checkpoint was written."""
+    """Puts back what `random_state` returned on this rank when the checkpoint was written.
+
+    A rank that was not there then keeps the state it started with.
+    """
+    if not (pth / _random_state_name(rank)).is_file():
+        return
     state = _load(pth / _random_state_name(rank))
     torch.set_rng_state(state["torch"])
     name, keys, position, has_gauss, cached = state["numpy"]

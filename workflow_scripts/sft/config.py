@@ -110,6 +110,28 @@ def tokenizer_path(config: Config) -> str | None:
     return plain(config)["model"].get("tokenizer")
 
 
+def global_batch(config: Config, world_size: int) -> int:
+    """Returns the packed rows of an optimizer step, over all ranks and micro-batches."""
+    wrapper = plain(config)["optim_wrapper"]
+    return wrapper.get("global_batch") or wrapper.get("accumulative_counts", 1) * world_size
+
+
+def micro_batches_per_step(config: Config, world_size: int) -> int:
+    """Returns the micro-batches of a rank per optimizer step.
+
+    Raises:
+        UserError: The ranks cannot share the rows of a step evenly.
+    """
+    rows = global_batch(config, world_size)
+    if rows % world_size:
+        raise UserError(
+            f"{world_size} ranks cannot share the {rows} rows of an optimizer step evenly",
+            found=f"global_batch = {rows}",
+            fix="use a number of ranks that divides it, or change global_batch (which makes it another run)",
+        )
+    return rows // world_size
+
+
 def training_dtype(config: Config) -> str:
     """Returns `auto`, `float32`, `bfloat16` or `float16`."""
     return plain(config)["model"]["llm"].get("dtype", "auto")

@@ -1,4 +1,7 @@
-"""What makes two runs the same run: hyperparameters, base weights, tokenizer, data and world size."""
+"""What makes two runs the same run: hyperparameters, base weights, tokenizer, data and rows of an optimizer step.
+
+The number of ranks is no part of it where the order of the data does not depend on it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from common.files import sha256_json
 from common.fingerprints import FingerprintCache
 from ftdp.bin_digests import bin_digests, refuse_other_data
 from ftdp.data_order import list_train_files, read_data_order
+from ftdp.pack_plan import read_plan_manifest
 from sft import config as settings
 from sft.device import resolve_dtype, training_device
 
@@ -36,6 +40,9 @@ _NOT_HYPERPARAMETERS = {
     "train_dataloader.prefetch_factor",
     "train_dataloader.persistent_workers",
     "train_dataloader.pin_memory",
+    "optim_wrapper.accumulative_counts",
+    "optim_wrapper.global_batch",
+    "train_cfg.max_skipped_steps",
 }
 
 
@@ -60,16 +67,20 @@ def run_identity(config: Config, world_size: int, cache: FingerprintCache) -> di
         ),
         "base_model": base_model_digest(settings.model_path(config), cache),
         "tokenizer": cache.file(Path(tokenizer) / "tokenizer.json") if tokenizer else None,
-        **_training_data(config, cache),
-        "world_size": world_size,
+        **_training_data(config, world_size, cache),
+        "global_batch": settings.global_batch(config, world_size),
     }
 
 
-def _training_data(config: Config, cache: FingerprintCache) -> dict[str, str]:
+def _training_data(config: Config, world_size: int, cache: FingerprintCache) -> dict[str, Any]:
     plan, folder = settings.plan_path(config), settings.train_folder(config)
-    if plan is not None:
-        return {"plan": refuse_other_data(plan, cache, folder)}
-    return {"data": data_digest(folder, settings.data_order_path(config), cache)}
+    if plan is None:
+        fields: dict[str, Any] = {"data": data_digest(folder, settings.data_order_path(config), cache)}
+    else:
+        fields = {"plan": refuse_other_data(plan, cache, folder)}
+    if plan is None or read_plan_manifest(plan)["mode"] == "xtuner":
+        fields["world_size"] = world_size  # XTuner leaves out the rows that the ranks cannot share evenly
+    return fields
 
 
 def _flat(prefix: str, value: Any) -> dict[str, Any]:

@@ -23,6 +23,8 @@ class TrainSettings:
         max_steps: Optimizer steps; None trains `max_epochs`.
         save_steps: Optimizer steps between checkpoints; 0 saves at the end only.
         max_norm: Greatest gradient norm; 0 does not clip.
+        global_batch: Rows of an optimizer step over all ranks, in place of `accumulative_counts` a rank.
+        max_skipped_steps: Steps in a row that may be skipped because their loss or gradient is not finite.
     """
 
     model_path: str
@@ -40,6 +42,8 @@ class TrainSettings:
     max_epochs: float = 1
     max_steps: int | None = None
     accumulative_counts: int = 1
+    global_batch: int | None = None
+    max_skipped_steps: int = 3
     loss_normalisation: str = "token"
     zero_stage: int = 2
     save_steps: int = 500
@@ -130,6 +134,7 @@ dataloader_num_workers = $num_workers  # 0: a thread reads ahead
 # Scheduler & optimizer
 batch_size = 1  # rows; stays 1: plan longer rows, or raise accumulative_counts
 accumulative_counts = $accumulative_counts  # micro-batches of a rank per optimizer step
+global_batch = $global_batch  # rows of an optimizer step over all ranks, however many; None: accumulative_counts a rank
 max_epochs = $max_epochs
 max_steps = $max_steps  # optimizer steps; None: as many as max_epochs takes
 lr = $lr
@@ -138,6 +143,7 @@ weight_decay = $weight_decay
 max_norm = $max_norm  # gradient clipping; 0: none
 warm_up_ratio = $warmup_ratio  # share of the run in which lr rises from lr / 40
 min_lr_ratio = $min_lr_ratio  # lr falls to this share of lr
+max_skipped_steps = $max_skipped_steps  # in a row, for a loss or gradient that is not finite; one more ends the run
 # token: mean over the trained tokens of the whole step. micro_batch: mean of micro-batches' means, as XTuner.
 loss_normalisation = $loss_normalisation
 seed = $seed
@@ -190,6 +196,7 @@ optim_wrapper = dict(
     optimizer=dict(type=AdamW, lr=lr, betas=betas, weight_decay=weight_decay),
     clip_grad=dict(max_norm=max_norm),
     accumulative_counts=accumulative_counts,
+    global_batch=global_batch,
 )
 
 # Linear warm-up, then cosine; both count optimizer steps.
@@ -206,7 +213,11 @@ param_scheduler = [
 ]
 
 train_cfg = dict(
-    type=TrainLoop, max_epochs=max_epochs, max_steps=max_steps, loss_normalisation=loss_normalisation
+    type=TrainLoop,
+    max_epochs=max_epochs,
+    max_steps=max_steps,
+    loss_normalisation=loss_normalisation,
+    max_skipped_steps=max_skipped_steps,
 )
 
 #######################################################################

@@ -8,12 +8,16 @@ from pathlib import Path
 import torch
 from mmengine.runner import FlexibleRunner
 from mmengine.runner.base_loop import BaseLoop
+from torch import distributed
 from torch.utils.data import DataLoader
 
 from common.cli import UserError
 from sft.checkpoints import load_random_state
 from sft.data import PackedSampler, read_ahead
 from sft.finetune import count_trained_tokens, step_loss_weights
+from sft.nonfinite import SkippedSteps, check_gradients
+from sft.stopping import StopRequest
+from sft.universal import remove_universal
 
 
 class TrainLoop(BaseLoop):
@@ -33,6 +37,7 @@ class TrainLoop(BaseLoop):
         max_steps: Optimizer steps; overrides `max_epochs`.
         accumulative_counts: Micro-batches of a rank per optimizer step.
         loss_normalisation: `token` or `micro_batch`, see `sft.finetune.step_loss_weights`.
+        max_skipped_steps: Steps in a row that may be skipped because their loss or gradient is not finite.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class TrainLoop(BaseLoop):
         max_steps: int | None = None,
         accumulative_counts: int = 1,
         loss_normalisation: str = "token",
+        max_skipped_steps: int = 3,
     ):
         super().__init__(runner, dataloader)
         if loss_normalisation not in ("token", "micro_batch"):
@@ -70,6 +76,7 @@ class TrainLoop(BaseLoop):
             )
         self.rows_not_trained = 0 if max_steps else int(max_epochs * entries) % global_batch
         self._iter = 0
+        self.skipped = SkippedSteps(max_skipped_steps)
         # Its own generator: opening an epoch must not move the model's random state (resume is bit for bit).
         self.dataloader.generator = torch.Generator()
 
@@ -98,22 +105,27 @@ class TrainLoop(BaseLoop):
         self._iter = step
 
     def run(self) -> torch.nn.Module:
-        """Trains to the end and returns the model."""
+        """Trains to the end, or until `runner.stop` is agreed on, and returns the model."""
         runner = self.runner
+        engine = runner.model.model
+        check_gradients(engine)
         runner.call_hook("before_train")
         runner.call_hook("before_train_epoch")
         stream = self._micro_batches()
         if runner.random_state_folder is not None:
             load_random_state(runner.random_state_folder, runner.rank)
-        while self._iter < self._max_iters:
+        while self._iter < self._max_iters and not runner.stop.agreed:
             started = time.perf_counter()
             runner.model.train()
             batches = [next(stream) for _ in range(self.accumulative_counts)]
             data_seconds = time.perf_counter() - started
             runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=batches)
             outputs = {**self._train_step(batches), "started": started, "data_seconds": data_seconds}
+            outputs["skipped"] = self.skipped.count(engine)
+            runner.stop.agree(engine.device)
             runner.call_hook("after_train_iter", batch_idx=self._iter, data_batch=batches, outputs=outputs)
             self._iter += 1
+            self.skipped.check(self, self._iter, outputs["micro_batch_losses"])
         runner.call_hook("after_train_epoch")
         runner.call_hook("after_train")
         return runner.model
@@ -125,6 +137,7 @@ class TrainLoop(BaseLoop):
             loss: What this rank adds to the loss of the step, a float64 scalar tensor: the loss of the step is its
                 sum over the ranks, see `sft.finetune.step_loss_weights`.
             tokens, trained_tokens: Of this rank.
+            micro_batch_losses: What each micro-batch adds to it, times the number of micro-batches and ranks.
             document_lengths: Tokens of each document of this rank's rows.
         """
         runner = self.runner
@@ -140,6 +153,7 @@ class TrainLoop(BaseLoop):
         borders = [row["cumulative_len"] for row in rows]
         return {
             "loss": torch.stack(losses).double().sum() / divisor,
+            "micro_batch_losses": losses,
             "tokens": sum(row["labels"].numel() for row in rows),
             "trained_tokens": sum(trained_tokens),
             "document_lengths": [length for b in borders for length in (b[1:] - b[:-1]).tolist()],
@@ -163,7 +177,9 @@ class _NoVisualizer:
 class TrainRunner(FlexibleRunner):
     """mmengine's runner that goes on from a whole checkpoint of ours."""
 
+    stop = StopRequest()
     resume_from: Path | None = None
+    universal: Path | None = None
     random_state_folder: Path | None = None
 
     def _log_env(self) -> None:
@@ -174,11 +190,15 @@ class TrainRunner(FlexibleRunner):
         return _NoVisualizer()
 
     def load_or_resume(self) -> None:
-        """Loads `resume_from`, if it is set."""
+        """Loads `resume_from`, if it is set, or rather `universal`, the same for another number of ranks."""
         if self.resume_from is not None:
-            client_state = self.strategy.resume(str(self.resume_from))
+            client_state = self.strategy.resume(str(self.universal or self.resume_from))
             self.train_loop.seek(client_state["step"])
             self.random_state_folder = self.resume_from
+            if self.universal is not None:
+                distributed.barrier()
+                if self.rank == 0:
+                    remove_universal(self.resume_from.parent)
 
     def dump_config(self) -> None:
         """The config is copied into the run folder as it was written, see train_model.py."""

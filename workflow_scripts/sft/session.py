@@ -35,6 +35,7 @@ class Plan:
         folder: The run folder.
         identity: SHA-256 of the identity's fields.
         fields: The identity itself, see `run_identity`.
+        world_size: Ranks of this attempt.
         checkpoint: What training goes on from, or what it ended with; None starts from the base model. Its bytes are
             not looked at here.
         trained: True when no step is left to train.
@@ -44,6 +45,7 @@ class Plan:
     folder: Path
     identity: str
     fields: dict[str, Any]
+    world_size: int
     checkpoint: Path | None = None
     trained: bool = False
     finished: bool = False
@@ -67,11 +69,12 @@ def plan_run(
     parent = runs_dir if work_dir is None else work_dir
     parent.mkdir(parents=True, exist_ok=True)
     cache = FingerprintCache(parent / ".digests.json")
+    settings.micro_batches_per_step(config, world_size)  # says so when the ranks cannot share a step
     fields = run_identity(config, world_size, cache)
     cache.save()
     identity = sha256_json(fields)
     folder = work_dir if work_dir is not None else runs_dir / identity[:12]
-    plan = Plan(folder.resolve(), identity, fields)
+    plan = Plan(folder.resolve(), identity, fields, world_size)
     if not (folder / IDENTITY).is_file():
         if work_dir is None and announce:
             _announce_other_runs(plan)
@@ -160,7 +163,8 @@ def record_finished_run(plan: Plan, config: Config, config_path: Path) -> None:
             "epochs": lines[-1]["epoch"],
             "tokens": sum(line["tokens"] for line in lines),
             "final_loss": lines[-1]["loss"],
-            "world_size": plan.fields["world_size"],
+            "world_size": plan.world_size,
+            "global_batch": plan.fields["global_batch"],
             "zero_stage": settings.plain(config)["strategy"].get("zero_stage", 2),
             "dtype": plan.fields["dtype"],
             "plan_sha256": plan.fields.get("plan"),
