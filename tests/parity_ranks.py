@@ -21,6 +21,9 @@ CASES = {
     **{f"zero{stage}, 1 rank": (1, "llama", stage, {}) for stage in range(4)},
     **{f"zero{stage}, 2 ranks": (2, "llama", stage, {}) for stage in range(4)},
     "micro_batch, 2 ranks": (2, "llama", 2, {"loss_normalisation": "micro_batch"}),
+    "offload optimizer, zero1, 2 ranks": (2, "llama", 1, {"strategy": {"offload": "optimizer"}}),
+    "offload all, zero3, 2 ranks": (2, "llama", 3, {"strategy": {"offload": "all"}}),
+    **{f"bfloat16, zero{stage}, 2 ranks": (2, "llama", stage, {"dtype": "bfloat16"}) for stage in (1, 3)},
     "tied head, zero3, 2 ranks": (2, "tied", 3, {}),
     "scaled logits, zero3, 2 ranks": (2, "cohere", 3, {}),
 }
@@ -93,7 +96,11 @@ def make_config(folder: Path, world_size: int, model: str, stage: int, changes: 
         {
             "model": {
                 "type": sft.SupervisedFinetune,
-                "llm": {"type": sft.load_base_model, "model_path": str(folder / model), "dtype": "float32"},
+                "llm": {
+                    "type": sft.load_base_model,
+                    "model_path": str(folder / model),
+                    "dtype": changes.get("dtype", "float32"),
+                },
             },
             "train_dataloader": {
                 "batch_size": 1,

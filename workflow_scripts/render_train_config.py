@@ -66,6 +66,18 @@ def parse_arguments() -> argparse.Namespace:
     running = parser.add_argument_group("memory, precision, saving")
     add = running.add_argument
     add("--zero-stage", type=int, choices=[0, 1, 2, 3], default=2, help="DeepSpeed ZeRO stage")
+    add(
+        "--offload",
+        choices=["none", "optimizer", "all"],
+        default="none",
+        help="what lies in the host's memory: the optimizer, or the weights too (stage 3)",
+    )
+    add(
+        "--zero3-init",
+        type=_truth,
+        default=False,
+        help="with stage 3, load the model in shards (true|false)",
+    )
     add("--gradient-checkpointing", type=_truth, default=True, help="recompute activations (true|false)")
     add(
         "--dtype",

@@ -139,13 +139,13 @@ def zero_runs(world, render, train):
     folder, _, _ = world
     runs = {}
     for stage in (1, 2, 3):
-        config = render(f"zero{stage}.py", "--zero-stage", 2 if stage == 3 else stage)
-        flags = []
+        settings, flags = ["--zero-stage", stage], []
         if stage == 3:  # the command line wins; and the model is built, grown and filled in shards
-            flags = ["--deepspeed", "deepspeed_zero3"]
-            config.write_text(
-                config.read_text().replace("zero_stage=zero_stage", "zero_stage=2, zero3_init=True")
+            settings, flags = (
+                ["--zero-stage", 2, "--zero3-init", "true"],
+                ["--deepspeed", "deepspeed_zero3"],
             )
+        config = render(f"zero{stage}.py", *settings)
         work_dir = folder / f"zero{stage}"
         manifest = folder / f"zero{stage}.json"
         ok(

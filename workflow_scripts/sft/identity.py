@@ -40,6 +40,7 @@ _NOT_HYPERPARAMETERS = {
     "train_dataloader.prefetch_factor",
     "train_dataloader.persistent_workers",
     "train_dataloader.pin_memory",
+    "strategy.zero3_init",
     "optim_wrapper.accumulative_counts",
     "optim_wrapper.global_batch",
     "train_cfg.max_skipped_steps",

@@ -46,6 +46,8 @@ class TrainSettings:
     max_skipped_steps: int = 3
     loss_normalisation: str = "token"
     zero_stage: int = 2
+    offload: str = "none"
+    zero3_init: bool = False
     save_steps: int = 500
     save_total_limit: int = 2
     save_optimizer: bool = True
@@ -150,6 +152,8 @@ seed = $seed
 
 # Memory: 0 keeps everything on every rank, 1 shards the optimizer, 2 the gradients too, 3 the weights too.
 zero_stage = $zero_stage
+offload = $offload  # to the host's memory: none, optimizer, or all (the weights too; stage 3)
+zero3_init = $zero3_init  # stage 3: load the model in shards, for one too large for a host once a rank
 
 # Save
 save_steps = $save_steps  # optimizer steps between checkpoints; 0: at the end only
@@ -223,9 +227,8 @@ train_cfg = dict(
 #######################################################################
 #                           PART 5  Runtime                           #
 #######################################################################
-# DeepSpeed; --deepspeed deepspeed_zeroN on the command line wins. `config=dict(...)` takes any DeepSpeed setting, and
-# `zero3_init=True` loads a model in shards that is too large for a host once a rank.
-strategy = dict(type=DeepSpeedStrategy, zero_stage=zero_stage)
+# DeepSpeed; --deepspeed deepspeed_zeroN on the command line wins. `config=dict(...)` takes any DeepSpeed setting.
+strategy = dict(type=DeepSpeedStrategy, zero_stage=zero_stage, offload=offload, zero3_init=zero3_init)
 
 default_hooks = dict(
     # metrics.jsonl, TensorBoard and the progress line
