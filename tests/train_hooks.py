@@ -70,7 +70,8 @@ class PoisonWeight(Hook):
         first, _, self.last = os.environ.get("TEST_POISON", "0:0").partition(":")
         if runner.rank == 1 and batch_idx + 1 == int(first):
             parameter = next(p for name, p in runner.model.model.module.named_parameters() if "norm" in name)
-            self.weight = getattr(parameter, "ds_tensor", parameter).data
+            # ZeRO-3 keeps small parameters whole between steps, and this rank's share of the others.
+            self.weight = (parameter if parameter.numel() else parameter.ds_tensor).data
             self.before = self.weight.clone()
             self.weight.fill_(float("nan"))
 

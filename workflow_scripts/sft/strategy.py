@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 
 from common.cli import UserError
+from sft.config import plain
 from sft.device import resolve_dtype, training_device
 
 
@@ -78,7 +79,8 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         if zero_stage not in (0, 1, 2, 3):
             raise UserError("zero_stage cannot be used", found=zero_stage, expected="0, 1, 2 or 3")
         settings = deepspeed_settings(zero_stage, dtype, training_device(), offload)
-        for key, value in (config or {}).items():
+        # Plain values: DeepSpeed writes its settings into checkpoints, which are read without running what is in them.
+        for key, value in plain(config or {}).items():
             both = isinstance(value, dict) and isinstance(settings.get(key), dict)
             settings[key] = {**settings[key], **value} if both else value
         super().__init__(config=settings, gradient_clipping=float(gradient_clipping), **kwargs)
