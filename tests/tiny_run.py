@@ -167,16 +167,22 @@ def train_with_kills(config: Path, work_dir: Path, kills: int, seed: int, total_
             until, before = began + rng.uniform(0, start_up), metrics(work_dir)
             while time.monotonic() < until and metrics(work_dir) == before[: len(metrics(work_dir))]:
                 time.sleep(0.01)  # not past the first steps, when this start is faster than the first was
-        else:
+        elif moment == "step":
             _wait(running, work_dir, target, moment)
             start_up = start_up or time.monotonic() - began
-            time.sleep(rng.uniform(0, 0.03 if moment == "save" else 0.1))
+            time.sleep(rng.uniform(0, 0.1))
+        else:
+            saving = False
+            while not saving:  # over sooner than the moment drawn: the next save then
+                _wait(running, work_dir, target, moment)
+                time.sleep(rng.uniform(0, 0.03))
+                saving = any(work_dir.glob(".iter_*.tmp"))
         assert running.poll() is None, f"over before it could be killed: {log(work_dir)[-3000:]}"
         _kill(running, victim)
         lines = metrics(work_dir)
         known = {line["attempt"] for kill in done for line in kill.lines}
         step = lines[-1]["step"] if lines else 0
-        torn = any(work_dir.glob(".iter_*.tmp"))
+        torn = moment == "save" and any(work_dir.glob(".iter_*.tmp"))
         done.append(
             Kill(victim, moment, step, torn, [line for line in lines if line["attempt"] not in known])
         )
