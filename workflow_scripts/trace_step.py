@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from common.cli import run
@@ -49,7 +50,7 @@ def describe(trace: dict) -> str:
             place = (
                 f"{each['bin']} sample {each['sample']}"
                 if each["line"] is None
-                else f"{each['source']}:{each['line']}"
+                else f"{_short(each['source'])}:{each['line']}"
             )
             part = (
                 f"{each['tokens']:,} tokens"
@@ -59,6 +60,11 @@ def describe(trace: dict) -> str:
             lines.append(f"    {each['dataset']}  {place}  {part}")
     lines += [f"no line numbers for {name}: {note}" for name, note in trace["notes"].items()]
     return "\n".join(lines)
+
+
+def _short(path: str) -> str:
+    """Returns a path below the working folder as it would be typed there."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def run(tmp_path_factory, tiny_model_dir, tiny_tokenizer_dir, write_processed, r
     )
     run_script(
         *("render_train_config.py", "--output", "config.py", "--model-path", tiny_model_dir),
-        *("--tokenizer-path", "tokenizer", "--plan", "packs/p", "--max-steps", STEPS, "--save-steps", 0),
+        *("--tokenizer-path", "tokenizer", "--plan", "packs/p", "--max-epochs", 1.5, "--save-steps", 0),
         *("--accumulative-counts", ACCUMULATION),
         **scripts,
     )
@@ -92,6 +92,10 @@ def test_traced_documents_are_what_the_model_saw(run, run_script):
             lengths = [document["stop"] - document["start"] for document in documents]
             assert each["borders"] == [sum(lengths[:n]) for n in range(len(lengths) + 1)]
     assert len(epochs) > 1
+    plan = json.loads((run / "packs" / "p" / "plan.json").read_text())
+    record = json.loads((run / "out" / "train.json").read_text())
+    assert record["plan_sha256"] == plan["plan_sha256"]
+    assert record["rows_not_trained"] == int(1.5 * plan["rows"]) - len(seen) > 0
 
 
 def test_text_for_people(run, run_script):

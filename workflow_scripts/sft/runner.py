@@ -28,7 +28,6 @@ class TrainLoop(BaseLoop):
 
     Attributes:
         steps_per_epoch: Optimizer steps of one pass over the data, mostly not a whole number.
-        rows_not_trained: Rows of the last epoch that fill no step; 0 if `max_steps` ends the run.
 
     Args:
         runner: The runner.
@@ -74,7 +73,6 @@ class TrainLoop(BaseLoop):
                 expected=f"at least {global_batch} rows (accumulative_counts for each of {runner.world_size} ranks)",
                 fix="set max_length or accumulative_counts lower, max_epochs higher, or add data",
             )
-        self.rows_not_trained = 0 if max_steps else int(max_epochs * entries) % global_batch
         self._iter = 0
         self.skipped = SkippedSteps(max_skipped_steps)
         # Its own generator: opening an epoch must not move the model's random state (resume is bit for bit).

@@ -18,6 +18,7 @@ from mmengine.config import Config
 from common.cli import UserError
 from common.files import read_json, sha256_file, sha256_json, write_bytes, write_json
 from common.fingerprints import FingerprintCache
+from ftdp.pack_planning import plan_for_training
 from sft import config as settings
 from sft.checkpoints import is_last, is_resumable, list_checkpoints, read_state_dict, remove_leftovers
 from sft.identity import differences, run_identity
@@ -162,6 +163,7 @@ def record_finished_run(plan: Plan, config: Config, config_path: Path) -> None:
             "steps": lines[-1]["step"],
             "epochs": lines[-1]["epoch"],
             "tokens": sum(line["tokens"] for line in lines),
+            "rows_not_trained": rows_not_trained(config, plan),
             "final_loss": lines[-1]["loss"],
             "world_size": plan.world_size,
             "global_batch": plan.fields["global_batch"],
@@ -174,6 +176,16 @@ def record_finished_run(plan: Plan, config: Config, config_path: Path) -> None:
             "git_commit": git_commit(),
         },
     )
+
+
+def rows_not_trained(config: Config, plan: Plan) -> int:
+    """Returns how many rows at the end of the last epoch fill no optimizer step; 0 where `max_steps` ends the run."""
+    values = settings.plain(config)
+    if values["train_cfg"].get("max_steps"):
+        return 0
+    data = {key: value for key, value in values["train_dataloader"]["dataset"].items() if key != "type"}
+    rows = plan_for_training(**data).entries_per_epoch(plan.world_size)
+    return int(values["train_cfg"].get("max_epochs", 1) * rows) % plan.fields["global_batch"]
 
 
 def write_manifest(plan: Plan, manifest: Path) -> None:
