@@ -12,6 +12,7 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     shared/data/{data}/manifests/<dataset>.json            what was tokenised, with hashes (undeclared)
     shared/data/{data}/tokenized.json                      the digests of these manifests, written last
     shared/data/{data}/data_order.txt
+    shared/data/{data}/packs/{pack}/plan.json              the pack plan: rows.npy, slices.npy and order.npy beside it
     {run}/config.json                                      the run's complete settings
     {run}/train_config.py                                  the mmengine config
     {run}/checkpoints/<identity>/                          run folders (undeclared, so retries keep them)
@@ -23,7 +24,7 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     {run}/report.html
     logs/<rule>/...    benchmarks/<rule>/...
 
-{tokenizer} and {data} are made of a readable name and a digest of the settings that decide their content, so
+{tokenizer}, {data} and {pack} are made of a readable name and a digest of the settings that decide their content, so
 runs that agree on these settings share the files. A stage's rule, script, log and benchmark have one name.
 """
 
@@ -43,6 +44,7 @@ from common.cli import UserError
 from common.files import sha256_json
 from common.fingerprints import FingerprintCache
 from ftdp.layout import find_datasets
+from ftdp.pack_format import PLAN_ARRAYS, PLAN_FORMAT
 from ftdp.planning import MEGABYTE, TOKENIZED_FORMAT, file_sizes, plan_datasets, plan_parts
 from ftdp.template_file import template_path
 from settings.load import load_schema, load_settings
@@ -62,6 +64,8 @@ TRAIN_FOLDER = f"{DATA}/chatml_llamav13_32k/train"
 PART = f"{DATA}/parts/{{part}}.json"
 TOKENIZED = f"{DATA}/tokenized.json"
 DATA_ORDER = f"{DATA}/data_order.txt"
+PACK = f"{DATA}/packs/{{pack}}"
+PACK_PLAN = f"{PACK}/plan.json"
 RUN_CONFIG = f"{RESULTS}/{{run}}/config.json"
 TRAIN_CONFIG = f"{RESULTS}/{{run}}/train_config.py"
 CHECKPOINTS = f"{RESULTS}/{{run}}/checkpoints"
@@ -162,8 +166,19 @@ def data_key(run):
     return readable_key(spec["processed_dir"], spec)
 
 
+def pack_spec(run):
+    """Everything that decides a run's pack plan, but for the data."""
+    return RUNS[run]["packing"] | {"max_length": RUNS[run]["train"]["max_length"], "format": PLAN_FORMAT}
+
+
+def pack_key(run):
+    spec = pack_spec(run)
+    return readable_key(f"{spec['mode']}-{spec['max_length']}", spec)
+
+
 TOKENIZERS = {tokenizer_key(run): base_tokenizer(run) for run in RUNS}
 DATA_SPECS = {data_key(run): data_spec(run) for run in RUNS}
+PACK_SPECS = {pack_key(run): pack_spec(run) for run in RUNS}
 # Of runs that share their data, the last one's hold.
 JOB_SIZES = {data_key(run): {key: RUNS[run]["tokenize"][key] * MEGABYTE for key in SIZE_KEYS} for run in RUNS}
 BAD_LINES = {data_key(run): {key: RUNS[run]["tokenize"][key] for key in BAD_LINE_KEYS} for run in RUNS}
@@ -172,6 +187,7 @@ BAD_LINES = {data_key(run): {key: RUNS[run]["tokenize"][key] for key in BAD_LINE
 wildcard_constraints:
     tokenizer="|".join(map(re.escape, TOKENIZERS)),
     data="|".join(map(re.escape, DATA_SPECS)),
+    pack="|".join(map(re.escape, PACK_SPECS)),
     part="[A-Za-z0-9_.-]+",
     run="|".join(map(re.escape, RUNS)),
     label="base|tuned",

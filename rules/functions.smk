@@ -2,11 +2,11 @@
 
 
 def path_of(pattern):
-    """Returns an input function that fills a run's {run}, {tokenizer} and {data} into a path pattern."""
+    """Returns an input function that fills a run's {run}, {tokenizer}, {data} and {pack} into a path pattern."""
 
     def fill(wildcards):
         run = wildcards.run
-        return pattern.format(run=run, tokenizer=tokenizer_key(run), data=data_key(run))
+        return pattern.format(run=run, tokenizer=tokenizer_key(run), data=data_key(run), pack=pack_key(run))
 
     return fill
 
@@ -105,8 +105,21 @@ def base_tokenizer_digest(wildcards):
     return folder_digest(TOKENIZERS[wildcards.tokenizer]["source"], ["tokenizer*", "special_tokens_map.json"])
 
 
+def plan_flags(wildcards):
+    """The flags of plan_packing.py."""
+    data, pack = wildcards.data, PACK_SPECS[wildcards.pack]
+    return flags(
+        train_folder=TRAIN_FOLDER.format(data=data),
+        processed_dir=DATA_SPECS[data]["processed_dir"],
+        output=PACK.format(data=data, pack=wildcards.pack),
+        **{key: pack[key] for key in ("mode", "seed", "max_length")},
+    )
+
+
 TRAIN_CONFIG_KEYS = (
-    "max_length lr min_lr_ratio betas weight_decay max_norm warmup_ratio max_epochs max_steps accumulative_counts zero_stage"
+    "lr min_lr_ratio betas weight_decay max_norm warmup_ratio max_epochs max_steps accumulative_counts global_batch"
+    " max_skipped_steps zero_stage offload zero3_init"
+    " loss_normalisation cross_entropy"
     " save_steps save_total_limit save_optimizer gradient_checkpointing dtype attention seed"
 ).split()
 
@@ -121,8 +134,7 @@ def render_flags(wildcards):
     return flags(
         model_path=model_source(run),
         tokenizer_path=path_of(TOKENIZER)(wildcards),
-        train_folder=path_of(TRAIN_FOLDER)(wildcards),
-        data_order=path_of(DATA_ORDER)(wildcards),
+        plan=path_of(PACK)(wildcards),
         trust_remote_code=settings["model"]["trust_remote_code"],
         **{key: switches.get(key, train[key]) for key in TRAIN_CONFIG_KEYS},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
@@ -25,6 +26,26 @@ class DumpWeights(Hook):
             torch.save(state, os.environ["TEST_DUMP"])
 
 
+class RecordBatches(Hook):
+    """Appends the ids and document borders of each micro-batch, as the model is to see them, to $TEST_BATCHES."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if "TEST_BATCHES" not in os.environ:
+            return
+        seen = [
+            {
+                "step": batch_idx + 1,
+                "rank": runner.rank,
+                "micro_batch": number,
+                "ids": batch["data"]["input_ids"][0].tolist(),
+                "borders": batch["data"]["cumulative_len"].tolist(),
+            }
+            for number, batch in enumerate(data_batch)
+        ]
+        with open(f"{os.environ['TEST_BATCHES']}.{runner.rank}", "a") as file:
+            file.writelines(json.dumps(each) + "\n" for each in seen)
+
+
 class KillRank(Hook):
     """Kills rank R with SIGKILL in the middle of step N, when $TEST_KILL is "N:R"."""
 
@@ -32,3 +53,28 @@ class KillRank(Hook):
         step, _, rank = os.environ.get("TEST_KILL", "").partition(":")
         if step and batch_idx + 1 == int(step) and runner.rank == int(rank):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class RaiseAt(Hook):
+    """Raises on all ranks in step N, when $TEST_RAISE is "N"."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if os.environ.get("TEST_RAISE") == str(batch_idx + 1):
+            raise RuntimeError("raised by the test")
+
+
+class PoisonWeight(Hook):
+    """Makes a weight of rank 1 NaN before step A and puts it back after step B, when $TEST_POISON is "A:B"."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        first, _, self.last = os.environ.get("TEST_POISON", "0:0").partition(":")
+        if runner.rank == 1 and batch_idx + 1 == int(first):
+            parameter = next(p for name, p in runner.model.model.module.named_parameters() if "norm" in name)
+            # ZeRO-3 keeps small parameters whole between steps, and this rank's share of the others.
+            self.weight = (parameter if parameter.numel() else parameter.ds_tensor).data
+            self.before = self.weight.clone()
+            self.weight.fill_(float("nan"))
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        if runner.rank == 1 and batch_idx + 1 == int(self.last):
+            self.weight.copy_(self.before)

@@ -26,9 +26,13 @@ def parse_arguments() -> argparse.Namespace:
     add = paths.add_argument
     add("--model-path", help="base model: a folder or a hub name")
     add("--tokenizer-path", help="folder that extend_tokenizer.py wrote")
-    add("--train-folder", help="<tokenized-dir>/chatml_llamav13_32k/train")
-    add("--data-order", help="data_order.txt; without it the folder is walked")
-    add("--max-length", type=int, default=32768, help="tokens of a packed row")
+    add("--plan", help="plan folder that plan_packing.py wrote")
+    add(
+        "--train-folder",
+        help="without --plan: <tokenized-dir>/chatml_llamav13_32k/train, packed as XTuner does",
+    )
+    add("--data-order", help="without --plan: data_order.txt; without it the folder is walked")
+    add("--max-length", type=int, default=32768, help="without --plan: tokens of a packed row")
     add("--num-workers", type=int, default=0, help="processes that load data")
     schedule = parser.add_argument_group("optimizer and schedule")
     add = schedule.add_argument
@@ -41,16 +45,51 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-epochs", type=float, default=1, help="passes over the data")
     add("--max-steps", type=int, help="optimizer steps; overrides --max-epochs")
     add("--accumulative-counts", type=int, default=1, help="micro-batches of a rank per optimizer step")
+    add(
+        "--loss-normalisation",
+        choices=["token", "micro_batch"],
+        default="token",
+        help="mean over the step's trained tokens, or mean of micro-batches' means (XTuner's)",
+    )
+    add(
+        "--global-batch",
+        type=int,
+        help="rows of an optimizer step over all ranks, however many; in place of --accumulative-counts",
+    )
+    add(
+        "--max-skipped-steps",
+        type=int,
+        default=3,
+        help="steps in a row that may be skipped because their loss or gradient is not finite",
+    )
     add("--seed", type=int, default=42, help="seed of everything that is not data order")
     running = parser.add_argument_group("memory, precision, saving")
     add = running.add_argument
     add("--zero-stage", type=int, choices=[0, 1, 2, 3], default=2, help="DeepSpeed ZeRO stage")
+    add(
+        "--offload",
+        choices=["none", "optimizer", "all"],
+        default="none",
+        help="what lies in the host's memory: the optimizer, or the weights too (stage 3)",
+    )
+    add(
+        "--zero3-init",
+        type=_truth,
+        default=False,
+        help="with stage 3, load the model in shards (true|false)",
+    )
     add("--gradient-checkpointing", type=_truth, default=True, help="recompute activations (true|false)")
     add(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
         help="of weights and activations",
+    )
+    add(
+        "--cross-entropy",
+        choices=["chunked", "liger"],
+        default="chunked",
+        help="liger: its fused kernel, on GPUs with liger-kernel",
     )
     add("--attention", default="auto", help="auto, sdpa, flash_attention_2, or another name transformers has")
     add(
@@ -85,7 +124,9 @@ def _truth(text: str) -> bool:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name in ("model_path", "tokenizer_path", "train_folder"):
+    if arguments.plan and (arguments.train_folder or arguments.data_order):
+        raise UserError("--plan names the data already", fix="leave --train-folder and --data-order out")
+    for name in ("model_path", "tokenizer_path", "plan" if not arguments.train_folder else "train_folder"):
         if not getattr(arguments, name):
             raise UserError(f"--{name.replace('_', '-')} is missing", fix="give it, or --from-config")
     limits = {
@@ -93,12 +134,12 @@ def _check(arguments: argparse.Namespace) -> None:
         "lr": 0.0,
         "max_epochs": 0.0,
         "accumulative_counts": 1,
+        "max_skipped_steps": 0,
         "save_steps": 0,
         "log_interval": 1,
         "num_workers": 0,
     }
-    if arguments.max_steps is not None:
-        limits["max_steps"] = 1
+    limits |= {name: 1 for name in ("max_steps", "global_batch") if getattr(arguments, name) is not None}
     for name, least in limits.items():
         value = getattr(arguments, name)
         if value < least or (isinstance(least, float) and value == least):

@@ -1,7 +1,10 @@
 """Fine-tunes a model as a training config says: mmengine runner, DeepSpeed ZeRO, packed rows.
 
 Started again, it goes on from the newest whole checkpoint of the same run; a finished run ends at once. What makes a
-run the same run: hyperparameters, base weights, tokenizer, data and number of ranks, not paths or comments.
+run the same run: hyperparameters, base weights, tokenizer, data and rows of an optimizer step, not paths or comments.
+
+Exit codes: 0 finished; 75 stopped early (SIGTERM, SIGUSR1, SIGINT, or --time-limit) and saved, start again to go on;
+2 something to mend, as the message says; anything else is a crash. See docs/resume.md.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 from common.cli import UserError, run
@@ -53,6 +57,17 @@ def parse_arguments() -> argparse.Namespace:
         help="with --launcher none: ranks to start on this host; auto is one a GPU, or one without GPUs "
         "(default: auto)",
     )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="MINUTES",
+        help="save and end with code 75 before this much time has passed since the start (default: none)",
+    )
+    parser.add_argument(
+        "--ignore-guard",
+        action="store_true",
+        help="start although the last attempts all crashed at the same step",
+    )
     return parser.parse_args()
 
 
@@ -72,6 +87,9 @@ def main() -> int | None:
     arguments = parse_arguments()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from sft.launch import die_with_parent, join_environment, run_ranks
+    from sft.stopping import STARTED
+
+    os.environ.setdefault(STARTED, str(time.time()))
 
     if "SNAKETUNE_PARENT" in os.environ:
         die_with_parent(int(os.environ["SNAKETUNE_PARENT"]))
@@ -87,7 +105,8 @@ def main() -> int | None:
         work_dir = Path("work_dirs") / arguments.config.stem
 
     if arguments.launcher == "none":
-        from sft.session import plan_run, write_manifest
+        from sft.guard import check_guard, forget_tracebacks
+        from sft.session import METRICS, plan_run, write_manifest
 
         processes = count_processes(arguments.processes)
         plan = plan_run(config, work_dir, runs_dir, processes, announce=False)
@@ -96,13 +115,26 @@ def main() -> int | None:
                 write_manifest(plan, arguments.manifest)
             print(f"Finished before: {plan.folder}", flush=True)
             return None
+        if not arguments.ignore_guard:
+            check_guard(plan.folder, plan.folder / METRICS)
         if processes > 1:
-            return run_ranks([sys.executable, *sys.argv, "--launcher", "pytorch"], processes)
+            code = run_ranks([sys.executable, *sys.argv, "--launcher", "pytorch"], processes)
+            if code > 128:
+                forget_tracebacks(plan.folder)
+            return code
 
     join_environment(arguments.launcher)
     from sft.trainer import train_rank
 
-    return train_rank(config, arguments.config, work_dir, runs_dir, arguments.manifest)
+    return train_rank(
+        config,
+        arguments.config,
+        work_dir,
+        runs_dir,
+        arguments.manifest,
+        arguments.time_limit,
+        arguments.ignore_guard,
+    )
 
 
 if __name__ == "__main__":

@@ -272,7 +272,9 @@ def _kill_tree(pid: int) -> None:
 
 def main() -> None:
     """Starts or stops a cluster from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("up", "down"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--nodes", type=int, default=4)

@@ -83,7 +83,7 @@ def change(config, path, value):
         ("train.lr", "1e-5", ["train.lr", "'1e-5' (string)", "1.0e-5"]),
         ("runs.one.train.lr", "2e-4", ["runs.one.train.lr", "2.0e-4"]),
         ("train.lr", -1, ["train.lr", "more than 0"]),
-        ("train.zero_stage", 4, ["train.zero_stage", "one of 1, 2, 3"]),
+        ("train.zero_stage", 4, ["train.zero_stage", "one of 0, 1, 2, 3"]),
         ("train.save_optimizer", "no", ["train.save_optimizer", "boolean"]),
         ("train.max_steps", True, ["train.max_steps", "boolean", "integer or null"]),
         ("train.betas", [0.9], ["train.betas"]),

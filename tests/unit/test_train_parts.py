@@ -6,15 +6,24 @@ import json
 import math
 import sys
 from collections import OrderedDict
+from hashlib import sha256
 
 import pytest
 import torch
 
 from common.cli import UserError
 from common.files import write_json
-from sft.checkpoints import list_checkpoints, newest_whole_checkpoint, prune_checkpoints, remove_leftovers
+from sft.checkpoints import (
+    is_intact,
+    is_whole,
+    list_checkpoints,
+    newest_whole_checkpoint,
+    prune_checkpoints,
+    read_state_dict,
+    remove_leftovers,
+    set_aside,
+)
 from sft.config import load_config, plain
-from sft.data import PackedSampler
 from sft.identity import differences
 from sft.launch import end_all, run_ranks, slurm_environment
 from sft.render import TrainSettings, render_config
@@ -68,19 +77,6 @@ def test_lr_curve(tmp_path, accumulation, rows, epochs, max_steps):
             scheduler.step()
 
 
-def test_sampler_seeks_without_reading():
-    sampler = PackedSampler(range(23), rank=1, world_size=4)
-    assert len(sampler) == 5
-    sampler.seek(3)
-    whole = list(sampler)
-    for start in range(6):
-        sampler.seek(3, start)
-        assert list(sampler) == whole[start:]
-    ranks = [list(PackedSampler(range(23), rank=rank, world_size=4)) for rank in range(4)]
-    assert len({row for rows in ranks for row in rows}) == 20
-    assert list(PackedSampler(range(7), shuffle=False, rank=0, world_size=2)) == [0, 2, 4]
-
-
 def test_config_reads_back(config_path):
     values = plain(load_config(config_path))
     assert values["optim_wrapper"]["optimizer"] == {
@@ -99,7 +95,7 @@ def test_config_reads_back(config_path):
     [
         ("lr = 4e-05", "lr = 4e-05e", "cannot be read"),
         ("batch_size = 1 ", "batch_size = 2 ", "batch_size must be 1"),
-        ("strategy = dict(type=DeepSpeedStrategy, zero_stage=zero_stage)", "", "lacks strategy"),
+        ("strategy = dict(", "other = dict(", "lacks strategy"),
         ("'base'", "None", "model.llm.model_path is not a path"),
         ("from torch.optim import AdamW", "from xtuner.optim import AdamW", "XTuner's own classes"),
         ("import os", "", None),
@@ -187,7 +183,8 @@ def checkpoint(folder, step: int, **marker) -> None:
     path = folder / f"iter_{step}.pth"
     path.mkdir()
     (path / "weights.pt").write_bytes(b"12345")
-    marker = {"step": step, "total_steps": 9, "save_optimizer": True, "files": {"weights.pt": 5}, **marker}
+    files = {"weights.pt": {"bytes": 5, "sha256": sha256(b"12345").hexdigest()}}
+    marker = {"step": step, "total_steps": 9, "save_optimizer": True, "files": files, **marker}
     write_json(path / "COMPLETE.json", marker)
 
 
@@ -212,8 +209,22 @@ def test_only_whole_checkpoints_count(tmp_path, capsys):
     assert newest_whole_checkpoint(tmp_path / "nothing") is None
 
 
+def test_a_flipped_bit_is_seen_and_the_checkpoint_set_aside(tmp_path):
+    for step in (2, 4):
+        checkpoint(tmp_path, step)
+    broken = tmp_path / "iter_4.pth"
+    assert is_intact(broken)
+    (broken / "weights.pt").write_bytes(b"12345"[:-1] + bytes([ord("5") ^ 1]))
+    assert is_whole(broken) and not is_intact(broken)
+    assert is_intact(broken, rank=1, world_size=2), "the one file is rank 0's share"
+    with pytest.raises(UserError, match="torn or corrupt"):
+        read_state_dict(broken)
+    assert set_aside(broken).name == "corrupt_iter_4.pth"
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["iter_2.pth"]
+
+
 def test_metrics_are_cut_back(tmp_path):
-    from sft.hooks import cut_metrics
+    from sft.metrics_hook import cut_metrics
 
     file = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]

@@ -20,8 +20,11 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from ftdp.packing import load_packed_files, sampler_indices
+from ftdp.data_order import read_data_order
+from ftdp.pack_planning import make_plan
+from ftdp.packed_rows import PackedRows
 from sft.checkpoints import newest_whole_checkpoint, read_state_dict
+from sft.metrics_hook import MEASURED
 
 STEPS, ACCUMULATION, RANKS, LR, LENGTH = 8, 2, 2, 5e-3, 64
 NEW_TOKENS = 6
@@ -122,10 +125,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def repeatable(lines: list[dict]) -> list[dict]:
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "attempt")}
-        for line in lines
-    ]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
@@ -139,13 +139,13 @@ def zero_runs(world, render, train):
     folder, _, _ = world
     runs = {}
     for stage in (1, 2, 3):
-        config = render(f"zero{stage}.py", "--zero-stage", 2 if stage == 3 else stage)
-        flags = []
+        settings, flags = ["--zero-stage", stage], []
         if stage == 3:  # the command line wins; and the model is built, grown and filled in shards
-            flags = ["--deepspeed", "deepspeed_zero3"]
-            config.write_text(
-                config.read_text().replace("zero_stage=zero_stage", "zero_stage=2, zero3_init=True")
+            settings, flags = (
+                ["--zero-stage", 2, "--zero3-init", "true"],
+                ["--deepspeed", "deepspeed_zero3"],
             )
+        config = render(f"zero{stage}.py", *settings)
         work_dir = folder / f"zero{stage}"
         manifest = folder / f"zero{stage}.json"
         ok(
@@ -181,19 +181,22 @@ def reference(world):
         rows[:old] = layer.weight.data
         rows[old:] = layer.weight.data.mean(0)
         layer.weight = torch.nn.Parameter(rows)
-    files = load_packed_files(folder / "data/chatml_llamav13_32k/train", folder / "data_order.txt", LENGTH)
-    rows = [file[i] for file in files for i in range(len(file))]
+    names = read_data_order(folder / "data_order.txt")
+    rows = PackedRows(make_plan(folder / "data/chatml_llamav13_32k/train", names, LENGTH, "xtuner"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.01)
     order = [[], []]
     for epoch in range(3):
         for rank in range(RANKS):
-            order[rank] += sampler_indices(len(rows), rank, RANKS, epoch)
+            shuffled = np.arange(len(rows))
+            np.random.RandomState(1024 + epoch).shuffle(shuffled)
+            order[rank] += shuffled[rank : len(rows) // RANKS * RANKS : RANKS].tolist()
     losses = []
     for step in range(STEPS):
         micro = [
             rows[order[rank][step * ACCUMULATION + i]] for i in range(ACCUMULATION) for rank in range(RANKS)
         ]
         total = 0.0
+        trained = sum(int((row["labels"][1:] != -100).sum()) for row in micro)
         for row in micro:
             borders = row["cumulative_len"]
             logits = torch.cat(
@@ -203,9 +206,11 @@ def reference(world):
                 ]
             )
             labels = torch.from_numpy(row["labels"])
-            loss = torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100)
-            (loss / len(micro)).backward()
-            total += loss.item() / len(micro)
+            loss = torch.nn.functional.cross_entropy(
+                logits[:-1], labels[1:], ignore_index=-100, reduction="sum"
+            )
+            (loss / trained).backward()
+            total += loss.item() / trained
         losses.append(total)
         norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
         for parameter in model.parameters():

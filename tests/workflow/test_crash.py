@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 
 def losses(project):
@@ -55,3 +56,43 @@ def test_a_finished_training_is_not_repeated(finished):
     assert "Finished before" in done.stdout + done.stderr
     assert manifest.read_bytes() == before
     assert finished.planned() == {}
+
+
+def test_a_training_that_is_told_to_stop_goes_on_by_itself(finished, make_project):
+    """As when a cluster takes its node back: it saves and ends with code 75, and Snakemake starts it again."""
+    project = make_project("stopped")
+    running = subprocess.Popen(
+        project.command("train"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=project.code,
+    )
+    trainer = None
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and running.poll() is None and trainer is None:
+        if list(project.folder.glob("results/demo/checkpoints/*/iter_*.pth")):
+            trainer = trainer_of(project)
+        time.sleep(0.02)
+    assert trainer is not None, "the training was over before it could be stopped"
+    os.kill(trainer, signal.SIGTERM)
+    output = running.communicate(timeout=600)[0]
+    assert running.returncode == 0, output[-6000:]
+    assert "(SIGTERM); start again to go on" in output and "Trying to restart" in output
+    again, manifest = losses(project)
+    undisturbed, expected = losses(finished)
+    assert again == undisturbed
+    assert manifest["weights_sha256"] == expected["weights_sha256"]
+
+
+def trainer_of(project) -> int | None:
+    """The process of train_model.py, and not the shell that started it."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        names = {Path(word.decode(errors="replace")).name for word in words[:2]}
+        if "train_model.py" in names and os.readlink(file.with_name("cwd")) == str(project.folder):
+            return int(file.parent.name)
+    return None

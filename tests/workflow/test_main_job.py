@@ -57,6 +57,9 @@ def test_every_promised_file_is_there(finished):
     names = order.read_text().splitlines()
     assert names == ["cn/plain_chat/plain_chat.bin", "cn/tool_calls/tool_calls.bin"]
     assert all((train_folder / name).is_file() for name in names)
+    plan = json.loads(next(results.glob("shared/data/*/packs/best_fit-128-*/plan.json")).read_text())
+    assert plan["plan_sha256"] == train["plan_sha256"]
+    assert [file["name"] for file in plan["files"]] == names
 
 
 def test_the_manifest_of_a_dataset_names_its_source_by_content(finished):
@@ -100,6 +103,7 @@ def test_editing_one_file_costs_its_folder_and_what_follows(finished):
             "tokenize_dataset": 1,
             "merge_tokenized": 1,
             "write_data_order": 1,
+            "plan_packing": 1,
             "train_model": 1,
             "evaluate_model": 2,
         }
@@ -111,6 +115,21 @@ def test_another_learning_rate_costs_the_training_and_what_follows(finished):
     with kept(finished.config_file):
         finished.configure(train={"lr": 1.0e-3})
         assert finished.planned() == AFTER_TRAINING | {
+            "render_train_config": 1,
+            "train_model": 1,
+            "evaluate_model": 1,
+            "write_run_config": 1,
+        }
+
+
+@pytest.mark.parametrize(
+    "sections", [{"packing": {"mode": "xtuner"}}, {"train": {"max_length": 256}}], ids=str
+)
+def test_another_packing_costs_its_plan_and_what_follows(finished, sections):
+    with kept(finished.config_file):
+        finished.configure(**sections)
+        assert finished.planned() == AFTER_TRAINING | {
+            "plan_packing": 1,
             "render_train_config": 1,
             "train_model": 1,
             "evaluate_model": 1,

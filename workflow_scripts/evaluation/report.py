@@ -174,7 +174,7 @@ def _speed(metrics: list[dict]) -> dict[str, float] | None:
 def _lineage(train, datasets, base, tuned, hf, turbomind) -> list[tuple[str, str]]:
     rows = [
         ("run identity", train["identity"]),
-        ("training data", train["data_sha256"]),
+        ("packed training data", train.get("plan_sha256") or train["data_sha256"]),
         ("training config", train["config_sha256"]),
         ("trained weights", train["weights_sha256"]),
         ("held-out conversations", tuned["heldout_sha256"]),

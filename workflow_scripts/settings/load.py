@@ -18,7 +18,19 @@ import yaml
 from common.cli import UserError
 from ftdp.template_file import check_mask, load_template
 
-SECTIONS = ("model", "tokenizer", "data", "tokenize", "heldout", "train", "hf", "turbomind", "parity", "evaluate")
+SECTIONS = (
+    "model",
+    "tokenizer",
+    "data",
+    "tokenize",
+    "heldout",
+    "packing",
+    "train",
+    "hf",
+    "turbomind",
+    "parity",
+    "evaluate",
+)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from importlib import import_module
 
 _HOMES = {
-    "CheckpointHook": "sft.hooks",
+    "CheckpointHook": "sft.checkpoint_hook",
     "DeepSpeedStrategy": "sft.strategy",
-    "MetricsHook": "sft.hooks",
+    "MetricsHook": "sft.metrics_hook",
     "PackedDataset": "sft.data",
     "PackedSampler": "sft.data",
     "SupervisedFinetune": "sft.finetune",

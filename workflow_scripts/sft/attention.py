@@ -15,6 +15,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from common.cli import UserError
+
 PACKED_SDPA = "packed_sdpa"
 
 
@@ -30,6 +32,21 @@ def resolve_attention(name: str, device: str) -> str:
 
         name = "flash_attention_2" if device == "cuda" and is_flash_attn_2_available() else "sdpa"
     return PACKED_SDPA if name == "sdpa" else name
+
+
+def check_attention(name: str, device: str) -> None:
+    """Tells whether a model with this attention can be trained here.
+
+    Raises:
+        UserError: It has no backward pass on this device.
+    """
+    if name == "flex_attention" and device == "cpu":
+        raise UserError(
+            "flex_attention cannot train on a CPU",
+            found="PyTorch has no backward pass for it there",
+            expected="a GPU, or another attention",
+            fix="set attention to auto",
+        )
 
 
 def packing_kwargs(cumulative_len: torch.Tensor, longest: int | None = None) -> dict:

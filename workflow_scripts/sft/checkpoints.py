@@ -1,8 +1,12 @@
 """Checkpoints that are either whole or absent.
 
 A checkpoint is a folder `iter_N.pth` of N optimizer steps. It is written under a temporary name, flushed, given its
-marker COMPLETE.json with the size of every file, and renamed. Full ones hold DeepSpeed's files (weights, optimizer,
-schedulers) and one random state a rank; weights-only ones hold `weights.pt` and cannot be resumed.
+marker COMPLETE.json with the size and SHA-256 of every file, and renamed; `latest` beside it names it last of all. Full
+ones hold DeepSpeed's files (weights, optimizer, schedulers) and one random state a rank; weights-only ones hold
+`weights.pt` and cannot be resumed.
+
+Sizes tell a torn checkpoint at no cost (`is_whole`); a flipped bit shows only when every byte is read (`is_intact`),
+which is done before training goes on from one and before its weights are exported.
 """
 
 from __future__ import annotations
@@ -11,16 +15,19 @@ import os
 import random
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common.cli import UserError
-from common.files import fsync_path, read_json, write_json
+from common.files import fsync_path, read_json, sha256_file, write_json, write_text
 from sft.zero_state import read_zero_state_dict
 
 MARKER = "COMPLETE.json"
+LATEST = "latest"
+UNIVERSAL = ".universal"  # folder of a checkpoint that is being loaded with another number of ranks
 WEIGHTS_ONLY = "weights.pt"
 _NAME = re.compile(r"iter_(\d+)\.pth")
 
@@ -39,10 +46,10 @@ def read_state_dict(pth: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     pth = Path(pth)
     if pth.is_dir():
-        if (pth / MARKER).is_file() and not is_whole(pth):
+        if (pth / MARKER).is_file() and not (is_whole(pth) and is_intact(pth)):
             raise UserError(
-                f"{pth} is torn: files differ from its {MARKER}",
-                fix="use the checkpoint before it, or train again",
+                f"{pth} is torn or corrupt: files differ from its {MARKER}",
+                fix="delete it and train again: training goes on from the checkpoint before it",
             )
         weights = pth / WEIGHTS_ONLY
         state = _load(weights)["state_dict"] if weights.is_file() else read_zero_state_dict(pth)
@@ -67,14 +74,52 @@ def is_whole(pth: Path) -> bool:
     """Tells whether every file that the marker lists is there with its size."""
     try:
         files = read_json(pth / MARKER)["files"]
-        return all((pth / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+        return all((pth / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def is_intact(pth: Path, rank: int = 0, world_size: int = 1) -> bool:
+    """Tells whether this rank's share of a whole checkpoint's files still has the bytes that were written."""
+    files = read_json(pth / MARKER)["files"]
+    mine = sorted(files)[rank::world_size]
+    found = _digests([pth / name for name in mine])
+    return all(found[name]["sha256"] == files[name]["sha256"] for name in mine)
+
+
+def set_aside(pth: Path) -> Path:
+    """Renames a corrupt checkpoint to `corrupt_iter_N.pth`, where nothing takes it for one, and returns that path."""
+    target = pth.with_name(f"corrupt_{pth.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    pth.rename(target)
+    fsync_path(pth.parent)
+    return target
+
+
+def _digests(files: list[Path], flush: bool = False) -> dict[str, dict]:
+    """Returns size and SHA-256 of files by name, all files at a time; with `flush` they are on the disk as well.
+
+    Hashing (1.5 GB/s a core) runs beside the flush, so a checkpoint that the disk takes its time to write costs no more.
+    """
+    with ThreadPoolExecutor() as pool:
+        flushed = [pool.submit(fsync_path, file) for file in files if flush]
+        digests = list(pool.map(sha256_file, files))
+        for each in flushed:
+            each.result()
+    return {
+        file.name: {"bytes": file.stat().st_size, "sha256": digest}
+        for file, digest in zip(files, digests, strict=True)
+    }
 
 
 def is_resumable(pth: Path) -> bool:
     """Tells whether a whole checkpoint holds the optimizer too."""
     return read_json(pth / MARKER)["save_optimizer"]
+
+
+def saved_world_size(pth: Path) -> int:
+    """Returns the number of ranks that wrote a whole checkpoint."""
+    return read_json(pth / MARKER)["world_size"]
 
 
 def is_last(pth: Path) -> bool:
@@ -83,8 +128,8 @@ def is_last(pth: Path) -> bool:
     return marker["step"] == marker["total_steps"]
 
 
-def list_checkpoints(run_folder: str | os.PathLike) -> list[Path]:
-    """Returns the whole checkpoints of a run folder, oldest first; torn ones are skipped with a warning."""
+def list_checkpoints(run_folder: str | os.PathLike, warn: bool = True) -> list[Path]:
+    """Returns the whole checkpoints of a run folder, oldest first; torn ones are skipped, with a warning."""
     found = [
         path for path in Path(run_folder).glob("iter_*.pth") if path.is_dir() and _NAME.fullmatch(path.name)
     ]
@@ -92,7 +137,7 @@ def list_checkpoints(run_folder: str | os.PathLike) -> list[Path]:
     for path in sorted(found, key=step_of):
         if is_whole(path):
             whole.append(path)
-        else:
+        elif warn:
             print(f"warning: {path} is not a whole checkpoint; skipped", flush=True)
     return whole
 
@@ -116,6 +161,7 @@ def write_checkpoint(
         save_optimizer: False writes the weights alone.
     """
     from deepspeed import comm
+    from torch import distributed
 
     target = run_folder / f"iter_{step}.pth"
     temporary = run_folder / f".{target.name}.tmp"
@@ -136,32 +182,40 @@ def write_checkpoint(
             state = {name: tensor.detach().cpu() for name, tensor in state.items()}
             torch.save({"state_dict": state, "step": step}, temporary / WEIGHTS_ONLY)
     comm.barrier()
+    # Each rank hashes what it wrote: on its own node, out of the page cache, all ranks at a time.
+    mine = [file for file in sorted(temporary.iterdir()) if _writer(file.name) == rank]
+    parts: list = [None] * comm.get_world_size()
+    distributed.all_gather_object(parts, _digests(mine, flush=True))
     if rank == 0:
         # DeepSpeed drops conversion scripts beside the checkpoint; convert_pth_to_hf.py is ours.
         for script in ("zero_to_fp32.py", "zero_to_torch.py"):
             (run_folder / script).unlink(missing_ok=True)
-        marker = {"format": 1, "step": step, "total_steps": total_steps, "save_optimizer": save_optimizer}
-        _seal(temporary, target, {**marker, "world_size": comm.get_world_size()})
+        marker = {"format": 2, "step": step, "total_steps": total_steps, "save_optimizer": save_optimizer}
+        marker |= {"world_size": len(parts), "files": {k: v for part in parts for k, v in part.items()}}
+        _seal(temporary, target, marker)
     comm.barrier()
     return target
 
 
+def _writer(name: str) -> int:
+    """Returns the rank that wrote a file of a checkpoint."""
+    found = re.search(r"(?:pp_rank|random_state_rank)_(\d+)", name)
+    return int(found[1]) if found else 0
+
+
 def _seal(temporary: Path, target: Path, marker: dict) -> None:
-    sizes = {}
-    for file in sorted(temporary.iterdir()):
-        fsync_path(file)
-        sizes[file.name] = file.stat().st_size
-    write_json(temporary / MARKER, {**marker, "files": sizes})
+    write_json(temporary / MARKER, marker)
     fsync_path(temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     fsync_path(target.parent)
+    write_text(target.with_name(LATEST), f"{target.name}\n")
 
 
 def prune_checkpoints(run_folder: Path, keep: int) -> None:
     """Removes all but the `keep` newest whole checkpoints; keep <= 0 keeps all."""
     if keep > 0:
-        for path in list_checkpoints(run_folder)[:-keep]:
+        for path in list_checkpoints(run_folder, warn=False)[:-keep]:
             # The marker goes first: what a kill leaves behind must not look whole.
             (path / MARKER).unlink()
             shutil.rmtree(path)
@@ -171,6 +225,7 @@ def remove_leftovers(run_folder: Path) -> None:
     """Removes what a killed save or prune left behind."""
     for path in run_folder.glob(".iter_*.pth.tmp"):
         shutil.rmtree(path)
+    shutil.rmtree(run_folder / UNIVERSAL, ignore_errors=True)
     for path in run_folder.glob("iter_*.pth"):
         if path.is_dir() and not (path / MARKER).is_file():
             shutil.rmtree(path)
@@ -187,7 +242,12 @@ def random_state() -> dict:
 
 
 def load_random_state(pth: Path, rank: int) -> None:
-    """Puts back what `random_state` returned on this rank when the checkpoint was written."""
+    """Puts back what `random_state` returned on this rank when the checkpoint was written.
+
+    A rank that was not there then keeps the state it started with.
+    """
+    if not (pth / _random_state_name(rank)).is_file():
+        return
     state = _load(pth / _random_state_name(rank))
     torch.set_rng_state(state["torch"])
     name, keys, position, has_gauss, cached = state["numpy"]

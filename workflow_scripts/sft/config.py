@@ -59,7 +59,9 @@ def _check(config: Config, path: Path) -> None:
             found=", ".join(foreign),
             fix="render a config with render_train_config.py and copy your settings over",
         )
-    for keys in (("model", "llm", "model_path"), ("train_dataloader", "dataset", "folder")):
+    dataset = values["train_dataloader"].get("dataset")
+    source = "plan" if isinstance(dataset, dict) and dataset.get("plan") is not None else "folder"
+    for keys in (("model", "llm", "model_path"), ("train_dataloader", "dataset", source)):
         value = values
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
@@ -108,14 +110,41 @@ def tokenizer_path(config: Config) -> str | None:
     return plain(config)["model"].get("tokenizer")
 
 
+def global_batch(config: Config, world_size: int) -> int:
+    """Returns the packed rows of an optimizer step, over all ranks and micro-batches."""
+    wrapper = plain(config)["optim_wrapper"]
+    return wrapper.get("global_batch") or wrapper.get("accumulative_counts", 1) * world_size
+
+
+def micro_batches_per_step(config: Config, world_size: int) -> int:
+    """Returns the micro-batches of a rank per optimizer step.
+
+    Raises:
+        UserError: The ranks cannot share the rows of a step evenly.
+    """
+    rows = global_batch(config, world_size)
+    if rows % world_size:
+        raise UserError(
+            f"{world_size} ranks cannot share the {rows} rows of an optimizer step evenly",
+            found=f"global_batch = {rows}",
+            fix="use a number of ranks that divides it, or change global_batch (which makes it another run)",
+        )
+    return rows // world_size
+
+
 def training_dtype(config: Config) -> str:
     """Returns `auto`, `float32`, `bfloat16` or `float16`."""
     return plain(config)["model"]["llm"].get("dtype", "auto")
 
 
-def train_folder(config: Config) -> str:
-    """Returns `.../chatml_llamav13_32k/train`."""
-    return plain(config)["train_dataloader"]["dataset"]["folder"]
+def plan_path(config: Config) -> str | None:
+    """Returns the plan folder, if the config names one."""
+    return plain(config)["train_dataloader"]["dataset"].get("plan")
+
+
+def train_folder(config: Config) -> str | None:
+    """Returns `.../chatml_llamav13_32k/train`, if the config names it."""
+    return plain(config)["train_dataloader"]["dataset"].get("folder")
 
 
 def data_order_path(config: Config) -> str | None:

@@ -2,98 +2,94 @@
 
 from __future__ import annotations
 
-import bisect
+from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ftdp.packing import load_packed_files, sampler_indices
+from ftdp.pack_planning import plan_for_training
+from ftdp.packed_rows import PackedRows
 
 
 class PackedDataset(Dataset):
-    """All packed rows of a train folder, numbered file after file in the data order.
+    """The packed rows of a plan.
 
     Args:
-        folder: `.../chatml_llamav13_32k/train`.
-        packed_length: Tokens of a row.
-        data_order_path: A `data_order.txt`; None walks the folder.
-        seed: Seed of the shuffle within each file; XTuner's is 1024.
-        min_length: Conversations with fewer tokens are left out.
+        plan: A plan folder, as plan_packing.py writes it; None packs the files of a train folder as XTuner does.
+        **data: What `plan_for_training` takes besides: folder, packed_length, data_order_path, seed, min_length.
 
     Raises:
-        UserError: A file is missing or broken, or no file fills a row.
+        UserError: The plan or a file is missing or broken, or no file fills a row.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        packed_length: int,
-        data_order_path: str | None = None,
-        seed: int = 1024,
-        min_length: int = 0,
-    ):
-        self.files = load_packed_files(
-            folder, data_order_path, packed_length, seed=seed, min_length=min_length
-        )
-        self._ends = list(accumulate(len(file) for file in self.files))
+    def __init__(self, plan: str | None = None, **data):
+        self.plan = plan_for_training(plan, **data)
+        self.rows = PackedRows(self.plan)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self.rows)
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        """Returns `input_ids`, `labels`, `position_ids` (packed_length,) and `cumulative_len` (documents + 1,)."""
-        file = bisect.bisect_right(self._ends, row)
-        return self.files[file][row - (self._ends[file - 1] if file else 0)]
+        """Returns `input_ids`, `labels`, `position_ids` (tokens,) and `cumulative_len` (documents + 1,)."""
+        return self.rows[row]
 
 
 class PackedSampler(Sampler):
-    """The rows of this rank in XTuner's `InternRepoSampler` order; starts anywhere in an epoch at no cost.
+    """The rows of this rank, epoch after epoch without end; starts anywhere at no cost.
+
+    The rows of all epochs, one after the other, are one sequence. Its entry number `micro_batch * world_size + rank`
+    is what the rank sees in a micro-batch, so optimizer step k takes the `accumulative_counts * world_size` entries
+    from k times that number on: which ones does not depend on how many ranks share them.
 
     Args:
-        dataset: Anything with a length.
-        shuffle: False deals the rows in their own order.
-        seed: XTuner's is 1024.
+        dataset: A `PackedDataset`.
+        shuffle: False takes the rows in their own order.
+        seed: Not used: the order's seed is the plan's. Here because mmengine passes one.
         rank: Of this process; None asks torch.distributed. `world_size` likewise.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: PackedDataset,
         shuffle: bool = True,
-        seed: int = 1024,
+        seed: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ):
         running = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank = rank if rank is not None else torch.distributed.get_rank() if running else 0
         self.world_size = world_size or (torch.distributed.get_world_size() if running else 1)
-        self.rows, self.shuffle, self.seed = len(dataset), shuffle, seed
-        self.epoch = self.start = 0
+        self.plan, self.shuffle = dataset.plan, shuffle
+        self.entries_per_epoch = self.plan.entries_per_epoch(self.world_size)
+        self.start = 0
 
-    def seek(self, epoch: int, start: int = 0) -> None:
-        """Makes the next iteration yield `epoch` from its `start`-th row on."""
-        self.epoch, self.start = epoch, start
+    def seek(self, micro_batch: int) -> None:
+        """Makes the next iteration begin after this rank's first `micro_batch` micro-batches."""
+        self.start = micro_batch
 
     def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            rows = sampler_indices(self.rows, self.rank, self.world_size, self.epoch, seed=self.seed)
-        else:
-            rows = range(self.rank, len(self) * self.world_size, self.world_size)
-        return iter(rows[self.start :])
+        entry = self.start * self.world_size + self.rank
+        opened, order = None, range(len(self.plan))
+        while self.entries_per_epoch:
+            epoch, place = divmod(entry, self.entries_per_epoch)
+            if self.shuffle and epoch != opened:
+                opened, order = epoch, self.plan.order(epoch)
+            yield int(order[place])
+            entry += self.world_size
 
     def __len__(self) -> int:
-        """Rows that one rank sees in an epoch."""
-        return self.rows // self.world_size
+        """Whole micro-batches that a rank sees in an epoch."""
+        return self.entries_per_epoch // self.world_size
 
 
 def packed_collate(rows: Sequence[dict[str, np.ndarray]]) -> dict:
     """Turns one row into a micro-batch for `SupervisedFinetune.forward`.
 
     Returns:
-        {"data": {input_ids, labels, position_ids: int64 (1, packed_length); cumulative_len: int32 (documents + 1,);
+        {"data": {input_ids, labels, position_ids: int64 (1, tokens); cumulative_len: int32 (documents + 1,);
         max_seqlen: int}, "data_samples": None}
     """
     if len(rows) != 1:
@@ -107,3 +103,13 @@ def packed_collate(rows: Sequence[dict[str, np.ndarray]]) -> dict:
     data["cumulative_len"] = torch.from_numpy(row["cumulative_len"].astype(np.int32))
     data["max_seqlen"] = int(np.diff(row["cumulative_len"]).max())
     return {"data": data, "data_samples": None}
+
+
+def read_ahead(batches: Iterator[dict], depth: int) -> Iterator[dict]:
+    """Yields the batches of an endless iterator; a thread reads the next `depth` of them meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, batches) for _ in range(depth))
+        while True:
+            batch = waiting.popleft().result()
+            waiting.append(thread.submit(next, batches))
+            yield batch

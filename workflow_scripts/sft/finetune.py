@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
-from torch.nn.functional import cross_entropy
+from torch import distributed
 from transformers import PreTrainedModel
 
-from sft.attention import packing_kwargs
+from sft.attention import check_attention, packing_kwargs
+from sft.cross_entropy import check_cross_entropy, chunked_cross_entropy, loss_in_head
+from sft.device import training_device
 from sft.model import resize_for_tokenizer
+from sft.nonfinite import spread_nonfinite
 from sft.tokenizer_rows import find_new_tokens
 
 IGNORE_INDEX = -100
 
 
-def mean_over_micro_batch(token_losses: torch.Tensor) -> torch.Tensor:
-    """Reduces the losses of a micro-batch's trained tokens (n,) to what is back-propagated: their mean, as XTuner.
+def count_trained_tokens(labels: torch.Tensor) -> int:
+    """Returns how many predictions of a row's labels (1, length) are trained: all but the first label can be."""
+    return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
-    DeepSpeed then takes the mean over micro-batches and ranks, so a token of a micro-batch with few trained tokens
-    weighs more than one of a micro-batch with many.
+
+def step_loss_weights(trained_tokens: Sequence[int], normalisation: str, device: torch.device) -> list[float]:
+    """Returns what the sum of token losses of each micro-batch of this rank counts in the loss of the step.
+
+    The loss of an optimizer step is the sum over its ranks and micro-batches of weight x sum of token losses:
+
+    - `token`: the mean over the trained tokens of the whole step, 1 / (trained tokens of all ranks and micro-batches).
+      Each token weighs the same, however they are spread over micro-batches and ranks.
+    - `micro_batch`: the mean over micro-batches and ranks of their means, as XTuner 0.2.0. A token beside few trained
+      ones weighs more than one beside many. (A micro-batch without any counts as 0; XTuner's loss is NaN then.)
+
+    All ranks call it together, once a step, before its first backward pass.
+
+    Args:
+        trained_tokens: Of each micro-batch of the step on this rank.
+        normalisation: `token` or `micro_batch`.
+        device: Where the ranks' counts are added up.
     """
-    return token_losses.mean()
+    if normalisation == "micro_batch":
+        micro_batches = len(trained_tokens) * distributed.get_world_size()
+        return [1 / (count * micro_batches) if count else 0.0 for count in trained_tokens]
+    total = torch.tensor(sum(trained_tokens), dtype=torch.int64, device=device)
+    distributed.all_reduce(total)
+    return [1 / max(1, int(total))] * len(trained_tokens)
 
 
 class SupervisedFinetune(BaseModel):
@@ -33,51 +58,86 @@ class SupervisedFinetune(BaseModel):
         llm: A config to build the model from (`type=load_base_model`), or a model.
         tokenizer: Folder of the extended tokenizer: the embedding grows to it. None leaves the model as it is.
         gradient_checkpointing: Recomputes activations in the backward pass instead of keeping them.
+        cross_entropy: `chunked`, or `liger` for Liger's kernel on a GPU.
     """
 
     def __init__(
-        self, llm: dict | PreTrainedModel, tokenizer: str | None = None, gradient_checkpointing: bool = True
+        self,
+        llm: dict | PreTrainedModel,
+        tokenizer: str | None = None,
+        gradient_checkpointing: bool = True,
+        cross_entropy: str = "chunked",
     ):
         super().__init__()
+        check_cross_entropy(cross_entropy)
+        self.cross_entropy = cross_entropy
         base_path = llm.get("model_path") if isinstance(llm, dict) else None
         self.llm = MODELS.build(llm) if isinstance(llm, dict) else llm
         self.llm.config.use_cache = False
+        check_attention(self.llm.config._attn_implementation, training_device())
         if tokenizer is not None:
             vocab_size, new_ids = find_new_tokens(tokenizer, base_path)
             resize_for_tokenizer(self.llm, vocab_size, new_ids)
         if gradient_checkpointing:
             self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._selects_logits = "logits_to_keep" in inspect.signature(self.llm.forward).parameters
+        self._loss_in_head: bool | None = None  # False for a model that scales or caps its logits; asked once
 
     def init_weights(self) -> None:
         """Every rank loads the same weights: nothing to initialise."""
 
     def forward(self, data: dict, data_samples: None = None, mode: str = "loss") -> dict[str, torch.Tensor]:
-        """Returns {"loss": scalar} for one packed row.
+        """Returns {"loss": float64 scalar} for one packed row: the sum of its token losses x `loss_weight`.
 
         Labels shift over the whole row, as in XTuner: position t predicts the label at t + 1. The last token of a
         document therefore predicts the first of the next, whose label (BOS) XTuner stores as trained; the first
         token of a row is predicted by none. Without any trained token the loss is 0, with a gradient of 0.
 
         Args:
-            data: `input_ids`, `labels`, `position_ids` (1, length), `cumulative_len` (documents + 1,), `max_seqlen`.
+            data: `input_ids`, `labels`, `position_ids` (1, length), `cumulative_len` (documents + 1,), `max_seqlen`;
+                `loss_weight`, see `step_loss_weights`; without it the loss is the mean over the row's trained tokens.
         """
         if mode != "loss":
             raise NotImplementedError(f"mode {mode!r}: this model only trains")
         targets = data["labels"][0, 1:]
-        predictors = (targets != IGNORE_INDEX).nonzero().flatten()
         # The head runs where a token is trained only: same loss and gradient, and no logits for the masked rest.
-        kept = predictors if len(predictors) else predictors.new_zeros(1)
-        logits = self.llm(
-            input_ids=data["input_ids"],
-            position_ids=data["position_ids"],
-            use_cache=False,
-            **({"logits_to_keep": kept} if self._selects_logits else {}),
+        kept = (targets != IGNORE_INDEX).nonzero().flatten()
+        weight = data.get("loss_weight", 1 / max(1, len(kept)))
+        if not len(kept):  # one position, so that every rank and parameter takes part in the backward pass
+            kept, targets, weight = kept.new_zeros(1), targets.new_zeros(1), 0.0
+        inputs = {
+            "input_ids": data["input_ids"],
+            "position_ids": data["position_ids"],
+            "use_cache": False,
             **packing_kwargs(data["cumulative_len"], data.get("max_seqlen")),
-        ).logits[0]
+        }
+        return {"loss": spread_nonfinite(self._summed_loss(inputs, kept, targets[kept]) * weight)}
+
+    def _summed_loss(self, inputs: dict, kept: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if self._loss_in_head is None:
+            self._loss_in_head = self._takes_loss_for_logits(kept.device)
+        if self._loss_in_head:
+            return self._run_with_loss_in_head(inputs, kept, targets)
+        selection = {"logits_to_keep": kept} if self._selects_logits else {}
+        logits = self.llm(**inputs, **selection).logits[0]
         if not self._selects_logits:
             logits = logits[kept]
-        if not len(predictors):
-            return {"loss": logits.float().sum() * 0.0}
-        token_losses = cross_entropy(logits.float(), targets[predictors], reduction="none")
-        return {"loss": mean_over_micro_batch(token_losses)}
+        return chunked_cross_entropy(logits, targets, logits.shape[1])
+
+    def _run_with_loss_in_head(self, inputs: dict, kept: torch.Tensor, targets: torch.Tensor):
+        vocabulary = self.llm.config.get_text_config().vocab_size
+        head = self.llm.get_output_embeddings()
+        with loss_in_head(head, kept, targets, vocabulary, self.cross_entropy) as loss:
+            return loss.read(self.llm(**inputs).logits)
+
+    def _takes_loss_for_logits(self, device: torch.device) -> bool:
+        """Tells from a row of two tokens whether the model hands on what its head returns, as it is."""
+        if self.llm.get_output_embeddings() is None:
+            return False
+        row = torch.arange(2, device=device)[None]
+        inputs = {"input_ids": row, "position_ids": row, "use_cache": False}
+        inputs |= packing_kwargs(torch.tensor([0, 2], device=device), 2)
+        # Dropout must draw the same numbers in a resumed run, which asks later.
+        devices = [device] if device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            return self._run_with_loss_in_head(inputs, row[0, :1], row[0, 1:]) is not None

@@ -1,4 +1,7 @@
-"""What makes two runs the same run: hyperparameters, base weights, tokenizer, data and world size."""
+"""What makes two runs the same run: hyperparameters, base weights, tokenizer, data and rows of an optimizer step.
+
+The number of ranks is no part of it where the order of the data does not depend on it.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from typing import Any
 from mmengine.config import Config
 
 from common.cli import UserError
-from common.files import read_json, sha256_json
+from common.files import sha256_json
 from common.fingerprints import FingerprintCache
+from ftdp.bin_digests import bin_digests, refuse_other_data
 from ftdp.data_order import list_train_files, read_data_order
+from ftdp.pack_plan import read_plan_manifest
 from sft import config as settings
 from sft.device import resolve_dtype, training_device
 
@@ -28,12 +33,17 @@ _NOT_HYPERPARAMETERS = {
     "model.llm.model_path",
     "model.llm.trust_remote_code",
     "model.tokenizer",
+    "train_dataloader.dataset.plan",
     "train_dataloader.dataset.folder",
     "train_dataloader.dataset.data_order_path",
     "train_dataloader.num_workers",
     "train_dataloader.prefetch_factor",
     "train_dataloader.persistent_workers",
     "train_dataloader.pin_memory",
+    "strategy.zero3_init",
+    "optim_wrapper.accumulative_counts",
+    "optim_wrapper.global_batch",
+    "train_cfg.max_skipped_steps",
 }
 
 
@@ -58,9 +68,20 @@ def run_identity(config: Config, world_size: int, cache: FingerprintCache) -> di
         ),
         "base_model": base_model_digest(settings.model_path(config), cache),
         "tokenizer": cache.file(Path(tokenizer) / "tokenizer.json") if tokenizer else None,
-        "data": data_digest(settings.train_folder(config), settings.data_order_path(config), cache),
-        "world_size": world_size,
+        **_training_data(config, world_size, cache),
+        "global_batch": settings.global_batch(config, world_size),
     }
+
+
+def _training_data(config: Config, world_size: int, cache: FingerprintCache) -> dict[str, Any]:
+    plan, folder = settings.plan_path(config), settings.train_folder(config)
+    if plan is None:
+        fields: dict[str, Any] = {"data": data_digest(folder, settings.data_order_path(config), cache)}
+    else:
+        fields = {"plan": refuse_other_data(plan, cache, folder)}
+    if plan is None or read_plan_manifest(plan)["mode"] == "xtuner":
+        fields["world_size"] = world_size  # XTuner leaves out the rows that the ranks cannot share evenly
+    return fields
 
 
 def _flat(prefix: str, value: Any) -> dict[str, Any]:
@@ -104,30 +125,9 @@ def base_model_digest(model_path: str, cache: FingerprintCache) -> str:
 
 
 def data_digest(train_folder: str, data_order_path: str | None, cache: FingerprintCache) -> str:
-    """Returns the digest of the `.bin` files in their order.
-
-    Digests come from the manifests that tokenize_dataset.py wrote beside the template folder where the size agrees.
-    """
-    folder = Path(train_folder)
-    names = read_data_order(data_order_path) if data_order_path else list_train_files(folder)
-    known: dict[Path, tuple[int, str]] = {}
-    tokenized = folder.resolve().parent.parent
-    for manifest in sorted((tokenized / "manifests").glob("*.json")):
-        for entry in read_json(manifest).get("files", []):
-            if entry.get("bin"):
-                known[tokenized / entry["bin"]] = (entry["bin_bytes"], entry["bin_sha256"])
-    digests = []
-    for name in names:
-        file = (folder / name).resolve()
-        if not file.is_file():
-            raise UserError(
-                f"{folder / name} is missing",
-                expected="the files that the data order names",
-                fix="tokenise the datasets again, or write the data order again",
-            )
-        size, digest = known.get(file, (None, ""))
-        digests.append([name, digest if size == file.stat().st_size else cache.file(file)])
-    return sha256_json(digests)
+    """Returns the digest of the `.bin` files in their order, for a config without a pack plan."""
+    names = read_data_order(data_order_path) if data_order_path else list_train_files(train_folder)
+    return sha256_json(list(zip(names, bin_digests(train_folder, names, cache), strict=True)))
 
 
 def resolve_hub_model(config: Config) -> None:

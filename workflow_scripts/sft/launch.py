@@ -11,6 +11,7 @@ import sys
 import time
 
 from common.cli import UserError
+from sft.stopping import EXIT_GO_ON
 
 _STEP_IN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -86,6 +87,8 @@ def run_ranks(command: list[str], processes: int) -> int:
     """Runs `command` once a rank on this host and returns the exit code: the first that is not 0, else 0.
 
     When a rank ends with an error or a signal the others are ended too, at once: they would wait for it for ever.
+    SIGTERM, SIGUSR1 and SIGINT are handed on to the ranks, which save and end with code 75 in their own time; a second
+    SIGINT ends them at once.
 
     Args:
         command: Arguments of the program; each rank gets the environment that `--launcher pytorch` reads.
@@ -95,40 +98,41 @@ def run_ranks(command: list[str], processes: int) -> int:
     shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     shared |= {"SNAKETUNE_PARENT": os.getpid(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     ranks: list[subprocess.Popen] = []
-    stopped_by: list[int] = []
-    handlers = {
-        n: signal.signal(n, lambda number, _: stopped_by.append(number))
-        for n in (signal.SIGTERM, signal.SIGINT)
-    }
+    interrupts: list[int] = []
+
+    def hand_on(number: int, _frame) -> None:
+        if number == signal.SIGINT:
+            interrupts.append(number)
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    handlers = {n: signal.signal(n, hand_on) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         for rank in range(processes):
             own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
             ranks.append(subprocess.Popen(command, env={**os.environ, **own}))
-        while not stopped_by:
+        while len(interrupts) < 2:
             codes = [rank.poll() for rank in ranks]
-            bad = [(number, code) for number, code in enumerate(codes) if code]
+            bad = [(number, code) for number, code in enumerate(codes) if code not in (None, 0, EXIT_GO_ON)]
             if bad:
                 wait_all(ranks, patience=2.0)  # the others may have something to say before they go
                 number, code = bad[0]
                 cause = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
                 print(f"Rank {number} {cause}; ending the others", file=sys.stderr, flush=True)
                 return code if code > 0 else 128 - code
-            if all(code == 0 for code in codes):
-                return 0
+            if None not in codes:
+                return max(codes)
             time.sleep(0.2)
-        return 128 + stopped_by[0]
+        return 128 + signal.SIGINT
     finally:
         end_all(ranks)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def end_all(ranks: list[subprocess.Popen], patience: float = 5.0) -> None:
-    """Ends processes: SIGTERM, and SIGKILL to those that are still there after `patience` seconds."""
-    for rank in ranks:
-        if rank.poll() is None:
-            rank.terminate()
-    wait_all(ranks, patience)
+def end_all(ranks: list[subprocess.Popen]) -> None:
+    """Kills the processes that are still there: on SIGTERM they would save, and wait for ranks that are gone."""
     for rank in ranks:
         if rank.poll() is None:
             rank.kill()

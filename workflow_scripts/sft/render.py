@@ -16,19 +16,23 @@ class TrainSettings:
     Attributes:
         model_path: Base model, a folder or a hub name.
         tokenizer_path: Folder of the extended tokenizer.
-        train_folder: `.../chatml_llamav13_32k/train`.
-        data_order: `data_order.txt`; None walks the folder.
-        max_length: Tokens of a packed row.
+        train_folder: `.../chatml_llamav13_32k/train`, to train without a plan, on rows as XTuner makes them.
+        data_order: Without a plan: `data_order.txt`; None walks the folder.
+        max_length: Without a plan: tokens of a packed row.
+        plan: A plan folder of plan_packing.py.
         max_steps: Optimizer steps; None trains `max_epochs`.
         save_steps: Optimizer steps between checkpoints; 0 saves at the end only.
         max_norm: Greatest gradient norm; 0 does not clip.
+        global_batch: Rows of an optimizer step over all ranks, in place of `accumulative_counts` a rank.
+        max_skipped_steps: Steps in a row that may be skipped because their loss or gradient is not finite.
     """
 
     model_path: str
     tokenizer_path: str
-    train_folder: str
+    train_folder: str | None = None
     data_order: str | None = None
     max_length: int = 32768
+    plan: str | None = None
     lr: float = 4e-5
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
@@ -38,11 +42,17 @@ class TrainSettings:
     max_epochs: float = 1
     max_steps: int | None = None
     accumulative_counts: int = 1
+    global_batch: int | None = None
+    max_skipped_steps: int = 3
+    loss_normalisation: str = "token"
     zero_stage: int = 2
+    offload: str = "none"
+    zero3_init: bool = False
     save_steps: int = 500
     save_total_limit: int = 2
     save_optimizer: bool = True
     gradient_checkpointing: bool = True
+    cross_entropy: str = "chunked"
     dtype: str = "auto"
     attention: str = "auto"
     seed: int = 42
@@ -53,7 +63,35 @@ class TrainSettings:
 
 def render_config(settings: TrainSettings) -> str:
     """Returns the text of a training config."""
-    return _TEMPLATE.substitute({name: repr(value) for name, value in vars(settings).items()})
+    values = {name: repr(value) for name, value in vars(settings).items()}
+    blocks = _FROM_FOLDER if settings.plan is None else _FROM_PLAN
+    return _TEMPLATE.substitute(
+        values, **{name: Template(text).substitute(values) for name, text in blocks.items()}
+    )
+
+
+_FROM_PLAN = {
+    "data_settings": """\
+# Data: the plan that plan_packing.py made: which documents make which row, and the order of the rows.
+plan = $plan""",
+    "dataset": "dict(type=PackedDataset, plan=plan)",
+}
+_FROM_FOLDER = {
+    "data_settings": """\
+# Data: the train folder that tokenize_dataset.py filled, and the order of its files. Rows are packed as XTuner does.
+dataset_folder = $train_folder
+data_order_path = $data_order  # None: walk the folder
+max_length = $max_length  # tokens of a packed row; a micro-batch is one row""",
+    "dataset": """\
+dict(
+    type=PackedDataset,
+    folder=dataset_folder,
+    data_order_path=data_order_path,
+    packed_length=max_length,
+    min_length=0,
+    seed=1024,  # of the order within a file, and of the order of rows; XTuner's
+)""",
+}
 
 
 _TEMPLATE = Template('''\
@@ -90,16 +128,15 @@ trust_remote_code = $trust_remote_code  # run Python code that comes with the mo
 dtype = $dtype  # auto: bfloat16 on a GPU, float32 on a CPU
 attention = $attention  # auto: flash_attention_2 on a GPU that has it, else sdpa one document at a time
 gradient_checkpointing = $gradient_checkpointing  # recompute activations: less memory, about a third more time
+cross_entropy = $cross_entropy  # chunked: logits of a few hundred tokens at a time; liger: its kernel, GPU only
 
-# Data: the train folder that tokenize_dataset.py filled, and the order of its files.
-dataset_folder = $train_folder
-data_order_path = $data_order  # None: walk the folder
-max_length = $max_length  # tokens of a packed row; a micro-batch is one row
-dataloader_num_workers = $num_workers
+$data_settings
+dataloader_num_workers = $num_workers  # 0: a thread reads ahead
 
 # Scheduler & optimizer
-batch_size = 1  # rows; stays 1: raise max_length or accumulative_counts
+batch_size = 1  # rows; stays 1: plan longer rows, or raise accumulative_counts
 accumulative_counts = $accumulative_counts  # micro-batches of a rank per optimizer step
+global_batch = $global_batch  # rows of an optimizer step over all ranks, however many; None: accumulative_counts a rank
 max_epochs = $max_epochs
 max_steps = $max_steps  # optimizer steps; None: as many as max_epochs takes
 lr = $lr
@@ -108,10 +145,15 @@ weight_decay = $weight_decay
 max_norm = $max_norm  # gradient clipping; 0: none
 warm_up_ratio = $warmup_ratio  # share of the run in which lr rises from lr / 40
 min_lr_ratio = $min_lr_ratio  # lr falls to this share of lr
+max_skipped_steps = $max_skipped_steps  # in a row, for a loss or gradient that is not finite; one more ends the run
+# token: mean over the trained tokens of the whole step. micro_batch: mean of micro-batches' means, as XTuner.
+loss_normalisation = $loss_normalisation
 seed = $seed
 
 # Memory: 0 keeps everything on every rank, 1 shards the optimizer, 2 the gradients too, 3 the weights too.
 zero_stage = $zero_stage
+offload = $offload  # to the host's memory: none, optimizer, or all (the weights too; stage 3)
+zero3_init = $zero3_init  # stage 3: load the model in shards, for one too large for a host once a rank
 
 # Save
 save_steps = $save_steps  # optimizer steps between checkpoints; 0: at the end only
@@ -127,6 +169,7 @@ model = dict(
     # The embedding grows to this tokenizer; rows of its new tokens start at the mean of the old rows.
     tokenizer=tokenizer_path,
     gradient_checkpointing=gradient_checkpointing,
+    cross_entropy=cross_entropy,
     llm=dict(
         type=load_base_model,
         model_path=pretrained_model_name_or_path,
@@ -139,20 +182,13 @@ model = dict(
 #######################################################################
 #                      PART 3  Dataset & Dataloader                   #
 #######################################################################
-train_dataset = dict(
-    type=PackedDataset,
-    folder=dataset_folder,
-    data_order_path=data_order_path,
-    packed_length=max_length,
-    min_length=0,
-    seed=1024,  # of the order within a file; XTuner's
-)
+train_dataset = $dataset
 
 train_dataloader = dict(
     batch_size=batch_size,
     num_workers=dataloader_num_workers,
     dataset=train_dataset,
-    sampler=dict(type=PackedSampler, shuffle=True, seed=1024),
+    sampler=dict(type=PackedSampler),
     batch_sampler=dict(type=BatchSampler, drop_last=True, batch_size=batch_size),
     collate_fn=dict(type=packed_collate),
 )
@@ -164,6 +200,7 @@ optim_wrapper = dict(
     optimizer=dict(type=AdamW, lr=lr, betas=betas, weight_decay=weight_decay),
     clip_grad=dict(max_norm=max_norm),
     accumulative_counts=accumulative_counts,
+    global_batch=global_batch,
 )
 
 # Linear warm-up, then cosine; both count optimizer steps.
@@ -179,14 +216,19 @@ param_scheduler = [
     dict(type=CosineAnnealingLR, eta_min=lr * min_lr_ratio, begin=warm_up_end, end=schedule_end, **schedule_unit),
 ]
 
-train_cfg = dict(type=TrainLoop, max_epochs=max_epochs, max_steps=max_steps)
+train_cfg = dict(
+    type=TrainLoop,
+    max_epochs=max_epochs,
+    max_steps=max_steps,
+    loss_normalisation=loss_normalisation,
+    max_skipped_steps=max_skipped_steps,
+)
 
 #######################################################################
 #                           PART 5  Runtime                           #
 #######################################################################
-# DeepSpeed; --deepspeed deepspeed_zeroN on the command line wins. `config=dict(...)` takes any DeepSpeed setting, and
-# `zero3_init=True` loads a model in shards that is too large for a host once a rank.
-strategy = dict(type=DeepSpeedStrategy, zero_stage=zero_stage)
+# DeepSpeed; --deepspeed deepspeed_zeroN on the command line wins. `config=dict(...)` takes any DeepSpeed setting.
+strategy = dict(type=DeepSpeedStrategy, zero_stage=zero_stage, offload=offload, zero3_init=zero3_init)
 
 default_hooks = dict(
     # metrics.jsonl, TensorBoard and the progress line

@@ -8,18 +8,26 @@ from pathlib import Path
 import torch
 from mmengine.runner import FlexibleRunner
 from mmengine.runner.base_loop import BaseLoop
+from torch import distributed
 from torch.utils.data import DataLoader
 
 from common.cli import UserError
 from sft.checkpoints import load_random_state
-from sft.data import PackedSampler
+from sft.data import PackedSampler, read_ahead
+from sft.finetune import count_trained_tokens, step_loss_weights
+from sft.nonfinite import SkippedSteps, check_gradients
+from sft.stopping import StopRequest
+from sft.universal import remove_universal
 
 
 class TrainLoop(BaseLoop):
     """Trains for a number of optimizer steps, each over `accumulative_counts` micro-batches of every rank.
 
     Hooks and schedulers are called once per optimizer step. Micro-batches run on across epochs, as in XTuner; a last
-    incomplete step is not trained.
+    incomplete step is not trained. Which rows a step sees: `sft.data.PackedSampler`.
+
+    Attributes:
+        steps_per_epoch: Optimizer steps of one pass over the data, mostly not a whole number.
 
     Args:
         runner: The runner.
@@ -27,6 +35,8 @@ class TrainLoop(BaseLoop):
         max_epochs: Passes over the data, whole or not.
         max_steps: Optimizer steps; overrides `max_epochs`.
         accumulative_counts: Micro-batches of a rank per optimizer step.
+        loss_normalisation: `token` or `micro_batch`, see `sft.finetune.step_loss_weights`.
+        max_skipped_steps: Steps in a row that may be skipped because their loss or gradient is not finite.
     """
 
     def __init__(
@@ -36,25 +46,35 @@ class TrainLoop(BaseLoop):
         max_epochs: float | None = 1,
         max_steps: int | None = None,
         accumulative_counts: int = 1,
+        loss_normalisation: str = "token",
+        max_skipped_steps: int = 3,
     ):
         super().__init__(runner, dataloader)
+        if loss_normalisation not in ("token", "micro_batch"):
+            raise UserError(
+                "loss_normalisation cannot be used", found=loss_normalisation, expected="token or micro_batch"
+            )
+        self.loss_normalisation = loss_normalisation
         self.accumulative_counts = accumulative_counts
-        self.micro_batches_per_epoch = len(self.dataloader)
-        if not self.micro_batches_per_epoch:
+        self.sampler: PackedSampler = self.dataloader.batch_sampler.sampler
+        entries, global_batch = self.sampler.entries_per_epoch, accumulative_counts * runner.world_size
+        if not entries:
             raise UserError(
                 "there are fewer packed rows than ranks",
                 found=f"{len(self.dataloader.dataset)} rows for {runner.world_size} ranks",
                 fix="set max_length lower, add data, or use fewer ranks",
             )
-        self._max_iters = max_steps or int(max_epochs * self.micro_batches_per_epoch / accumulative_counts)
+        self.steps_per_epoch = entries / global_batch
+        self._max_iters = max_steps or int(max_epochs * entries) // global_batch
         if self._max_iters < 1:
             raise UserError(
                 "the data does not fill one optimizer step",
-                found=f"{self.micro_batches_per_epoch} packed rows a rank and epoch",
-                expected=f"at least {accumulative_counts} (accumulative_counts) in {max_epochs} epochs",
+                found=f"{entries} packed rows an epoch, {max_epochs} epochs",
+                expected=f"at least {global_batch} rows (accumulative_counts for each of {runner.world_size} ranks)",
                 fix="set max_length or accumulative_counts lower, max_epochs higher, or add data",
             )
         self._iter = 0
+        self.skipped = SkippedSteps(max_skipped_steps)
         # Its own generator: opening an epoch must not move the model's random state (resume is bit for bit).
         self.dataloader.generator = torch.Generator()
 
@@ -76,51 +96,73 @@ class TrainLoop(BaseLoop):
     @property
     def epoch(self) -> float:
         """Passes over the data done."""
-        return self._iter * self.accumulative_counts / self.micro_batches_per_epoch
+        return self._iter / self.steps_per_epoch
 
     def seek(self, step: int) -> None:
         """Goes on after optimizer step `step`."""
         self._iter = step
 
     def run(self) -> torch.nn.Module:
-        """Trains to the end and returns the model."""
+        """Trains to the end, or until `runner.stop` is agreed on, and returns the model."""
         runner = self.runner
+        engine = runner.model.model
+        check_gradients(engine)
         runner.call_hook("before_train")
         runner.call_hook("before_train_epoch")
         stream = self._micro_batches()
         if runner.random_state_folder is not None:
             load_random_state(runner.random_state_folder, runner.rank)
-        while self._iter < self._max_iters:
+        while self._iter < self._max_iters and not runner.stop.agreed:
             started = time.perf_counter()
             runner.model.train()
             batches = [next(stream) for _ in range(self.accumulative_counts)]
+            data_seconds = time.perf_counter() - started
             runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=batches)
-            losses = [
-                runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper)["loss"].detach()
-                for batch in batches
-            ]
-            labels = [batch["data"]["labels"] for batch in batches]
-            outputs = {
-                "loss": torch.stack(losses).double().mean(),
-                "tokens": sum(label.numel() for label in labels),
-                "trained_tokens": sum(int((label[:, 1:] != -100).sum()) for label in labels),
-                "started": started,
-            }
+            outputs = {**self._train_step(batches), "started": started, "data_seconds": data_seconds}
+            outputs["skipped"] = self.skipped.count(engine)
+            runner.stop.agree(engine.device)
             runner.call_hook("after_train_iter", batch_idx=self._iter, data_batch=batches, outputs=outputs)
             self._iter += 1
+            self.skipped.check(self, self._iter, outputs["micro_batch_losses"])
         runner.call_hook("after_train_epoch")
         runner.call_hook("after_train")
         return runner.model
 
+    def _train_step(self, batches: list[dict]) -> dict:
+        """Runs forward and backward of one optimizer step's micro-batches; DeepSpeed steps with the last.
+
+        Returns:
+            loss: What this rank adds to the loss of the step, a float64 scalar tensor: the loss of the step is its
+                sum over the ranks, see `sft.finetune.step_loss_weights`.
+            tokens, trained_tokens: Of this rank.
+            micro_batch_losses: What each micro-batch adds to it, times the number of micro-batches and ranks.
+            document_lengths: Tokens of each document of this rank's rows.
+        """
+        runner = self.runner
+        rows = [batch["data"] for batch in batches]
+        trained_tokens = [count_trained_tokens(row["labels"]) for row in rows]
+        weights = step_loss_weights(trained_tokens, self.loss_normalisation, runner.model.device)
+        # DeepSpeed divides every gradient by the number of micro-batches and of ranks; the weights are sums' weights.
+        divisor = self.accumulative_counts * runner.world_size
+        losses = []
+        for batch, weight in zip(batches, weights, strict=True):
+            batch["data"]["loss_weight"] = weight * divisor
+            losses.append(runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper)["loss"].detach())
+        borders = [row["cumulative_len"] for row in rows]
+        return {
+            "loss": torch.stack(losses).double().sum() / divisor,
+            "micro_batch_losses": losses,
+            "tokens": sum(row["labels"].numel() for row in rows),
+            "trained_tokens": sum(trained_tokens),
+            "document_lengths": [length for b in borders for length in (b[1:] - b[:-1]).tolist()],
+        }
+
     def _micro_batches(self):
         """Yields micro-batches for ever, from the one that follows `iter` on; nothing before it is read."""
-        sampler: PackedSampler = self.dataloader.batch_sampler.sampler
-        position = self._iter * self.accumulative_counts
-        while True:
-            sampler.seek(*divmod(position, self.micro_batches_per_epoch))
-            for batch in self.dataloader:
-                position += 1
-                yield batch
+        self.sampler.seek(self._iter * self.accumulative_counts)
+        batches = iter(self.dataloader)
+        # Loader processes read ahead by themselves.
+        return batches if self.dataloader.num_workers else read_ahead(batches, self.accumulative_counts)
 
 
 class _NoVisualizer:
@@ -133,7 +175,9 @@ class _NoVisualizer:
 class TrainRunner(FlexibleRunner):
     """mmengine's runner that goes on from a whole checkpoint of ours."""
 
+    stop = StopRequest()
     resume_from: Path | None = None
+    universal: Path | None = None
     random_state_folder: Path | None = None
 
     def _log_env(self) -> None:
@@ -144,11 +188,15 @@ class TrainRunner(FlexibleRunner):
         return _NoVisualizer()
 
     def load_or_resume(self) -> None:
-        """Loads `resume_from`, if it is set."""
+        """Loads `resume_from`, if it is set, or rather `universal`, the same for another number of ranks."""
         if self.resume_from is not None:
-            client_state = self.strategy.resume(str(self.resume_from))
+            client_state = self.strategy.resume(str(self.universal or self.resume_from))
             self.train_loop.seek(client_state["step"])
             self.random_state_folder = self.resume_from
+            if self.universal is not None:
+                distributed.barrier()
+                if self.rank == 0:
+                    remove_universal(self.resume_from.parent)
 
     def dump_config(self) -> None:
         """The config is copied into the run folder as it was written, see train_model.py."""

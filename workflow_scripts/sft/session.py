@@ -18,6 +18,7 @@ from mmengine.config import Config
 from common.cli import UserError
 from common.files import read_json, sha256_file, sha256_json, write_bytes, write_json
 from common.fingerprints import FingerprintCache
+from ftdp.pack_planning import plan_for_training
 from sft import config as settings
 from sft.checkpoints import is_last, is_resumable, list_checkpoints, read_state_dict, remove_leftovers
 from sft.identity import differences, run_identity
@@ -35,7 +36,9 @@ class Plan:
         folder: The run folder.
         identity: SHA-256 of the identity's fields.
         fields: The identity itself, see `run_identity`.
-        resume_from: Checkpoint to go on from; None starts from the base model.
+        world_size: Ranks of this attempt.
+        checkpoint: What training goes on from, or what it ended with; None starts from the base model. Its bytes are
+            not looked at here.
         trained: True when no step is left to train.
         finished: True when the record of the finished run is there too.
     """
@@ -43,7 +46,8 @@ class Plan:
     folder: Path
     identity: str
     fields: dict[str, Any]
-    resume_from: Path | None = None
+    world_size: int
+    checkpoint: Path | None = None
     trained: bool = False
     finished: bool = False
 
@@ -58,7 +62,7 @@ def plan_run(
         work_dir: Exactly this folder, or None.
         runs_dir: A folder of run folders, one an identity, or None.
         world_size: Ranks of the run.
-        announce: Says when settings lead to a new folder beside others.
+        announce: Says when settings lead to a new folder beside others, and which checkpoints are torn.
 
     Raises:
         UserError: `work_dir` holds another run, or the run there cannot be resumed.
@@ -66,11 +70,12 @@ def plan_run(
     parent = runs_dir if work_dir is None else work_dir
     parent.mkdir(parents=True, exist_ok=True)
     cache = FingerprintCache(parent / ".digests.json")
+    settings.micro_batches_per_step(config, world_size)  # says so when the ranks cannot share a step
     fields = run_identity(config, world_size, cache)
     cache.save()
     identity = sha256_json(fields)
     folder = work_dir if work_dir is not None else runs_dir / identity[:12]
-    plan = Plan(folder.resolve(), identity, fields)
+    plan = Plan(folder.resolve(), identity, fields, world_size)
     if not (folder / IDENTITY).is_file():
         if work_dir is None and announce:
             _announce_other_runs(plan)
@@ -83,13 +88,14 @@ def plan_run(
             found="".join(f"\n    {line}" for line in changed),
             fix="undo the change, choose another --work-dir, or use --runs-dir, which gives each run its own folder",
         )
-    checkpoints = list_checkpoints(folder)
+    checkpoints = list_checkpoints(folder, warn=announce)
+    if not checkpoints:
+        return plan
     finished = folder / FINISHED
-    if finished.is_file() and checkpoints and checkpoints[-1].name == read_json(finished)["checkpoint"]:
-        plan.finished = plan.trained = True
-    elif checkpoints and is_last(checkpoints[-1]):
-        plan.trained = True
-    elif checkpoints:
+    plan.checkpoint = checkpoints[-1]
+    plan.finished = finished.is_file() and plan.checkpoint.name == read_json(finished)["checkpoint"]
+    plan.trained = plan.finished or is_last(plan.checkpoint)
+    if not plan.trained:
         resumable = [path for path in checkpoints if is_resumable(path)]
         if not resumable:
             raise UserError(
@@ -97,7 +103,7 @@ def plan_run(
                 found=f"{checkpoints[-1].name}, saved with save_optimizer = False",
                 fix="set save_optimizer = True for runs that may be cut off; to train this one anew, delete the folder",
             )
-        plan.resume_from = resumable[-1]
+        plan.checkpoint = resumable[-1]
     return plan
 
 
@@ -157,16 +163,29 @@ def record_finished_run(plan: Plan, config: Config, config_path: Path) -> None:
             "steps": lines[-1]["step"],
             "epochs": lines[-1]["epoch"],
             "tokens": sum(line["tokens"] for line in lines),
+            "rows_not_trained": rows_not_trained(config, plan),
             "final_loss": lines[-1]["loss"],
-            "world_size": plan.fields["world_size"],
+            "world_size": plan.world_size,
+            "global_batch": plan.fields["global_batch"],
             "zero_stage": settings.plain(config)["strategy"].get("zero_stage", 2),
             "dtype": plan.fields["dtype"],
-            "data_sha256": plan.fields["data"],
+            "plan_sha256": plan.fields.get("plan"),
+            "data_sha256": plan.fields.get("data"),
             "config_sha256": sha256_file(config_path),
             "versions": versions(),
             "git_commit": git_commit(),
         },
     )
+
+
+def rows_not_trained(config: Config, plan: Plan) -> int:
+    """Returns how many rows at the end of the last epoch fill no optimizer step; 0 where `max_steps` ends the run."""
+    values = settings.plain(config)
+    if values["train_cfg"].get("max_steps"):
+        return 0
+    data = {key: value for key, value in values["train_dataloader"]["dataset"].items() if key != "type"}
+    rows = plan_for_training(**data).entries_per_epoch(plan.world_size)
+    return int(values["train_cfg"].get("max_epochs", 1) * rows) % plan.fields["global_batch"]
 
 
 def write_manifest(plan: Plan, manifest: Path) -> None:

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 
 from common.cli import UserError
+from sft.config import plain
 from sft.device import resolve_dtype, training_device
 
 
@@ -60,6 +61,8 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
             default changed from 0 to 1.
         zero3_init: With stage 3, loads the model in shards, so that no rank ever holds it whole. For models that
             do not fit a host's memory once a rank.
+        offload: What lies in the host's memory between uses, and is updated there: `none`, `optimizer` (stage 1 to 3),
+            or `all` (the weights too; stage 3).
         config: Further DeepSpeed settings; they win over the ones made here.
     """
 
@@ -69,13 +72,15 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         dtype: str = "auto",
         gradient_clipping: float = 1.0,
         zero3_init: bool = False,
+        offload: str = "none",
         config: dict | None = None,
         **kwargs,
     ):
         if zero_stage not in (0, 1, 2, 3):
             raise UserError("zero_stage cannot be used", found=zero_stage, expected="0, 1, 2 or 3")
-        settings = deepspeed_settings(zero_stage, dtype, training_device())
-        for key, value in (config or {}).items():
+        settings = deepspeed_settings(zero_stage, dtype, training_device(), offload)
+        # Plain values: DeepSpeed writes its settings into checkpoints, which are read without running what is in them.
+        for key, value in plain(config or {}).items():
             both = isinstance(value, dict) and isinstance(settings.get(key), dict)
             settings[key] = {**settings[key], **value} if both else value
         super().__init__(config=settings, gradient_clipping=float(gradient_clipping), **kwargs)
@@ -142,10 +147,30 @@ def _drop_empty(schedulers: list[dict], default_args: dict) -> list[dict]:
     return kept
 
 
-def deepspeed_settings(zero_stage: int, dtype: str, device: str) -> dict:
-    """Returns the DeepSpeed configuration for a ZeRO stage, a dtype and a device (`cpu` or `cuda`)."""
+def deepspeed_settings(zero_stage: int, dtype: str, device: str, offload: str = "none") -> dict:
+    """Returns the DeepSpeed configuration for a ZeRO stage, a dtype, a device (`cpu` or `cuda`) and an offload.
+
+    Raises:
+        UserError: They do not go together.
+    """
     on_gpu = device == "cuda"
     resolved = resolve_dtype(dtype, device)
+    if zero_stage == 0 and resolved == torch.bfloat16:
+        raise UserError(
+            "zero_stage 0 cannot train in bfloat16",
+            found="no fp32 copy of the weights in DeepSpeed's stage 0: small updates would be rounded away",
+            expected="zero_stage 1, 2 or 3, or dtype float32",
+            fix="set zero_stage to 1: on one rank it costs nothing more",
+        )
+    least = {"none": 0, "optimizer": 1, "all": 3}
+    if offload not in least:
+        raise UserError("offload cannot be used", found=offload, expected="none, optimizer or all")
+    if zero_stage < least[offload]:
+        raise UserError(
+            f"offload {offload} needs a higher ZeRO stage",
+            found=zero_stage,
+            expected=f"{least[offload]} or more",
+        )
     bucket = int(5e8 if on_gpu else 5e7)
     zero = {
         "stage": zero_stage,
@@ -155,10 +180,17 @@ def deepspeed_settings(zero_stage: int, dtype: str, device: str) -> dict:
     }
     if zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": resolved == torch.bfloat16},
         "fp16": {"enabled": resolved == torch.float16, "initial_scale_power": 16},
+        # Micro-batches add up in fp32: in bfloat16 a sum over many loses their digits. In stage 1 DeepSpeed would take
+        # another optimizer for it, which neither skips steps that are not finite nor writes the same checkpoints.
+        "data_types": {"grad_accum_dtype": "fp32" if resolved == torch.bfloat16 and zero_stage > 1 else None},
     }

@@ -12,37 +12,73 @@ from mmengine.config import Config, ConfigDict
 from torch import distributed
 
 from common.cli import UserError
-from sft.session import Plan, open_run_folder, plan_run, record_finished_run, write_manifest
+from sft.checkpoints import is_intact, saved_world_size, set_aside, step_of
+from sft.config import micro_batches_per_step, plain
+from sft.guard import begin_attempt, check_guard, clear_guard, record_crash
+from sft.metrics_hook import cut_metrics
+from sft.session import METRICS, Plan, open_run_folder, plan_run, record_finished_run, write_manifest
+from sft.stopping import EXIT_GO_ON, StopRequest
 from sft.strategy import DeepSpeedStrategy, init_process_group  # noqa: F401 (before any other mmengine strategy)
+from sft.universal import make_universal
 
 
 def train_rank(
-    config: Config, config_path: Path, work_dir: Path | None, runs_dir: Path | None, manifest: Path | None
-) -> None:
+    config: Config,
+    config_path: Path,
+    work_dir: Path | None,
+    runs_dir: Path | None,
+    manifest: Path | None,
+    time_limit: float | None = None,
+    ignore_guard: bool = False,
+) -> int:
     """Runs this process' part of a run; RANK, WORLD_SIZE and so on are set.
+
+    Args:
+        config: The training config.
+        config_path: Where it was read from.
+        work_dir: The run folder, or None.
+        runs_dir: The folder of run folders, or None.
+        manifest: Where the record of the finished run goes, if anywhere.
+        time_limit: Minutes from the start of the job until it is killed.
+        ignore_guard: Starts even if the last attempts all crashed at one step.
+
+    Returns:
+        0 when the run is finished, EXIT_GO_ON when it was saved to go on later.
 
     Raises:
         UserError: Something to mend; only one rank a host says it, the others end with SystemExit(2).
     """
     try:
-        _train_rank(config, config_path, work_dir, runs_dir, manifest)
+        return _train_rank(config, config_path, work_dir, runs_dir, manifest, time_limit, ignore_guard)
     except UserError:
         if os.environ["LOCAL_RANK"] != "0":
             raise SystemExit(2) from None
         raise
 
 
-def _train_rank(config, config_path, work_dir, runs_dir, manifest) -> None:
+def _train_rank(config, config_path, work_dir, runs_dir, manifest, time_limit, ignore_guard) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Setting (OMP|MKL)_NUM_THREADS")
+    stop = StopRequest(time_limit)
+    stop.listen()
     init_process_group()
     try:
-        plan, lock = _plan_together(config, config_path, work_dir, runs_dir)
+        plan, lock = _plan_together(config, config_path, work_dir, runs_dir, ignore_guard)
     except (UserError, SystemExit):
         distributed.destroy_process_group()
         raise
     if not plan.trained:
-        _train(config, plan)
+        try:
+            finished = _train(config, plan, stop)
+        except BaseException as error:
+            record_crash(plan.folder, error)
+            raise
+        if distributed.get_rank() == 0:
+            clear_guard(plan.folder)
+        if not finished:
+            distributed.barrier()
+            distributed.destroy_process_group()
+            return EXIT_GO_ON
     if distributed.get_rank() == 0:
         if not plan.finished:
             record_finished_run(plan, config, config_path)
@@ -52,29 +88,60 @@ def _train_rank(config, config_path, work_dir, runs_dir, manifest) -> None:
         lock.close()
     distributed.barrier()
     distributed.destroy_process_group()  # without it a process now and then aborts at exit
+    return 0
 
 
-def _plan_together(config, config_path, work_dir, runs_dir) -> tuple[Plan, object]:
-    """Rank 0 looks at the disk and takes the lock; all ranks follow its plan."""
-    answer: list = [None]
-    lock = error = None
-    if distributed.get_rank() == 0:
-        try:
-            plan = plan_run(config, work_dir, runs_dir, distributed.get_world_size())
-            lock = open_run_folder(plan, config_path)
-            # Again, now that nobody else writes there.
-            answer[0] = plan_run(config, work_dir, runs_dir, distributed.get_world_size())
-        except UserError as caught:
-            answer[0], error = "failed", caught
-    distributed.broadcast_object_list(answer)
-    if error is not None:
-        raise error
-    if answer[0] == "failed":
-        raise SystemExit(2)
-    return answer[0], lock
+def _plan_together(config, config_path, work_dir, runs_dir, ignore_guard) -> tuple[Plan, object]:
+    """Rank 0 looks at the disk and takes the lock; all ranks follow its plan, and read what they go on from."""
+    world_size = distributed.get_world_size()
+    lock = corrupt = None
+    while True:
+        answer: list = ["failed"]
+        error = None
+        if distributed.get_rank() == 0:
+            try:
+                if corrupt is not None:
+                    print(
+                        f"warning: {corrupt} is corrupt; set aside as {set_aside(corrupt).name}", flush=True
+                    )
+                if lock is None:
+                    plan = plan_run(config, work_dir, runs_dir, world_size)
+                    lock = open_run_folder(plan, config_path)
+                    if ignore_guard:
+                        clear_guard(plan.folder)
+                    check_guard(plan.folder, plan.folder / METRICS)
+                # Again, now that nobody else writes there.
+                answer[0] = plan_run(config, work_dir, runs_dir, world_size, announce=False)
+            except UserError as caught:
+                error = caught
+        distributed.broadcast_object_list(answer)
+        if error is not None:
+            raise error
+        if answer[0] == "failed":
+            raise SystemExit(2)
+        corrupt = answer[0].checkpoint
+        if answer[0].finished or _is_intact_together(corrupt):
+            break
+    plan = answer[0]
+    if distributed.get_rank() == 0 and not plan.trained:
+        metrics, step = plan.folder / METRICS, step_of(plan.checkpoint) if plan.checkpoint else 0
+        begin_attempt(plan.folder, metrics, step)
+        cut_metrics(metrics, step)
+    return plan, lock
 
 
-def _train(config: Config, plan: Plan) -> None:
+def _is_intact_together(checkpoint: Path | None) -> bool:
+    """Reads a checkpoint's bytes, each rank its share of the files, and tells all ranks whether they are right."""
+    if checkpoint is None:
+        return True
+    verdicts: list = [None] * distributed.get_world_size()
+    mine = is_intact(checkpoint, distributed.get_rank(), len(verdicts))
+    distributed.all_gather_object(verdicts, mine)
+    return all(verdicts)
+
+
+def _train(config: Config, plan: Plan, stop: StopRequest) -> bool:
+    """Trains until the end or until the run has to stop early; tells whether it is finished."""
     from sft.runner import TrainRunner
 
     if distributed.get_rank() != 0:
@@ -82,19 +149,30 @@ def _train(config: Config, plan: Plan) -> None:
 
         disable_progress_bar()
 
-    runner = TrainRunner.from_cfg(runner_config(config, plan.folder))
-    runner.resume_from = plan.resume_from
+    other_ranks = plan.checkpoint and saved_world_size(plan.checkpoint) != distributed.get_world_size()
+    sharded = plain(config)["strategy"].get("zero_stage", 2) > 0
+    universal = make_universal(plan.checkpoint) if other_ranks and sharded else None
+    runner = TrainRunner.from_cfg(runner_config(config, plan.folder, universal is not None))
+    runner.resume_from, runner.universal, runner.stop = plan.checkpoint, universal, stop
     runner.train()
+    if runner.iter == runner.max_iters:
+        return True
+    if distributed.get_rank() == 0:
+        print(
+            f"Stopped after step {runner.iter} of {runner.max_iters} ({stop.reason}); start again to go on",
+            flush=True,
+        )
+    return False
 
 
-def runner_config(config: Config, folder: Path) -> Config:
+def runner_config(config: Config, folder: Path, universal: bool = False) -> Config:
     """Returns the config in the form that mmengine's runner takes, for the run folder `folder`.
 
-    As XTuner's `train.py`: clipping and accumulation move from the optimizer wrapper to DeepSpeed.
+    With `universal`, DeepSpeed will load a universal checkpoint. As XTuner's `train.py`: clipping and accumulation move from the optimizer wrapper to DeepSpeed.
     """
     config = copy.deepcopy(config)
     wrapper = config.optim_wrapper
-    accumulation = wrapper.get("accumulative_counts", 1)
+    accumulation = micro_batches_per_step(config, distributed.get_world_size())
     optimizer = wrapper.optimizer
     if optimizer["type"] is torch.optim.AdamW:
         optimizer.setdefault("fused", True)  # on CPU a twelfth of the time
@@ -104,6 +182,11 @@ def runner_config(config: Config, folder: Path) -> Config:
     config.strategy.setdefault("dtype", config.model.llm.get("dtype", "auto"))
     config.strategy.gradient_accumulation_steps = accumulation
     config.strategy.train_micro_batch_size_per_gpu = 1
+    if universal:
+        config.strategy.config = {
+            **(config.strategy.get("config") or {}),
+            "checkpoint": {"load_universal": True},
+        }
     config.train_cfg.accumulative_counts = accumulation
     hooks = config.get("default_hooks") or ConfigDict()
     for name in ("runtime_info", "timer", "logger", "sampler_seed"):  # ours do their work

@@ -1,0 +1,172 @@
+"""One rank of test_train_parity.py: trains every case of its world size, one after the other, in one process group.
+
+Arguments: the folder that `prepare` filled. The rank comes from RANK and WORLD_SIZE, as everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+STEPS, GLOBAL_BATCH, LR, CLIP, BETAS, DECAY = 20, 4, 5e-3, 0.5, (0.9, 0.95), 0.01
+VOCABULARY = 160
+# name: (world size, model, ZeRO stage, what differs from the defaults)
+CASES = {
+    **{f"zero{stage}, 1 rank": (1, "llama", stage, {}) for stage in range(4)},
+    **{f"zero{stage}, 2 ranks": (2, "llama", stage, {}) for stage in range(4)},
+    "micro_batch, 2 ranks": (2, "llama", 2, {"loss_normalisation": "micro_batch"}),
+    "offload optimizer, zero1, 2 ranks": (2, "llama", 1, {"strategy": {"offload": "optimizer"}}),
+    "offload all, zero3, 2 ranks": (2, "llama", 3, {"strategy": {"offload": "all"}}),
+    **{f"bfloat16, zero{stage}, 2 ranks": (2, "llama", stage, {"dtype": "bfloat16"}) for stage in (1, 3)},
+    "tied head, zero3, 2 ranks": (2, "tied", 3, {}),
+    "scaled logits, zero3, 2 ranks": (2, "cohere", 3, {}),
+}
+
+
+class Rows(Dataset):
+    """Packed rows that are their own plan: in order, every row in every epoch.
+
+    Documents of 1 to 30 tokens; the share of trained tokens runs from none to all of a row's.
+    """
+
+    def __init__(self, count: int = 28):
+        self.plan = self
+        rng = np.random.RandomState(5)
+        self.rows = []
+        for number in range(count):
+            lengths = rng.randint(1, 31, rng.randint(1, 5))
+            ids = rng.randint(3, VOCABULARY, lengths.sum())
+            share = (0.0, 0.05, 0.3, 1.0)[number % 4] if number % 3 else rng.rand()
+            self.rows.append(
+                {
+                    "input_ids": ids,
+                    "labels": np.where(rng.rand(len(ids)) < share, ids, -100),
+                    "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+                    "cumulative_len": np.cumsum([0, *lengths]),
+                }
+            )
+
+    def entries_per_epoch(self, world_size: int) -> int:
+        return len(self.rows)
+
+    def order(self, epoch: int) -> range:
+        return range(len(self.rows))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict:
+        return self.rows[row]
+
+
+def lr_of(step: int) -> float:
+    """The learning rate of a step, counted from 0: half a cosine down to 0.15 of the first."""
+    return 0.15 * LR + 0.85 * LR * (1 + np.cos(np.pi * step / STEPS)) / 2
+
+
+def prepare(folder: Path) -> None:
+    """Writes the base models, random but the same for all."""
+    from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
+    torch.manual_seed(11)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "llama")
+    LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).save_pretrained(folder / "tied")
+    CohereForCausalLM(CohereConfig(**sizes, logit_scale=0.3)).save_pretrained(folder / "cohere")
+
+
+def make_config(folder: Path, world_size: int, model: str, stage: int, changes: dict):
+    """Returns the config of a case."""
+    from mmengine.config import Config
+    from mmengine.hooks import ParamSchedulerHook
+    from mmengine.optim import CosineAnnealingLR
+    from torch.utils.data import BatchSampler
+
+    import sft
+    from train_hooks import DumpWeights
+
+    return Config(
+        {
+            "model": {
+                "type": sft.SupervisedFinetune,
+                "llm": {
+                    "type": sft.load_base_model,
+                    "model_path": str(folder / model),
+                    "dtype": changes.get("dtype", "float32"),
+                },
+            },
+            "train_dataloader": {
+                "batch_size": 1,
+                "num_workers": 0,
+                "dataset": {"type": Rows},
+                "sampler": {"type": sft.PackedSampler},
+                "batch_sampler": {"type": BatchSampler, "drop_last": True, "batch_size": 1},
+                "collate_fn": {"type": sft.packed_collate},
+            },
+            "optim_wrapper": {
+                "optimizer": {"type": torch.optim.AdamW, "lr": LR, "betas": BETAS, "weight_decay": DECAY},
+                "clip_grad": {"max_norm": CLIP},
+                "accumulative_counts": GLOBAL_BATCH // world_size,
+            },
+            "param_scheduler": [
+                {
+                    "type": CosineAnnealingLR,
+                    "eta_min": 0.15 * LR,
+                    "begin": 0,
+                    "end": STEPS,
+                    "by_epoch": False,
+                }
+            ],
+            "train_cfg": {
+                "type": sft.TrainLoop,
+                "max_steps": STEPS,
+                "loss_normalisation": changes.get("loss_normalisation", "token"),
+            },
+            "strategy": {
+                "type": sft.DeepSpeedStrategy,
+                "zero_stage": stage,
+                **changes.get("strategy", {}),
+            },
+            "default_hooks": {
+                "metrics": {"type": sft.MetricsHook, "interval": 1000},
+                "param_scheduler": {"type": ParamSchedulerHook},
+                "checkpoint": {"type": sft.CheckpointHook, "interval": 0},
+            },
+            "custom_hooks": [{"type": DumpWeights}],
+            "randomness": {"seed": 1},
+        }
+    )
+
+
+def main(folder: Path) -> None:
+    import sft.cross_entropy
+    from sft.runner import TrainRunner
+    from sft.strategy import init_process_group
+    from sft.trainer import runner_config
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    sft.cross_entropy.CHUNK_ELEMENTS = 1  # sixteen tokens a chunk
+    init_process_group()
+    world_size = torch.distributed.get_world_size()
+    for name, (ranks, model, stage, changes) in CASES.items():
+        if ranks == world_size:
+            run_folder = folder / name
+            run_folder.mkdir(exist_ok=True)
+            os.environ["TEST_DUMP"] = str(run_folder / "weights.pt")
+            config = make_config(folder, ranks, model, stage, changes)
+            TrainRunner.from_cfg(runner_config(config, run_folder)).train()
+            # mmengine registers DeepSpeed's optimizers with each strategy, and refuses the second time.
+            sys.modules["mmengine._strategy.deepspeed"].register_deepspeed_optimizers = list
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,244 @@
+"""A tiny training run to interrupt: a model and data made in seconds, train_model.py as a user starts it, and a killer."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+REPO = Path(__file__).resolve().parent.parent
+VOCABULARY = 384
+
+
+def make_world(folder: Path, hidden: int = 32, layers: int = 2, documents: int = 300) -> Path:
+    """Writes a random Llama and tokenised documents of 4 to 90 tokens below `folder`; returns it.
+
+    A document repeats a few tokens, so there is something to learn.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = hidden // 8
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    train = folder / "data" / "chatml_llamav13_32k" / "train"
+    rng = np.random.RandomState(7)
+    for name, samples in (("one", documents), ("two", documents // 2)):
+        file = train / "cn" / name / "chat.bin"
+        file.parent.mkdir(parents=True)
+        lines, meta, offset = [], [], 0
+        for _ in range(samples):
+            ids = rng.choice(rng.randint(3, VOCABULARY, 4), rng.randint(4, 90))
+            ids[1 : len(ids) // 2] *= -1
+            lines.append(json.dumps({"tokens": ids.tolist()}) + "\n")
+            meta.append((offset, len(ids)))
+            offset += len(lines[-1])
+        file.write_text("".join(lines))
+        with open(f"{file}.meta", "wb") as meta_file:
+            np.save(meta_file, np.array(meta, dtype=np.int64))
+    order = folder / "data_order.txt"
+    order.write_text("cn/two/chat.bin\ncn/one/chat.bin\n")
+    data = ("--train-folder", train, "--data-order", order, "--max-length", 64)
+    _script("plan_packing.py", *data, "--output", folder / "plan")
+    return folder
+
+
+def _script(name: str, *args: object) -> None:
+    subprocess.run([sys.executable, str(REPO / "workflow_scripts" / name), *map(str, args)], check=True)
+
+
+def render(
+    world: Path, name: str, *flags: object, hooks: str = "", replace: dict[str, str] | None = None
+) -> Path:
+    """Writes the training config `name` into the world; `hooks` names classes of train_hooks.py to put into it."""
+    path = world / name
+    paths = ("--model-path", world / "model", "--tokenizer-path", "none", "--plan", world / "plan")
+    _script("render_train_config.py", "--output", path, *paths, "--warmup-ratio", 0.1, *flags)
+    text = path.read_text().replace("tokenizer=tokenizer_path", "tokenizer=None")
+    if hooks:
+        text = text.replace("from torch.optim", f"from train_hooks import {hooks}\nfrom torch.optim")
+        listed = ", ".join(f"dict(type={hook.strip()})" for hook in hooks.split(","))
+        text = text.replace("custom_hooks = []", f"custom_hooks = [{listed}]")
+    for old, new in (replace or {}).items():
+        assert old in text, old
+        text = text.replace(old, new)
+    path.write_text(text)
+    return path
+
+
+def start(
+    config: Path, work_dir: Path, *flags: object, processes: int = 2, **environment: object
+) -> subprocess.Popen:
+    """Starts train_model.py in a process group of its own; its output goes to <work_dir>.log."""
+    command = [sys.executable, str(REPO / "workflow_scripts" / "train_model.py"), str(config)]
+    command += ["--work-dir", str(work_dir), "--processes", str(processes), *map(str, flags)]
+    own = {"PYTHONPATH": str(REPO / "tests"), "OMP_NUM_THREADS": "1"}
+    own |= {key: str(value) for key, value in environment.items()}
+    with open(work_dir.with_name(f"{work_dir.name}.log"), "ab") as log:
+        return subprocess.Popen(
+            command, env={**os.environ, **own}, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def log(work_dir: Path) -> str:
+    """What all attempts have printed so far."""
+    return work_dir.with_name(f"{work_dir.name}.log").read_text()
+
+
+def train(config: Path, work_dir: Path, *flags: object, code: int = 0, **options: object) -> str:
+    """Runs train_model.py to its end, which must be with exit code `code`; returns what this attempt printed."""
+    path = work_dir.with_name(f"{work_dir.name}.log")
+    before = path.stat().st_size if path.is_file() else 0
+    running = start(config, work_dir, *flags, **options)
+    try:
+        assert running.wait(timeout=300) == code, log(work_dir)[-5000:]
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+    return path.read_bytes()[before:].decode()
+
+
+def metrics(work_dir: Path) -> list[dict]:
+    """The whole lines of metrics.jsonl."""
+    path = work_dir / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def curve(work_dir: Path) -> list[tuple]:
+    """What must not depend on interruptions: step, loss, gradient norm, learning rate and tokens of each step."""
+    return [
+        tuple(line[name] for name in ("step", "loss", "grad_norm", "lr", "tokens", "trained_tokens"))
+        for line in metrics(work_dir)
+    ]
+
+
+def weights_sha256(work_dir: Path) -> str:
+    """The digest of a finished run's weights."""
+    return json.loads((work_dir / "finished.json").read_text())["weights_sha256"]
+
+
+@dataclass
+class Kill:
+    """One SIGKILL: who got it, what the run was doing, the step it was at, and the metrics of the attempt it ended."""
+
+    victim: str
+    moment: str
+    step: int
+    during_save: bool
+    lines: list[dict] = field(repr=False)
+
+
+def train_with_kills(config: Path, work_dir: Path, kills: int, seed: int, total_steps: int) -> list[Kill]:
+    """Trains to the end on two ranks, killed `kills` times at moments drawn with `seed` and started again each time.
+
+    Of every three moments one lies in a step, one in a save (some time after its temporary folder appeared), and one
+    anywhere in the start-up. The victim is one rank, the launcher, or the whole process group.
+    """
+    rng = random.Random(seed)
+    done: list[Kill] = []
+    furthest, limit, start_up = 0, int(0.75 * total_steps), 0.0
+    for number in range(kills):
+        moment = ("step", "save", "start")[number % 3]
+        victim = rng.choice(("rank 0", "rank 1", "launcher", "all"))
+        target = furthest + rng.randint(1, max(1, 2 * (limit - furthest) // (kills - number + 1)))
+        began = time.monotonic()
+        running = start(config, work_dir)
+        if moment == "start":
+            until, before = began + rng.uniform(0, start_up), metrics(work_dir)
+            while time.monotonic() < until and metrics(work_dir) == before[: len(metrics(work_dir))]:
+                time.sleep(0.01)  # not past the first steps, when this start is faster than the first was
+        elif moment == "step":
+            _wait(running, work_dir, target, moment)
+            start_up = start_up or time.monotonic() - began
+            time.sleep(rng.uniform(0, 0.1))
+        else:
+            saving = False
+            while not saving:  # over sooner than the moment drawn: the next save then
+                _wait(running, work_dir, target, moment)
+                time.sleep(rng.uniform(0, 0.03))
+                saving = any(work_dir.glob(".iter_*.tmp"))
+        assert running.poll() is None, f"over before it could be killed: {log(work_dir)[-3000:]}"
+        _kill(running, victim)
+        lines = metrics(work_dir)
+        known = {line["attempt"] for kill in done for line in kill.lines}
+        step = lines[-1]["step"] if lines else 0
+        torn = moment == "save" and any(work_dir.glob(".iter_*.tmp"))
+        done.append(
+            Kill(victim, moment, step, torn, [line for line in lines if line["attempt"] not in known])
+        )
+        furthest = max(furthest, step)
+    train(config, work_dir)
+    return done
+
+
+def wait_for_step(running: subprocess.Popen, work_dir: Path, step: int) -> None:
+    """Waits until a run has written the metrics of `step`."""
+    _wait(running, work_dir, step, "step")
+
+
+def _wait(running: subprocess.Popen, work_dir: Path, step: int, moment: str) -> None:
+    deadline = time.monotonic() + 240
+    while True:
+        if moment == "save":
+            saves = [path.name.split("_")[1] for path in work_dir.glob(".iter_*.tmp")]
+            reached = any(int(name.split(".")[0]) >= step for name in saves)
+        else:
+            lines = metrics(work_dir)
+            reached = bool(lines) and lines[-1]["step"] >= step
+        if reached:
+            return
+        assert running.poll() is None and time.monotonic() < deadline, log(work_dir)[-3000:]
+        time.sleep(0.002)
+
+
+def _kill(running: subprocess.Popen, victim: str) -> None:
+    if victim == "launcher":
+        running.kill()
+    elif victim.startswith("rank"):
+        ranks = _children(running.pid)
+        if ranks:  # still importing: the launcher is all there is
+            os.kill(ranks[int(victim[-1]) % len(ranks)], signal.SIGKILL)
+        else:
+            running.kill()
+    else:
+        os.killpg(running.pid, signal.SIGKILL)
+    running.wait(timeout=60)
+    while _alive(running.pid):
+        time.sleep(0.01)
+
+
+def _children(pid: int) -> list[int]:
+    """Ranks of a launcher, in the order in which they were started."""
+    return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def _alive(group: int) -> bool:
+    """Tells whether a process of the group is still there (ended ones that nobody asked after do not count)."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+        except (OSError, ValueError):
+            continue
+        if int(pgrp) == group and state != "Z":
+            return True
+    return False

@@ -1,0 +1,87 @@
+"""FLOPs of a training step against a count of every matrix product that a small model runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig
+
+from sft.flops import model_flops, peak_tflops
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+def counted(model, tokens: int) -> int:
+    """FLOPs of forward and backward over one document, as torch counts matrix products, attention not halved."""
+    ids = torch.arange(tokens)[None] % 128
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("tokens", [32, 128])
+def test_formula_counts_every_matrix_product(tokens):
+    model = LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation="eager")
+    flops = model_flops(model)
+    # The counter sees both halves of the square; the first layer's input has a gradient, that of the embedding.
+    attention = flops.per_pair * tokens * tokens / 2
+    assert flops.step([tokens], tokens) + attention == pytest.approx(counted(model, tokens), rel=0.005)
+
+
+def test_documents_count_alone_and_the_head_where_tokens_are_trained():
+    flops = model_flops(LlamaForCausalLM(LlamaConfig(**SIZES)))
+    whole, halves = flops.step([128], 0), flops.step([64, 64], 0)
+    assert whole - halves == pytest.approx(6 * 3 * 4 * 16 * (128**2 - 2 * 64**2))
+    assert flops.step([128], 10) - whole == 10 * 6 * 64 * 128
+
+
+def test_tied_windowed_frozen_and_expert_models():
+    untied, tied = (
+        model_flops(LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied)))
+        for tied in (False, True)
+    )
+    assert untied == tied
+    windowed = model_flops(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16)))
+    narrow = windowed.step([16, 16], 0), windowed.step([32], 0)
+    pairs = sum(min(i + 0.5, 16) for i in range(32))
+    assert narrow[1] - windowed.per_token * 32 == pytest.approx(windowed.per_pair * pairs, rel=0.05)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model.requires_grad_(False)
+    assert model_flops(model).per_token == pytest.approx(untied.per_token * 4 / 6)
+
+    from transformers import MixtralForCausalLM
+
+    config = MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2)
+    model = MixtralForCausalLM(config)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    others = sum(p.numel() for name, p in model.model.layers.named_parameters()) - experts + 64
+    assert model_flops(model).per_token == pytest.approx(6 * (others + experts / 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("AMD Instinct MI300X", 1307.4),
+        ("NVIDIA L40S", 362.0),
+        ("Some other device", None),
+    ],
+)
+def test_peak_of_a_device_by_its_name(name, peak):
+    assert peak_tflops(name, torch.bfloat16) == peak
+    assert peak_tflops(name, torch.float32) is None

@@ -1,0 +1,137 @@
+"""Training against a plain PyTorch loop: every ZeRO stage, one and two ranks, the same global batch.
+
+The reference takes one document at a time with eager attention and whole logits, so it has neither packing, nor
+per-document attention, nor a chunked loss, nor accumulation, nor ranks: what these change would show.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+import parity_ranks as parity
+from sft.checkpoints import read_state_dict
+from sft.launch import free_port, run_ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, repo_root):
+    """A folder with the finished runs of all cases: 20 steps each."""
+    folder = tmp_path_factory.mktemp("parity")
+    parity.prepare(folder)
+    command = [sys.executable, str(repo_root / "tests" / "parity_ranks.py"), str(folder)]
+    paths = os.pathsep.join(map(str, [repo_root / "workflow_scripts", repo_root / "tests"]))
+    alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", paths)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        one_rank = subprocess.Popen(command, env={**os.environ, **alone, "MASTER_PORT": str(free_port())})
+        try:
+            assert run_ranks(command, 2) == 0
+            assert one_rank.wait(timeout=300) == 0
+        finally:
+            one_rank.kill()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    """Returns a function: (model, normalisation) -> (losses by step, final weights by name)."""
+
+    @functools.cache
+    def train(model_name: str, normalisation: str):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / model_name, dtype=torch.float32, attn_implementation="eager"
+        )
+        rows = parity.Rows().rows
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=parity.LR, betas=parity.BETAS, weight_decay=parity.DECAY
+        )
+        losses = []
+        for step in range(parity.STEPS):
+            first = step * parity.GLOBAL_BATCH
+            batch = [rows[entry % len(rows)] for entry in range(first, first + parity.GLOBAL_BATCH)]
+            sums = [row_loss(model, row) for row in batch]
+            counts = [int((row["labels"][1:] != -100).sum()) for row in batch]
+            if normalisation == "token":
+                loss = sum(sums) / sum(counts)
+            else:
+                loss = sum(total / count for total, count in zip(sums, counts, strict=True) if count) / len(
+                    batch
+                )
+            loss.backward()
+            losses.append(loss.item())
+            norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+            for parameter in model.parameters():
+                parameter.grad *= min(1.0, parity.CLIP / (norm + 1e-6))
+            optimizer.param_groups[0]["lr"] = parity.lr_of(step)
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses, {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+
+    return train
+
+
+def row_loss(model, row: dict) -> torch.Tensor:
+    """Sum of the token losses of a row, its documents one by one; labels shift over the whole row."""
+    borders = row["cumulative_len"]
+    logits = torch.cat(
+        [
+            model(torch.from_numpy(row["input_ids"][start:stop])[None], use_cache=False).logits[0]
+            for start, stop in zip(borders[:-1], borders[1:], strict=True)
+        ]
+    )
+    targets = torch.from_numpy(row["labels"])[1:]
+    return cross_entropy(logits[:-1], targets, ignore_index=-100, reduction="sum")
+
+
+def relative_l2(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a)
+    return math.sqrt(difference / sum(float(b[name].double().square().sum()) for name in b))
+
+
+IN_FP32 = [case for case, (*_, changes) in parity.CASES.items() if "dtype" not in changes]
+
+
+@pytest.mark.parametrize("case", IN_FP32)
+def test_twenty_steps_equal_a_plain_loop(case, folder, reference):
+    _, model, _, changes = parity.CASES[case]
+    losses, weights = reference(model, changes.get("loss_normalisation", "token"))
+    lines = [json.loads(line) for line in (folder / case / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == parity.STEPS and losses[-1] < losses[0]
+    np.testing.assert_allclose([line["loss"] for line in lines], losses, atol=1e-5, rtol=0)
+    in_memory = torch.load(folder / case / "weights.pt", weights_only=True)
+    assert relative_l2(in_memory, weights) < 2e-6
+    saved = read_state_dict(folder / case / f"iter_{parity.STEPS}.pth")
+    assert saved.keys() == in_memory.keys()
+    assert all(torch.equal(saved[name], in_memory[name]) for name in saved)
+
+
+@pytest.mark.parametrize("case", [case for case in parity.CASES if case not in IN_FP32])
+def test_bfloat16_follows_the_same_path(case, folder, reference):
+    """What a GPU trains in by default; bfloat16 has three digits, the checkpoint holds the fp32 weights."""
+    losses, weights = reference("llama", "token")
+    lines = [json.loads(line) for line in (folder / case / "metrics.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose([line["loss"] for line in lines], losses, atol=2e-2, rtol=0)
+    in_memory = torch.load(folder / case / "weights.pt", weights_only=True)
+    saved = read_state_dict(folder / case / f"iter_{parity.STEPS}.pth")
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    assert relative_l2(saved, weights) < 2e-2
+    assert all(torch.equal(saved[name].bfloat16(), in_memory[name]) for name in in_memory)
+
+
+def test_the_two_normalisations_differ(reference):
+    """Else the cases above would prove nothing about them."""
+    token, micro_batch = (reference("llama", normalisation)[0] for normalisation in ("token", "micro_batch"))
+    assert abs(token[0] - micro_batch[0]) > 1e-2

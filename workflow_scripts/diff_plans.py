@@ -1,0 +1,60 @@
+"""Compares two pack plans: says that they are the same, or which documents moved to other rows and other steps."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from common.cli import UserError, run
+from ftdp.pack_diff import diff_plans
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("a", type=Path, help="plan folder, or its plan.json")
+    add("b", type=Path, help="the other")
+    add("--global-batch", type=int, default=1, help="rows of an optimizer step, on all ranks together")
+    add("--show", type=int, default=20, help="documents to name")
+    add("--json", action="store_true", help="print JSON")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.global_batch < 1:
+        raise UserError("--global-batch cannot be used", found=args.global_batch, expected="1 or more")
+    found = diff_plans(args.a, args.b, args.global_batch, args.show)
+    print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else describe(found))
+
+
+def describe(found: dict) -> str:
+    """Returns the comparison as text."""
+    if found["same"]:
+        return "The same plan: same documents, same rows, same order."
+    lines = [f"{key}: {old} -> {new}" for key, (old, new) in found["settings"].items()]
+    words = {"only_a": "only in A", "only_b": "only in B", "changed": "with other content"}
+    for key, names in found["files"].items():
+        if names:
+            lines.append(
+                f"files {words[key]}: {len(names)}, {', '.join(names[:3])}{', ...' if names[3:] else ''}"
+            )
+    counts = found["documents"]
+    lines.append(
+        f"documents: {counts['both']:,} in both, {counts['only_a']:,} only in A, {counts['only_b']:,} only in B"
+    )
+    lines.append(
+        f"of those in both: {counts['cut_otherwise']:,} cut otherwise; uncut or cut alike,"
+        f" {counts['with_others']:,} in a row with other documents, {counts['at_another_step']:,} at another step"
+    )
+    for each in found["moved"]:
+        rows, steps = (" -> ".join(map(str, each[key])) for key in ("rows", "steps"))
+        lines.append(f"  {each['file']} sample {each['sample']}: row {rows}, step {steps}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)

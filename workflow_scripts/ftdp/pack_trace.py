@@ -1,0 +1,103 @@
+"""Which documents stand in a row of a plan, down to the lines of the JSONL files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.cli import UserError
+from ftdp.pack_plan import PackPlan
+from ftdp.source_lines import source_lines
+
+
+@dataclass(frozen=True)
+class TracedSlice:
+    """A stretch of a document in a row.
+
+    Attributes:
+        dataset: The dataset's folder.
+        source: The JSONL file; None if it is not known.
+        line: Its line, from 1; None if it is not known.
+        bin: The tokenised file, relative to the train folder.
+        sample: The document's number in it, from 0.
+        tokens: Tokens of the whole document.
+        start: First token of the stretch.
+        stop: The token after its last.
+    """
+
+    dataset: str
+    source: str | None
+    line: int | None
+    bin: str
+    sample: int
+    tokens: int
+    start: int
+    stop: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the fields."""
+        return dict(vars(self))
+
+
+class RowTracer:
+    """Traces rows of a plan; each JSONL file is read once, when it is first needed.
+
+    Args:
+        plan: The plan.
+        processed_dir: The folder of the JSONL files, if not the one that the plan names.
+
+    Attributes:
+        notes: Why lines of a file are not known, by its name in the plan.
+    """
+
+    def __init__(self, plan: PackPlan, processed_dir: str | os.PathLike | None = None):
+        self.plan = plan
+        self.processed_dir = Path(processed_dir) if processed_dir else plan.processed_dir
+        self.notes: dict[str, str] = {}
+        self._sources: dict[int, tuple[Path | None, np.ndarray | None]] = {}
+        self._lengths: dict[int, np.ndarray] = {}
+
+    def row(self, number: int) -> list[TracedSlice]:
+        """Returns the stretches of a row, in their order."""
+        traced = []
+        for piece in self.plan.row(number):
+            name = self.plan.files[piece.file]["name"]
+            source, lines = self._source(piece.file, name)
+            traced.append(
+                TracedSlice(
+                    Path(name).parent.name,
+                    None if source is None else str(source),
+                    None if lines is None else int(lines[piece.sample]),
+                    name,
+                    piece.sample,
+                    int(self._length(piece.file, name)[piece.sample]),
+                    piece.start,
+                    piece.stop,
+                )
+            )
+        return traced
+
+    def _length(self, file: int, name: str) -> np.ndarray:
+        if file not in self._lengths:
+            meta = np.load(f"{self.plan.train_folder / name}.meta", mmap_mode="r", allow_pickle=False)
+            self._lengths[file] = meta[:, 1]
+        return self._lengths[file]
+
+    def _source(self, file: int, name: str) -> tuple[Path | None, np.ndarray | None]:
+        if file not in self._sources:
+            self._sources[file] = (None, None)
+            tokenized = self.plan.train_folder.resolve().parent.parent
+            try:
+                if self.processed_dir is None:
+                    raise UserError(
+                        "the folder of the JSONL files is not known", fix="give it with --processed-dir"
+                    )
+                path = Path(name)
+                self._sources[file] = source_lines(tokenized, path.parent.name, path.name, self.processed_dir)
+            except UserError as error:
+                self.notes[name] = str(error)
+        return self._sources[file]

@@ -1,0 +1,98 @@
+"""Plans the packing of tokenised documents into rows: which stretch of which document makes which row, in which order.
+
+The trainer reads the plan and decides nothing itself. Only the `.bin.meta` files are read. docs/packing.md says how
+the rows are made and what plan.json counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import run
+from common.fingerprints import FingerprintCache
+from ftdp.bin_digests import bin_digests
+from ftdp.data_order import find_train_folder, list_train_files, read_data_order
+from ftdp.pack_plan import MODES, SEED
+from ftdp.pack_planning import make_plan
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add(
+        "--train-folder",
+        required=True,
+        help="<tokenized-dir>/chatml_llamav13_32k/train, or a folder above it",
+    )
+    add("--data-order", type=Path, help="data_order.txt; without it the folder is walked")
+    add("--max-length", type=int, required=True, help="tokens of a full row")
+    add(
+        "--mode",
+        choices=MODES,
+        default="best_fit",
+        help="best_fit packs across files and cuts only what is longer than a row; xtuner packs as XTuner 0.2.0",
+    )
+    add("--seed", type=int, default=SEED, help="of the packing and of the order of rows")
+    add(
+        "--epochs",
+        type=int,
+        default=1,
+        help="epochs whose order of rows is written down; others follow from the seed",
+    )
+    add("--min-length", type=int, default=0, help="leave out documents with fewer tokens")
+    add(
+        "--processed-dir",
+        type=Path,
+        help="folder of the JSONL files, so that trace_step.py finds their lines",
+    )
+    add("--output", type=Path, required=True, help="plan folder to write")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    train_folder = find_train_folder(args.train_folder)
+    names = read_data_order(args.data_order) if args.data_order else list_train_files(train_folder)
+    cache = FingerprintCache(args.output.parent / ".digests.json")
+    digests = bin_digests(train_folder, names, cache)
+    cache.save()
+    plan = make_plan(
+        train_folder,
+        names,
+        args.max_length,
+        args.mode,
+        args.seed,
+        epochs=args.epochs,
+        min_length=args.min_length,
+        bin_sha256=digests,
+        processed_dir=args.processed_dir,
+    )
+    manifest = plan.write(args.output)
+    totals = manifest["totals"]
+    waste, cut = totals["waste"], totals["cut"]
+    lost = [
+        f"{value['documents']:,} documents, {value['tokens']:,} tokens ({reason})"
+        for reason, value in totals["dropped"].items()
+        if value["tokens"] or value["documents"]
+    ]
+    print(f"{args.output}: mode {args.mode}, plan {manifest['plan_sha256'][:12]}")
+    print(
+        f"  packed   {totals['documents']:,} documents, {totals['packed_tokens']:,} of {totals['tokens']:,} tokens"
+    )
+    least = (
+        "the fewest possible"
+        if totals["rows"] == totals["least_rows"]
+        else f"at least {totals['least_rows']:,}"
+    )
+    print(
+        f"  rows     {totals['rows']:,} ({least}) of up to {args.max_length:,} tokens, {waste['tokens']:,} unused ({waste['share']:.3%})"
+    )
+    print(f"  cut      {cut['documents']:,} documents, into {cut['pieces']:,} pieces")
+    print(f"  dropped  {'; '.join(lost) or 'nothing'}")
+
+
+if __name__ == "__main__":
+    run(main)

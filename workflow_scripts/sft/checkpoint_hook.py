@@ -1,0 +1,67 @@
+"""The hook that saves: a whole checkpoint now and then, and after the last step."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+
+from common.cli import UserError
+from sft.checkpoints import prune_checkpoints, write_checkpoint
+from sft.nonfinite import weights_are_finite
+
+
+class CheckpointHook(Hook):
+    """Saves a whole checkpoint every `interval` optimizer steps, after the last step, and before the run stops early.
+
+    Nothing is saved while steps are being skipped, so that a resumed run skips the same ones, nor when a weight is not
+    finite: the checkpoints from before such a step are kept.
+
+    Args:
+        interval: Steps between checkpoints; 0 saves after the last step only.
+        save_optimizer: False saves the weights alone: smaller, and training cannot be resumed from it.
+        max_keep_ckpts: Newest checkpoints to keep; -1 keeps all.
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(self, interval: int = 500, save_optimizer: bool = True, max_keep_ckpts: int = 2):
+        self.interval, self.save_optimizer, self.max_keep_ckpts = interval, save_optimizer, max_keep_ckpts
+
+    def before_train(self, runner) -> None:
+        """Expects of the first save, for the time limit, weights and two moments in fp32 at 100 MB/s, and 5 s."""
+        weights = sum(getattr(p, "ds_numel", p.numel()) for p in runner.model.model.module.parameters())
+        runner.stop.saved(5 + 12 * weights / runner.world_size / 100e6)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Saves when it is time."""
+        step = batch_idx + 1
+        last = step == runner.max_iters
+        if not (last or runner.stop.agreed or (self.interval > 0 and step % self.interval == 0)):
+            return
+        if runner.train_loop.skipped.in_a_row and not last:
+            return
+        if not weights_are_finite(runner.model.model):
+            if last:
+                raise UserError(
+                    f"the weights are not finite after the last step, {step}",
+                    fix="lower lr, or raise warmup_ratio; the last checkpoint is from before that",
+                )
+            if is_main_process():
+                print(f"warning: weights are not finite after step {step}: not saved", flush=True)
+            return
+        started = time.monotonic()
+        self._save(runner, step)
+        runner.stop.saved(time.monotonic() - started)
+
+    def _save(self, runner, step: int) -> None:
+        folder = Path(runner.work_dir)
+        state = {"step": step, "param_schedulers": runner.strategy.scheduler_state_dict()}
+        target = write_checkpoint(
+            runner.model.model, folder, step, runner.max_iters, state, self.save_optimizer
+        )
+        if is_main_process():
+            print(f"Saved {target}", flush=True)
+            prune_checkpoints(folder, self.max_keep_ckpts)

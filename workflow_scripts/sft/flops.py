@@ -1,0 +1,127 @@
+"""How much arithmetic a training step is, and how much a device could do: model FLOPs utilisation (MFU).
+
+A step's FLOPs are those the model needs, whatever is recomputed or left out to get them:
+
+- 6 x parameters for each token: 2 for the multiply-add of the forward pass, 4 for the gradients of inputs and weights
+  (Kaplan et al. 2020, arXiv 2001.08361, section 2.1). A frozen parameter (LoRA) has no gradient of its own: 4. Of a
+  layer of experts, those that a token passes count. Rows looked up in the input embedding are no arithmetic; the head
+  is, for the tokens that are trained.
+- 6 x layers x heads x head size x (sum over documents of tokens squared): a query and its keys, half of them since
+  attention is causal, at 2 x 2 FLOPs forward (scores, and the sum of values) and twice that backward. The 12 x L x H x Q
+  x T of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) counts both halves and one document that fills the
+  row; packed documents do not see each other, so each counts alone. With a sliding window a query has that many keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+# Dense 16-bit matrix FLOPs of the data sheets, in TFLOP/s (V100: float16). The first name found in the device's counts.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "GH200": 989.4,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "H800 PCIe": 756.0,
+    "H800": 989.4,
+    "H20": 148.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10G": 70.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L20": 119.5,
+    "L4": 121.0,
+    "V100": 125.0,
+    "T4": 65.0,
+    "RTX 6000 Ada": 364.0,
+    "RTX A6000": 154.8,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+    "MI325X": 1307.4,
+    "MI300X": 1307.4,
+    "MI250X": 191.5,  # one of its two dies, which torch sees as a device
+}
+
+
+def peak_tflops(device_name: str, dtype: torch.dtype) -> float | None:
+    """Returns what a device can do at most in TFLOP/s, or None for an unknown one and for other dtypes than 16-bit.
+
+    Args:
+        device_name: As `torch.cuda.get_device_name()` says it, e.g. `NVIDIA H100 80GB HBM3`.
+        dtype: Of the arithmetic.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name.lower() in device_name.lower()), None)
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """What a training step of a model costs.
+
+    Attributes:
+        per_token: FLOPs of a token, attention scores and head aside.
+        per_trained_token: FLOPs of the head for a trained token.
+        per_pair: FLOPs of a query with one key, in all layers.
+        window: Keys that a query sees at most; None for all before it.
+    """
+
+    per_token: float
+    per_trained_token: float
+    per_pair: float
+    window: int | None = None
+
+    def step(self, document_lengths: Iterable[int], trained_tokens: int) -> float:
+        """Returns the FLOPs of a forward and backward pass over documents of these many tokens."""
+        tokens, pairs = 0, 0.0
+        for length in document_lengths:
+            tokens += length
+            pairs += self._pairs(length)
+        return self.per_token * tokens + self.per_trained_token * trained_tokens + self.per_pair * pairs
+
+    def _pairs(self, length: int) -> float:
+        if self.window is None or length <= self.window:
+            return length * length / 2
+        return self.window * (length - self.window / 2)
+
+
+def model_flops(model: PreTrainedModel) -> ModelFlops:
+    """Returns the FLOPs of a causal language model, from its parameters and its config."""
+    config = model.config.get_text_config()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    active = getattr(config, "num_experts_per_tok", experts) / experts if experts else 1.0
+    elsewhere = {id(p) for layer in (embedding, head) if layer is not None for p in layer.parameters()}
+    per_token = sum(
+        _cost(parameter) * (active if ".experts." in name else 1.0)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in elsewhere
+    )
+    in_head = 0.0 if head is None else sum(_cost(parameter) for parameter in head.parameters())
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    per_pair = 12.0 * config.num_hidden_layers * heads * head_size
+    return ModelFlops(per_token, in_head, per_pair, _window(config))
+
+
+def _cost(parameter: nn.Parameter) -> float:
+    size = getattr(parameter, "ds_numel", parameter.numel())
+    return (6.0 if parameter.requires_grad else 4.0) * size
+
+
+def _window(config) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    mixed = set(getattr(config, "layer_types", None) or ()) - {"sliding_attention"}
+    return None if mixed or not getattr(config, "use_sliding_window", True) else window

@@ -1,0 +1,160 @@
+"""LoRA: two small trained matrices beside each frozen linear layer, and the rows of new tokens trained whole.
+
+Low-rank adaptation is Hu et al. 2021 (arXiv 2106.09685); the layers are those of the `peft` package. A chat format with
+tokens that the base model does not know cannot be learnt by the linear layers alone, so the rows of these tokens, in
+the embedding and in the head, are trained too (`trainable_token_indices` of peft).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from common.cli import UserError
+
+_ADAPTER = "default"
+
+
+def add_lora(model: PreTrainedModel, lora: Mapping[str, Any], new_ids: Sequence[int]):
+    """Freezes a model and puts the trained parts into it, in place: its class and its forward stay.
+
+    Args:
+        model: Already grown for its tokenizer.
+        lora: `rank`, `alpha` (the update is scaled by alpha / rank), `dropout`, and `target_modules`: `auto` for all
+            linear layers but the head, or the ends of their names.
+        new_ids: Tokens whose rows are trained.
+
+    Returns:
+        peft's `LoraModel` around it, which merges.
+
+    Raises:
+        UserError: The settings do not fit the model, or its weights are sharded (ZeRO-3).
+    """
+    from peft.tuners.lora import LoraModel
+
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise UserError(
+            "LoRA cannot train a model in shards",
+            found="zero_stage 3 with zero3_init",
+            expected="zero_stage 1 or 2: what is trained is small, there is little to shard",
+            fix="set zero_stage lower",
+        )
+    settings = lora_config(model, lora, new_ids)
+    try:
+        return LoraModel(model, settings, _ADAPTER)
+    except ValueError as error:
+        raise UserError(
+            "LoRA does not fit the model",
+            found=str(error).splitlines()[0][:300],
+            expected="target_modules: auto, or names of linear layers such as q_proj",
+        ) from None
+
+
+def leave_out_frozen(model: nn.Module) -> None:
+    """Makes `model.state_dict()` hold trained parameters and buffers alone: what is frozen is the base model's.
+
+    DeepSpeed can leave frozen parameters out of a checkpoint by itself, but not the second name of tied ones.
+    """
+    frozen = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
+
+    def drop(module, state, prefix, metadata) -> None:
+        for name in frozen:
+            state.pop(prefix + name, None)
+
+    model.register_state_dict_post_hook(drop)
+
+
+def lora_config(model: PreTrainedModel, lora: Mapping[str, Any], new_ids: Sequence[int]):
+    """Returns peft's configuration, see `add_lora`."""
+    from peft import LoraConfig
+
+    targets = lora.get("target_modules", "auto")
+    rows = {name: sorted(new_ids) for name in _token_layers(model)} if new_ids else None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora.get("dropout", 0.0),
+        target_modules="all-linear" if targets == "auto" else list(targets),
+        trainable_token_indices=rows,
+        base_model_name_or_path=model.config._name_or_path or None,
+    )
+
+
+def _token_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the layers that hold rows of tokens; peft ties a tied head to the embedding by itself."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    layers = (embedding,) if tied else (embedding, head)
+    if any(getattr(layer, "bias", None) is not None for layer in layers):
+        raise UserError(
+            "LoRA cannot train the rows of new tokens of this model",
+            found="a head with a bias",
+            expected="a head without one",
+            fix="train all parameters: set train.lora to null",
+        )
+    return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+
+
+def trained_share(model: nn.Module) -> tuple[int, int]:
+    """Returns (trained parameters, all parameters)."""
+    sizes = [(_size(p), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def merge_lora(
+    model: PreTrainedModel,
+    lora: Mapping[str, Any],
+    new_ids: Sequence[int],
+    state: Mapping[str, torch.Tensor],
+    adapter_folder: Path | None = None,
+) -> dict[str, torch.Tensor]:
+    """Returns all weights of the tuned model, the trained parts merged into the frozen ones, in fp32.
+
+    Args:
+        model: The base model, grown for its tokenizer as training starts from it; changed in place.
+        lora: The settings that it was trained with.
+        new_ids: Likewise.
+        state: What the checkpoint holds, by the names in the trained model.
+        adapter_folder: An existing folder that also gets the trained parts as peft saves them.
+
+    Raises:
+        UserError: The checkpoint holds other parts than these settings make.
+    """
+    model.float()
+    tuner = add_lora(model, lora, new_ids)
+    wanted = {name for name, value in model.named_parameters() if value.requires_grad}
+    missing, more = sorted(wanted - state.keys()), sorted(state.keys() - set(model.state_dict()))
+    if missing or more:
+        raise UserError(
+            "the checkpoint does not belong to these LoRA settings",
+            found=f"no {missing[0]}" if missing else f"also {more[0]}",
+            expected=f"{len(wanted)} trained tensors",
+            fix="give the config that the checkpoint was trained with",
+        )
+    model.load_state_dict(dict(state), strict=False)
+    if adapter_folder is not None:
+        _write_adapter(tuner, {name: state[name] for name in wanted}, adapter_folder)
+    merged = tuner.merge_and_unload()
+    return {name: value.detach() for name, value in merged.state_dict().items()}
+
+
+def _write_adapter(tuner, trained: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, with the names that `PeftModel` reads."""
+    from safetensors.torch import save_file
+
+    settings = tuner.peft_config[_ADAPTER]
+    settings.inference_mode = True
+    settings.save_pretrained(str(folder))
+    names = {name: "base_model.model." + name.replace(f".{_ADAPTER}", "") for name in trained}
+    tensors = {names[name]: value.float().contiguous() for name, value in trained.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,205 @@
+"""What is measured of each optimizer step, and where it is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from torch import distributed
+
+from common.files import read_json, write_bytes, write_json
+from sft.flops import model_flops, peak_tflops
+from sft.loggers import check_loggers, start_loggers
+from sft.progress_line import ProgressLine
+from sft.session import METRICS
+
+ATTEMPTS = "attempts.json"
+# Fields that differ between two runs that compute the same.
+MEASURED = frozenset(
+    [
+        "attempt",
+        "world_size",
+        "seconds",
+        "tokens_per_second",
+        "tokens_per_second_per_device",
+        "data_share",
+        "tflops_per_device",
+        "mfu",
+        "gpu_memory_mib",
+        "cpu_memory_mib",
+        "eta_seconds",
+    ]
+)
+
+
+class MetricsHook(Hook):
+    """Writes one line a step to metrics.jsonl, TensorBoard and the trackers asked for, and a progress line.
+
+    Fields of a line:
+        step: Optimizer steps done; `epoch` are passes over the data, `attempt` counts the starts of the run, which then
+            had `world_size` ranks.
+        loss: Of the step, over all ranks, in nats a trained token; null where it is not finite. `skipped` is true
+            where the step changed no weight.
+        lr, grad_norm: Learning rate used in this step; L2 norm of the gradient before clipping.
+        tokens, trained_tokens, trained_share: Of all ranks, and the share of the tokens that is trained.
+        seconds: Of the step, waiting for data included; saving and evaluating are not.
+        data_share: Share of it spent waiting for data, the mean of the ranks.
+        tokens_per_second, tokens_per_second_per_device: A device is a rank's: a GPU, or a process on CPUs.
+        tflops_per_device: Arithmetic of the model a second and device, in 10^12, see `sft.flops`.
+        mfu: That as a share of what the device can do; null where this is not known.
+        gpu_memory_mib, cpu_memory_mib: Peak so far, of the rank with most.
+        eta_seconds: Time left, from the last 20 steps.
+
+    Args:
+        interval: Steps between progress lines in a log; the files get every step, a terminal too.
+        loggers: Of `wandb`, `mlflow`.
+        peak_tflops: Of a device, in 10^12 FLOP/s; None looks its name up in `sft.flops.PEAK_TFLOPS`.
+    """
+
+    priority = "BELOW_NORMAL"  # before the schedulers change lr, and before the checkpoint is written
+
+    def __init__(self, interval: int = 1, loggers: Sequence[str] = (), peak_tflops: float | None = None):
+        check_loggers(loggers)
+        self.interval, self.loggers, self.peak_tflops = interval, loggers, peak_tflops
+        self.recent: deque[float] = deque(maxlen=20)
+
+    def before_train(self, runner) -> None:
+        """Cuts the file back to the step that training goes on from."""
+        model = runner.model.model.module.llm
+        self.flops = model_flops(model)
+        if self.peak_tflops is None and torch.cuda.is_available():
+            self.peak_tflops = peak_tflops(torch.cuda.get_device_name(), model.dtype)
+        if not is_main_process():
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = Path(runner.work_dir)
+        self.attempt = _count_attempt(folder)
+        cut_metrics(folder / METRICS, runner.iter)
+        self.file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=runner.iter + 1)
+        self.trackers = start_loggers(self.loggers, folder)
+        first = "from the start" if runner.iter == 0 else f"after step {runner.iter}"
+        print(f"Training {runner.max_iters} steps, {first} (attempt {self.attempt})", flush=True)
+        self.line = ProgressLine(runner.iter, runner.max_iters, self.interval)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Sums the step over the ranks, writes it."""
+        seconds = time.perf_counter() - outputs["started"]
+        device = outputs["loss"].device
+        own = [outputs["tokens"], outputs["trained_tokens"], outputs.get("data_seconds", 0.0)]
+        own.append(self.flops.step(outputs["document_lengths"], outputs["trained_tokens"]))
+        sums = torch.tensor([0.0, *own], dtype=torch.float64, device=device)
+        sums[0] = outputs["loss"]
+        gpu = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
+        peaks = torch.tensor([gpu, _peak_memory_mib()], dtype=torch.float64, device=device)
+        distributed.all_reduce(sums)
+        distributed.all_reduce(peaks, op=distributed.ReduceOp.MAX)
+        norm = runner.model.get_global_grad_norm()  # the ranks compute it together
+        if not is_main_process():
+            return
+        loss, tokens, trained, waited, flops = sums.tolist()
+        gpu, cpu = peaks.tolist()
+        ranks, step = runner.world_size, batch_idx + 1
+        self.recent.append(seconds)
+        tflops = flops / ranks / seconds / 1e12
+        values = {
+            "loss": _finite(loss),
+            "lr": runner.optim_wrapper.param_groups[0]["lr"],
+            "grad_norm": None if norm is None else _finite(float(norm)),
+            "trained_share": round(trained / tokens, 6),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "tokens_per_second_per_device": round(tokens / seconds / ranks, 1),
+            "tflops_per_device": float(f"{tflops:.4g}"),
+            "mfu": round(tflops / self.peak_tflops, 4) if self.peak_tflops else None,
+            "data_share": round(waited / ranks / seconds, 5),
+            "seconds": round(seconds, 4),
+            **({"gpu_memory_mib": round(gpu)} if device.type == "cuda" else {}),
+            "cpu_memory_mib": round(cpu),
+            "eta_seconds": round(sum(self.recent) / len(self.recent) * (runner.max_iters - step), 1),
+        }
+        counts = {"tokens": int(tokens), "trained_tokens": int(trained)}
+        if outputs.get("skipped"):
+            counts["skipped"] = True
+        epoch = round(step / runner.train_loop.steps_per_epoch, 6)
+        start = {"attempt": self.attempt, "world_size": ranks}
+        line = {"step": step, "epoch": epoch, **start, **values, **counts}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        self.record(step, {f"train/{name}": value for name, value in values.items()})
+        self.line.show(step, _describe(values), values["eta_seconds"])
+
+    def record(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Hands values to TensorBoard and the trackers, on rank 0; those that are None are left out."""
+        known = {name: value for name, value in values.items() if value is not None}
+        for name, value in known.items():
+            self.board.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.log(step, known)
+
+    def after_train(self, runner) -> None:
+        """Closes the files."""
+        if is_main_process():
+            self.line.close()
+            self.file.close()
+            self.board.close()
+            for tracker in self.trackers:
+                tracker.close()
+
+
+def _describe(values: Mapping[str, float | None]) -> str:
+    loss, norm = ("-" if values[name] is None else values[name] for name in ("loss", "grad_norm"))
+    rate, each = values["tokens_per_second"], values["tokens_per_second_per_device"]
+    memory = values.get("gpu_memory_mib", values["cpu_memory_mib"]) / 1024
+    parts = [
+        f"loss {loss if loss == '-' else format(loss, '.4f')}",
+        f"lr {values['lr']:.3e}",
+        f"grad_norm {norm if norm == '-' else format(norm, '.3f')}",
+        f"trained {values['trained_share']:.0%}",
+        f"{rate:,.0f} tok/s" + (f" ({each:,.0f} a device)" if each != rate else ""),
+        f"{values['tflops_per_device']:.3g} TFLOP/s" if values["mfu"] is None else f"MFU {values['mfu']:.1%}",
+        f"data {values['data_share']:.1%}",
+        f"{memory:.1f} GiB",
+    ]
+    return "  ".join(parts)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _peak_memory_mib() -> float:
+    """Peak of this process' resident memory, as Linux counts it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def _count_attempt(folder: Path) -> int:
+    path = folder / ATTEMPTS
+    attempt = read_json(path)["attempts"] + 1 if path.is_file() else 1
+    write_json(path, {"attempts": attempt})
+    return attempt
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Removes the lines of a JSONL file that lie past `step`, and a last line that a kill tore."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError):
+            break
+        kept.append(line)
+    write_bytes(path, b"".join(kept))

@@ -1,0 +1,54 @@
+"""How far a training is: one line that changes on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+
+from tqdm import tqdm
+
+
+class ProgressLine:
+    """Shows optimizer steps.
+
+    Args:
+        done: Steps done before.
+        total: Steps of the whole run.
+        interval: Steps between two lines in a log.
+    """
+
+    def __init__(self, done: int, total: int, interval: int = 1):
+        self._total, self._interval = total, interval
+        self._bar = None
+        if sys.stdout.isatty():
+            layout = "Step {n_fmt}/{total_fmt} |{bar:16}| {postfix}"
+            self._bar = tqdm(
+                total=total, initial=done, bar_format=layout, file=sys.stdout, dynamic_ncols=True
+            )
+
+    def show(self, step: int, text: str, eta_seconds: float) -> None:
+        """Shows that `step` is done.
+
+        Args:
+            step: Steps done.
+            text: What there is to say about it.
+            eta_seconds: Time left.
+        """
+        text += f"  ETA {timedelta(seconds=round(eta_seconds))}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            self._bar.refresh()
+        elif step % self._interval == 0 or step in (1, self._total):
+            print(f"Step {step}/{self._total}  {text}", flush=True)
+
+    def close(self) -> None:
+        """Leaves the last line standing."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def say(text: str) -> None:
+    """Prints a line of its own; on a terminal the progress line moves below it."""
+    tqdm.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,137 @@
+"""What a step of a run learned from: its rows, their documents, and its loss."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from common.cli import UserError
+from common.files import read_json
+from ftdp.pack_plan import PackPlan
+from ftdp.pack_planning import plan_for_training
+from ftdp.pack_trace import RowTracer
+from sft import config as settings
+
+IDENTITY, METRICS = "identity.json", "metrics.jsonl"
+
+
+def find_run_folder(path: str | os.PathLike) -> Path:
+    """Returns the run folder for itself, for a train.json, or for a folder of a workflow's run.
+
+    Of a workflow's run that is not finished, it is the run folder that was written to last.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = Path(path)
+    if (path / "train.json").is_file():
+        path = path / "train.json"
+    if path.is_file():
+        path = path.parent / read_json(path).get("run_folder", "")
+    folders = [path, *path.glob("checkpoints/*")]
+    found = [folder for folder in folders if (folder / IDENTITY).is_file()]
+    if not found:
+        raise UserError(
+            f"{path} is not a run",
+            expected=f"a run folder (with {IDENTITY}), a train.json, or results/<run>",
+            fix="correct --run",
+        )
+    return max(found, key=lambda folder: (folder / IDENTITY).stat().st_mtime)
+
+
+def trace_step(
+    run: str | os.PathLike, step: int, rank: int | None = None, processed_dir: str | os.PathLike | None = None
+) -> dict[str, Any]:
+    """Returns what optimizer step `step` (from 1) of a run learned from.
+
+    Args:
+        run: See `find_run_folder`; the run may be going on.
+        step: The step.
+        rank: Only this rank's share.
+        processed_dir: The folder of the JSONL files, if not the one that the plan names.
+
+    Returns:
+        `run_folder`, `step`, `metrics` (the step's line of metrics.jsonl, None if it has not been trained yet), `rows`
+        (each with `rank`, `micro_batch`, `epoch`, `entry` in the epoch, `row`, `tokens` and `documents`), `notes`.
+
+    Raises:
+        UserError: No such run, step or rank, or its plan is gone or has changed.
+    """
+    folder = find_run_folder(run)
+    fields = read_json(folder / IDENTITY)["fields"]
+    config = settings.load_config(folder / "train_config.py")
+    plan = _plan_of(folder, settings.plain(config)["train_dataloader"]["dataset"], fields.get("plan"))
+    accumulation = settings.plain(config)["optim_wrapper"].get("accumulative_counts", 1)
+    metrics, last = _metrics_of(folder / METRICS, step)
+    global_batch = fields.get("global_batch") or fields["world_size"] * accumulation
+    # How many ranks shared the rows may have changed from one attempt to the next; their order has not.
+    known = (metrics or last).get("world_size") or fields.get("world_size")
+    world_size = known or global_batch // accumulation
+    if step < 1:
+        raise UserError("--step cannot be used", found=step, expected="1 or more")
+    if rank is not None and not 0 <= rank < world_size:
+        raise UserError("--rank cannot be used", found=rank, expected=f"0 to {world_size - 1}")
+    tracer = RowTracer(plan, processed_dir)
+    per_epoch = plan.entries_per_epoch(world_size)
+    rows = []
+    for place in range(global_batch):
+        micro_batch, own = divmod(place, world_size)
+        if rank is not None and own != rank:
+            continue
+        epoch, entry = divmod((step - 1) * global_batch + place, per_epoch)
+        row = int(plan.order(epoch)[entry])
+        documents = tracer.row(row)
+        rows.append(
+            {
+                "rank": own,
+                "micro_batch": micro_batch,
+                "epoch": epoch,
+                "entry": entry,
+                "row": row,
+                "tokens": sum(each.stop - each.start for each in documents),
+                "documents": [each.as_json() for each in documents],
+            }
+        )
+    return {
+        "run_folder": str(folder),
+        "step": step,
+        "metrics": metrics,
+        "rows": rows,
+        "notes": tracer.notes,
+    }
+
+
+def _plan_of(folder: Path, dataset: dict[str, Any], sha256: str | None) -> PackPlan:
+    """Opens the plan that the run trains on. Paths in a config are relative to where it was trained from."""
+    arguments = {key: value for key, value in dataset.items() if key != "type"}
+    name = "plan" if arguments.get("plan") else "folder"
+    for base in (Path(), *folder.resolve().parents):
+        if (base / arguments[name]).is_dir():
+            for key in ("plan", "folder", "data_order_path"):
+                if arguments.get(key):
+                    arguments[key] = base / arguments[key]
+            break
+    plan = plan_for_training(**arguments)
+    if sha256 is not None and plan.sha256() != sha256:
+        raise UserError(
+            f"{arguments['plan']} is not the plan of this run any more",
+            found=plan.sha256()[:12],
+            expected=sha256[:12],
+            fix="make it again from the data and the settings of the run (plan_packing.py)",
+        )
+    return plan
+
+
+def _metrics_of(path: Path, step: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Returns the line of a step, if there is one, and the last line read, if there is any."""
+    last: dict[str, Any] = {}
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            last = json.loads(line)
+        except ValueError:  # a run that goes on may be writing it
+            break
+        if last["step"] == step:
+            return last, last
+    return None, last
