@@ -102,7 +102,7 @@ def test_many_nan_steps_end_the_run_with_a_trace_and_the_last_good_checkpoint(wo
     assert curve(folder) == curve(whole) and weights_sha256(folder) == weights_sha256(whole)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 3])  # stage 2: the test above
 def test_a_nan_step_is_skipped_and_changes_neither_weights_nor_optimizer(world, stage):
     flags = ("--max-steps", 5, "--save-steps", 4, "--lr", 5e-3, "--accumulative-counts", 2)
     config = tiny_run.render(world, f"skip{stage}.py", *flags, "--zero-stage", stage, hooks=HOOKS)
