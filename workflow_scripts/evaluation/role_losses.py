@@ -162,12 +162,12 @@ def plain_text_losses(
 def _losses(
     model, samples: list[Sample], pad_id: int, batch_tokens: int, what: str
 ) -> Iterable[tuple[Sample, list[float]]]:
+    from common.progress import Progress
     from evaluation.heldout import batches_by_length
-    from evaluation.progress import Progress
     from evaluation.scoring import token_losses
 
-    progress = Progress(sum(len(sample.ids) for sample in samples), what, "tokens")
+    progress = Progress("tokens", sum(len(sample.ids) for sample in samples))
     for batch in batches_by_length(samples, batch_tokens):
         for sample, losses in zip(batch, token_losses(model, batch, pad_id), strict=True):
             yield sample, losses.tolist()
-        progress.add(sum(len(sample.ids) for sample in batch))
+        progress.add(what, tokens=sum(len(sample.ids) for sample in batch))

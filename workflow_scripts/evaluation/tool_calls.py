@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.progress import Progress
 from evaluation.call_format import Call, CallReader
 from evaluation.call_verdicts import Offered, offered_tools, verdicts
 from evaluation.conversations import AnswerTurn, Conversation, answer_turns
-from evaluation.progress import Progress
 from ftdp.chat_template import Turn
 from ftdp.encode import BatchEncoder
 from ftdp.piece import signed_ids
@@ -128,7 +128,7 @@ def answer_points(
     end = tokenizer.end_of_turn_id
     stop_ids = {end, tokenizer.eos_token_id} - {None}
     suppress = {tokenizer.bos_token_id} - {None} - stop_ids if tokenizer.template.bos else set()
-    progress = Progress(len(points), "tool calls", "points") if points else None
+    progress = Progress("points", len(points))
     answers = generate_batched(
         model,
         [point.prompt for point in points],
@@ -136,7 +136,7 @@ def answer_points(
         max_new_tokens,
         suppress=suppress,
         batch_tokens=batch_tokens,
-        on_answer=lambda place, answer: progress.add(1),
+        on_answer=lambda place, answer: progress.add("tool calls", points=1),
     )
     return [
         judge_point(point, answer.ids, end, reader) | {"bos_suppressed": answer.suppressed}
