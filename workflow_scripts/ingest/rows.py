@@ -6,6 +6,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -83,7 +84,7 @@ class RowReader:
         refuse_changes(self.path, state)
 
     def _parquet(self) -> Iterator[Row]:
-        """The rows, batch by batch.
+        """The rows, one row group after the other: a reader of several at once keeps what it has read.
 
         A column of structs has every key in every row, and null where the row has none: a null is left out.
         """
@@ -94,7 +95,10 @@ class RowReader:
             try:
                 table = pyarrow.parquet.ParquetFile(file)
                 total = max(1, table.metadata.num_rows)
-                for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
+                groups = range(table.metadata.num_row_groups)
+                for batch in chain.from_iterable(
+                    table.iter_batches(_PARQUET_ROWS, row_groups=[group]) for group in groups
+                ):
                     self.position = state[1] * number // total
                     for value in batch.to_pylist():
                         number += 1
