@@ -51,9 +51,13 @@ def encode_prompt(prompt: list[dict], tokenizer: ExtendedTokenizer, where: str =
     return [abs(i) for i in signed] + begin
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: ZeRO-3 gathers weights here that training uses again
 def generate(
-    model, prompts: list[list[dict]], tokenizer: ExtendedTokenizer, max_new_tokens: int
+    model,
+    prompts: list[list[dict]],
+    tokenizer: ExtendedTokenizer,
+    max_new_tokens: int,
+    show_progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Returns one greedy answer per prompt, up to the end of the turn, the base's end token, or `max_new_tokens`.
 
@@ -65,6 +69,7 @@ def generate(
         prompts: Conversations without the answer.
         tokenizer: The extended tokenizer.
         max_new_tokens: Longest answer.
+        show_progress: Tells how far it is.
 
     Returns:
         [{"prompt": messages, "text": answer without the end token, "tokens": count, "finished": bool}]
@@ -82,7 +87,7 @@ def generate(
         pad_token_id=tokenizer.end_of_turn_id if pad_id is None else pad_id,
     )
     device = model.get_input_embeddings().weight.device
-    progress = Progress(len(prompts), "generations", "prompts")
+    progress = Progress(len(prompts), "generations", "prompts") if show_progress else None
     answers = []
     for number, prompt in enumerate(prompts, 1):
         ids = torch.tensor([encode_prompt(prompt, tokenizer, f"prompt {number}")], device=device)
@@ -92,5 +97,6 @@ def generate(
         # Special tokens stay: a tool call is made of them.
         text = tokenizer.tokenizer.decode(new[:-1] if finished else new, skip_special_tokens=False)
         answers.append({"prompt": prompt, "text": text, "tokens": len(new), "finished": finished})
-        progress.add(1)
+        if progress is not None:
+            progress.add(1)
     return answers
