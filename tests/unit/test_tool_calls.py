@@ -30,7 +30,7 @@ def setting(request, tmp_path_factory, tiny_tokenizer_dir, write_processed):
     (root / "tokenizer").mkdir()
     save_tokenizer(root / "tokenizer", *extend(base, tiny_tokenizer_dir, load_template(request.param)))
     tokenizer = load_tokenizer(root / "tokenizer")
-    return tokenizer, BatchEncoder(tokenizer), write_processed(root / "heldout", DATASETS)
+    return tokenizer, BatchEncoder(tokenizer, mask="exact"), write_processed(root / "heldout", DATASETS)
 
 
 class Oracle:
