@@ -86,6 +86,8 @@ def as_result(points, selection, **more):
 
 def test_an_oracle_that_replays_the_reference_is_right_everywhere(setting):
     tokenizer, encoder, folder = setting
+    if tokenizer.template.name == "llama3":
+        pytest.skip("the line breaks of the begin merge with an answer's: such a token follows no prompt")
     conversations = read_conversations(folder, encoder)
     points, selection = choose_points(conversations, encoder, 1000, 4096)
     # Two calling turns in a talk about the weather, one in one with code.
