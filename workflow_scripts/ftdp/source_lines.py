@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from common.cli import UserError
-from ftdp.heldout import is_held_out
+from ftdp.heldout import is_held_out, is_valid
 from ftdp.layout import manifest_path
 from ftdp.reading import LineReader
 
@@ -58,8 +58,7 @@ def _lines_kept(source: Path, entry: Mapping, options: Mapping[str, Any], bad: s
                 if (
                     number in bad
                     or is_held_out(line, share, seed)
-                    # The choice of ftdp.block_tokenizer.
-                    or is_held_out(b"valid:" + line, valid_share, options["valid_seed"])
+                    or is_valid(line, valid_share, options["valid_seed"])
                 ):
                     continue
                 kept.append(number)
