@@ -187,7 +187,7 @@ def test_the_command_asks_a_real_model_at_each_point(setting, model, tmp_path, r
     assert result["format"] == 1 and result["label"] == "tuned"
     assert [result["selection"][kind]["points"] for kind in ("call", "text")] == [6, 6]
     assert len(result["points"]) == 12
-    assert "tool calls: 12/12 points" in done.stdout and "tuned: recall" in done.stdout
+    assert "tuned: recall" in done.stdout
     for point in result["points"]:
         place, start = point["point"].rsplit("#", 1)
         name, line = place.rsplit(":", 1)
