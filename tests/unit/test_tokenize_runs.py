@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -97,7 +98,6 @@ def test_a_small_dataset_before_a_large_one(tmp_path, run_script):
     assert "4,003 samples" in done.stdout
 
 
-@pytest.mark.xfail(strict=False, reason="open: seen once to miss a file under load, not yet understood")
 @pytest.mark.parametrize("moments", [(0.0, 0.05, 0.15), (0.3, 0.5, 0.8)])
 def test_kill_and_run_again(tmp_path, repo_root, moments):
     tokenizer = tmp_path / "tokenizer"
@@ -126,9 +126,10 @@ def test_kill_and_run_again(tmp_path, repo_root, moments):
             if not name.endswith(".tmp"):
                 assert data == expected[name], f"{name} looks finished and is not"
         for name in left:
-            if name.startswith("manifests/") and name.endswith(".json"):
-                dataset = name.removeprefix("manifests/").removesuffix(".json")
-                assert f"chatml_llamav13_32k/train/cn/{dataset}/f.bin" in left
+            # manifests/<dataset>.json, and not the statistics in manifests/<dataset>/
+            found = re.fullmatch(r"manifests/([^/]+)\.json", name)
+            if found:
+                assert f"chatml_llamav13_32k/train/cn/{found[1]}/f.bin" in left
     subprocess.run([*command, "--tokenized-dir", str(out)], check=True, capture_output=True)
     assert files_below(out) == expected
 
