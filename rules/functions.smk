@@ -199,6 +199,7 @@ def parity_flags(wildcards, input):
         readings=input.get("readings") or None,
         prompts=settings["evaluate"]["prompts"],
         template=settings["tokenize"]["template"],
+        mask=settings["tokenize"]["mask"],
         control_tokens=settings["tokenize"]["control_tokens"],
         trust_remote_code=settings["model"]["trust_remote_code"],
     )

@@ -22,12 +22,14 @@ def converter_python() -> str:
     return str(path)
 
 
-def extend_tokenizer(base: Path, folder: Path):
-    """Writes the tokenizer of `base` with the six chat tokens into `folder` and returns it loaded."""
+def extend_tokenizer(base: Path, folder: Path, template: str = "internlm2_chat"):
+    """Writes the tokenizer of `base` with the control tokens of a chat template into `folder` and returns it loaded."""
+    from ftdp.template_file import load_template
     from ftdp.tokenizer import extend, load_tokenizer, save_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(folder, *extend((base / "tokenizer.json").read_text(encoding="utf-8"), base))
+    text = (base / "tokenizer.json").read_text(encoding="utf-8")
+    save_tokenizer(folder, *extend(text, base, load_template(template)))
     return load_tokenizer(folder)
 
 

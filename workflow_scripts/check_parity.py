@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.cli import UserError, run
 from common.files import read_json, write_json
+from ftdp.encode import CONTROL_TOKENS, MASKS
 
 
 def main() -> None:
@@ -25,7 +26,10 @@ def main() -> None:
     parser.add_argument("--readings", type=Path, help="what encode_prompts.py wrote in another environment")
     parser.add_argument("--prompts", type=Path, help="JSON list of further conversations")
     parser.add_argument("--template", help="chat template of the training; default: the tokenizer's")
-    parser.add_argument("--control-tokens", default="literal", help="as in the training")
+    parser.add_argument("--mask", choices=MASKS, default="compat", help="as in the training")
+    parser.add_argument(
+        "--control-tokens", choices=CONTROL_TOKENS, default="literal", help="as in the training"
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
@@ -34,7 +38,7 @@ def main() -> None:
 
     from export.hf import find_checkpoint
     from export.parity import compare_ids, compare_models, require_agreement, training_ids
-    from export.prompt_readers import read_prompts, read_with_transformers
+    from export.prompt_readers import parity_prompts, read_with_transformers
     from export.turbomind_proof import prove
     from ftdp.tokenizer import load_tokenizer
     from sft import config as training
@@ -42,26 +46,19 @@ def main() -> None:
 
     config = training.load_config(args.config)
     base = training.model_path(config)
-    tokenizer = load_tokenizer(training.tokenizer_path(config) or base)
-    options = {"template": args.template, "control_tokens": args.control_tokens}
-    prompts = read_prompts(args.prompts)
+    tokenizer = load_tokenizer(training.tokenizer_path(config) or base).with_template(args.template)
+    prompts = parity_prompts(args.prompts)
+    expected = training_ids(prompts, tokenizer, mask=args.mask, control_tokens=args.control_tokens)
     readings = [read_with_transformers(args.hf, prompts)]
     if args.readings:
         theirs = read_json(args.readings)
         if theirs["prompts"] != prompts:
             raise UserError(f"{args.readings} is about other prompts", fix="run encode_prompts.py again")
         readings += theirs["readings"]
-    ids = compare_ids(prompts, tokenizer, readings, **options)
+    ids = compare_ids(prompts, expected, readings, tokenizer)
     state = read_state_dict(find_checkpoint(args.checkpoint)[0])
     try:
-        logits = compare_models(
-            base,
-            state,
-            args.hf,
-            args.turbomind,
-            training_ids(prompts, tokenizer, **options),
-            args.trust_remote_code,
-        )
+        logits = compare_models(base, state, args.hf, args.turbomind, expected, args.trust_remote_code)
         proof = prove(args.hf, args.turbomind) if args.turbomind else None
     finally:
         print_ids(ids)

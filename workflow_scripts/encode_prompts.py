@@ -28,10 +28,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
 
-    from export.prompt_readers import read_prompts, read_with_lmdeploy, read_with_transformers
+    from export.prompt_readers import parity_prompts, read_with_lmdeploy, read_with_transformers
     from ftdp.template_file import load_template
 
-    prompts = read_prompts(args.prompts)
+    prompts = parity_prompts(args.prompts)
     readings = [read_with_transformers(args.model, prompts)]
     if importlib.util.find_spec("lmdeploy"):
         readings += read_with_lmdeploy(args.model, prompts, load_template(args.template), args.chat_template)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.cli import run
 from common.files import sha256_file, write_json
+from evaluation.arguments import add_model_arguments, label_of, load_model
 
 
 def main() -> None:
@@ -18,15 +19,7 @@ def main() -> None:
         "the same call, does the answer end? Also measure the loss by role of the trained tokens, and on plain text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
-    parser.add_argument("--tokenizer-path", required=True, help="folder of the extended tokenizer")
-    parser.add_argument(
-        "--heldout-dir",
-        type=Path,
-        required=True,
-        help="conversations as <dataset>/processed/<any>/<file>.jsonl",
-    )
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    add_model_arguments(parser)
     parser.add_argument(
         "--max-points",
         type=int,
@@ -40,38 +33,14 @@ def main() -> None:
         default=4096,
         help="tokens before an answer; those with more are passed over",
     )
-    parser.add_argument("--max-samples", type=int, help="conversations per dataset; without it all")
     parser.add_argument(
         "--plain-text", type=Path, help="UTF-8 text whose loss shows what training made the model forget"
-    )
-    parser.add_argument("--mask", choices=("compat", "exact"), default="compat", help="the training's mask")
-    parser.add_argument(
-        "--control-tokens",
-        choices=("literal", "control", "error"),
-        default="literal",
-        help="what the training made of control tokens inside messages",
     )
     parser.add_argument(
         "--batch-tokens",
         type=int,
         default=16384,
         help="tokens in a padded batch of answers, which bounds memory",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "float16", "bfloat16"),
-        default="auto",
-        help="auto: bfloat16 on a GPU, float32 on a CPU",
-    )
-    parser.add_argument("--attention", default="auto", help="auto, sdpa, flash_attention_2 or another name")
-    parser.add_argument(
-        "--base-model",
-        action="store_true",
-        help="grow the embedding to the tokenizer as training does at its start",
-    )
-    parser.add_argument("--label", default=None, help="what the report calls it; default base or tuned")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
     )
     args = parser.parse_args()
 
@@ -97,21 +66,12 @@ def main() -> None:
         flush=True,
     )
 
-    from evaluation.models import load_for_evaluation
     from evaluation.role_losses import conversation_losses, plain_text_losses
     from evaluation.tool_call_tables import summarize
     from evaluation.tool_calls import answer_points
 
-    model = load_for_evaluation(
-        args.model,
-        args.tokenizer_path,
-        tokenizer,
-        base=args.base_model,
-        dtype=args.dtype,
-        attention=args.attention,
-        trust_remote_code=args.trust_remote_code,
-    )
-    label = args.label or ("base" if args.base_model else "tuned")
+    model = load_model(args, tokenizer)
+    label = label_of(args)
     answers = answer_points(model, points, tokenizer, args.max_new_tokens, args.batch_tokens)
     pad_id = tokenizer.end_of_turn_id
     result = {

@@ -72,6 +72,22 @@ def test_an_honest_chain_passes_and_every_difference_is_listed_and_explained(cha
     assert "parity holds" in done.stdout and "why: lmdeploy" in done.stdout
 
 
+@pytest.mark.parametrize("template", ["chatml", "llama3", "mistral_instruct"])
+def test_other_templates_pass_under_the_exact_mask(tmp_path, tiny_tokenizer_dir, run_script, template):
+    from export.hf import convert
+
+    extend_tokenizer(tiny_tokenizer_dir, tmp_path / "tokenizer", template)
+    base = write_base(tmp_path / "base", tiny_tokenizer_dir)
+    config, checkpoint, _ = write_checkpoint(base, tmp_path / "tokenizer", tmp_path / "run")
+    convert(config, checkpoint, tmp_path / "hf")
+    command = ("check_parity.py", config, checkpoint, tmp_path / "hf", "--output", tmp_path / "parity.json")
+    done = run_script(*command, check=False)
+    assert done.returncode == 2 and "set tokenize.mask: exact" in done.stderr
+    run_script(*command, "--mask", "exact", "--template", template)
+    (reading,) = read_json(tmp_path / "parity.json")["ids"]
+    assert reading["equal"] == reading["prompts"] == 4
+
+
 def test_a_weight_that_the_conversion_changed_stops_it(chain, run_script, tmp_path):
     hf = shutil.copytree(chain / "hf", tmp_path / "hf")
     weights = load_file(hf / "model.safetensors")

@@ -22,14 +22,8 @@ from ftdp.encode import BatchEncoder
 @pytest.fixture(scope="module", params=["internlm2_chat", "chatml", "llama3", "mistral_instruct"])
 def setting(request, tmp_path_factory, tiny_tokenizer_dir, write_processed):
     """(tokenizer, encoder, held-out folder), in each of the shipped templates."""
-    from ftdp.template_file import load_template
-    from ftdp.tokenizer import extend, load_tokenizer, save_tokenizer
-
     root = tmp_path_factory.mktemp("calls")
-    base = (tiny_tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
-    (root / "tokenizer").mkdir()
-    save_tokenizer(root / "tokenizer", *extend(base, tiny_tokenizer_dir, load_template(request.param)))
-    tokenizer = load_tokenizer(root / "tokenizer")
+    tokenizer = extend_tokenizer(tiny_tokenizer_dir, root / "tokenizer", request.param)
     return tokenizer, BatchEncoder(tokenizer, mask="exact"), write_processed(root / "heldout", DATASETS)
 
 
@@ -62,10 +56,9 @@ class Oracle:
     __call__ = forward
 
 
-def reference_ids(tokenizer, encoder, point):
-    """What training sees up to the end of the reference's turn."""
-    messages = point.conversation.messages[: point.answer.stop]
-    pieces = encoder.encode_turns([encoder.turns(messages)])[0]
+def reference_ids(tokenizer, encoder, turns):
+    """What training sees of a conversation's turns, up to the end of the last one."""
+    pieces = encoder.encode_turns([turns])[0]
     ids = [token for piece in pieces for token in piece.ids]
     return ids[: len(ids) - ids[::-1].index(tokenizer.end_of_turn_id)]
 
@@ -86,16 +79,24 @@ def as_result(points, selection, **more):
 
 def test_an_oracle_that_replays_the_reference_is_right_everywhere(setting):
     tokenizer, encoder, folder = setting
-    if tokenizer.template.name == "llama3":
-        pytest.skip("the line breaks of the begin merge with an answer's: such a token follows no prompt")
     conversations = read_conversations(folder, encoder)
     points, selection = choose_points(conversations, encoder, 1000, 4096)
     # Two calling turns in a talk about the weather, one in one with code.
     assert selection["call"] == {"available": 14, "tried": 14, "too_long": 0, "points": 14}
     assert selection["text"]["points"] == 5 * 2 + 4 + 6
-    texts = [reference_ids(tokenizer, encoder, point) for point in points]
-    for point, text in zip(points, texts, strict=True):
-        assert text[: len(point.prompt)] == point.prompt
+    texts = [
+        reference_ids(tokenizer, encoder, encoder.turns(point.conversation.messages[: point.answer.stop]))
+        for point in points
+    ]
+    for place, (point, text) in enumerate(zip(points, texts, strict=True)):
+        if text[: len(point.prompt)] != point.prompt:
+            # This tokenizer splits the two line breaks of llama3's begin otherwise before a text than at the end: no
+            # model can follow the prompt as trained, so the oracle says the answer as it is encoded by itself.
+            assert tokenizer.template.name == "llama3"
+            turn = point.conversation.turns[point.answer.turn]
+            bos, *answer = reference_ids(tokenizer, encoder, [turn._replace(begin="")])
+            assert bos == tokenizer.bos_token_id
+            texts[place] = point.prompt + answer
     answers = answer_points(Oracle(texts, tokenizer.vocab_size), points, tokenizer, 400)
     rows = summarize(as_result(answers, selection))
     assert {row["metric"] for row in rows} == set(METRICS)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.cli import UserError
-from evaluation.heldout import find_files
+from evaluation.heldout import parse_line, read_lines
 from evaluation.languages import language_of
-from ftdp.chat_template import ChatTemplate, MessageError, Turn, refuse_half_characters
+from ftdp.chat_template import ChatTemplate, Turn
 from ftdp.encode import BatchEncoder
 
 
@@ -70,28 +67,12 @@ def read_conversations(
     Raises:
         UserError: There are none, or a line is no conversation.
     """
-    lines: dict[str, list[tuple[str, int, str, bytes]]] = {}
-    for dataset, path in find_files(folder):
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                text = line.strip()
-                if text:
-                    entry = (
-                        path.relative_to(folder).as_posix(),
-                        number,
-                        hashlib.sha256(text).hexdigest(),
-                        text,
-                    )
-                    lines.setdefault(dataset, []).append(entry)
     result = []
-    for dataset, entries in lines.items():
-        if max_samples is not None and len(entries) > max_samples:
-            chosen = set(sorted(entries, key=lambda entry: entry[2])[:max_samples])
-            entries = [entry for entry in entries if entry in chosen]
-        for file, number, sha256, text in entries:
-            messages, turns = _parse(folder / file, number, text, encoder)
-            language = language_of(dataset, said_by_user(messages))
-            result.append(Conversation(dataset, file, number, sha256, language, messages, turns))
+    for line in read_lines(folder, max_samples):
+        messages, turns = parse_line(line, encoder)
+        language = language_of(line.dataset, said_by_user(messages))
+        file = line.path.relative_to(folder).as_posix()
+        result.append(Conversation(line.dataset, file, line.number, line.sha256, language, messages, turns))
     return result
 
 
@@ -121,19 +102,3 @@ def answer_turns(messages: list[Mapping[str, Any]], template: ChatTemplate) -> l
 def said_by_user(messages: list[Mapping[str, Any]]) -> str:
     """Returns what the user says in a conversation, as one text."""
     return "\n".join(message["content"] for message in messages if message["role"] == "user")
-
-
-def _parse(path: Path, number: int, line: bytes, encoder: BatchEncoder) -> tuple[list[dict], list[Turn]]:
-    where = f"{path}:{number}"
-    try:
-        messages = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON", found=error, fix="write one conversation a line") from None
-    try:
-        turns = encoder.turns(messages)
-        refuse_half_characters(turns)
-    except MessageError as error:
-        raise UserError(
-            f"{where}: {error.field}", found=error.found, expected=error.expected, fix=error.fix
-        ) from None
-    return messages, turns

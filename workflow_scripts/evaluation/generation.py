@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,31 +13,12 @@ from ftdp.encode import encode_conversations
 from ftdp.tokenizer import ExtendedTokenizer
 
 
-def read_prompts(path: Path) -> list[list[dict]]:
-    """Reads a JSON list of conversations (each a list of messages, as in the data, without the answer).
-
-    Raises:
-        UserError: When the file is no such list.
-    """
-    try:
-        prompts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the prompts of {path}", found=error, expected="a JSON file") from None
-    if not isinstance(prompts, list) or not all(isinstance(prompt, list) for prompt in prompts):
-        raise UserError(
-            f"{path} is no list of conversations",
-            expected='[[{"role": "user", "content": "..."}], ...]',
-            fix="wrap each prompt in a list of messages",
-        )
-    return prompts
-
-
 def encode_prompt(
-    prompt: list[dict], tokenizer: ExtendedTokenizer, where: str = "prompt", **options: str
+    prompt: list[dict], tokenizer: ExtendedTokenizer, where: str = "prompt", **options: Any
 ) -> list[int]:
     """Returns the ids of a conversation and of the assistant's beginning turn, as training would see them.
 
-    `options` are `mask` and `control_tokens` of `ftdp.encode.BatchEncoder`.
+    `options` are those of `ftdp.encode.encode_conversations`.
 
     Raises:
         UserError: When a message is not in the format.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from common.cli import UserError
 from common.files import sha256_file, sha256_json
-from ftdp.chat_template import MessageError, refuse_half_characters
+from ftdp.chat_template import MessageError, Turn, refuse_half_characters
 from ftdp.encode import BatchEncoder
 from ftdp.layout import find_datasets
 from ftdp.piece import trained_mask
@@ -41,6 +41,20 @@ class Sample:
         return sum(self.trained[1:])
 
 
+class HeldoutLine(NamedTuple):
+    """One line of the held-out files: its dataset, file, number from 1, and bytes without white space around them."""
+
+    dataset: str
+    path: Path
+    number: int
+    text: bytes
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the bytes."""
+        return hashlib.sha256(self.text).hexdigest()
+
+
 def find_files(folder: Path) -> list[tuple[str, Path]]:
     """Returns (dataset, file) of every JSONL file of a folder in the processed layout, sorted.
 
@@ -62,6 +76,55 @@ def find_files(folder: Path) -> list[tuple[str, Path]]:
 def heldout_digest(folder: Path) -> str:
     """Returns a SHA-256 over names and contents of the held-out files."""
     return sha256_json([[str(path.relative_to(folder)), sha256_file(path)] for _, path in find_files(folder)])
+
+
+def read_lines(folder: Path, max_samples: int | None = None) -> list[HeldoutLine]:
+    """Returns the lines of all held-out files, in their order, without blank ones.
+
+    Args:
+        folder: Held-out conversations, `<dataset>/processed/<any>/<file>.jsonl`.
+        max_samples: Lines per dataset; those with the smallest SHA-256, so that the choice depends neither on the
+            order of the file nor on other lines.
+
+    Raises:
+        UserError: There are none.
+    """
+    lines: dict[str, list[HeldoutLine]] = {}
+    for dataset, path in find_files(folder):
+        with open(path, "rb") as file:
+            lines.setdefault(dataset, []).extend(
+                HeldoutLine(dataset, path, number, line.strip())
+                for number, line in enumerate(file, 1)
+                if line.strip()
+            )
+    result = []
+    for own in lines.values():
+        if max_samples is not None and len(own) > max_samples:
+            chosen = set(sorted(own, key=lambda line: line.sha256)[:max_samples])
+            own = [line for line in own if line in chosen]
+        result += own
+    return result
+
+
+def parse_line(line: HeldoutLine, encoder: BatchEncoder) -> tuple[list[dict], list[Turn]]:
+    """Returns the messages of a line, and the same as turns of the encoder's chat template.
+
+    Raises:
+        UserError: It is no conversation.
+    """
+    where = f"{line.path}:{line.number}"
+    try:
+        messages = json.loads(line.text)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON", found=error, fix="write one conversation a line") from None
+    try:
+        turns = encoder.turns(messages)
+        refuse_half_characters(turns)
+    except MessageError as error:
+        raise UserError(
+            f"{where}: {error.field}", found=error.found, expected=error.expected, fix=error.fix
+        ) from None
+    return messages, turns
 
 
 def load_heldout(
@@ -89,18 +152,11 @@ def load_heldout(
     Raises:
         UserError: When there are none, or a line is no conversation.
     """
-    lines: dict[str, list[tuple[str, bytes]]] = {}
-    for dataset, path in find_files(folder):
-        lines.setdefault(dataset, []).extend(_lines(path))
     encoder = BatchEncoder(tokenizer, mask=mask, control_tokens=control_tokens)
-    samples = []
-    for dataset, places in lines.items():
-        if max_samples is not None and len(places) > max_samples:
-            chosen = sorted(places, key=lambda place: hashlib.sha256(place[1]).digest())[:max_samples]
-            places = [place for place in places if place in chosen]
-        conversations = [_parse(where, line) for where, line in places]
-        for where, conversation in zip((where for where, _ in places), conversations, strict=True):
-            samples.append(_encode(where, dataset, conversation, encoder, mask == "exact", max_length))
+    samples = [
+        _encode(line.dataset, parse_line(line, encoder)[1], encoder, mask == "exact", max_length)
+        for line in read_lines(folder, max_samples)
+    ]
     if not any(sample.targets for sample in samples):
         raise UserError(
             f"the held-out conversations in {folder} have no trained token",
@@ -125,30 +181,7 @@ def batches_by_length(samples: list[Sample], batch_tokens: int) -> list[list[Sam
     return batches
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}:{number}", line.strip()
-
-
-def _parse(where: str, line: bytes) -> list[dict]:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON", found=error, fix="write one conversation a line") from None
-
-
-def _encode(
-    where: str, dataset: str, conversation: list[dict], encoder: BatchEncoder, exact: bool, max_length: int
-) -> Sample:
-    try:
-        turns = encoder.turns(conversation)
-        refuse_half_characters(turns)
-    except MessageError as error:
-        raise UserError(
-            f"{where}: {error.field}", found=error.found, expected=error.expected, fix=error.fix
-        ) from None
+def _encode(dataset: str, turns: list[Turn], encoder: BatchEncoder, exact: bool, max_length: int) -> Sample:
     (pieces,) = encoder.encode_turns([turns])
     ids = [token for piece in pieces for token in piece.ids]
     trained = trained_mask(pieces, exact, max_length)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from common.cli import UserError
-from ftdp.encode import encode_conversations
+from evaluation.generation import encode_prompt
 from ftdp.tokenizer import ExtendedTokenizer
 
 from .reference_forward import transformers_logits, turbomind_logits
@@ -87,23 +87,22 @@ def compare_models(
 
 def compare_ids(
     prompts: list[list[dict]],
-    tokenizer: ExtendedTokenizer,
+    expected: list[list[int]],
     readings: list[dict[str, Any]],
-    **options: Any,
+    tokenizer: ExtendedTokenizer,
 ) -> list[dict[str, Any]]:
     """Compares the ids of prompts by training's tokenisation with those of other readers.
 
     Args:
         prompts: Conversations without the answer.
-        tokenizer: The extended tokenizer.
+        expected: Their ids in training, from `training_ids`.
         readings: What `prompt_readers` returned.
-        **options: `template`, `mask` and `control_tokens` of the training.
+        tokenizer: The extended tokenizer, which spells what differs.
 
     Returns:
         [{"reader", "prompts", "equal", "differences": [{"prompt", "at", "training", "reader", "why"}]}]; `at` is the
         first token that differs, and the two texts begin there.
     """
-    expected = training_ids(prompts, tokenizer, **options)
     decode = tokenizer.tokenizer.decode
     rows = []
     for reading in readings:
@@ -130,11 +129,15 @@ def compare_ids(
     return rows
 
 
-def training_ids(prompts: list[list[dict]], tokenizer: ExtendedTokenizer, **options: Any) -> list[list[int]]:
-    """Returns the ids of each prompt and of the assistant's beginning turn, as training would see them."""
-    begin = tokenizer.tokenizer.encode(tokenizer.template.generation_prompt, add_special_tokens=False).ids
-    signed = encode_conversations(prompts, tokenizer, max_length=None, **options)
-    return [[abs(i) for i in each] + begin for each in signed]
+def training_ids(prompts: list[list[dict]], tokenizer: ExtendedTokenizer, **options: str) -> list[list[int]]:
+    """Returns the ids of each prompt and of the assistant's beginning turn, as training would see them.
+
+    `options` are the training's `mask` and `control_tokens`.
+    """
+    return [
+        encode_prompt(prompt, tokenizer, f"prompt {number}", max_length=None, **options)
+        for number, prompt in enumerate(prompts, 1)
+    ]
 
 
 def require_agreement(rows: list[dict[str, Any]]) -> None:

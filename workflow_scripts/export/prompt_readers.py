@@ -13,28 +13,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from common.cli import UserError
+from evaluation.prompts import read_prompts
 from ftdp.chat_template import ChatTemplate
 
 PROMPTS = Path(__file__).with_name("parity_prompts.json")
 Message = Mapping[str, Any]
 
 
-def read_prompts(own: Path | None) -> list[list[dict[str, Any]]]:
+def parity_prompts(own: Path | None) -> list[list[dict[str, Any]]]:
     """Returns the shipped prompts, with tool calls and their results, and those of a file of the user's own.
 
     Raises:
         UserError: The file is no list of conversations.
     """
-    prompts = json.loads(PROMPTS.read_text(encoding="utf-8"))
-    if own is None:
-        return prompts
-    more = json.loads(own.read_text(encoding="utf-8"))
-    if not isinstance(more, list) or not all(isinstance(prompt, list) for prompt in more):
-        raise UserError(
-            f"{own} is no list of conversations", expected='[[{"role": ..., "content": ...}], ...]'
-        )
-    return prompts + more
+    return read_prompts(PROMPTS) + (read_prompts(own) if own else [])
 
 
 def read_with_transformers(folder: Path, prompts: list[list[Message]]) -> dict[str, Any]:

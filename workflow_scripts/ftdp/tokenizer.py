@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,10 @@ class ExtendedTokenizer:
                 f"the tokenizer has no BOS token, but {template.name} begins with one",
                 fix="name one in tokenizer_config.json, or set bos: false in the template",
             )
+
+    def with_template(self, template: str | None) -> ExtendedTokenizer:
+        """Returns the tokenizer with another chat template, a shipped one's name or a file; None keeps its own."""
+        return replace(self, template=load_template(template)) if template else self
 
     def _id_of(self, name: str) -> int | None:
         return self.tokenizer.token_to_id(self.tokens[name]) if name in self.tokens else None

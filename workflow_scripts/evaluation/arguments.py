@@ -1,0 +1,68 @@
+"""The command line that the scripts which evaluate a model have in common. Imports nothing heavy: `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ftdp.encode import CONTROL_TOKENS, MASKS
+from ftdp.tokenizer import ExtendedTokenizer
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the model, its tokenizer, the held-out conversations and the file that is written."""
+    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
+    parser.add_argument("--tokenizer-path", required=True, help="folder of the extended tokenizer")
+    parser.add_argument(
+        "--heldout-dir",
+        type=Path,
+        required=True,
+        help="conversations as <dataset>/processed/<any>/<file>.jsonl",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--max-samples", type=int, help="conversations per dataset; without it all")
+    parser.add_argument(
+        "--mask", choices=MASKS, default="compat", help="which tokens are trained on, and so predicted here"
+    )
+    parser.add_argument(
+        "--control-tokens",
+        choices=CONTROL_TOKENS,
+        default="literal",
+        help="what training makes of control tokens typed inside a message",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+        help="auto: bfloat16 on a GPU, float32 on a CPU",
+    )
+    parser.add_argument("--attention", default="auto", help="auto, sdpa, flash_attention_2 or another name")
+    parser.add_argument(
+        "--base-model",
+        action="store_true",
+        help="grow the embedding to the tokenizer as training does at its start",
+    )
+    parser.add_argument("--label", default=None, help="what the report calls it; default base or tuned")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
+
+
+def label_of(args: argparse.Namespace) -> str:
+    """Returns what the report calls the model."""
+    return args.label or ("base" if args.base_model else "tuned")
+
+
+def load_model(args: argparse.Namespace, tokenizer: ExtendedTokenizer):
+    """Loads the model that the command line names, in eval mode. Takes the seconds that torch and transformers take."""
+    from evaluation.models import load_for_evaluation
+
+    return load_for_evaluation(
+        args.model,
+        args.tokenizer_path,
+        tokenizer,
+        base=args.base_model,
+        dtype=args.dtype,
+        attention=args.attention,
+        trust_remote_code=args.trust_remote_code,
+    )
