@@ -106,7 +106,8 @@ def main() -> int | None:
 
     if arguments.launcher == "none":
         from sft.guard import check_guard, forget_tracebacks
-        from sft.session import METRICS, plan_run, write_manifest
+        from sft.metrics_file import METRICS
+        from sft.session import plan_run, write_manifest
 
         processes = count_processes(arguments.processes)
         plan = plan_run(config, work_dir, runs_dir, processes, announce=False)

@@ -224,7 +224,7 @@ def test_a_flipped_bit_is_seen_and_the_checkpoint_set_aside(tmp_path):
 
 
 def test_metrics_are_cut_back(tmp_path):
-    from sft.metrics_hook import cut_metrics
+    from sft.metrics_file import cut_metrics
 
     file = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]

@@ -6,13 +6,13 @@ it should, finished or with exit code 75, removes it; one that is still marked a
 
 from __future__ import annotations
 
-import json
 import os
 import traceback
 from pathlib import Path
 
 from common.cli import UserError
 from common.files import read_json, write_json, write_text
+from sft.metrics_file import last_step
 
 GUARD = "guard.json"
 # Attempts in a row that may end at one step. A traceback comes again; without one the process was killed from outside:
@@ -75,21 +75,10 @@ def _crashes(folder: Path, metrics: Path) -> list[dict]:
     if not (folder / GUARD).is_file():
         return []
     record = read_json(folder / GUARD)
-    reached = max(record["running_from"], _last_step(metrics))
+    reached = max(record["running_from"], last_step(metrics))
     return [*record["crashes"], {"step": reached, "traceback": bool(_tracebacks(folder))}]
 
 
 def _tracebacks(folder: Path) -> list[Path]:
     """The first to be written first: the other ranks mostly fail because of it."""
     return sorted(folder.glob("crash_rank_*.txt"), key=os.path.getmtime)
-
-
-def _last_step(metrics: Path) -> int:
-    steps = [0]
-    if metrics.is_file():
-        for line in metrics.read_bytes().splitlines():
-            try:
-                steps.append(json.loads(line)["step"])
-            except (ValueError, KeyError):  # a kill tore the last line
-                break
-    return steps[-1]

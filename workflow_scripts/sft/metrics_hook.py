@@ -14,11 +14,11 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from torch import distributed
 
-from common.files import read_json, write_bytes, write_json
+from common.files import read_json, write_json
 from sft.flops import model_flops, peak_tflops
 from sft.loggers import check_loggers, start_loggers
+from sft.metrics_file import METRICS
 from sft.progress_line import ProgressLine
-from sft.session import METRICS
 
 ATTEMPTS = "attempts.json"
 # Fields that differ between two runs that compute the same.
@@ -71,7 +71,7 @@ class MetricsHook(Hook):
         self.recent: deque[float] = deque(maxlen=20)
 
     def before_train(self, runner) -> None:
-        """Cuts the file back to the step that training goes on from."""
+        """Opens the files. metrics.jsonl was cut back to the step that training goes on from, see `sft.trainer`."""
         model = runner.model.model.module.llm
         self.flops = model_flops(model)
         if self.peak_tflops is None and torch.cuda.is_available():
@@ -82,7 +82,6 @@ class MetricsHook(Hook):
 
         folder = Path(runner.work_dir)
         self.attempt = _count_attempt(folder)
-        cut_metrics(folder / METRICS, runner.iter)
         self.file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=runner.iter + 1)
         self.trackers = start_loggers(self.loggers, folder)
@@ -188,18 +187,3 @@ def _count_attempt(folder: Path) -> int:
     attempt = read_json(path)["attempts"] + 1 if path.is_file() else 1
     write_json(path, {"attempts": attempt})
     return attempt
-
-
-def cut_metrics(path: Path, step: int) -> None:
-    """Removes the lines of a JSONL file that lie past `step`, and a last line that a kill tore."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except (ValueError, KeyError):
-            break
-        kept.append(line)
-    write_bytes(path, b"".join(kept))

@@ -22,10 +22,10 @@ from ftdp.pack_planning import plan_for_training
 from sft import config as settings
 from sft.checkpoints import is_last, is_resumable, list_checkpoints, read_state_dict, remove_leftovers
 from sft.identity import differences, run_identity
+from sft.metrics_file import METRICS
 
 IDENTITY = "identity.json"
 FINISHED = "finished.json"
-METRICS = "metrics.jsonl"
 
 
 @dataclass

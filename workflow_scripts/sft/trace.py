@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from ftdp.pack_plan import PackPlan
 from ftdp.pack_planning import plan_for_training
 from ftdp.pack_trace import RowTracer
 from sft import config as settings
+from sft.metrics_file import METRICS, whole_lines
 
-IDENTITY, METRICS = "identity.json", "metrics.jsonl"
+IDENTITY = "identity.json"
 
 
 def find_run_folder(path: str | os.PathLike) -> Path:
@@ -127,11 +127,7 @@ def _plan_of(folder: Path, dataset: dict[str, Any], sha256: str | None) -> PackP
 def _metrics_of(path: Path, step: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Returns the line of a step, if there is one, and the last line read, if there is any."""
     last: dict[str, Any] = {}
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            last = json.loads(line)
-        except ValueError:  # a run that goes on may be writing it
-            break
+    for _, last in whole_lines(path):
         if last["step"] == step:
             return last, last
     return None, last

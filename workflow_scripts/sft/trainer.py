@@ -15,8 +15,8 @@ from common.cli import UserError
 from sft.checkpoints import is_intact, saved_world_size, set_aside, step_of
 from sft.config import micro_batches_per_step, plain
 from sft.guard import begin_attempt, check_guard, clear_guard, record_crash
-from sft.metrics_hook import cut_metrics
-from sft.session import METRICS, Plan, open_run_folder, plan_run, record_finished_run, write_manifest
+from sft.metrics_file import METRICS, cut_metrics
+from sft.session import Plan, open_run_folder, plan_run, record_finished_run, write_manifest
 from sft.stopping import EXIT_GO_ON, StopRequest
 from sft.strategy import DeepSpeedStrategy, init_process_group  # noqa: F401 (before any other mmengine strategy)
 from sft.universal import make_universal
