@@ -25,11 +25,8 @@ from typing import Any
 from common.cli import UserError
 from common.files import atomic_dir, read_json, write_json
 
-from .hf_config import rope_of
 from .hf_folder import describe_files, require_in_range, require_model_folder
-
-WEIGHTS = Path("triton_models") / "weights"
-DEFAULT_ROPE_BASE = 10000.0  # what lmdeploy and transformers take when a config names none
+from .turbomind_config import WEIGHTS, head_size, shared_settings
 
 
 def convert(
@@ -212,11 +209,11 @@ def _require_convertible(
             expected="one of " + ", ".join(sorted(SUPPORTED_ARCHS)),
             fix="set turbomind.enabled: false and serve the Hugging Face folder instead",
         )
-    head_size = _head_size(hf_config)
-    if not is_supported(str(model_path)) or head_size not in (None, 64, 128):
+    size = head_size(hf_config)
+    if not is_supported(str(model_path)) or size not in (None, 64, 128):
         raise UserError(
             f"TurboMind cannot serve this {architecture}",
-            found=f"attention heads of size {head_size}",
+            found=f"attention heads of size {size}",
             expected="heads of size 64 or 128",
             fix="serve the Hugging Face folder instead",
         )
@@ -234,11 +231,6 @@ def _require_convertible(
             found=f"--tp {tp}, {heads} attention heads",
             expected="a power of two that divides the number of heads",
         )
-
-
-def _head_size(hf_config: dict) -> int | None:
-    heads, width = hf_config.get("num_attention_heads"), hf_config.get("hidden_size")
-    return hf_config.get("head_dim") or (width // heads if heads and width else None)
 
 
 def _require_dtype_holds_weights(model_path: Path, dtype: str, hf_config: dict) -> None:
@@ -262,32 +254,11 @@ def _read_workspace_config(folder: Path) -> dict[str, Any]:
 
 
 def _require_same_model(hf_config: dict, written: dict) -> None:
-    """Raises a `UserError` when the workspace's config.yaml says something else than the Hugging Face config.
-
-    The one that happens: a config saved by transformers 5 names its rope base in `rope_parameters`, which lmdeploy
-    does not read; it then writes 10,000.
-    """
-    model, rope = written["model_config"], written["attention_config"]["rope_param"]
-    base, scaling = rope_of(hf_config)
-    heads = hf_config["num_attention_heads"]
-    pairs = {
-        "rope theta": (DEFAULT_ROPE_BASE if base is None else base, float(rope["base"])),
-        "rope type": (scaling.get("rope_type", "default"), rope["type"]),
-        "head size": (_head_size(hf_config), model["size_per_head"]),
-        "layers": (hf_config["num_hidden_layers"], model["num_layer"]),
-        "attention heads": (heads, model["head_num"]),
-        # With fewer KV heads than GPUs lmdeploy writes each of them several times.
-        "KV heads": (
-            max(hf_config.get("num_key_value_heads") or heads, model["attn_tp_size"]),
-            model["kv_head_num"],
-        ),
-        "vocabulary": (hf_config["vocab_size"], model["vocab_size"]),
-        "hidden size": (hf_config["hidden_size"], model["hidden_units"]),
-    }
-    for what, (expected, found) in pairs.items():
+    """Raises a `UserError` when the workspace's config.yaml says something else than the Hugging Face config."""
+    for what, (expected, found) in shared_settings(hf_config, written).items():
         if expected != found:
             raise UserError(
-                f"the TurboMind config.yaml has another {what} than the Hugging Face config.json",
+                f"the TurboMind config.yaml has another {what.replace('_', ' ')} than the Hugging Face config.json",
                 found=found,
                 expected=expected,
                 fix="convert the checkpoint again with convert_pth_to_hf.py, which writes both spellings of the config",

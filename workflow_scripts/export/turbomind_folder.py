@@ -19,7 +19,8 @@ import yaml
 
 from common.cli import UserError
 
-WEIGHTS = Path("triton_models") / "weights"
+from .turbomind_config import WEIGHTS
+
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

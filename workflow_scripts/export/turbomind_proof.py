@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from common.cli import UserError
 from common.files import read_json
+from common.progress import Progress
 
 from .hf_config import rope_of
 from .hf_folder import require_model_folder
 from .reference_forward import transformers_logits, turbomind_logits
 from .safetensors_reader import SafetensorsFolder
+from .turbomind_config import shared_settings
 from .turbomind_folder import TurboMindFolder, same_bits
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -84,7 +85,9 @@ def compare_weights(weights: SafetensorsFolder, folder: TurboMindFolder, hf_conf
     wrong, tensors = [], 0
     total = 2 + len(left)
     found = folder.hf_tensors(hf_config["intermediate_size"], kv_heads)
-    for name, tensor in tqdm(found, "weights", total, mininterval=5, leave=False, disable=None):
+    progress = Progress("tensors", total)
+    for name, tensor in found:
+        progress.add("weights", tensors=1)
         source = "model.embed_tokens.weight" if name == "lm_head.weight" and name not in left else name
         if source not in weights:
             # lmdeploy writes a bias for `wo` wherever q, k and v have one; the model adds nothing there.
@@ -95,6 +98,7 @@ def compare_weights(weights: SafetensorsFolder, folder: TurboMindFolder, hf_conf
         left.discard(source)
         tensors += 1
         wrong += _difference(name, weights[source].to(folder.dtype), tensor)
+    progress.finish()
     wrong += [f"{name}: not in the TurboMind folder" for name in sorted(left)]
     wrong += [f"{name}: a file that belongs to no weight" for name in folder.unread()]
     if wrong:
@@ -110,24 +114,14 @@ def compare_config(hf_config: dict[str, Any], folder: TurboMindFolder) -> dict[s
     """
     model, attention = folder.config["model_config"], folder.config["attention_config"]
     rope = attention["rope_param"]
-    base, scaling = rope_of(hf_config)
-    heads = hf_config["num_attention_heads"]
-    kv_heads = hf_config.get("num_key_value_heads") or heads
+    _, scaling = rope_of(hf_config)
     length = hf_config.get("max_position_embeddings", 0)
-    pairs = {
-        "rope_theta": (10000.0 if base is None else base, float(rope["base"])),
-        "rope_type": (scaling.get("rope_type", "default"), rope["type"]),
-        "head_size": (hf_config.get("head_dim") or hf_config["hidden_size"] // heads, folder.head_size),
+    pairs = shared_settings(hf_config, folder.config) | {
         "rope_size": (folder.head_size, rope["dim"]),
-        "heads": (heads, folder.heads),
-        "kv_heads": (kv_heads if kv_heads >= folder.tp else folder.tp, folder.kv_heads),
-        "layers": (hf_config["num_hidden_layers"], folder.layers),
-        "hidden_size": (hf_config["hidden_size"], folder.hidden),
         "intermediate_size": (
             [-(-hf_config["intermediate_size"] // folder.tp) * folder.tp] * folder.layers,
             folder.inner_sizes,
         ),
-        "vocab_size": (hf_config["vocab_size"], folder.vocab),
         "norm_eps": (hf_config["rms_norm_eps"], model["norm_eps"]),
         "session_len": (length, model["session_len"]),
         "max_position_embeddings": (length, attention["max_position_embeddings"]),
