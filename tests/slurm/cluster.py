@@ -103,36 +103,11 @@ class SlurmCluster:
             *("--log-file", self.folder / "log/munged.log", "--seed-file", self.folder / "munged.seed"),
         )
         _wait(lambda: (self.folder / "munge.socket").exists(), "munged's socket", 10)
-        self.start_controller()
-        for node in self.nodes:
-            self.start_node(node)
-        _wait(self._all_idle, "idle nodes", 30)
-
-    def start_controller(self) -> None:
-        """Starts slurmctld, on what a former one has saved."""
         self._run_daemon("slurmctld", "-D", "-f", self.folder / "slurm.conf")
-
-    def stop_controller(self) -> None:
-        """Stops slurmctld; jobs go on running."""
-        self._end("slurmctld")
-
-    def start_node(self, node: str) -> None:
-        """Starts a node's slurmd."""
-        (self.folder / "spool" / node).mkdir(exist_ok=True)
-        self._run_daemon("slurmd", "-D", "-N", node, "-f", self.folder / "slurm.conf", key=node)
-
-    def kill_node(self, node: str) -> None:
-        """Lets a node fail: slurmd and every process of its jobs are gone at once."""
-        steps = subprocess.run(
-            ["pgrep", "-f", f"slurmstepd.*{self.folder}/spool/{node}|slurmstepd: .*"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        for pid in map(int, steps.stdout.split()):
-            if node in _environment_of(pid).get("SLURMD_NODENAME", ""):
-                _kill_tree(pid)
-        self._end(node, signal.SIGKILL)
+        for node in self.nodes:
+            (self.folder / "spool" / node).mkdir(exist_ok=True)
+            self._run_daemon("slurmd", "-D", "-N", node, "-f", self.folder / "slurm.conf", key=node)
+        _wait(self._all_idle, "idle nodes", 30)
 
     def run(self, *command: object, check: bool = True, **options) -> subprocess.CompletedProcess:
         """Runs a command that talks to this cluster, and returns what it did and said."""
@@ -198,15 +173,15 @@ class SlurmCluster:
     def _read_pids(self) -> dict[str, int]:
         return json.loads(self._pids.read_text()) if self._pids.is_file() else {}
 
-    def _end(self, name: str, number: signal.Signals = signal.SIGTERM) -> None:
+    def _end(self, name: str) -> None:
         pids = self._read_pids()
         pid = pids.pop(name, None)
         self._pids.write_text(json.dumps(pids))
         if pid is None:
             return
-        for attempt in (number, signal.SIGKILL):
+        for number in (signal.SIGTERM, signal.SIGKILL):
             try:
-                os.kill(pid, attempt)
+                os.kill(pid, number)
             except ProcessLookupError:
                 return
             deadline = time.monotonic() + 10
@@ -249,25 +224,6 @@ def _is_gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except OSError:
         return True
-
-
-def _environment_of(pid: int) -> dict[str, str]:
-    try:
-        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return {}
-    return dict(entry.decode(errors="replace").split("=", 1) for entry in entries if b"=" in entry)
-
-
-def _kill_tree(pid: int) -> None:
-    """Kills a process and its descendants, the leaves last, so that none is seen as an orphan."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        os.kill(pid, signal.SIGKILL)
-    except (OSError, ProcessLookupError):
-        return
-    for child in map(int, children):
-        _kill_tree(child)
 
 
 def main() -> None:
