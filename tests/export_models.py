@@ -100,3 +100,17 @@ def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path):
         {"state_dict": {f"llm.{name}": value for name, value in model.state_dict().items()}}, checkpoint
     )
     return config, checkpoint, model
+
+
+def write_tuned(model: Path, tokenizer: Path, root: Path):
+    """Writes a tuned model of a base: `tokenizer` and `hf` below `root`.
+
+    Returns:
+        (tokenizer folder, the tokenizer loaded, Hugging Face folder)
+    """
+    from export.hf import convert
+
+    extended = extend_tokenizer(tokenizer, root / "tokenizer")
+    config, checkpoint, _ = write_checkpoint(model, root / "tokenizer", root / "run")
+    convert(config, checkpoint, root / "hf")
+    return root / "tokenizer", extended, root / "hf"

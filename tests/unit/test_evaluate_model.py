@@ -11,7 +11,7 @@ import torch
 
 from common.cli import UserError
 from common.files import read_json, write_json
-from export_models import extend_tokenizer, write_checkpoint
+from export_models import write_tuned
 
 TOOL_TALK = [
     {"role": "system", "content": "You are a helpful assistant."},
@@ -37,13 +37,9 @@ PROMPTS = [[{"role": "user", "content": "Hello, how are you?"}], TOOL_TALK[:2]]
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory, tiny_tokenizer_dir, tiny_model_dir, write_processed):
     """(tokenizer folder, tokenizer, folder of a tuned model, held-out folder)."""
-    from export.hf import convert
-
     root = tmp_path_factory.mktemp("evaluate")
-    tokenizer = extend_tokenizer(tiny_tokenizer_dir, root / "tokenizer")
-    config, checkpoint, _ = write_checkpoint(tiny_model_dir, root / "tokenizer", root / "run")
-    convert(config, checkpoint, root / "hf")
-    return root / "tokenizer", tokenizer, root / "hf", write_processed(root / "heldout", DATASETS)
+    tuned = write_tuned(tiny_model_dir, tiny_tokenizer_dir, root)
+    return *tuned, write_processed(root / "heldout", DATASETS)
 
 
 def _reference(model_dir, tokenizer, conversations) -> tuple[float, int]:

@@ -11,7 +11,7 @@ from tool_call_talks import DATASETS
 
 from common.cli import UserError
 from common.files import read_json, write_json
-from export_models import extend_tokenizer, write_checkpoint
+from export_models import write_tuned
 
 TEXT = "The quick brown fox jumps over the lazy dog. <|im_end|> It was a sunny day in Shanghai.\n" * 40
 
@@ -19,13 +19,9 @@ TEXT = "The quick brown fox jumps over the lazy dog. <|im_end|> It was a sunny d
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory, tiny_tokenizer_dir, tiny_model_dir, write_processed):
     """(tokenizer folder, tokenizer, folder of a tuned model, held-out folder)."""
-    from export.hf import convert
-
     root = tmp_path_factory.mktemp("evaluate")
-    tokenizer = extend_tokenizer(tiny_tokenizer_dir, root / "tokenizer")
-    config, checkpoint, _ = write_checkpoint(tiny_model_dir, root / "tokenizer", root / "run")
-    convert(config, checkpoint, root / "hf")
-    return root / "tokenizer", tokenizer, root / "hf", write_processed(root / "heldout", DATASETS)
+    tuned = write_tuned(tiny_model_dir, tiny_tokenizer_dir, root)
+    return *tuned, write_processed(root / "heldout", DATASETS)
 
 
 @pytest.fixture(scope="module")
@@ -156,31 +152,22 @@ def greedy(model, tokenizer, prompt, limit):
     return ids[len(prompt) :]
 
 
+def command(setting, heldout):
+    """The script, and what it is asked about."""
+    tokenizer_dir, _, hf, _ = setting
+    words = ("--model", hf, "--tokenizer-path", tokenizer_dir, "--heldout-dir", heldout)
+    return "evaluate_tool_calls.py", *words
+
+
 def test_the_command_asks_a_real_model_at_each_point(setting, model, tmp_path, run_script):
     from evaluation.tool_call_tables import METRICS, comparison_rows
 
-    tokenizer_dir, tokenizer, hf, heldout = setting
+    _, tokenizer, _, heldout = setting
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     done = run_script(
-        *(
-            "evaluate_tool_calls.py",
-            "--model",
-            hf,
-            "--tokenizer-path",
-            tokenizer_dir,
-            "--heldout-dir",
-            heldout,
-        ),
-        *(
-            "--output",
-            tmp_path / "tuned.json",
-            "--max-points",
-            12,
-            "--max-new-tokens",
-            8,
-            "--dtype",
-            "float32",
-        ),
+        *command(setting, heldout),
+        *("--output", tmp_path / "tuned.json", "--max-points", 12, "--max-new-tokens", 8),
+        *("--dtype", "float32"),
         *("--plain-text", tmp_path / "text.txt"),
     )
     result = read_json(tmp_path / "tuned.json")
@@ -218,25 +205,9 @@ def test_the_command_asks_a_real_model_at_each_point(setting, model, tmp_path, r
     assert whole["loss.all"]["low"] < whole["loss.all"]["value"] < whole["loss.all"]["high"]
 
     run_script(
-        *(
-            "evaluate_tool_calls.py",
-            "--model",
-            hf,
-            "--tokenizer-path",
-            tokenizer_dir,
-            "--heldout-dir",
-            heldout,
-        ),
-        *(
-            "--output",
-            tmp_path / "base.json",
-            "--max-points",
-            12,
-            "--max-new-tokens",
-            8,
-            "--dtype",
-            "float32",
-        ),
+        *command(setting, heldout),
+        *("--output", tmp_path / "base.json", "--max-points", 12, "--max-new-tokens", 8),
+        *("--dtype", "float32"),
         *("--plain-text", tmp_path / "text.txt", "--label", "base"),
     )
     rows = comparison_rows(read_json(tmp_path / "base.json"), result)
@@ -251,18 +222,9 @@ def test_the_command_asks_a_real_model_at_each_point(setting, model, tmp_path, r
 
 
 def test_conversations_without_any_call_are_evaluated_too(setting, tmp_path, run_script, write_processed):
-    tokenizer_dir, _, hf, _ = setting
     folder = write_processed(tmp_path / "plain", {"plain": DATASETS["plain"]})
     run_script(
-        *(
-            "evaluate_tool_calls.py",
-            "--model",
-            hf,
-            "--tokenizer-path",
-            tokenizer_dir,
-            "--heldout-dir",
-            folder,
-        ),
+        *command(setting, folder),
         *("--output", tmp_path / "out.json", "--max-points", 4, "--max-new-tokens", 2),
     )
     whole = {

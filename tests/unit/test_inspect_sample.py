@@ -16,6 +16,7 @@ from ftdp_small_tokenizers import KINDS, extended_folder, small_tokenizer
 from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.inspecting import Sample, paint, token_table
 from ftdp.tokenizing import tokenize_datasets
+from terminal import read_terminal
 
 CONVERSATIONS = [
     [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello, you.\n12 * 7"}],
@@ -85,14 +86,7 @@ def test_colour_in_a_terminal(tokenized, repo_root, environment, colour):
         stdout=theirs,
         env=unset | {"TERM": "xterm"} | environment,
     )
-    os.close(theirs)
-    shown = b""
-    try:
-        while data := os.read(ours, 4096):
-            shown += data
-    except OSError:  # how a terminal ends
-        pass
-    os.close(ours)
+    shown = read_terminal(ours, theirs)
     assert process.wait() == 0
     shown = shown.decode()
     if colour:

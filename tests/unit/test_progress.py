@@ -19,6 +19,7 @@ from ftdp_small_tokenizers import extended_folder
 
 from common import progress as module
 from common.progress import Progress
+from terminal import read_terminal
 
 
 @pytest.fixture
@@ -103,15 +104,8 @@ def test_a_script_in_a_terminal_and_in_a_log(tmp_path, repo_root):
         stderr=theirs,
         env=environment,
     ) as process:
-        os.close(theirs)
-        shown = b""
-        try:
-            while data := os.read(ours, 4096):
-                shown += data
-        except OSError:  # how a terminal ends
-            pass
+        shown = read_terminal(ours, theirs)
         output = process.stdout.read().decode()
-    os.close(ours)
     assert process.returncode == 0
     bar = re.search(
         rb"\r +\d+% \[#*\.*\] [\d.]+ s left, [\d,.]+ samples/s, [\d,.]+ tokens/s, [\d.]+ MB/s", shown
