@@ -254,7 +254,7 @@ class BatchEncoder:
         return _unknown_id(self._tokenizer)
 
     def _prepare_lines(self) -> WordLines | None:
-        rules = word_rules(self._extended.tokenizer)
+        rules = word_rules(self._extended.text)
         bos = self._extended.bos_token_id if self._bos else None
         return rules and word_lines(self._extended.tokenizer, rules, self._spelling, bos, self._exact)
 

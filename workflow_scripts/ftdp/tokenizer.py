@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from common.cli import UserError
 from common.files import sha256_file, write_json, write_text
@@ -45,6 +46,7 @@ class ExtendedTokenizer:
         base_sha256: Of the base's tokenizer.json.
         base_vocab_size: Rows that the base tokenizer needs.
         template: The chat template that is saved with it.
+        text: Its tokenizer.json.
     """
 
     tokenizer: Tokenizer
@@ -55,6 +57,7 @@ class ExtendedTokenizer:
     base_sha256: str = ""
     base_vocab_size: int = 0
     template: ChatTemplate = field(default_factory=load_template)
+    text: str = field(default="", repr=False)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -121,7 +124,8 @@ def load_tokenizer(folder: str | os.PathLike) -> ExtendedTokenizer:
     if not path.is_file():
         found = "a folder without it" if folder.is_dir() else "no such folder"
         raise UserError(f"{path} is missing", found=found, expected="an extended tokenizer", fix=_EXTEND)
-    tokenizer = parse_tokenizer(path.read_text(encoding="utf-8"), path)
+    text = path.read_text(encoding="utf-8")
+    tokenizer = parse_tokenizer(text, path)
     manifest = folder / "manifest.json"
     known: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     template = _saved_template(folder, known)
@@ -129,7 +133,7 @@ def load_tokenizer(folder: str | os.PathLike) -> ExtendedTokenizer:
     missing = [token for token, token_id in ids.items() if token_id is None]
     if missing:
         raise UserError(f"{path} lacks chat tokens", found=f"no {' '.join(missing)}", fix=_EXTEND)
-    tokens = special_tokens(folder, tokenizer, template.bos)
+    tokens = special_tokens(folder, lambda token: tokenizer.token_to_id(token) is not None, template.bos)
     sha = sha256_file(path)
     if known.get("tokenizer_sha256") != sha:
         known = {}  # not written by us, or tokenizer.json was changed since
@@ -140,8 +144,9 @@ def load_tokenizer(folder: str | os.PathLike) -> ExtendedTokenizer:
         ids,
         known.get("added", {}),
         known.get("base_sha256", sha),
-        known.get("base_vocab_size", rows_needed(tokenizer)),
+        known.get("base_vocab_size") or rows_needed(tokenizer),
         template,
+        text,
     )
 
 
@@ -185,8 +190,15 @@ def parse_tokenizer(text: str, path: str | os.PathLike) -> Tokenizer:
     return tokenizer
 
 
-def special_tokens(folder: str | os.PathLike, tokenizer: Tokenizer, needs_bos: bool = True) -> dict[str, str]:
+def special_tokens(
+    folder: str | os.PathLike, exists: Callable[[str], bool], needs_bos: bool = True
+) -> dict[str, str]:
     """Returns bos, eos, unk and pad token of a tokenizer folder, as far as they exist.
+
+    Args:
+        folder: The folder.
+        exists: Is there a token of this text?
+        needs_bos: Do conversations start with BOS?
 
     Raises:
         UserError: There is no BOS token and conversations start with it, or a token is not in the tokenizer.
@@ -201,7 +213,7 @@ def special_tokens(folder: str | os.PathLike, tokenizer: Tokenizer, needs_bos: b
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = config.get(name, mapped.get(name, defaults.get(name)))
         text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str) and tokenizer.token_to_id(text) is not None:
+        if isinstance(text, str) and exists(text):
             tokens[name] = text
         elif text and name == "bos_token":
             raise UserError(
@@ -238,13 +250,24 @@ def extend(
     """
     template = template or load_template()
     wanted = _tokens_of(template)
-    tokenizer = parse_tokenizer(text, Path(folder) / "tokenizer.json")
-    base_rows = rows_needed(tokenizer)
-    tokens = special_tokens(folder, tokenizer, template.bos)
-    present = tokenizer.get_vocab(with_added_tokens=True)
+    path = Path(folder) / "tokenizer.json"
+    data, present = _read_entries(text, path)
+    base_rows = max(present.values()) + 1
+    tokens = special_tokens(folder, present.__contains__, template.bos)
     missing = [token for token in wanted if token not in present]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
-    ids = {token: tokenizer.token_to_id(token) for token in wanted}
+    # The ids that transformers would give them; what is written is read back, and the library has the last word.
+    added = {token: base_rows + place for place, token in enumerate(missing)}
+    for _ in range(2):
+        new_text = _with_added_tokens(data, added) if added else text
+        tokenizer = parse_tokenizer(new_text, path)
+        ids = {token: tokenizer.token_to_id(token) for token in wanted}
+        expected, added = added, {token: ids[token] for token in missing}
+        if added == expected:
+            break
+    else:
+        raise UserError(
+            f"{folder}: the chat tokens get other ids when tokenizer.json is read again", found=ids
+        )
     for token, token_id in ids.items():
         got = tokenizer.encode(token, add_special_tokens=False).ids
         if (
@@ -257,20 +280,13 @@ def extend(
                 expected=f"id {token_id}",
                 fix="list it under added_tokens in tokenizer.json with that id",
             )
-    added = {token: ids[token] for token in missing}
-    new_text = _with_added_tokens(text, added) if added else text
     if template.bos and not _puts_first(tokenizer, tokens["bos_token"]):
         new_text = _with_bos_first(new_text, tokens["bos_token"], tokenizer.token_to_id(tokens["bos_token"]))
-    # What is written must make what the library made: read it back.
-    reread = parse_tokenizer(new_text, "the extended tokenizer.json") if new_text != text else tokenizer
-    if {token: reread.token_to_id(token) for token in wanted} != ids:
-        raise UserError(
-            f"{folder}: the chat tokens get other ids when tokenizer.json is read again", found=ids
-        )
+        tokenizer = parse_tokenizer(new_text, path)
     tokens.setdefault("eos_token", template.end_of_turn)
     tokens.setdefault("pad_token", tokens["eos_token"])
     return new_text, ExtendedTokenizer(
-        reread,
+        tokenizer,
         hashlib.sha256(new_text.encode()).hexdigest(),
         tokens,
         ids,
@@ -278,6 +294,7 @@ def extend(
         hashlib.sha256(text.encode()).hexdigest(),
         base_rows,
         template,
+        new_text,
     )
 
 
@@ -294,7 +311,7 @@ def save_tokenizer(folder: str | os.PathLike, text: str, extended: ExtendedToken
         "model_max_length": 1000000000000000019884624838656,
         "chat_template": jinja_template(extended.template),
     }
-    pre_tokenizer = json.loads(text).get("pre_tokenizer") or {}
+    pre_tokenizer = orjson.loads(text).get("pre_tokenizer") or {}
     if pre_tokenizer.get("add_prefix_space"):
         # transformers 4 would switch it off where the config does not ask for it.
         config["add_prefix_space"] = True
@@ -327,12 +344,24 @@ def manifest(extended: ExtendedTokenizer) -> dict[str, Any]:
     }
 
 
-def _with_added_tokens(text: str, added: dict[str, int]) -> str:
-    data = orjson.loads(text)
+def _read_entries(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Returns a tokenizer.json, and the ids of its vocabulary's entries and of its added tokens."""
+    try:
+        data = orjson.loads(text)
+        vocabulary = data["model"]["vocab"]
+        if isinstance(vocabulary, list):
+            vocabulary = {entry: place for place, (entry, _) in enumerate(vocabulary)}
+        return data, vocabulary | {entry["content"]: entry["id"] for entry in data.get("added_tokens") or []}
+    except (ValueError, KeyError, TypeError):
+        parse_tokenizer(text, path)  # says what is wrong
+        raise
+
+
+def _with_added_tokens(data: dict[str, Any], added: dict[str, int]) -> str:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     entries = [{"id": token_id, "content": token, **flags} for token, token_id in added.items()]
-    data["added_tokens"] = [*(data.get("added_tokens") or []), *entries]
-    return orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
+    grown = data | {"added_tokens": [*(data.get("added_tokens") or []), *entries]}
+    return orjson.dumps(grown, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
 
 
 def _puts_first(tokenizer: Tokenizer, bos: str) -> bool:

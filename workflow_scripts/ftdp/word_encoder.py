@@ -46,16 +46,16 @@ class WordRules(NamedTuple):
     added: dict[str, int]
 
 
-def word_rules(tokenizer: Tokenizer) -> WordRules | None:
-    """Returns the rules of a tokenizer, or None where encoding word by word would not be exact."""
-    data: dict[str, Any] = orjson.loads(tokenizer.to_str())
-    model, added = data["model"], data["added_tokens"]
+def word_rules(text: str) -> WordRules | None:
+    """Returns the rules of a tokenizer.json's text, or None where encoding word by word would not be exact."""
+    data: dict[str, Any] = orjson.loads(text)
+    model, added = data["model"], data.get("added_tokens")
     flags = ("normalized", "lstrip", "rstrip", "single_word")
     of_bytes = {f"<0x{byte:02X}>" for byte in range(256)}
     suits = (
-        data["normalizer"] == _NORMALIZER
-        and data["pre_tokenizer"] is None
-        and model["type"] == "BPE"
+        data.get("normalizer") == _NORMALIZER
+        and data.get("pre_tokenizer") is None
+        and model.get("type") == "BPE"
         and not any(model.get(key) for key in ("dropout", "ignore_merges"))
         and not any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix"))
         # With a token for "▁" and for every byte nothing is unknown, so no run of unknowns is fused over a border.
@@ -71,8 +71,10 @@ def word_rules(tokenizer: Tokenizer) -> WordRules | None:
     pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     products = frozenset([left + right for left, right in pairs])
     # A merge of the token of a byte does not say which character it stands for.
-    of_bytes_merge = any(left in of_bytes or right in of_bytes for left, right in pairs)
-    if of_bytes_merge or any(SPACE in product.lstrip(SPACE) for product in products):
+    if not of_bytes.isdisjoint(chain.from_iterable(pairs)):
+        return None
+    # No text has a " ": the normalizer makes it "▁".
+    if re.search(f"[^{SPACE} ]{SPACE}", " ".join(products)):
         return None
     merging = frozenset("".join(products)) | {SPACE}
     letters = re.escape("".join(sorted(merging - {SPACE})))
@@ -132,5 +134,5 @@ class WordEncoder:
 
 def word_encoder(tokenizer: Tokenizer) -> WordEncoder | None:
     """Returns an encoder that gives the tokenizer's ids faster, or None where that would not be exact."""
-    rules = word_rules(tokenizer)
+    rules = word_rules(tokenizer.to_str())
     return WordEncoder(tokenizer, rules) if rules else None

@@ -7,6 +7,7 @@ items a worker are under way, so memory does not grow with the stream.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -110,6 +111,9 @@ class WorkerPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
+        # What is there now stays. Left to the collector, every worker would copy the pages that it looks through.
+        gc.collect()
+        gc.freeze()
         while len(self._children) < self._count:
             ours, theirs = context.Pipe()
             self._pipes.append(ours)
