@@ -83,7 +83,13 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run_ranks(command: list[str], processes: int) -> int:
+def run_ranks(
+    command: list[str],
+    processes: int,
+    hosts: int = 1,
+    host: int = 0,
+    master: tuple[str, int] | None = None,
+) -> int:
     """Runs `command` once a rank on this host and returns the exit code: the first that is not 0, else 0.
 
     When a rank ends with an error or a signal the others are ended too, at once: they would wait for it for ever.
@@ -92,10 +98,14 @@ def run_ranks(command: list[str], processes: int) -> int:
 
     Args:
         command: Arguments of the program; each rank gets the environment that `--launcher pytorch` reads.
-        processes: Number of ranks.
+        processes: Number of ranks on each host.
+        hosts: Number of hosts whose ranks are one run; on each this function runs them.
+        host: Index of this one.
+        master: Address and port of host 0, where the ranks meet; None where there is one host.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    address, port = master or ("127.0.0.1", free_port())
+    shared = {"WORLD_SIZE": hosts * processes, "MASTER_ADDR": address, "MASTER_PORT": port}
     shared |= {"SNAKETUNE_PARENT": os.getpid(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     ranks: list[subprocess.Popen] = []
     interrupts: list[int] = []
@@ -109,9 +119,10 @@ def run_ranks(command: list[str], processes: int) -> int:
 
     handlers = {n: signal.signal(n, hand_on) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        for rank in range(processes):
-            own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            ranks.append(subprocess.Popen(command, env={**os.environ, **own}))
+        for local in range(processes):
+            own = {**shared, "RANK": host * processes + local, "LOCAL_RANK": local}
+            environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
+            ranks.append(subprocess.Popen(command, env=environment))
         while len(interrupts) < 2:
             codes = [rank.poll() for rank in ranks]
             bad = [(number, code) for number, code in enumerate(codes) if code not in (None, 0, EXIT_GO_ON)]
@@ -119,7 +130,11 @@ def run_ranks(command: list[str], processes: int) -> int:
                 wait_all(ranks, patience=2.0)  # the others may have something to say before they go
                 number, code = bad[0]
                 cause = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-                print(f"Rank {number} {cause}; ending the others", file=sys.stderr, flush=True)
+                print(
+                    f"Rank {host * processes + number} {cause}; ending the others",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 return code if code > 0 else 128 - code
             if None not in codes:
                 return max(codes)
