@@ -41,6 +41,12 @@ def main() -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the base model"
     )
+    parser.add_argument(
+        "--lora",
+        choices=("merge", "adapter"),
+        default="merge",
+        help="of a LoRA run: merge writes a model like any other, adapter also the adapter, in dst/adapter",
+    )
     args = parser.parse_args()
 
     from export.hf import convert
@@ -52,6 +58,7 @@ def main() -> None:
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         trust_remote_code=args.trust_remote_code,
+        lora=args.lora,
     )
     print(
         f"wrote {args.dst}: {manifest['architecture']}, {manifest['parameters']:,} parameters, {manifest['dtype']}, "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.cli import UserError, run
 from common.files import write_bytes, write_text
+from ftdp.encode import CONTROL_TOKENS, MASKS
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,6 +64,17 @@ def parse_arguments() -> argparse.Namespace:
         help="steps in a row that may be skipped because their loss or gradient is not finite",
     )
     add("--seed", type=int, default=42, help="seed of everything that is not data order")
+    adapting = parser.add_argument_group("LoRA")
+    add = adapting.add_argument
+    add("--lora-rank", type=int, help="train adapters of this rank; without it all parameters")
+    add("--lora-alpha", type=float, help="scale adapters by alpha / rank; without it twice the rank")
+    add("--lora-dropout", type=float, default=0.0, help="of the adapters' input")
+    add(
+        "--lora-target-modules",
+        nargs="+",
+        default=["auto"],
+        help="ends of the names of the layers; auto is all linear layers but the head",
+    )
     running = parser.add_argument_group("memory, precision, saving")
     add = running.add_argument
     add("--zero-stage", type=int, choices=[0, 1, 2, 3], default=2, help="DeepSpeed ZeRO stage")
@@ -106,6 +118,8 @@ def parse_arguments() -> argparse.Namespace:
         help="false saves weights only, not resumable (true|false)",
     )
     add("--log-interval", type=int, default=1, help="optimizer steps between progress lines")
+    add("--loggers", nargs="*", default=[], choices=["wandb", "mlflow"], help="trackers beside TensorBoard")
+    add("--peak-tflops", type=float, help="of a device, 16-bit dense; without it by the device's name")
     add(
         "--trust-remote-code",
         type=_truth,
@@ -114,6 +128,18 @@ def parse_arguments() -> argparse.Namespace:
         default=False,
         help="run code of the base model",
     )
+    looking = parser.add_argument_group("evaluation while training")
+    add = looking.add_argument
+    add("--eval-steps", type=int, default=0, help="optimizer steps between held-out losses; 0 for none")
+    add("--heldout-dir", help="conversations as <dataset>/processed/<any>/<file>.jsonl")
+    add("--eval-max-tokens", type=int, default=4096, help="tokens after which a conversation is cut")
+    add("--eval-max-samples", type=int, help="conversations per dataset; without it all")
+    add("--generate-steps", type=int, default=0, help="optimizer steps between generations; 0 for none")
+    add("--prompts", help="JSON list of conversations to answer")
+    add("--max-new-tokens", type=int, default=128, help="longest answer, in tokens")
+    add("--template", help="chat template, a name or a file; without it the one saved with the tokenizer")
+    add("--mask", choices=MASKS, default="compat", help="which tokens the loss is over, as in the data")
+    add("--control-tokens", choices=CONTROL_TOKENS, default="literal", help="as the data was tokenised")
     return parser.parse_args()
 
 
@@ -138,8 +164,14 @@ def _check(arguments: argparse.Namespace) -> None:
         "save_steps": 0,
         "log_interval": 1,
         "num_workers": 0,
+        "eval_steps": 0,
+        "generate_steps": 0,
+        "eval_max_tokens": 8,
+        "max_new_tokens": 1,
     }
-    limits |= {name: 1 for name in ("max_steps", "global_batch") if getattr(arguments, name) is not None}
+    optional = dict.fromkeys(("max_steps", "global_batch", "lora_rank", "eval_max_samples"), 1)
+    optional |= {"lora_alpha": 0.0, "peak_tflops": 0.0}
+    limits |= {name: least for name, least in optional.items() if getattr(arguments, name) is not None}
     for name, least in limits.items():
         value = getattr(arguments, name)
         if value < least or (isinstance(least, float) and value == least):
@@ -152,6 +184,21 @@ def _check(arguments: argparse.Namespace) -> None:
                 found=getattr(arguments, name),
                 expected="0 to 1",
             )
+    for steps, what in (("eval_steps", "heldout_dir"), ("generate_steps", "prompts")):
+        if getattr(arguments, steps) and not getattr(arguments, what):
+            raise UserError(f"--{steps.replace('_', '-')} needs --{what.replace('_', '-')}", fix="give both")
+
+
+def _lora(arguments: argparse.Namespace) -> dict | None:
+    rank, targets = arguments.lora_rank, arguments.lora_target_modules
+    if rank is None:
+        return None
+    return {
+        "rank": rank,
+        "alpha": 2 * rank if arguments.lora_alpha is None else arguments.lora_alpha,
+        "dropout": arguments.lora_dropout,
+        "target_modules": "auto" if targets == ["auto"] else targets,
+    }
 
 
 def main() -> None:
@@ -165,10 +212,11 @@ def main() -> None:
         write_bytes(arguments.output, arguments.from_config.read_bytes())
         return
     _check(arguments)
+    arguments.lora = _lora(arguments)
     settings = TrainSettings(
         **{field.name: getattr(arguments, field.name) for field in fields(TrainSettings)}
     )
-    settings.betas = tuple(settings.betas)
+    settings.betas, settings.loggers = tuple(settings.betas), tuple(settings.loggers)
     write_text(arguments.output, render_config(settings))
     load_config(arguments.output)
 

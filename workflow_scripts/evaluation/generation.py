@@ -33,9 +33,14 @@ def encode_prompt(
     return [abs(i) for i in signed] + begin
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: ZeRO-3 gathers weights here that training uses again
 def generate(
-    model, prompts: list[list[dict]], tokenizer: ExtendedTokenizer, max_new_tokens: int, **options: str
+    model,
+    prompts: list[list[dict]],
+    tokenizer: ExtendedTokenizer,
+    max_new_tokens: int,
+    show_progress: bool = True,
+    **options: str,
 ) -> list[dict[str, Any]]:
     """Returns one greedy answer per prompt, up to the end of the turn, the base's end token, or `max_new_tokens`.
 
@@ -47,6 +52,7 @@ def generate(
         prompts: Conversations without the answer.
         tokenizer: The extended tokenizer.
         max_new_tokens: Longest answer.
+        show_progress: Tells how far it is.
         **options: `mask` and `control_tokens`, as in training.
 
     Returns:
@@ -65,7 +71,7 @@ def generate(
         pad_token_id=tokenizer.end_of_turn_id if pad_id is None else pad_id,
     )
     device = model.get_input_embeddings().weight.device
-    progress = Progress("prompts", len(prompts), "tokens")
+    progress = Progress("prompts", len(prompts), "tokens") if show_progress else None
     answers = []
     for number, prompt in enumerate(prompts, 1):
         ids = torch.tensor([encode_prompt(prompt, tokenizer, f"prompt {number}", **options)], device=device)
@@ -75,6 +81,8 @@ def generate(
         # Special tokens stay: a tool call is made of them.
         text = tokenizer.tokenizer.decode(new[:-1] if finished else new, skip_special_tokens=False)
         answers.append({"prompt": prompt, "text": text, "tokens": len(new), "finished": finished})
-        progress.add("generations", prompts=1, tokens=len(new))
-    print(f"generations: {progress.finish()}", flush=True)
+        if progress is not None:
+            progress.add("generations", prompts=1, tokens=len(new))
+    if progress is not None:
+        print(f"generations: {progress.finish()}", flush=True)
     return answers

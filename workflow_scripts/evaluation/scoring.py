@@ -14,7 +14,7 @@ from common.progress import Progress
 from .heldout import Sample, batches_by_length
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: ZeRO-3 gathers weights here that training uses again
 def token_losses(model, batch: list[Sample], pad_id: int) -> list[torch.Tensor]:
     """Returns each sample's losses in nats, one fp32 value per trained token but the first id of the row.
 
@@ -62,17 +62,27 @@ def score(model, samples: list[Sample], pad_id: int, batch_tokens: int = 2048) -
     Returns:
         {"loss", "perplexity", "trained_tokens", "samples", "truncated", "datasets": {name: the same five}}
     """
-    sums: dict[str, float] = {}
+    sums = dict.fromkeys(sorted({sample.dataset for sample in samples}), 0.0)
     progress = Progress("tokens", sum(len(sample.ids) for sample in samples))
     for batch in batches_by_length(samples, batch_tokens):
-        for sample, losses in zip(batch, token_losses(model, batch, pad_id), strict=True):
-            # fp64: the sum must not depend on how many tokens there are.
-            sums[sample.dataset] = sums.get(sample.dataset, 0.0) + losses.double().sum().item()
+        add_losses(sums, model, batch, pad_id)
         progress.add("held-out loss", tokens=sum(len(sample.ids) for sample in batch))
     print(f"held-out loss: {progress.finish()}", flush=True)
-    names = sorted({sample.dataset for sample in samples})
+    return summarise(sums, samples)
+
+
+def add_losses(sums: dict[str, float], model, batch: list[Sample], pad_id: int) -> None:
+    """Adds the losses of a batch, in nats, to the sums by dataset."""
+    for sample, losses in zip(batch, token_losses(model, batch, pad_id), strict=True):
+        # fp64: the sum must not depend on how many tokens there are.
+        sums[sample.dataset] += losses.double().sum().item()
+
+
+def summarise(sums: dict[str, float], samples: list[Sample]) -> dict[str, Any]:
+    """Returns what `score` does, from the sums of losses by dataset and the samples that they belong to."""
     by_dataset = {
-        name: _result(sums[name], [sample for sample in samples if sample.dataset == name]) for name in names
+        name: _result(total, [sample for sample in samples if sample.dataset == name])
+        for name, total in sums.items()
     }
     return {**_result(math.fsum(sums.values()), samples), "datasets": by_dataset}
 

@@ -14,6 +14,7 @@ from .hf_folder import copy_tokenizer, describe_files, require_in_range, save_mo
 if TYPE_CHECKING:
     import torch
 
+ADAPTER = "adapter"
 # Of tokenizers whose manifest names no chat template.
 _END_OF_TURN = "<|im_end|>"
 
@@ -26,6 +27,7 @@ def convert(
     dtype: str = "auto",
     max_shard_size: str = "2GB",
     trust_remote_code: bool = False,
+    lora: str = "merge",
 ) -> dict[str, Any]:
     """Writes weights, config, generation config and tokenizer of a trained model.
 
@@ -36,6 +38,8 @@ def convert(
         dtype: Type of the saved weights; auto is what the model was trained in.
         max_shard_size: Size at which a new safetensors file is begun.
         trust_remote_code: Runs Python code that comes with the base model.
+        lora: What a LoRA run gives: `merge`, a model like any other; `adapter`, that and the adapter, as `peft`
+            reads it, in the folder `adapter`.
 
     Returns:
         The manifest, which is also written to `manifest.json` in the folder.
@@ -53,10 +57,14 @@ def convert(
     checkpoint, record = find_checkpoint(pth)
     state = read_state_dict(checkpoint)
     _require_recorded_weights(state, record, checkpoint)
-    dtype = _training_dtype(config, record, checkpoint, state) if dtype == "auto" else dtype
-    model = build_model(base, state, dtype, trust_remote_code)
-    del state
+    trained_in = _training_dtype(config, record, checkpoint, state)
+    dtype = trained_in if dtype == "auto" else dtype
     with atomic_dir(dst) as folder:
+        if training.lora_settings(config) is not None:
+            adapter = folder / ADAPTER if lora == "adapter" else None
+            state = _merge(config, state, trained_in, trust_remote_code, adapter)
+        model = build_model(base, state, dtype, trust_remote_code)
+        del state
         save_model(model, folder, dtype, max_shard_size)
         copy_tokenizer(tokenizer, folder)
         if trust_remote_code:
@@ -66,6 +74,24 @@ def convert(
         manifest = _manifest(folder, checkpoint, record, model, dtype)
         write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def _merge(config, state: dict, dtype: str, trust_remote_code: bool, adapter: Path | None) -> dict:
+    """Returns all weights of a LoRA run, from its checkpoint and its base model in the type that it trained in."""
+    from sft import config as training
+    from sft.lora import merge_lora
+    from sft.model import load_base_model, resize_for_tokenizer
+    from sft.tokenizer_rows import find_new_tokens
+
+    base, tokenizer = training.model_path(config), training.tokenizer_path(config)
+    model = load_base_model(base, dtype, "sdpa", trust_remote_code)
+    new_ids: list[int] = []
+    if tokenizer is not None:
+        vocab_size, new_ids = find_new_tokens(tokenizer, base)
+        resize_for_tokenizer(model, vocab_size, new_ids)
+    if adapter is not None:
+        adapter.mkdir()
+    return merge_lora(model, training.lora_settings(config), new_ids, state, adapter)
 
 
 def find_checkpoint(pth: Path) -> tuple[Path, dict[str, Any]]:

@@ -11,6 +11,8 @@ from importlib import import_module
 _HOMES = {
     "CheckpointHook": "sft.checkpoint_hook",
     "DeepSpeedStrategy": "sft.strategy",
+    "GenerateHook": "sft.evaluation_hook",
+    "HeldoutLossHook": "sft.evaluation_hook",
     "MetricsHook": "sft.metrics_hook",
     "PackedDataset": "sft.data",
     "PackedSampler": "sft.data",

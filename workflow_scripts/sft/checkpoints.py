@@ -172,7 +172,11 @@ def write_checkpoint(
     comm.barrier()
     if save_optimizer:
         engine.save_checkpoint(
-            str(run_folder), tag=temporary.name, client_state=client_state, save_latest=False
+            str(run_folder),
+            tag=temporary.name,
+            client_state=client_state,
+            save_latest=False,
+            exclude_frozen_parameters=True,  # they are the base model's, see sft.lora
         )
         torch.save(random_state(), temporary / _random_state_name(rank))
     else:

@@ -132,6 +132,11 @@ def micro_batches_per_step(config: Config, world_size: int) -> int:
     return rows // world_size
 
 
+def lora_settings(config: Config) -> dict | None:
+    """Returns the LoRA settings, None when all parameters are trained."""
+    return plain(config)["model"].get("lora")
+
+
 def training_dtype(config: Config) -> str:
     """Returns `auto`, `float32`, `bfloat16` or `float16`."""
     return plain(config)["model"]["llm"].get("dtype", "auto")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from sft.attention import check_attention, packing_kwargs
 from sft.cross_entropy import check_cross_entropy, chunked_cross_entropy, loss_in_head
 from sft.device import training_device
+from sft.lora import add_lora, leave_out_frozen
 from sft.model import resize_for_tokenizer
 from sft.nonfinite import spread_nonfinite
 from sft.tokenizer_rows import find_new_tokens
@@ -52,13 +53,14 @@ def step_loss_weights(trained_tokens: Sequence[int], normalisation: str, device:
 
 
 class SupervisedFinetune(BaseModel):
-    """Full-parameter fine-tuning of a causal language model on packed rows.
+    """Fine-tuning of a causal language model on packed rows, of all its parameters or by LoRA.
 
     Args:
         llm: A config to build the model from (`type=load_base_model`), or a model.
         tokenizer: Folder of the extended tokenizer: the embedding grows to it. None leaves the model as it is.
         gradient_checkpointing: Recomputes activations in the backward pass instead of keeping them.
         cross_entropy: `chunked`, or `liger` for Liger's kernel on a GPU.
+        lora: `rank`, `alpha`, `dropout`, `target_modules`, see `sft.lora`; None trains all parameters.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class SupervisedFinetune(BaseModel):
         tokenizer: str | None = None,
         gradient_checkpointing: bool = True,
         cross_entropy: str = "chunked",
+        lora: dict | None = None,
     ):
         super().__init__()
         check_cross_entropy(cross_entropy)
@@ -75,9 +78,13 @@ class SupervisedFinetune(BaseModel):
         self.llm = MODELS.build(llm) if isinstance(llm, dict) else llm
         self.llm.config.use_cache = False
         check_attention(self.llm.config._attn_implementation, training_device())
+        new_ids: list[int] = []
         if tokenizer is not None:
             vocab_size, new_ids = find_new_tokens(tokenizer, base_path)
             resize_for_tokenizer(self.llm, vocab_size, new_ids)
+        if lora is not None:
+            add_lora(self.llm, lora, new_ids)
+            leave_out_frozen(self.llm)
         if gradient_checkpointing:
             self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._selects_logits = "logits_to_keep" in inspect.signature(self.llm.forward).parameters

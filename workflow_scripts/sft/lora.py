@@ -40,7 +40,7 @@ def add_lora(model: PreTrainedModel, lora: Mapping[str, Any], new_ids: Sequence[
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UserError(
             "LoRA cannot train a model in shards",
-            found="zero_stage 3 with zero3_init",
+            found="zero_stage 3",
             expected="zero_stage 1 or 2: what is trained is small, there is little to shard",
             fix="set zero_stage lower",
         )

@@ -25,6 +25,12 @@ class TrainSettings:
         max_norm: Greatest gradient norm; 0 does not clip.
         global_batch: Rows of an optimizer step over all ranks, in place of `accumulative_counts` a rank.
         max_skipped_steps: Steps in a row that may be skipped because their loss or gradient is not finite.
+        lora: `rank`, `alpha`, `dropout`, `target_modules`; None trains all parameters.
+        eval_steps: Optimizer steps between held-out losses; 0 for none.
+        generate_steps: Optimizer steps between answers to the prompts; 0 for none.
+        template: Chat template of what is evaluated; None for the one saved with the tokenizer.
+        mask: As the data was tokenised; `control_tokens` likewise.
+        peak_tflops: Of a device, for the utilisation; None looks it up by the device's name.
     """
 
     model_path: str
@@ -59,6 +65,19 @@ class TrainSettings:
     log_interval: int = 1
     num_workers: int = 0
     trust_remote_code: bool = False
+    lora: dict | None = None
+    eval_steps: int = 0
+    heldout_dir: str | None = None
+    eval_max_tokens: int = 4096
+    eval_max_samples: int | None = None
+    generate_steps: int = 0
+    prompts: str | None = None
+    max_new_tokens: int = 128
+    template: str | None = None
+    mask: str = "compat"
+    control_tokens: str = "literal"
+    loggers: tuple[str, ...] = ()
+    peak_tflops: float | None = None
 
 
 def render_config(settings: TrainSettings) -> str:
@@ -107,6 +126,8 @@ from mmengine.optim import CosineAnnealingLR, LinearLR
 from sft import (
     CheckpointHook,
     DeepSpeedStrategy,
+    GenerateHook,
+    HeldoutLossHook,
     MetricsHook,
     PackedDataset,
     PackedSampler,
@@ -129,6 +150,7 @@ dtype = $dtype  # auto: bfloat16 on a GPU, float32 on a CPU
 attention = $attention  # auto: flash_attention_2 on a GPU that has it, else sdpa one document at a time
 gradient_checkpointing = $gradient_checkpointing  # recompute activations: less memory, about a third more time
 cross_entropy = $cross_entropy  # chunked: logits of a few hundred tokens at a time; liger: its kernel, GPU only
+lora = $lora  # None: train all parameters; else dict(rank, alpha, dropout, target_modules)
 
 $data_settings
 dataloader_num_workers = $num_workers  # 0: a thread reads ahead
@@ -160,6 +182,19 @@ save_steps = $save_steps  # optimizer steps between checkpoints; 0: at the end o
 save_total_limit = $save_total_limit  # newest checkpoints to keep; -1: all
 save_optimizer = $save_optimizer  # False: weights only, and the run cannot be resumed
 log_interval = $log_interval  # optimizer steps between progress lines
+loggers = $loggers  # "wandb", "mlflow": installed by you; TensorBoard is always written
+peak_tflops = $peak_tflops  # of a device, for the utilisation; None: by the device's name
+
+# Evaluation while training: optimizer steps between two; 0: none
+eval_steps = $eval_steps
+heldout_dir = $heldout_dir  # <dataset>/processed/<any>/<file>.jsonl
+eval_max_tokens = $eval_max_tokens  # a longer conversation is cut here
+eval_max_samples = $eval_max_samples  # of each dataset; None: all
+generate_steps = $generate_steps
+prompts = $prompts  # JSON list of conversations to answer
+max_new_tokens = $max_new_tokens
+# How conversations become tokens, as in the training data; template None: the one saved with the tokenizer.
+encoding = dict(template=$template, mask=$mask, control_tokens=$control_tokens)
 
 #######################################################################
 #                      PART 2  Model & Tokenizer                      #
@@ -169,6 +204,7 @@ model = dict(
     # The embedding grows to this tokenizer; rows of its new tokens start at the mean of the old rows.
     tokenizer=tokenizer_path,
     gradient_checkpointing=gradient_checkpointing,
+    lora=lora,
     cross_entropy=cross_entropy,
     llm=dict(
         type=load_base_model,
@@ -232,8 +268,26 @@ strategy = dict(type=DeepSpeedStrategy, zero_stage=zero_stage, offload=offload, 
 
 default_hooks = dict(
     # metrics.jsonl, TensorBoard and the progress line
-    metrics=dict(type=MetricsHook, interval=log_interval),
+    metrics=dict(type=MetricsHook, interval=log_interval, loggers=loggers, peak_tflops=peak_tflops),
     param_scheduler=dict(type=ParamSchedulerHook),
+    # evals.jsonl and generations.jsonl
+    heldout=dict(
+        type=HeldoutLossHook,
+        interval=eval_steps,
+        folder=heldout_dir,
+        tokenizer=tokenizer_path,
+        max_length=eval_max_tokens,
+        max_samples=eval_max_samples,
+        **encoding,
+    ),
+    generate=dict(
+        type=GenerateHook,
+        interval=generate_steps,
+        prompts=prompts,
+        tokenizer=tokenizer_path,
+        max_new_tokens=max_new_tokens,
+        **encoding,
+    ),
     checkpoint=dict(
         type=CheckpointHook,
         interval=save_steps,

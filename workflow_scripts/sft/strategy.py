@@ -105,6 +105,13 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         wrapper = super()._wrap_model(model)
         # ZeRO-3 does not move the module to the device, and the preprocessor moves the batches.
         wrapper.model.module.data_preprocessor.to(wrapper.model.device)
+        if self.config["zero_optimization"]["stage"] == 3 and _has_frozen(wrapper.model.module):
+            raise UserError(
+                "LoRA cannot train a model in shards",
+                found="zero_stage 3",
+                expected="zero_stage 1 or 2: what is trained is small, there is little to shard",
+                fix="set zero_stage lower",
+            )
         return wrapper
 
     def prepare(self, model, *, dispatch_kwargs: dict, **kwargs):
@@ -125,9 +132,17 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         DeepSpeed unpickles these files without restriction: they are trusted because this run wrote them.
         """
         path = Path(filename)
-        _, client_state = self.model.load_checkpoint(str(path.parent), tag=path.name)
+        # What LoRA leaves frozen is not in the checkpoint: the base model has it.
+        strict = not _has_frozen(self.model.model.module)
+        _, client_state = self.model.load_checkpoint(
+            str(path.parent), tag=path.name, load_module_strict=strict
+        )
         self.load_scheduler_state_dict(client_state["param_schedulers"])
         return client_state
+
+
+def _has_frozen(model: torch.nn.Module) -> bool:
+    return not all(parameter.requires_grad for parameter in model.parameters())
 
 
 def _drop_empty(schedulers: list[dict], default_args: dict) -> list[dict]:
