@@ -131,13 +131,33 @@ def render_flags(wildcards):
     if train["config"] is not None:
         return flags(from_config=train["config"])
     switches = {key: str(value).lower() for key, value in train.items() if isinstance(value, bool)}
+    evaluate = settings["evaluate"]
+    more = {f"lora_{key}": value for key, value in (train["lora"] or {}).items()}
+    if train["eval_steps"]:
+        more |= {"eval_steps": train["eval_steps"], "heldout_dir": heldout_dir(wildcards)}
+        more |= {"eval_max_tokens": evaluate["max_tokens"], "eval_max_samples": evaluate["max_samples"]}
+    if train["generate_steps"]:
+        more |= {"generate_steps": train["generate_steps"], "prompts": evaluate["prompts"]}
+        more |= {"max_new_tokens": evaluate["max_new_tokens"]}
+    if train["eval_steps"] or train["generate_steps"]:
+        more |= {key: settings["tokenize"][key] for key in ("template", "mask", "control_tokens")}
     return flags(
         model_path=model_source(run),
         tokenizer_path=path_of(TOKENIZER)(wildcards),
         plan=path_of(PACK)(wildcards),
         trust_remote_code=settings["model"]["trust_remote_code"],
+        loggers=train["loggers"] or None,
+        peak_tflops=train["peak_tflops"],
+        **more,
         **{key: switches.get(key, train[key]) for key in TRAIN_CONFIG_KEYS},
     )
+
+
+def watched_inputs(wildcards):
+    """What a training looks at on its way: held-out conversations and prompts, if its settings ask for them."""
+    train, prompts = RUNS[wildcards.run]["train"], RUNS[wildcards.run]["evaluate"]["prompts"]
+    parts = heldout_parts(wildcards) if train["eval_steps"] else []
+    return [*parts, *([prompts] if train["generate_steps"] else [])]
 
 
 def train_flags(wildcards):

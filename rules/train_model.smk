@@ -14,6 +14,7 @@ rule train_model:
         tokenizer=path_of(TOKENIZER),
         plan=path_of(PACK_PLAN),
         data=path_of(TOKENIZED),
+        watched=watched_inputs,
     output:
         TRAIN_MANIFEST,
     log:

@@ -63,6 +63,9 @@ def table(keys: dict, prefix: str, required: list[str], words: dict) -> list[str
             default = words["required"] if key in required else ""
         meaning = value[words["describe"]].replace("|", "\\|")
         rows.append(f"| `{prefix}{key}` | {type_of(value)} | {default} | {meaning} |")
+        if "properties" in value:
+            inner = table(value["properties"], f"{prefix}{key}.", value.get("required", []), words)
+            rows += inner[2:-1]
     return [*rows, ""]
 
 

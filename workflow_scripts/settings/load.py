@@ -215,6 +215,18 @@ def _check_run(run: dict, name: str) -> None:
             fix="point tokenizer.path at a folder that has one of them",
         )
     check_mask(load_template(run["tokenize"]["template"]), run["tokenize"]["mask"])
+    train = run["train"]
+    if train["lora"] is not None and train["zero_stage"] == 3:
+        raise UserError(
+            f"config: run {name!r} trains by LoRA with zero_stage 3",
+            expected="train.zero_stage 0, 1 or 2: what is trained is small, there is little to shard",
+            fix="set train.zero_stage: 2",
+        )
+    if train["generate_steps"] and run["evaluate"]["prompts"] is None:
+        raise UserError(
+            f"config: run {name!r} has train.generate_steps, but no prompts",
+            fix="set evaluate.prompts to a JSON file, such as docs/examples/prompts.json",
+        )
     if run["heldout"]["processed_dir"] is None and run["heldout"]["share"] == 0:
         raise UserError(
             f"config: run {name!r} has nothing to evaluate on",
