@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -40,13 +41,13 @@ def run(tmp_path_factory, tiny_model_dir, tiny_tokenizer_dir, write_processed, r
         **scripts,
     )
     run_script(
-        *("plan_packing.py", "--train-folder", "data", "--max-length", 100, "--output", "packs/p"),
+        *("plan_packing.py", "--train-folder", "data", "--max-length", 108, "--output", "packs/p"),
         *("--processed-dir", "processed"),
         **scripts,
     )
     run_script(
         *("render_train_config.py", "--output", "config.py", "--model-path", tiny_model_dir),
-        *("--tokenizer-path", "tokenizer", "--plan", "packs/p", "--max-epochs", 1.5, "--save-steps", 0),
+        *("--tokenizer-path", "tokenizer", "--plan", "packs/p", "--max-epochs", 1.55, "--save-steps", 0),
         *("--accumulative-counts", ACCUMULATION),
         **scripts,
     )
@@ -95,7 +96,18 @@ def test_traced_documents_are_what_the_model_saw(run, run_script):
     plan = json.loads((run / "packs" / "p" / "plan.json").read_text())
     record = json.loads((run / "out" / "train.json").read_text())
     assert record["plan_sha256"] == plan["plan_sha256"]
-    assert record["rows_not_trained"] == int(1.5 * plan["rows"]) - len(seen) > 0
+    assert record["rows_not_trained"] == int(1.55 * plan["rows"]) - len(seen) > 0
+
+
+def test_the_schedule_ends_with_the_last_step(run):
+    """An epoch of an odd number of rows ends in the middle of two ranks' micro-batch, and counts by its rows."""
+    plan = json.loads((run / "packs" / "p" / "plan.json").read_text())
+    assert plan["rows"] % RANKS
+    metrics = [json.loads(line) for line in (run / "run" / "metrics.jsonl").read_text().splitlines()]
+    lowest, highest = 0.15 * 4e-5, 4e-5
+    expected = [lowest + (highest - lowest) * (1 + math.cos(math.pi * k / STEPS)) / 2 for k in range(STEPS)]
+    assert [line["lr"] for line in metrics] == pytest.approx(expected)
+    assert metrics[-1]["epoch"] == pytest.approx(STEPS * RANKS * ACCUMULATION / plan["rows"], abs=1e-6)
 
 
 def test_text_for_people(run, run_script):

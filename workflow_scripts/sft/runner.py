@@ -64,7 +64,7 @@ class TrainLoop(BaseLoop):
                 found=f"{len(self.dataloader.dataset)} rows for {runner.world_size} ranks",
                 fix="set max_length lower, add data, or use fewer ranks",
             )
-        self.steps_per_epoch = entries / global_batch
+        self.steps_per_epoch = runner.strategy.steps_per_epoch = entries / global_batch
         self._max_iters = max_steps or int(max_epochs * entries) // global_batch
         if self._max_iters < 1:
             raise UserError(

@@ -54,6 +54,9 @@ def init_process_group() -> None:
 class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
     """ZeRO training of one model.
 
+    Attributes:
+        steps_per_epoch: Set by the training loop; need not be a whole number.
+
     Args:
         zero_stage: 0 (plain data parallel), 1 (optimizer state sharded), 2 (and gradients), 3 (and weights).
         dtype: `auto`, `float32`, `bfloat16` or `float16`: of the weights and activations.
@@ -116,9 +119,8 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
 
     def prepare(self, model, *, dispatch_kwargs: dict, **kwargs):
         """As mmengine's, with the epoch counted in optimizer steps: that is how often the schedulers step."""
-        micro_batches = dispatch_kwargs["epoch_length"]
-        steps = micro_batches / self.config["gradient_accumulation_steps"]
-        return super().prepare(model, dispatch_kwargs={**dispatch_kwargs, "epoch_length": steps}, **kwargs)
+        dispatch_kwargs = {**dispatch_kwargs, "epoch_length": self.steps_per_epoch}
+        return super().prepare(model, dispatch_kwargs=dispatch_kwargs, **kwargs)
 
     def _build_param_scheduler(self, scheduler, optim_wrapper, default_args):
         built = super()._build_param_scheduler(
