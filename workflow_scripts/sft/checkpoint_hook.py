@@ -11,6 +11,7 @@ from mmengine.hooks import Hook
 from common.cli import UserError
 from sft.checkpoints import prune_checkpoints, write_checkpoint
 from sft.nonfinite import weights_are_finite
+from sft.progress_line import say
 
 
 class CheckpointHook(Hook):
@@ -63,5 +64,5 @@ class CheckpointHook(Hook):
             runner.model.model, folder, step, runner.max_iters, state, self.save_optimizer
         )
         if is_main_process():
-            print(f"Saved {target}", flush=True)
+            say(f"Saved {target}")
             prune_checkpoints(folder, self.max_keep_ckpts)
