@@ -1,0 +1,54 @@
+"""Holds a trainer after each optimizer step until train_throughput.py lets it go on, and reports the step to it.
+
+The parent hands over two pipes as file descriptors in $GATE_READ and $GATE_WRITE.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from mmengine.hooks import Hook
+
+
+class Gate:
+    """One side of the pipes: `ready` before the first step, `passed` after each."""
+
+    def __init__(self):
+        self._read = os.fdopen(int(os.environ["GATE_READ"]))
+        self._write = os.fdopen(int(os.environ["GATE_WRITE"]), "w")
+        self._released = 0.0
+
+    def ready(self) -> None:
+        """Says that the trainer is built, and waits."""
+        self._say({"ready": True})
+
+    def passed(self, tokens: int, loss: float | None = None) -> None:
+        """Reports a step and waits: its seconds run from the release, so fetching data is in them."""
+        seconds = time.perf_counter() - self._released
+        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+        self._say(
+            {"seconds": seconds, "tokens": tokens, "loss": loss, "peak_mib": int(peak.split()[1]) / 1024}
+        )
+
+    def _say(self, message: dict) -> None:
+        self._write.write(json.dumps(message) + "\n")
+        self._write.flush()
+        if self._read.readline() != "go\n":
+            os._exit(0)  # the benchmark is over
+        self._released = time.perf_counter()
+
+
+class GateHook(Hook):
+    """The gate in our trainer; last of all hooks, so that what they cost is in the step."""
+
+    priority = "LOWEST"
+
+    def before_train(self, runner) -> None:
+        self.gate = Gate()
+        self.gate.ready()
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        self.gate.passed(outputs["tokens"], float(outputs["loss"]))
