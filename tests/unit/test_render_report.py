@@ -210,6 +210,14 @@ def test_a_long_curve_stays_small_and_keeps_its_shape():
     assert len(loss_curve(metrics)) < 200_000
 
 
+def test_the_curve_takes_steps_without_a_loss_and_held_out_points():
+    from evaluation.plots import loss_curve
+
+    short = [{"step": i, "loss": None if i == 3 else 2.0 / i, "lr": 1e-4} for i in range(1, 6)]
+    with_evals = loss_curve(short, [{"step": 0, "loss": 2.5}, {"step": 5, "loss": 1.5}])
+    assert "held-out" in with_evals and "held-out" not in loss_curve(short)
+
+
 def test_the_command_finds_the_metrics_through_train_json(parts, tmp_path, run_script):
     from evaluation.report import render
 

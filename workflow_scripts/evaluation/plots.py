@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 
 # Stand-in colours: matplotlib wants real ones, the page's style sheet knows the right ones.
 _INK, _GRID, _SERIES, _FAINT = "#010203", "#010204", "#010205", "#010206"
@@ -11,14 +12,17 @@ _CSS = {_INK: "var(--muted)", _GRID: "var(--line)", _SERIES: "var(--series)", _F
 _MAX_POINTS = 2000
 
 
-def loss_curve(metrics: list[dict]) -> str:
+def loss_curve(metrics: list[dict], evals: Sequence[dict] = ()) -> str:
     """Returns the training loss over the steps, with the learning rate below it, as `<svg>`.
 
     Args:
-        metrics: One record per optimizer step, with `step`, `loss`, `lr` and perhaps `attempt` (a restart is
-            marked where it changes).
+        metrics: One record per optimizer step, with `step`, `loss` (None where it was not finite), `lr` and perhaps
+            `attempt` (a restart is marked where it changes).
+        evals: Records with the `step` and `loss` of evaluations on held-out conversations while training.
     """
     from matplotlib.ticker import MaxNLocator
+
+    metrics = [record for record in metrics if record["loss"] is not None]
 
     steps, losses, rates = (_thin([record[key] for record in metrics]) for key in ("step", "loss", "lr"))
     figure = _figure(6.6, 3.5)
@@ -27,6 +31,10 @@ def loss_curve(metrics: list[dict]) -> str:
     loss.plot(steps, losses, color=_FAINT if smooth else _SERIES, linewidth=1 if smooth else 1.8)
     if smooth:
         loss.plot(steps, _smoothed(losses), color=_SERIES, linewidth=1.8)
+    if evals:
+        points = [(record["step"], record["loss"]) for record in evals]
+        loss.plot(*zip(*points, strict=True), "o:", color=_INK, markersize=4, linewidth=1, label="held-out")
+        loss.legend(frameon=False, fontsize=9, labelcolor=_INK)
     rate.plot(steps, rates, color=_SERIES, linewidth=1.4)
     rate.set_ylim(bottom=0)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -38,7 +46,7 @@ def loss_curve(metrics: list[dict]) -> str:
     rate.set_xlabel("optimizer step")
     rate.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(steps) > 1:
-        rate.set_xlim(steps[0], steps[-1])
+        rate.set_xlim(min([steps[0], *(record["step"] for record in evals)]), steps[-1])
     return _svg(figure, (loss, rate), "Training loss and learning rate by optimizer step")
 
 

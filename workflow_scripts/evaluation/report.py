@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ def render(
     tuned: Mapping[str, Any],
     hf: Mapping[str, Any] | None = None,
     turbomind: Mapping[str, Any] | None = None,
+    evals: Sequence[dict] = (),
 ) -> str:
     """Returns the page as HTML. Every text that comes from outside is escaped by the template engine.
 
@@ -59,6 +60,7 @@ def render(
         tuned: The same of the tuned model.
         hf: Manifest of the Hugging Face folder.
         turbomind: Manifest of the TurboMind workspace.
+        evals: Records of `evals.jsonl`.
 
     Raises:
         UserError: When the two evaluations are not about the same conversations.
@@ -96,7 +98,7 @@ def render(
             (name, Markup(length_histogram(**histogram)))  # noqa: S704 - our own SVG, holds no outside text
             for name, histogram in data["histograms"]
         ],
-        curve=Markup(loss_curve(metrics)) if metrics else None,  # noqa: S704 - our own SVG, holds no outside text
+        curve=Markup(loss_curve(metrics, evals)) if metrics else None,  # noqa: S704 - our own SVG, holds no outside text
         speed=_speed(metrics),
         lineage=_lineage(train, datasets, base, tuned, hf, turbomind),
         versions=_versions(train, hf, turbomind),
@@ -119,6 +121,7 @@ def load_and_render(
     """Reads the files that `render` needs and returns the page; metrics lie in the run folder of `train.json`."""
     train = read_json(train_manifest)
     metrics = metrics or train_manifest.parent / train["run_folder"] / "metrics.jsonl"
+    evals = metrics.with_name("evals.jsonl")
     return render(
         run,
         read_json(config),
@@ -129,6 +132,7 @@ def load_and_render(
         read_json(tuned_evaluation),
         read_json(hf_manifest) if hf_manifest else None,
         read_json(turbomind_manifest) if turbomind_manifest else None,
+        read_metrics(evals) if evals.is_file() else (),
     )
 
 
