@@ -2,7 +2,7 @@
 
 XTuner's tokenize_ftdp_datasets.py runs unmodified, in a virtual environment of its own that this script makes once.
 Both start from the same base tokenizer.json, add the chat tokens themselves, and are timed as commands, start-up
-included. The files are those of --processed-dir, repeated up to --megabytes, or generated with --nasty.
+included. The files are those of --processed-dir, repeated up to --megabytes with other words each time, or generated.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import venv
 from pathlib import Path
 
 from nasty_conversations import write_nasty
+from repeated_conversations import repeat_files
 
 REPO = Path(__file__).resolve().parent.parent
 # What the tool imports, and no more. xtuner itself comes without its dependencies (torch among them).
@@ -37,6 +38,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--megabytes", type=float, help="repeat the files up to this size in all (default: once)"
+    )
+    parser.add_argument(
+        "--unchanged", action="store_true", help="repeat with the same words: kind to whoever remembers texts"
     )
     parser.add_argument(
         "--nasty", type=int, metavar="SAMPLES", help="generate this many odd conversations instead"
@@ -74,7 +78,7 @@ def main() -> None:
     elif args.short:
         write_short(processed, args.short)
     else:
-        repeat_files(args.processed_dir, processed, args.megabytes)
+        repeat_files(args.processed_dir, processed, args.megabytes, args.unchanged)
     base = copy_base(args.tokenizer_path, args.work_dir / "base")
     size = sum(file.stat().st_size for file in processed.rglob("*.jsonl"))
     print(f"{size / 1e6:.1f} MB of conversations, {len(os.sched_getaffinity(0))} processors")
@@ -90,11 +94,14 @@ def main() -> None:
         args.work_dir / "snaketune",
     )
     compare(args.work_dir)
-    bare = time_bare(processed, args.work_dir, args.threads)
+    bare, bare_cpu = time_bare(processed, args.work_dir, args.threads)
     print(f"{ours / bare:.2f} times the time of a bare encode_batch of the same texts, start-up included")
     ratio = theirs / ours
     print(f"every byte equal; {ratio:.1f} times as fast as XTuner ({theirs:.1f} s / {ours:.1f} s)")
-    print(f"processor time: {their_cpu / our_cpu:.1f} times less ({their_cpu:.1f} s / {our_cpu:.1f} s)")
+    print(
+        f"processor time: {their_cpu / our_cpu:.1f} times less ({their_cpu:.1f} s / {our_cpu:.1f} s), "
+        f"{our_cpu / bare_cpu:.2f} times that of encode_batch"
+    )
     if ratio < args.minimum_ratio:
         sys.exit(f"below {args.minimum_ratio} times")
 
@@ -124,8 +131,11 @@ def write_short(folder: Path, samples: int) -> None:
             stream.write(json.dumps(messages) + "\n")
 
 
-def time_bare(processed: Path, work_dir: Path, threads: int) -> float:
-    """Returns the seconds that the tokenizers library alone takes for the texts, in as many threads as we had."""
+def time_bare(processed: Path, work_dir: Path, threads: int) -> tuple[float, float]:
+    """Returns the seconds that the tokenizers library takes for the texts, and those of processors.
+
+    It has as many threads as we had.
+    """
     command = [sys.executable, Path(__file__).with_name("bare_encode_batch.py"), "--processed-dir", processed]
     command += ["--tokenizer", work_dir / "snaketune/tokenizer/tokenizer.json"]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(threads)}
@@ -134,24 +144,16 @@ def time_bare(processed: Path, work_dir: Path, threads: int) -> float:
     text, _ = process.communicate()
     if process.returncode:
         sys.exit("bare encode_batch failed")
-    seconds = float(text.split()[0])
+    seconds, cpu = map(float, text.split()[:2])
+    show("encode_batch", seconds, cpu, peak)
+    return seconds, cpu
+
+
+def show(name: str, seconds: float, cpu: float, peak: MemoryPeak) -> None:
     memory = peak.stop() / 1e6
-    print(f"{'encode_batch':14s} {seconds:8.2f} s   (encoding alone)          peak memory {memory:6.0f} MB")
-    return seconds
-
-
-def repeat_files(source: Path, target: Path, megabytes: float | None) -> None:
-    """Copies the JSONL files below `source`, each repeated equally often, up to a total size."""
-    files = sorted(source.rglob("*.jsonl"))
-    total = sum(file.stat().st_size for file in files)
-    times = max(round((megabytes or 0) * 1e6 / total), 1)
-    for file in files:
-        copy = target / file.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        data = file.read_bytes()
-        with open(copy, "wb") as stream:
-            for _ in range(times):
-                stream.write(data if data.endswith(b"\n") else data + b"\n")
+    print(
+        f"{name:14s} {seconds:8.2f} s   {cpu:8.2f} s of processors   peak memory {memory:6.0f} MB", flush=True
+    )
 
 
 def copy_base(source: Path, target: Path) -> Path:
@@ -182,10 +184,7 @@ def timed(name: str, command: list, processed: Path, base: Path, output: Path) -
     seconds, cpu = time.perf_counter() - start, cpu_of_children() - used
     if code:
         sys.exit(f"{name} ended with {code}:\n{(output / 'log.txt').read_text(errors='replace')[-3000:]}")
-    memory = peak.stop() / 1e6
-    print(
-        f"{name:14s} {seconds:8.2f} s   {cpu:8.2f} s of processors   peak memory {memory:6.0f} MB", flush=True
-    )
+    show(name, seconds, cpu, peak)
     return seconds, cpu
 
 
