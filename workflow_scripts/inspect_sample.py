@@ -34,18 +34,19 @@ def main() -> None:
     args = parse_args()
     from ftdp.inspecting import (
         Sample,
-        find_manifest,
         find_tokenizer,
         legend,
         paint,
-        refuse_other_tokenizer,
         token_table,
     )
+    from ftdp.made_with import Manifests, refuse_other_tokenizer
     from ftdp.tokenizer import load_tokenizer
 
-    manifest = find_manifest(args.bin)
-    tokenizer = load_tokenizer(args.tokenizer_path or find_tokenizer(args.bin, manifest))
-    refuse_other_tokenizer(args.bin, tokenizer, manifest)
+    found = Manifests().of(args.bin)
+    manifest = found and found[1]
+    folder = args.tokenizer_path or find_tokenizer(args.bin, manifest)
+    tokenizer = load_tokenizer(folder)
+    refuse_other_tokenizer(args.bin, manifest, folder, tokenizer.sha256)
     sample = Sample(args.bin, args.number, tokenizer)
     in_terminal = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     colour = args.color == "always" or (args.color == "auto" and in_terminal)

@@ -1,7 +1,8 @@
 """Plans the packing of tokenised documents into rows: which stretch of which document makes which row, in which order.
 
-The trainer reads the plan and decides nothing itself. Only the `.bin.meta` files are read. docs/packing.md says how
-the rows are made and what plan.json counts.
+The trainer reads the plan and decides nothing itself. Only the `.bin.meta` files and the manifests are read; files that
+were not all tokenised with one tokenizer, template and set of options are refused, and unfinished ones.
+docs/packing.md says how the rows are made and what plan.json counts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from common.cli import run
 from common.fingerprints import FingerprintCache
 from ftdp.bin_digests import bin_digests
 from ftdp.data_order import find_train_folder, list_train_files, read_data_order
+from ftdp.made_with import UNKNOWN, made_with
 from ftdp.pack_plan import MODES, SEED
 from ftdp.pack_planning import make_plan
 
@@ -57,6 +59,7 @@ def main() -> None:
     train_folder = find_train_folder(args.train_folder)
     names = read_data_order(args.data_order) if args.data_order else list_train_files(train_folder)
     cache = FingerprintCache(args.output.parent / ".digests.json")
+    made = made_with(train_folder, names)
     digests = bin_digests(train_folder, names, cache)
     cache.save()
     plan = make_plan(
@@ -68,6 +71,7 @@ def main() -> None:
         epochs=args.epochs,
         min_length=args.min_length,
         bin_sha256=digests,
+        made_with=made,
         processed_dir=args.processed_dir,
     )
     manifest = plan.write(args.output)
@@ -78,6 +82,8 @@ def main() -> None:
         for reason, value in totals["dropped"].items()
         if value["tokens"] or value["documents"]
     ]
+    if made is None:
+        print(f"notice: {train_folder} has {UNKNOWN}")
     print(f"{args.output}: mode {args.mode}, plan {manifest['plan_sha256'][:12]}")
     print(
         f"  packed   {totals['documents']:,} documents, {totals['packed_tokens']:,} of {totals['tokens']:,} tokens"

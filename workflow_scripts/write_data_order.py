@@ -2,6 +2,7 @@
 
 One path a line, relative to the train folder, as the train config's data order wants it. Files under valid/ are never
 listed. Files of a folder come sorted before those of its subfolders, so the same data gives the same order anywhere.
+Files that were not all tokenised with one tokenizer, template and set of options are refused, and unfinished ones.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import argparse
 from pathlib import Path
 
 from common.cli import run
-from ftdp.data_order import find_train_folder, write_data_order
+from ftdp.data_order import find_train_folder, list_train_files, write_data_order
+from ftdp.made_with import UNKNOWN, made_with
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,8 +32,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     target = Path(args.save_folder) / "data_order.txt"
+    train = find_train_folder(args.data_folder)
+    if args.file_type == ".bin" and made_with(train, list_train_files(train)) is None:
+        print(f"notice: {train} has {UNKNOWN}")
     names = write_data_order(args.data_folder, target, args.file_type)
-    print(f"{target}: {len(names)} files of {find_train_folder(args.data_folder)}")
+    print(f"{target}: {len(names)} files of {train}")
 
 
 if __name__ == "__main__":

@@ -7,26 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.cli import UserError
-from common.files import read_json
 from common.fingerprints import FingerprintCache
+from ftdp.made_with import Manifests
 from ftdp.pack_plan import plan_folder, read_plan_manifest
 
 
 def bin_digests(train_folder: str | os.PathLike, names: Sequence[str], cache: FingerprintCache) -> list[str]:
     """Returns the SHA-256 of each `.bin` file.
 
-    It comes from the manifests beside the template folder where the size agrees; other files are read, once.
+    It comes from the manifests where the size agrees; other files are read, once.
 
     Raises:
         UserError: A file is missing.
     """
     folder = Path(train_folder)
-    known: dict[Path, tuple[int, str]] = {}
-    tokenized = folder.resolve().parent.parent
-    for manifest in sorted((tokenized / "manifests").glob("*.json")):
-        for entry in read_json(manifest).get("files", []):
-            if entry.get("bin"):
-                known[tokenized / entry["bin"]] = (entry["bin_bytes"], entry["bin_sha256"])
+    manifests = Manifests()
     digests = []
     for name in names:
         file = (folder / name).resolve()
@@ -36,8 +31,9 @@ def bin_digests(train_folder: str | os.PathLike, names: Sequence[str], cache: Fi
                 expected="the files that the data order names",
                 fix="tokenise the datasets again, or write the data order again",
             )
-        size, digest = known.get(file, (None, ""))
-        digests.append(digest if size == file.stat().st_size else cache.file(file))
+        found = manifests.of(file)
+        known = found is not None and found[2]["bin_bytes"] == file.stat().st_size
+        digests.append(found[2]["bin_sha256"] if known else cache.file(file))
     return digests
 
 

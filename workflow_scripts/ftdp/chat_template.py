@@ -9,6 +9,7 @@ system turn, so its text goes in front of the user's.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -123,6 +124,11 @@ class ChatTemplate:
     names: Mapping[str, str]
     roles: Mapping[str, Role]
     text: str = field(compare=False)
+
+    @property
+    def sha256(self) -> str:
+        """The digest of its file's text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
     def generation_prompt(self) -> str:

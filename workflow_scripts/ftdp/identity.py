@@ -6,14 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from common.files import sha256_file
 from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.planning import TOKENIZED_FORMAT
+from ftdp.template_file import load_template, shipped_templates
 from ftdp.tokenizer import ExtendedTokenizer
 
 # What becomes of bad lines is no reason to do again what has none.
 _NO_BYTES = ("on_bad_sample", "max_bad_share")
-_SHIPPED = Path(__file__).resolve().parent / "templates"
 
 
 def tokenize_identity(tokenizer: ExtendedTokenizer, options: TokenizeOptions) -> dict[str, Any]:
@@ -22,14 +21,12 @@ def tokenize_identity(tokenizer: ExtendedTokenizer, options: TokenizeOptions) ->
     A template file counts by its content; of its path only the file name is told.
     """
     values = {key: value for key, value in dataclasses.asdict(options).items() if key not in _NO_BYTES}
-    file = Path(options.template)
-    if not file.is_file():
-        file = _SHIPPED / f"{options.template}.yaml"
-    else:
-        values["template"] = file.name
+    template = load_template(options.template)
+    if options.template not in shipped_templates():
+        values["template"] = Path(options.template).name
     return {
         "format": TOKENIZED_FORMAT,
         "tokenizer_sha256": tokenizer.sha256,
-        "template_sha256": sha256_file(file) if file.is_file() else None,
+        "template_sha256": template.sha256,
         "options": values,
     }

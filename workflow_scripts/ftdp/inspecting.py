@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.cli import UserError
-from common.files import read_json, sha256_file
+from common.files import sha256_file
 from ftdp.packing import IGNORE_INDEX, TokenizedFile
 from ftdp.tokenizer import ExtendedTokenizer
 
@@ -138,16 +138,6 @@ def token_table(sample: Sample) -> str:
     return "\n".join(lines)
 
 
-def find_manifest(path: Path) -> dict[str, Any] | None:
-    """Returns the manifest of the dataset that a `.bin` file belongs to, None outside `<tokenized-dir>/.../cn/<dataset>`."""
-    parents = path.resolve().parents
-    if len(parents) > 4:
-        manifest = parents[4] / "manifests" / f"{parents[0].name}.json"
-        if manifest.is_file():
-            return read_json(manifest)
-    return None
-
-
 def find_tokenizer(path: Path, manifest: dict[str, Any] | None) -> Path:
     """Returns the folder of the tokenizer that made a `.bin` file, where the workflow put it.
 
@@ -165,17 +155,6 @@ def find_tokenizer(path: Path, manifest: dict[str, Any] | None) -> Path:
         expected="the folder of the extended tokenizer that it was tokenised with",
         fix="give it with --tokenizer-path",
     )
-
-
-def refuse_other_tokenizer(path: Path, tokenizer: ExtendedTokenizer, manifest: dict[str, Any] | None) -> None:
-    """Raises a UserError if a `.bin` file was made with another tokenizer: the text would be nonsense."""
-    if manifest is not None and tokenizer.sha256 != manifest["tokenizer_sha256"]:
-        raise UserError(
-            f"{path} was made with another tokenizer",
-            found=f"tokenizer.json {tokenizer.sha256[:12]}",
-            expected=f"{manifest['tokenizer_sha256'][:12]}, as its manifest says",
-            fix="correct --tokenizer-path",
-        )
 
 
 def _shown(text: str) -> str:

@@ -69,6 +69,7 @@ class PackPlan:
         orders: int32 (epochs, rows); epochs beyond it are worked out when they come.
         totals: What was counted: `documents`, `tokens`, `rows`, `waste`, `cut` and `dropped`, see docs/packing.md.
         processed_dir: The folder of the JSONL files, if it was given: only for traces.
+        made_with: Tokenizer, template and options of the files, see ftdp/made_with.py; None if nobody can tell.
     """
 
     mode: str
@@ -81,6 +82,7 @@ class PackPlan:
     orders: np.ndarray
     totals: dict[str, Any] = field(default_factory=dict)
     processed_dir: Path | None = None
+    made_with: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         """Rows of an epoch."""
@@ -125,6 +127,7 @@ class PackPlan:
             **self.settings,
             "train_folder": os.path.relpath(self.train_folder, folder),
             "processed_dir": self.processed_dir and os.path.relpath(self.processed_dir, folder),
+            "made_with": self.made_with,
             "files": self.files,
             "rows": len(self),
             "slices": len(self.slices),

@@ -70,6 +70,7 @@ def make_plan(
     min_length: int = 0,
     bin_sha256: Sequence[str] | None = None,
     processed_dir: str | os.PathLike | None = None,
+    made_with: dict | None = None,
 ) -> PackPlan:
     """Plans the packing of `.bin` files.
 
@@ -84,6 +85,7 @@ def make_plan(
         min_length: Documents with fewer tokens are left out, and counted.
         bin_sha256: The digest of each file.
         processed_dir: The folder of the JSONL files, for traces.
+        made_with: What the files were made with, to be written down.
 
     Raises:
         UserError: A file is missing or broken, or no row can be filled.
@@ -124,6 +126,7 @@ def make_plan(
         _orders(len(pieces.rows) - 1, seed, epochs),
         totals=_count(documents, pieces, max_length, min_length),
         processed_dir=processed_dir and Path(processed_dir),
+        made_with=made_with,
     )
 
 

@@ -339,7 +339,7 @@ def manifest(extended: ExtendedTokenizer) -> dict[str, Any]:
         "chat_template": {
             "name": extended.template.name,
             "end_of_turn": extended.template.end_of_turn,
-            "sha256": hashlib.sha256(extended.template.text.encode()).hexdigest(),
+            "sha256": extended.template.sha256,
         },
     }
 

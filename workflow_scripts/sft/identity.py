@@ -15,6 +15,7 @@ from common.files import sha256_json
 from common.fingerprints import FingerprintCache
 from ftdp.bin_digests import bin_digests, refuse_other_data
 from ftdp.data_order import list_train_files, read_data_order
+from ftdp.made_with import made_with, refuse_other_template, refuse_other_tokenizer
 from ftdp.pack_plan import read_plan_manifest
 from sft import config as settings
 from sft.device import resolve_dtype, training_device
@@ -51,7 +52,7 @@ def run_identity(config: Config, world_size: int, cache: FingerprintCache) -> di
     """Returns the fields that make up the identity of a run.
 
     Raises:
-        UserError: A model, tokenizer or data file is missing.
+        UserError: A model, tokenizer or data file is missing, or the data were made with another tokenizer or template.
     """
     values = settings.plain(config)
     hyperparameters: dict[str, Any] = {}
@@ -61,16 +62,30 @@ def run_identity(config: Config, world_size: int, cache: FingerprintCache) -> di
         hyperparameters.pop(name, None)
     hyperparameters.update(_flat("custom_hooks", values.get("custom_hooks") or None))
     tokenizer = settings.tokenizer_path(config)
+    tokenizer_sha256 = cache.file(Path(tokenizer) / "tokenizer.json") if tokenizer else None
+    if tokenizer:
+        _refuse_data_of_another(tokenizer, tokenizer_sha256, config)
     return {
         "hyperparameters": hyperparameters,
         "dtype": str(resolve_dtype(settings.training_dtype(config), training_device())).removeprefix(
             "torch."
         ),
         "base_model": base_model_digest(settings.model_path(config), cache),
-        "tokenizer": cache.file(Path(tokenizer) / "tokenizer.json") if tokenizer else None,
+        "tokenizer": tokenizer_sha256,
         **_training_data(config, world_size, cache),
         "global_batch": settings.global_batch(config, world_size),
     }
+
+
+def _refuse_data_of_another(tokenizer: str, tokenizer_sha256: str, config: Config) -> None:
+    """Makes sure that the data were made with this tokenizer and its chat template, where that is written down."""
+    plan, folder = settings.plan_path(config), settings.train_folder(config)
+    if plan is not None:
+        made = read_plan_manifest(plan).get("made_with")
+    else:
+        made = made_with(folder, _train_files(folder, settings.data_order_path(config)))
+    refuse_other_tokenizer(plan or folder, made, tokenizer, tokenizer_sha256)
+    refuse_other_template(plan or folder, made, tokenizer)
 
 
 def _training_data(config: Config, world_size: int, cache: FingerprintCache) -> dict[str, Any]:
@@ -126,8 +141,12 @@ def base_model_digest(model_path: str, cache: FingerprintCache) -> str:
 
 def data_digest(train_folder: str, data_order_path: str | None, cache: FingerprintCache) -> str:
     """Returns the digest of the `.bin` files in their order, for a config without a pack plan."""
-    names = read_data_order(data_order_path) if data_order_path else list_train_files(train_folder)
+    names = _train_files(train_folder, data_order_path)
     return sha256_json(list(zip(names, bin_digests(train_folder, names, cache), strict=True)))
+
+
+def _train_files(train_folder: str, data_order_path: str | None) -> list[str]:
+    return read_data_order(data_order_path) if data_order_path else list_train_files(train_folder)
 
 
 def resolve_hub_model(config: Config) -> None:

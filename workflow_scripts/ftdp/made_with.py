@@ -1,0 +1,175 @@
+"""What tokenised files were made with, as their manifests say: training with anything else is refused.
+
+Files that XTuner tokenised have no manifests. They are taken as they are, and nothing can be checked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.cli import UserError
+from common.files import read_json
+from ftdp.layout import TEMPLATE_FOLDER, manifest_path
+
+UNKNOWN = "no manifests (tokenised by XTuner?), so nobody can tell with which tokenizer and template"
+_WITH = ("tokenizer_sha256", "template_sha256", "tokenized_format", "options")
+_AGAIN = (
+    "tokenise again with one tokenizer and the same options (tokenize_dataset.py does only what is missing)"
+)
+
+
+class Manifests:
+    """Finds the manifests of `.bin` files, and reads each once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[dict[str, Any], dict[Path, dict[str, Any]]] | None] = {}
+
+    def of(self, file: str | os.PathLike) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+        """Returns (path, content, entry of this file) of the manifest of a `.bin` file; None if it has none.
+
+        Links are followed. A file that the manifest of its dataset does not name has none either.
+        """
+        file = Path(file).resolve()
+        path = _place(file)
+        if path is None:
+            return None
+        if path not in self._known:
+            self._known[path] = _read(path)
+        manifest, entries = self._known[path] or ({}, {})
+        return (path, manifest, entries[file]) if file in entries else None
+
+
+def made_with(train_folder: str | os.PathLike, names: Sequence[str]) -> dict[str, Any] | None:
+    """Returns what all these files were made with: digests of tokenizer and template, and the options.
+
+    Args:
+        train_folder: `<tokenized-dir>/chatml_llamav13_32k/train`.
+        names: The `.bin` files, relative to it.
+
+    Returns:
+        The same as JSON for all files; None when none of them has a manifest.
+
+    Raises:
+        UserError: A file is not the one in its manifest, or has none where others have one (its tokenisation is not
+            finished), or two were made with different things.
+    """
+    manifests = Manifests()
+    first: tuple[Path, dict[str, Any] | None] | None = None
+    for name in names:
+        file = Path(train_folder) / name
+        found = manifests.of(file)
+        _refuse_unfinished(file, found)
+        made = found and {key: found[1].get(key) for key in _WITH}
+        if first is None:
+            first = file, made
+        elif made != first[1]:
+            what, (one, other) = _difference(first[1], made)
+            raise UserError(
+                f"{file} was not tokenised like {first[0]}",
+                found=f"{what}: {other}",
+                expected=one,
+                fix=_AGAIN,
+            )
+    return first and first[1]
+
+
+def refuse_other_tokenizer(
+    what: str | os.PathLike, made: Mapping[str, Any] | None, folder: str | os.PathLike, sha256: str
+) -> None:
+    """Makes sure that tokenised files were made with this tokenizer.
+
+    Args:
+        what: The files, to be named in the message.
+        made: What they were made with, see `made_with`; None, if nobody can tell, is let through.
+        folder: The tokenizer's folder.
+        sha256: Of its tokenizer.json.
+
+    Raises:
+        UserError: They were made with another one.
+    """
+    if made is not None and sha256 != made["tokenizer_sha256"]:
+        raise UserError(
+            f"{what} was made with another tokenizer",
+            found=f"{Path(folder) / 'tokenizer.json'}, SHA-256 {sha256[:12]}",
+            expected=f"SHA-256 {made['tokenizer_sha256'][:12]}, as the manifest of the tokenisation says",
+            fix="set the tokenizer's path to the folder that the data were tokenised with, "
+            f"or tokenise again with `tokenize_dataset.py --tokenizer-path {folder}`",
+        )
+
+
+def refuse_other_template(
+    what: str | os.PathLike, made: Mapping[str, Any] | None, folder: str | os.PathLike
+) -> None:
+    """Makes sure that tokenised files were made with the chat template that is saved with the tokenizer.
+
+    Args and errors: as `refuse_other_tokenizer`.
+    """
+    manifest = Path(folder) / "manifest.json"
+    saved = read_json(manifest).get("chat_template") if made and manifest.is_file() else None
+    if saved and saved["sha256"] != made["template_sha256"]:
+        name = made["options"]["template"]
+        raise UserError(
+            f"{what} was made with another chat template than the one saved with the tokenizer",
+            found=f"{saved['name']} ({saved['sha256'][:12]}) in {folder}",
+            expected=f"{name} ({made['template_sha256'][:12]}), as the manifest of the tokenisation says",
+            fix=f"tokenise again with `tokenize_dataset.py --template {saved['name']}`, "
+            f"or train with a tokenizer that `extend_tokenizer.py --template {name}` wrote",
+        )
+
+
+def _refuse_unfinished(file: Path, found: tuple[Path, dict[str, Any], dict[str, Any]] | None) -> None:
+    if found is None:
+        path = _place(file.resolve())
+        if path and any((path.parent.parent / folder).is_dir() for folder in ("manifests", "chunks")):
+            raise UserError(
+                f"{file} is in no manifest: its dataset is not tokenised to the end, or it is not ours",
+                found=f"{path} without it" if path.is_file() else "no such manifest",
+                expected=f"{path}, which is written last, with the file in it",
+                fix="run tokenize_dataset.py again, which does what is missing; files of other tools belong into a "
+                "tokenised folder of their own",
+            )
+    elif file.is_file() and file.stat().st_size != found[2]["bin_bytes"]:
+        raise UserError(
+            f"{file} is not the file that was tokenised",
+            found=f"{file.stat().st_size} bytes",
+            expected=f"{found[2]['bin_bytes']} bytes, as {found[0]} says",
+            fix="run tokenize_dataset.py again, which makes it anew",
+        )
+
+
+def _place(file: Path) -> Path | None:
+    """Returns where the manifest of a `.bin` file would be: `<tokenized-dir>/manifests/<dataset>.json`."""
+    for parent in file.parents:
+        if parent.name == TEMPLATE_FOLDER:
+            return manifest_path(parent.parent, file.parent.name)
+    return None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[Path, dict[str, Any]]] | None:
+    if not path.is_file():
+        return None
+    try:
+        manifest = read_json(path)
+        return manifest, {(path.parent.parent / entry["bin"]).resolve(): entry for entry in manifest["files"]}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path} is not the manifest of a tokenised dataset",
+            fix="run tokenize_dataset.py again, which writes it anew",
+        ) from None
+
+
+def _difference(
+    one: Mapping[str, Any] | None, other: Mapping[str, Any] | None
+) -> tuple[str, tuple[Any, Any]]:
+    """Returns the first setting in which two files differ, and its two values."""
+    if one is None or other is None:
+        return "manifest", ("none" if one is None else "there", "none" if other is None else "there")
+    for key in _WITH[:-1]:
+        if one[key] != other[key]:
+            return key, (str(one[key])[:12], str(other[key])[:12])
+    left, right = one["options"] or {}, other["options"] or {}
+    key = next(key for key in (left | right) if left.get(key) != right.get(key))
+    return f"option {key}", (left.get(key), right.get(key))
