@@ -43,9 +43,6 @@ def parse_args() -> argparse.Namespace:
         "--dataset", action="append", help="name of a dataset folder; may be repeated; all of them by default"
     )
     parser.add_argument(
-        "--manifest", help="where the manifest of a single dataset goes (default: manifests/<dataset>.json)"
-    )
-    parser.add_argument(
         "--max-length", type=int, default=MAX_LENGTH, help="tokens after which a conversation is cut"
     )
     parser.add_argument(
@@ -203,7 +200,6 @@ def main() -> None:
         manifests = tokenize_datasets(
             *folders,
             datasets=args.dataset,
-            manifest=args.manifest,
             processes=args.threads,
             shard_bytes=shard_bytes,
         )

@@ -77,11 +77,11 @@ def test_the_guides_command(tmp_path, run_script, tiny_tokenizer_dir):
         "tokenize_dataset.py",
         *("--processed-dir", tmp_path / "in", "--tokenized-dir", tmp_path / "again"),
         *("--tokenizer-path", tmp_path / "tokenizer", "--dataset", "plain", "--threads", 1),
-        *("--manifest", tmp_path / "m.json"),
     )
     name = "chatml_llamav13_32k/train/cn/plain/f.bin"
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-    assert (tmp_path / "m.json").read_bytes() == (tmp_path / "out" / "manifests" / "plain.json").read_bytes()
+    name = "manifests/plain.json"
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_a_small_dataset_before_a_large_one(tmp_path, run_script):

@@ -48,7 +48,6 @@ class Finisher:
         store: Its records and files.
         processed_dir: Where the sources lie; manifests tell their paths in it.
         options: Those of the tokenisation.
-        manifest: Another place for the one dataset's manifest.
     """
 
     def __init__(
@@ -56,18 +55,13 @@ class Finisher:
         store: ChunkStore,
         processed_dir: str | os.PathLike,
         options: TokenizeOptions,
-        manifest: str | os.PathLike | None = None,
     ):
         self.store = store
-        self._processed, self._options, self._manifest = Path(processed_dir), options, manifest
-
-    def manifest_path(self, dataset: str) -> Path:
-        """Returns where a dataset's manifest goes."""
-        return Path(self._manifest) if self._manifest else manifest_path(self.store.root, dataset)
+        self._processed, self._options = Path(processed_dir), options
 
     def reopen(self, chunk: Chunk) -> None:
         """Takes back that a chunk is done: its dataset's manifest, its file's record and its own, and the files."""
-        self.manifest_path(chunk.dataset).unlink(missing_ok=True)
+        manifest_path(self.store.root, chunk.dataset).unlink(missing_ok=True)
         self.store.forget(chunk.whole)
         if chunk.count > 1:
             self.store.forget(chunk)
@@ -90,7 +84,7 @@ class Finisher:
         records = {source: self._finish_file(own) for source, own in by_source.items()}
         self._remove_strangers(dataset, list(by_source))
         manifest = self._build_manifest(dataset, records)
-        path = self.manifest_path(dataset)
+        path = manifest_path(self.store.root, dataset)
         if not _holds(path, manifest) or not stats_path(path).exists():
             write_stats(path, manifest, self.store.root)
             write_json(path, manifest)
@@ -109,7 +103,7 @@ class Finisher:
                         expected="every part tokenised with this tokenizer and these options",
                         fix="run again: only what is missing is done",
                     )
-            self.manifest_path(whole.dataset).unlink(missing_ok=True)
+            manifest_path(self.store.root, whole.dataset).unlink(missing_ok=True)
             self.store.forget(whole)
             record = self._join(chunks, found)
         # What ranges left behind, finished or not, or in another number.
@@ -171,7 +165,7 @@ class Finisher:
             if folder.name not in stems:
                 shutil.rmtree(folder, ignore_errors=True)
         remove_unfinished([*folders, quarantine])
-        target = self.manifest_path(dataset)
+        target = manifest_path(self.store.root, dataset)
         if target.parent.is_dir():
             for path in target.parent.glob(f".{_escaped(target.name)}.*.tmp"):
                 path.unlink(missing_ok=True)

@@ -48,7 +48,6 @@ def tokenize_datasets(
     options: TokenizeOptions,
     *,
     datasets: list[str] | None = None,
-    manifest: str | os.PathLike | None = None,
     processes: int = 1,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> dict[str, dict[str, Any]]:
@@ -64,7 +63,6 @@ def tokenize_datasets(
         tokenizer: The extended tokenizer.
         options: What decides the bytes, and what becomes of bad lines.
         datasets: Names; None takes all.
-        manifest: Where the manifest goes when there is one dataset; by default `manifests/<dataset>.json`.
         processes: Worker processes.
         shard_bytes: Bytes of a file after which what is done is recorded.
 
@@ -75,15 +73,9 @@ def tokenize_datasets(
         UserError: A dataset is missing, an option is out of range, or a line is not a conversation.
     """
     chosen = choose_datasets(processed_dir, datasets)
-    if manifest is not None and len(chosen) != 1:
-        raise UserError(
-            "--manifest names one file, but there are several datasets",
-            found=", ".join(chosen),
-            fix="leave --manifest out, or choose one dataset with --dataset",
-        )
     check_options(options)
     store = _open_store(tokenized_dir, tokenizer, options)
-    finisher = Finisher(store, processed_dir, options, manifest)
+    finisher = Finisher(store, processed_dir, options)
     sizes = file_sizes(chosen)
     parts = plan_parts(chosen, sizes, shard_bytes, DEFAULT_BATCH_BYTES)
     chunks = sorted(chunk for part in parts.values() for chunk in part)
