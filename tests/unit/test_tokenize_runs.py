@@ -148,7 +148,7 @@ def test_a_changed_source_leaves_nothing_old(tmp_path):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_memory_does_not_grow_with_the_file(tmp_path, repo_root, threads):
     peaks = []
-    for size in (1, 8):
+    for size in (1, 10):
         root = tmp_path / f"in{size}"
         write_dataset(root, "d", (line for _ in range(size) for line in random_lines(4000)))
         code = (
@@ -171,4 +171,4 @@ def test_memory_does_not_grow_with_the_file(tmp_path, repo_root, threads):
             text=True,
         )
         peaks.append(int(done.stdout.split()[-1]))
-    assert peaks[1] < 1.25 * peaks[0] + 10_000, f"KiB for 1 and 8 parts: {peaks}"
+    assert peaks[1] < 1.1 * peaks[0], f"KiB for a file and one that is 10 times larger: {peaks}"
