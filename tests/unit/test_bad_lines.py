@@ -11,11 +11,12 @@ from ftdp_files import GOOD, SET_ASIDE, bin_of, finals, quarantined, source_of, 
 from ftdp_small_tokenizers import extended_folder, small_tokenizer
 
 from common.cli import UserError
-from ftdp import reading
+from ftdp import chunk_writer, reading
 from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.quarantine import raw_line
 from ftdp.reading import LineReader
-from ftdp.tokenizing import tokenize_datasets
+from ftdp.tokenized_writer import write_tokenized
+from ftdp.tokenizing import _Run, tokenize_datasets
 
 
 def openai(**fields) -> bytes:
@@ -214,6 +215,25 @@ def test_a_bad_line_is_never_held_out(tmp_path):
     totals = tokenize(tmp_path, on_bad_sample="quarantine", max_bad_share=0.5, heldout_share=0.5)["totals"]
     assert totals["quarantined"] == 50
     assert totals["samples"] + totals["heldout"] == 50
+
+
+@pytest.mark.parametrize("lost", ["a block of lines", "a sample"])
+def test_what_is_lost_on_the_way_is_noticed(tmp_path, monkeypatch, lost):
+    source_of(tmp_path).write_bytes((GOOD + b"\n") * 20_000)
+    shown, write = _Run._shown, write_tokenized
+    if lost == "a sample":
+
+        def one_less(train, valid, parts, **options):
+            return write(
+                train, valid, ((t.chosen(t.lengths.cumsum() > 1000), v) for t, v in parts), **options
+            )
+
+        monkeypatch.setattr(chunk_writer, "write_tokenized", one_less)
+    else:
+        monkeypatch.setattr(_Run, "_shown", lambda *arguments: list(shown(*arguments))[1:])
+    with pytest.raises(AssertionError, match="not (samples out|every byte was tokenised)"):
+        tokenize(tmp_path)
+    assert not list((tmp_path / "out" / "manifests").glob("*.json"))
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 400])

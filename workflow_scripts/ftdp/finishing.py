@@ -196,6 +196,8 @@ class Finisher:
         moved = written["valid_samples"] if self._options.valid == "holdout" else 0
         if sums["lines"] != written["samples"] + moved + sums["heldout"] + sums["quarantined"]:
             raise AssertionError(f"{source}: samples in are not samples out: {sums}, {written}")
+        if tally["source_bytes"] != record["bytes_of"]["size"]:
+            raise AssertionError(f"{source}: not every byte was tokenised: {tally}, {record['bytes_of']}")
         train = self.store.bins(Chunk(dataset, source))["train"]
         return {
             "source": source.relative_to(self._processed).as_posix(),
