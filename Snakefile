@@ -28,6 +28,7 @@ include: "rules/convert_pth_to_hf.smk"
 include: "rules/convert_hf_to_turbomind.smk"
 include: "rules/check_parity.smk"
 include: "rules/evaluate_model.smk"
+include: "rules/evaluate_tool_calls.smk"
 include: "rules/render_report.smk"
 
 
@@ -77,6 +78,11 @@ rule parity:
 rule evaluate:
     input:
         expand(EVALUATION, run=RUNS, label=["base", "tuned"]),
+        expand(
+            TOOL_CALLS,
+            run=[run for run in RUNS if RUNS[run]["tool_calls"]["enabled"]],
+            label=["base", "tuned"],
+        ),
 
 
 rule report:

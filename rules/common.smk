@@ -21,6 +21,7 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     {run}/prompt_readings.json                             fixed prompts as transformers 4 and lmdeploy encode them
     {run}/parity.json                                      the conversions, proved
     {run}/evaluation/{label}.json                          label: base | tuned
+    {run}/evaluation/tool_calls.{label}.json               the same models, where held-out conversations call tools
     {run}/report.html
     logs/<rule>/...    benchmarks/<rule>/...
 
@@ -75,6 +76,7 @@ TURBOMIND = f"{RESULTS}/{{run}}/turbomind"
 READINGS = f"{RESULTS}/{{run}}/prompt_readings.json"
 PARITY = f"{RESULTS}/{{run}}/parity.json"
 EVALUATION = f"{RESULTS}/{{run}}/evaluation/{{label}}.json"
+TOOL_CALLS = f"{RESULTS}/{{run}}/evaluation/tool_calls.{{label}}.json"
 REPORT = f"{RESULTS}/{{run}}/report.html"
 LOGS = f"{RESULTS}/logs"
 BENCHMARKS = f"{RESULTS}/benchmarks"

@@ -203,6 +203,29 @@ def evaluate_flags(wildcards):
     )
 
 
+def tool_call_flags(wildcards, input):
+    """The flags of evaluate_tool_calls.py."""
+    settings = RUNS[wildcards.run]["tool_calls"]
+    return flags(
+        label=wildcards.label,
+        base_model=wildcards.label == "base",
+        plain_text=input.get("plain_text") or None,
+        max_length=settings["max_tokens"],
+        **{key: settings[key] for key in ("max_points", "max_new_tokens", "max_samples", "batch_tokens")},
+        **{key: RUNS[wildcards.run]["tokenize"][key] for key in ("mask", "control_tokens")},
+        trust_remote_code=RUNS[wildcards.run]["model"]["trust_remote_code"],
+    )
+
+
+def tool_calls_of(label):
+    """Returns an input function: what a run's model says of tools, where the run asks for it."""
+    return lambda wildcards: (
+        TOOL_CALLS.format(run=wildcards.run, label=label)
+        if RUNS[wildcards.run]["tool_calls"]["enabled"]
+        else []
+    )
+
+
 def has_turbomind(wildcards):
     return RUNS[wildcards.run]["turbomind"]["enabled"]
 
@@ -222,6 +245,20 @@ def parity_flags(wildcards, input):
         mask=settings["tokenize"]["mask"],
         control_tokens=settings["tokenize"]["control_tokens"],
         trust_remote_code=settings["model"]["trust_remote_code"],
+    )
+
+
+def report_flags(wildcards, input):
+    """The flags of render_report.py; what the run does not have is not shown."""
+    run = wildcards.run
+    return flags(
+        hf_manifest=f"{input.hf}/manifest.json",
+        turbomind_manifest=f"{input.turbomind}/manifest.json" if has_turbomind(wildcards) else None,
+        base_tool_calls=input.get("base_tool_calls") or None,
+        tuned_tool_calls=input.get("tuned_tool_calls") or None,
+        parity=input.get("parity") or None,
+        benchmarks=BENCHMARKS,
+        benchmark_names=[run, data_key(run), tokenizer_key(run)],
     )
 
 

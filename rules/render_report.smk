@@ -30,8 +30,15 @@ rule render_report:
         config=RUN_CONFIG,
         train=TRAIN_MANIFEST,
         data=path_of(TOKENIZED),
+        plan=path_of(PACK_PLAN),
+        tokenizer=path_of(TOKENIZER),
+        parity=lambda wildcards: (
+            PARITY.format(run=wildcards.run) if RUNS[wildcards.run]["parity"]["enabled"] else []
+        ),
         base=lambda wildcards: EVALUATION.format(run=wildcards.run, label="base"),
         tuned=lambda wildcards: EVALUATION.format(run=wildcards.run, label="tuned"),
+        base_tool_calls=tool_calls_of("base"),
+        tuned_tool_calls=tool_calls_of("tuned"),
         hf=HF,
         turbomind=lambda wildcards: TURBOMIND.format(run=wildcards.run) if has_turbomind(wildcards) else [],
     output:
@@ -47,13 +54,11 @@ rule render_report:
         mem_mb=2000,
         runtime=20,
     params:
-        options=lambda wildcards, input: flags(
-            hf_manifest=f"{input.hf}/manifest.json",
-            turbomind_manifest=f"{input.turbomind}/manifest.json" if has_turbomind(wildcards) else None,
-        ),
+        options=report_flags,
     message:
         "Render the report of run {wildcards.run}"
     shell:
         'python "$SCRIPTS"/render_report.py --output {output:q} --run {wildcards.run:q} --config {input.config:q}'
         " --train-manifest {input.train:q} --dataset-manifests {input.data:q}"
-        " --base-evaluation {input.base:q} --tuned-evaluation {input.tuned:q} {params.options} 2>&1 | tee {log:q}"
+        " --base-evaluation {input.base:q} --tuned-evaluation {input.tuned:q} --plan {input.plan:q}"
+        ' --tokenizer-path {input.tokenizer:q} --lock "$SCRIPTS"/../envs/snaketune.txt {params.options} 2>&1 | tee {log:q}'

@@ -13,8 +13,8 @@ from common.files import write_text
 def main() -> None:
     """Parses the command line and writes the page."""
     parser = argparse.ArgumentParser(
-        description="Write the report of one run as a single HTML page: held-out loss of base and tuned model, answers "
-        "side by side, loss curve, data statistics, settings and digests."
+        description="Write the report of one run as a single HTML page, in English and Chinese: tool calls and held-out "
+        "loss of base and tuned model, answers side by side, curves, data, masks, gates, cost, settings and digests."
     )
     parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
     parser.add_argument("--run", required=True, help="name of the run")
@@ -36,22 +36,30 @@ def main() -> None:
     parser.add_argument("--tuned-evaluation", type=Path, required=True, help="the same of the tuned model")
     parser.add_argument("--hf-manifest", type=Path, help="manifest.json of the Hugging Face folder")
     parser.add_argument("--turbomind-manifest", type=Path, help="manifest.json of the TurboMind workspace")
+    parser.add_argument(
+        "--base-tool-calls", type=Path, help="evaluate_tool_calls.py's JSON of the base model"
+    )
+    parser.add_argument("--tuned-tool-calls", type=Path, help="the same of the tuned model")
+    parser.add_argument("--plan", type=Path, help="plan.json of the pack plan")
+    parser.add_argument("--parity", type=Path, help="parity.json: the gate of the conversions")
+    parser.add_argument(
+        "--tokenizer-path", type=Path, help="folder of the extended tokenizer; shows samples of the data"
+    )
+    parser.add_argument(
+        "--benchmarks", type=Path, help="folder of Snakemake's benchmark files; shows the cost"
+    )
+    parser.add_argument(
+        "--benchmark-names", nargs="+", default=(), help="names of the run, its data and its tokenizer there"
+    )
+    parser.add_argument("--lock", type=Path, help="pip lock file of the environment")
     args = parser.parse_args()
 
-    from evaluation.report import load_and_render
+    from evaluation.report import ReportFiles, load_and_render
     from ftdp.index import manifest_paths
 
-    page = load_and_render(
-        args.run,
-        args.config,
-        args.train_manifest,
-        args.metrics,
-        [path for given in args.dataset_manifests for path in manifest_paths(given)],
-        args.base_evaluation,
-        args.tuned_evaluation,
-        args.hf_manifest,
-        args.turbomind_manifest,
-    )
+    given = {name: value for name, value in vars(args).items() if name not in ("output", "run")}
+    given["dataset_manifests"] = [path for each in args.dataset_manifests for path in manifest_paths(each)]
+    page = load_and_render(args.run, ReportFiles(**given))
     write_text(args.output, page)
     print(f"wrote {args.output} ({len(page) // 1024} KiB)")
 

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from evaluation.bootstrap import Interval, Ratios, differences, intervals
+from evaluation.bootstrap import Interval, Ratios, compared, intervals
 
 
 def one_figure(above, below):
@@ -57,9 +57,9 @@ def test_the_difference_is_paired():
     base = [count * (1 + pick.random()) for count in tokens]
     tuned = [total - 0.1 * count for total, count in zip(base, tokens, strict=True)]
     one, other = one_figure(tuned, tokens), one_figure(base, tokens)
-    found = differences(one, other)["figure"]
+    alone, after, found = compared(other, one)["figure"]
     assert found == pytest.approx((-0.1, -0.1, -0.1))
-    alone = intervals(other)["figure"]
+    assert (alone, after) == (intervals(other)["figure"], intervals(one)["figure"])
     assert alone.high - alone.low > 0.1
 
 

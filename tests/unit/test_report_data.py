@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from ftdp.tokenizing import tokenize_datasets
 
 
 class Tables(HTMLParser):
-    """Collects the body cells of each table that has an id."""
+    """Collects the body cells of each table that has an id, in English."""
 
     def __init__(self, text):
         super().__init__()
         self.tables, self._table, self._cell = {}, None, None
-        self.feed(text)
+        self.feed(re.sub(r'<span lang="zh">.*?</span>', "", text, flags=re.S))
 
     def handle_starttag(self, tag, attrs):
         if tag == "table":

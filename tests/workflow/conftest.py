@@ -87,6 +87,12 @@ def make_project(repo_root, tmp_path_factory):
             "max_new_tokens": 4,
             "max_samples": 4,
         }
+        config["tool_calls"] = {
+            "max_points": 6,
+            "max_new_tokens": 4,
+            "max_samples": 4,
+            "plain_text": str(repo_root / "docs" / "examples" / "plain_text.txt"),
+        }
         config["train"] |= {"max_length": 128, "max_steps": 6, "save_steps": 2}
         (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
         return Project(folder / "code", folder)

@@ -42,6 +42,8 @@ def test_every_promised_file_is_there(finished):
         "hf/tokenizer.json",
         "hf/generation_config.json",
         "turbomind",
+        "evaluation/tool_calls.base.json",
+        "evaluation/tool_calls.tuned.json",
         "report.html",
     ):
         assert (run / name).exists(), name
@@ -106,6 +108,7 @@ def test_editing_one_file_costs_its_folder_and_what_follows(finished):
             "plan_packing": 1,
             "train_model": 1,
             "evaluate_model": 2,
+            "evaluate_tool_calls": 2,
         }
         assert finished.planned("tokenize") == TOKENIZE
     assert finished.planned() == {}
@@ -118,6 +121,7 @@ def test_another_learning_rate_costs_the_training_and_what_follows(finished):
             "render_train_config": 1,
             "train_model": 1,
             "evaluate_model": 1,
+            "evaluate_tool_calls": 1,
             "write_run_config": 1,
         }
 
@@ -133,6 +137,7 @@ def test_another_packing_costs_its_plan_and_what_follows(finished, sections):
             "render_train_config": 1,
             "train_model": 1,
             "evaluate_model": 1,
+            "evaluate_tool_calls": 1,
             "write_run_config": 1,
         }
 

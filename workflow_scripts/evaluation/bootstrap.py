@@ -51,20 +51,24 @@ def intervals(ratios: Ratios, replicates: int = REPLICATES, seed: int = SEED) ->
     return _intervals(ratios.names, *_drawn(ratios, replicates, seed))
 
 
-def differences(
-    one: Ratios, other: Ratios, replicates: int = REPLICATES, seed: int = SEED
-) -> dict[str, Interval]:
-    """Returns how much larger each figure of the one is than the other's, with the paired interval.
+def compared(
+    base: Ratios, tuned: Ratios, replicates: int = REPLICATES, seed: int = SEED
+) -> dict[str, tuple[Interval, Interval, Interval]]:
+    """Returns each figure of two models, base and tuned, and tuned - base with the paired interval.
 
     Args:
-        one: Has the same figures and conversations, in the same order, as `other`.
-        other: What it is compared with.
+        base: Has the same figures and conversations, in the same order, as `tuned`.
+        tuned: The other model's.
         replicates: How often conversations are drawn.
         seed: Of the draws.
     """
-    value, drawn, conversations = _drawn(one, replicates, seed)
-    other_value, other_drawn, _ = _drawn(other, replicates, seed)
-    return _intervals(one.names, value - other_value, drawn - other_drawn, conversations)
+    value, drawn, conversations = _drawn(base, replicates, seed)
+    tuned_value, tuned_drawn, _ = _drawn(tuned, replicates, seed)
+    columns = [
+        _intervals(base.names, *pair, conversations).values()
+        for pair in ((value, drawn), (tuned_value, tuned_drawn), (tuned_value - value, tuned_drawn - drawn))
+    ]
+    return dict(zip(base.names, zip(*columns, strict=True), strict=True))
 
 
 def _drawn(ratios: Ratios, replicates: int, seed: int) -> tuple[np.ndarray, np.ndarray, int]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
+
+from .report_words import translated_labels
 
 # Stand-in colours: matplotlib wants real ones, the page's style sheet knows the right ones.
 _INK, _GRID, _SERIES, _FAINT = "#010203", "#010204", "#010205", "#010206"
@@ -20,11 +23,8 @@ def loss_curve(metrics: list[dict], evals: Sequence[dict] = ()) -> str:
             `attempt` (a restart is marked where it changes).
         evals: Records with the `step` and `loss` of evaluations on held-out conversations while training.
     """
-    from matplotlib.ticker import MaxNLocator
-
     metrics = [record for record in metrics if record["loss"] is not None]
-
-    steps, losses, rates = (_thin([record[key] for record in metrics]) for key in ("step", "loss", "lr"))
+    steps, losses, rates = (_thin(_column(metrics, key)) for key in ("step", "loss", "lr"))
     figure = _figure(6.6, 3.5)
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     smooth = len(steps) >= 20
@@ -38,16 +38,32 @@ def loss_curve(metrics: list[dict], evals: Sequence[dict] = ()) -> str:
     rate.plot(steps, rates, color=_SERIES, linewidth=1.4)
     rate.set_ylim(bottom=0)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for restart in _restarts(metrics):
-        for axes in (loss, rate):
-            axes.axvline(restart, color=_INK, linewidth=0.8, linestyle=":")
     loss.set_ylabel("loss (nats per token)")
     rate.set_ylabel("learning rate")
-    rate.set_xlabel("optimizer step")
-    rate.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(steps) > 1:
-        rate.set_xlim(min([steps[0], *(record["step"] for record in evals)]), steps[-1])
+    first = min([metrics[0]["step"], *(record["step"] for record in evals)]) if metrics else 0
+    _share_steps(metrics, first, (loss, rate))
     return _svg(figure, (loss, rate), "Training loss and learning rate by optimizer step")
+
+
+def speed_curve(metrics: list[dict]) -> str:
+    """Returns the gradient norm over the steps, with the tokens per second below it, as `<svg>`.
+
+    Args:
+        metrics: As for `loss_curve`, with `grad_norm` (None where it is not finite) and `tokens_per_second`.
+    """
+    steps, norms, speeds = (
+        _thin(_column(metrics, key)) for key in ("step", "grad_norm", "tokens_per_second")
+    )
+    figure = _figure(6.6, 3.2)
+    norm, speed = figure.subplots(2, 1, sharex=True)
+    norm.plot(steps, norms, color=_SERIES, linewidth=1.2)
+    speed.plot(steps, speeds, color=_SERIES, linewidth=1.2)
+    for axes in (norm, speed):
+        axes.set_ylim(bottom=0)
+    norm.set_ylabel("gradient norm")
+    speed.set_ylabel("tokens per second")
+    _share_steps(metrics, metrics[0]["step"], (norm, speed))
+    return _svg(figure, (norm, speed), "Gradient norm and tokens per second by optimizer step")
 
 
 def length_histogram(edges: list[int], counts: list[int]) -> str:
@@ -77,6 +93,30 @@ def length_histogram(edges: list[int], counts: list[int]) -> str:
     axes.set_xlabel("tokens")
     axes.set_ylabel("conversations")
     return _svg(figure, (axes,), "Conversations by length in tokens")
+
+
+def attempts(metrics: list[dict]) -> list[int]:
+    """Returns the steps at which another attempt went on."""
+    pairs = zip(metrics, metrics[1:], strict=False)
+    return [after["step"] for before, after in pairs if after.get("attempt") != before.get("attempt")]
+
+
+def _column(metrics: list[dict], key: str) -> list[float]:
+    return [math.nan if record[key] is None else record[key] for record in metrics]
+
+
+def _share_steps(metrics: list[dict], first: int, all_axes) -> None:
+    """Marks the attempts in plots that lie below each other, and labels the steps, from `first` on, of the last one."""
+    from matplotlib.ticker import MaxNLocator
+
+    for restart in attempts(metrics):
+        for axes in all_axes:
+            axes.axvline(restart, color=_INK, linewidth=0.8, linestyle=":")
+    last = all_axes[-1]
+    last.set_xlabel("optimizer step")
+    last.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(metrics) > 1:
+        last.set_xlim(first, metrics[-1]["step"])
 
 
 def _figure(width: float, height: float):
@@ -109,7 +149,7 @@ def _svg(figure, all_axes, label: str) -> str:
     for colour, variable in _CSS.items():
         drawing = drawing.replace(colour, variable)
     drawing = re.sub(r"font: ([0-9.]+px)[^;\"]*", r"font-size: \1", drawing)
-    return drawing.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return translated_labels(drawing).replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 def _thin(values: list[float]) -> list[float]:
@@ -129,11 +169,6 @@ def _smoothed(values: list[float]) -> list[float]:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
         result.append(mean / weight)
     return result
-
-
-def _restarts(metrics: list[dict]) -> list[int]:
-    pairs = zip(metrics, metrics[1:], strict=False)
-    return [after["step"] for before, after in pairs if after.get("attempt") != before.get("attempt")]
 
 
 def _short(number: int) -> str:

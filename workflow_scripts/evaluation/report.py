@@ -1,19 +1,61 @@
-"""One self-contained page about one run: what it learnt, from which data, with which settings."""
+"""One self-contained page about one run: what it learnt, from which data, with which settings, at what cost."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
 from common.files import read_json
 
+from .cost import locked_packages, read_cost
 from .data_summary import Dataset, data_summary, load_dataset
-from .plots import length_histogram, loss_curve
+from .mask_samples import mask_samples
+from .plots import attempts, length_histogram, loss_curve, speed_curve
+from .report_words import METRICS, ROLES, STAGES, Words, translated
+from .tool_call_report import tool_call_summary
 
-_TEMPLATE = "report.html.j2"
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """The files that a report is made of.
+
+    Attributes:
+        config: The run's merged settings.
+        train_manifest: train.json.
+        metrics: metrics.jsonl; None: in the run folder that train.json names.
+        dataset_manifests: Manifests of the tokenised datasets.
+        base_evaluation, tuned_evaluation: JSON of evaluate_model.py.
+        hf_manifest, turbomind_manifest: manifest.json of the folders.
+        base_tool_calls, tuned_tool_calls: JSON of evaluate_tool_calls.py.
+        plan: plan.json of the pack plan.
+        parity: parity.json.
+        tokenizer_path: Folder of the extended tokenizer, which shows samples of the data.
+        benchmarks: Folder of Snakemake's benchmark files, and `benchmark_names` which of them are this run's.
+        lock: pip lock file of the environment.
+    """
+
+    config: Path
+    train_manifest: Path
+    dataset_manifests: list[Path]
+    base_evaluation: Path
+    tuned_evaluation: Path
+    metrics: Path | None = None
+    hf_manifest: Path | None = None
+    turbomind_manifest: Path | None = None
+    base_tool_calls: Path | None = None
+    tuned_tool_calls: Path | None = None
+    plan: Path | None = None
+    parity: Path | None = None
+    tokenizer_path: Path | None = None
+    benchmarks: Path | None = None
+    benchmark_names: tuple[str, ...] = ()
+    lock: Path | None = None
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -36,6 +78,40 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
+def load_and_render(run: str, files: ReportFiles) -> str:
+    """Reads the files and returns the page."""
+    train = read_json(files.train_manifest)
+    path = files.metrics or files.train_manifest.parent / train["run_folder"] / "metrics.jsonl"
+    metrics, evals = read_metrics(path), path.with_name("evals.jsonl")
+    datasets = [load_dataset(path) for path in files.dataset_manifests]
+    on_gpus = any("gpu_memory_mib" in record for record in metrics)
+
+    def optional(path: Path | None) -> Any:
+        return read_json(path) if path else None
+
+    return render(
+        run,
+        read_json(files.config),
+        train,
+        metrics,
+        datasets,
+        read_json(files.base_evaluation),
+        read_json(files.tuned_evaluation),
+        optional(files.hf_manifest),
+        optional(files.turbomind_manifest),
+        read_metrics(evals) if evals.is_file() else (),
+        base_tool_calls=optional(files.base_tool_calls),
+        tuned_tool_calls=optional(files.tuned_tool_calls),
+        plan=optional(files.plan),
+        parity=optional(files.parity),
+        samples=mask_samples(datasets, files.tokenizer_path) if files.tokenizer_path else [],
+        cost=read_cost(files.benchmarks, files.benchmark_names, train["world_size"] if on_gpus else 0)
+        if files.benchmarks
+        else [],
+        environment=locked_packages(files.lock) if files.lock else [],
+    )
+
+
 def render(
     run: str,
     config: Mapping[str, Any],
@@ -47,6 +123,14 @@ def render(
     hf: Mapping[str, Any] | None = None,
     turbomind: Mapping[str, Any] | None = None,
     evals: Sequence[dict] = (),
+    *,
+    base_tool_calls: Mapping[str, Any] | None = None,
+    tuned_tool_calls: Mapping[str, Any] | None = None,
+    plan: Mapping[str, Any] | None = None,
+    parity: Mapping[str, Any] | None = None,
+    samples: list[dict[str, Any]] | None = None,
+    cost: list[dict[str, Any]] | None = None,
+    environment: list[dict[str, Any]] | None = None,
 ) -> str:
     """Returns the page as HTML. Every text that comes from outside is escaped by the template engine.
 
@@ -61,6 +145,13 @@ def render(
         hf: Manifest of the Hugging Face folder.
         turbomind: Manifest of the TurboMind workspace.
         evals: Records of `evals.jsonl`.
+        base_tool_calls: What evaluate_tool_calls.py wrote about the base model.
+        tuned_tool_calls: The same of the tuned model; both or neither.
+        plan: `plan.json` of the pack plan.
+        parity: `parity.json`.
+        samples: From `mask_samples`.
+        cost: From `read_cost`.
+        environment: From `locked_packages`.
 
     Raises:
         UserError: When the two evaluations are not about the same conversations.
@@ -74,18 +165,20 @@ def render(
             found=f"{base['heldout_sha256'][:12]} and {tuned['heldout_sha256'][:12]}",
             fix="run evaluate_model.py for both with the same --heldout-dir",
         )
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+    page = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        number=_number, fixed=_fixed, percent=_percent, value=_value, duration=_duration
+    page.filters.update(
+        number=_number, fixed=_fixed, percent=_percent, share=_share, value=_value, duration=_duration
     )
+    page.globals.update(t=translated, metrics=METRICS, roles=ROLES, stages=STAGES)
     data = data_summary(datasets)
-    return environment.get_template(_TEMPLATE).render(
+    both = base_tool_calls is not None and tuned_tool_calls is not None
+    return page.get_template("report.html.j2").render(
         run=run,
         config=config,
         train=train,
@@ -93,47 +186,37 @@ def render(
         tuned=tuned,
         evaluation=_evaluation_rows(base, tuned),
         generations=_side_by_side(base, tuned),
+        tool_calls=tool_call_summary(base_tool_calls, tuned_tool_calls) if both else None,
         data=data,
         histograms=[
             (name, Markup(length_histogram(**histogram)))  # noqa: S704 - our own SVG, holds no outside text
             for name, histogram in data["histograms"]
         ],
-        curve=Markup(loss_curve(metrics, evals)) if metrics else None,  # noqa: S704 - our own SVG, holds no outside text
+        packing=plan,
+        mask_samples=samples,
+        curves=_curves(metrics, evals),
         speed=_speed(metrics),
+        parity=parity,
+        cost=cost,
         lineage=_lineage(train, datasets, base, tuned, hf, turbomind),
         versions=_versions(train, hf, turbomind),
         hf=hf,
         turbomind=turbomind,
+        environment=environment,
     )
 
 
-def load_and_render(
-    run: str,
-    config: Path,
-    train_manifest: Path,
-    metrics: Path | None,
-    dataset_manifests: list[Path],
-    base_evaluation: Path,
-    tuned_evaluation: Path,
-    hf_manifest: Path | None,
-    turbomind_manifest: Path | None,
-) -> str:
-    """Reads the files that `render` needs and returns the page; metrics lie in the run folder of `train.json`."""
-    train = read_json(train_manifest)
-    metrics = metrics or train_manifest.parent / train["run_folder"] / "metrics.jsonl"
-    evals = metrics.with_name("evals.jsonl")
-    return render(
-        run,
-        read_json(config),
-        train,
-        read_metrics(metrics),
-        [load_dataset(path) for path in dataset_manifests],
-        read_json(base_evaluation),
-        read_json(tuned_evaluation),
-        read_json(hf_manifest) if hf_manifest else None,
-        read_json(turbomind_manifest) if turbomind_manifest else None,
-        read_metrics(evals) if evals.is_file() else (),
-    )
+def _curves(metrics: list[dict], evals: Sequence[dict]) -> dict[str, Any] | None:
+    from markupsafe import Markup
+
+    if not metrics:
+        return None
+    timed = all("grad_norm" in record for record in metrics)
+    return {
+        "loss": Markup(loss_curve(metrics, evals)),  # noqa: S704 - our own SVG, holds no outside text
+        "speed": Markup(speed_curve(metrics)) if timed else None,  # noqa: S704
+        "attempts": len(attempts(metrics)) + 1,
+    }
 
 
 def _evaluation_rows(base: Mapping, tuned: Mapping) -> list[dict[str, Any]]:
@@ -175,27 +258,31 @@ def _speed(metrics: list[dict]) -> dict[str, float] | None:
     return {"tokens_per_second": tokens / max(seconds, 1e-9), "seconds": seconds + timed[0]["seconds"]}
 
 
-def _lineage(train, datasets, base, tuned, hf, turbomind) -> list[tuple[str, str]]:
+def _lineage(train, datasets, base, tuned, hf, turbomind) -> list[tuple[Words, str]]:
     rows = [
-        ("run identity", train["identity"]),
-        ("packed training data", train.get("plan_sha256") or train["data_sha256"]),
-        ("training config", train["config_sha256"]),
-        ("trained weights", train["weights_sha256"]),
-        ("held-out conversations", tuned["heldout_sha256"]),
+        (("run identity", "run 标识"), train["identity"]),
+        (("packed training data", "打包后的训练数据"), train.get("plan_sha256") or train["data_sha256"]),
+        (("training config", "训练 config"), train["config_sha256"]),
+        (("trained weights", "训练后的权重"), train["weights_sha256"]),
+        (("held-out conversations", "留出对话"), tuned["heldout_sha256"]),
     ]
-    rows += [("tokenizer", digest) for digest in {each.manifest["tokenizer_sha256"] for each in datasets}]
+    digests = sorted({each.manifest["tokenizer_sha256"] for each in datasets})
+    rows += [(("tokenizer", "分词器"), digest) for digest in digests]
     if hf:
-        rows.append(("Hugging Face weights", hf["weights_sha256"]))
+        rows.append((("Hugging Face weights", "Hugging Face 权重"), hf["weights_sha256"]))
     if turbomind:
-        rows.append(
-            ("TurboMind config.yaml", turbomind["files"]["triton_models/weights/config.yaml"]["sha256"])
-        )
-    rows.append(("git commit", train.get("git_commit") or "unknown"))
+        config = turbomind["files"]["triton_models/weights/config.yaml"]["sha256"]
+        rows.append((("TurboMind config.yaml",) * 2, config))
+    rows.append((("git commit",) * 2, train.get("git_commit") or "unknown"))
     return rows
 
 
-def _versions(train, hf, turbomind) -> list[tuple[str, dict[str, Any]]]:
-    stages = [("training", train), ("Hugging Face conversion", hf), ("TurboMind conversion", turbomind)]
+def _versions(train, hf, turbomind) -> list[tuple[Words, dict[str, Any]]]:
+    stages = [
+        (("versions, training", "版本：训练"), train),
+        (("versions, Hugging Face conversion", "版本：转换为 Hugging Face"), hf),
+        (("versions, TurboMind conversion", "版本：转换为 TurboMind"), turbomind),
+    ]
     return [(name, manifest["versions"]) for name, manifest in stages if manifest]
 
 
@@ -215,6 +302,13 @@ def _fixed(value: float | None, digits: int = 4, sign: bool = False) -> str:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
+
+
+def _share(value: float | None, sign: bool = False) -> str:
+    """A share as a percentage; a difference of two with its sign."""
+    if value is None:
+        return "n/a"
+    return f"{100 * value:{'+' if sign else ''}.1f}%".replace("-", "\N{MINUS SIGN}")
 
 
 def _duration(seconds: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.cli import UserError
-from evaluation.bootstrap import Interval, Ratios, differences, intervals
+from evaluation.bootstrap import Interval, Ratios, compared, intervals
 from evaluation.call_verdicts import STAGES
 
 # Of a point's verdicts, and whether its reference calls: what counts, and out of what (0 leaves the point out).
@@ -89,10 +89,8 @@ def comparison_rows(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[d
     before, after = _evidence(base), _evidence(tuned)
     rows = []
     for key, (ratios, counts) in after.items():
-        old = before[key][0]
-        columns = (intervals(old), intervals(ratios), differences(ratios, old))
-        for place, name in enumerate(ratios.names):
-            three = dict(zip(("base", "tuned", "difference"), (each[name] for each in columns), strict=True))
+        for place, columns in enumerate(compared(before[key][0], ratios).values()):
+            three = dict(zip(("base", "tuned", "difference"), columns, strict=True))
             rows.append(_head(key[1], ratios, counts, place) | three)
     return rows
 

@@ -113,12 +113,12 @@ def paint(sample: Sample, colour: bool) -> str:
         for trained, special, text in sample.pieces():
             start = _COLOURS[trained, special]
             # Each line carries its own colour, so that a pager can begin anywhere.
-            shown = _shown(text).replace("\n", f"\u21b5{_RESET}\n{start}")
-            parts.append(f"{start}{shown}{_RESET}")
+            painted = shown(text).replace("\n", f"\u21b5{_RESET}\n{start}")
+            parts.append(f"{start}{painted}{_RESET}")
     else:
         for trained, group in groupby(sample.pieces(), lambda piece: piece[0]):
-            shown = "".join(f"[={_shown(text)}=]" if special else _shown(text) for _, special, text in group)
-            parts.append(f"[+{shown}+]" if trained else shown)
+            text = "".join(f"[={shown(each)}=]" if special else shown(each) for _, special, each in group)
+            parts.append(f"[+{text}+]" if trained else text)
     return "".join(parts)
 
 
@@ -134,7 +134,7 @@ def token_table(sample: Sample) -> str:
     lines = ["  place        id           entry"]
     for place, token in enumerate(sample.tokens):
         mark = "trained" if token.trained else "masked"
-        lines.append(f"{place:7} {token.id:9}  {mark:9} {_shown(sample.name_of(token.id))}")
+        lines.append(f"{place:7} {token.id:9}  {mark:9} {shown(sample.name_of(token.id))}")
     return "\n".join(lines)
 
 
@@ -157,5 +157,6 @@ def find_tokenizer(path: Path, manifest: dict[str, Any] | None) -> Path:
     )
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """Returns a text with control characters, which would act on a terminal or hide things, spelt out."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

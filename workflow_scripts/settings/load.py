@@ -30,6 +30,7 @@ SECTIONS = (
     "turbomind",
     "parity",
     "evaluate",
+    "tool_calls",
 )
 
 

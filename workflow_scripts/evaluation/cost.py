@@ -1,0 +1,81 @@
+"""What a run cost, from the workflow's benchmark files, and whether the environment is the one that is locked."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Collection
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_LOCKED = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[^]]*\])?==([^\s;]+)")
+_LABELS = ("", ".base", ".tuned")
+
+
+def read_cost(benchmarks: Path, names: Collection[str], gpus: int = 0) -> list[dict[str, Any]]:
+    """Returns what each stage took, the sum first.
+
+    Args:
+        benchmarks: Folder `<stage>/<name>.tsv`, `<stage>/<name>.<label>.tsv` or `<stage>/<name>/....tsv`, as Snakemake
+            writes them: seconds, MB of memory, processor seconds.
+        names: Names of the run and of what it shares with others: data and tokenizer.
+        gpus: GPUs that training used.
+
+    Returns:
+        Mappings `stage` (None: all), `jobs`, `seconds`, `core_hours` (processor time used), `gpu_hours`, `memory_mb` (of the
+        job with most). A job of which no sample was taken adds time alone.
+    """
+    own = {f"{name}{label}.tsv" for name in names for label in _LABELS}
+    stages: dict[str, list[dict[str, str]]] = {}
+    for path in sorted(benchmarks.glob("*/**/*.tsv")):
+        stage, name, *_ = path.relative_to(benchmarks).parts
+        if name in own or name in names:
+            with open(path, encoding="utf-8", newline="") as file:
+                stages.setdefault(stage, []).extend(csv.DictReader(file, delimiter="\t"))
+    rows = [_row(stage, jobs, gpus if stage == "train_model" else 0) for stage, jobs in stages.items()]
+    rows.sort(key=lambda row: -row["seconds"])
+    if not rows:
+        return []
+    total: dict[str, Any] = {
+        key: sum(row[key] for row in rows) for key in ("jobs", "seconds", "core_hours", "gpu_hours")
+    }
+    return [{"stage": None, **total, "memory_mb": max(row["memory_mb"] for row in rows)}, *rows]
+
+
+def locked_packages(lock: Path) -> list[dict[str, Any]]:
+    """Returns each package of a pip lock file with the version that is installed here.
+
+    Returns:
+        Mappings `name`, `locked`, `installed` (None: not at all), `same` (a local part such as +cpu aside).
+    """
+    result = []
+    for line in lock.read_text(encoding="utf-8").splitlines():
+        if match := _LOCKED.match(line):
+            name, locked = match.groups()
+            try:
+                installed = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                installed = None
+            same = installed is not None and installed.partition("+")[0] == locked.partition("+")[0]
+            result.append({"name": name, "locked": locked, "installed": installed, "same": same})
+    return result
+
+
+def _row(stage: str, jobs: list[dict[str, str]], gpus: int) -> dict[str, Any]:
+    seconds = sum(_number(job["s"]) for job in jobs)
+    return {
+        "stage": stage,
+        "jobs": len(jobs),
+        "seconds": seconds,
+        "core_hours": sum(_number(job["cpu_time"]) for job in jobs) / 3600,
+        "gpu_hours": seconds * gpus / 3600,
+        "memory_mb": max(_number(job["max_rss"]) for job in jobs),
+    }
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or 0)
+    except ValueError:  # "-" or "NA": the job was too short to be looked at
+        return 0.0
