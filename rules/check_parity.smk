@@ -44,7 +44,12 @@ rule check_parity:
         readings=branch(has_turbomind, then=READINGS, otherwise=[]),
         prompts=own_prompts,
     output:
-        PARITY,
+        report(
+            PARITY,
+            caption="report/parity.rst",
+            category="Conversion gates",
+            labels={"run": "{run}"},
+        ),
     log:
         f"{LOGS}/check_parity/{{run}}.log",
     benchmark:

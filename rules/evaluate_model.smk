@@ -12,7 +12,12 @@ rule evaluate_model:
         parity=parity_gate,
         prompts=lambda wildcards: RUNS[wildcards.run]["evaluate"]["prompts"] or [],
     output:
-        EVALUATION,
+        report(
+            EVALUATION,
+            caption="report/evaluation.rst",
+            category="Held-out loss",
+            labels={"run": "{run}", "model": "{label}"},
+        ),
     log:
         f"{LOGS}/evaluate_model/{{run}}.{{label}}.log",
     benchmark:

@@ -13,7 +13,12 @@ rule evaluate_tool_calls:
         parity=parity_gate,
         plain_text=lambda wildcards: RUNS[wildcards.run]["tool_calls"]["plain_text"] or [],
     output:
-        TOOL_CALLS,
+        report(
+            TOOL_CALLS,
+            caption="report/tool_calls.rst",
+            category="Tool calls",
+            labels={"run": "{run}", "model": "{label}"},
+        ),
     log:
         f"{LOGS}/evaluate_tool_calls/{{run}}.{{label}}.log",
     benchmark:

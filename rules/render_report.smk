@@ -42,7 +42,12 @@ rule render_report:
         hf=HF,
         turbomind=lambda wildcards: TURBOMIND.format(run=wildcards.run) if has_turbomind(wildcards) else [],
     output:
-        REPORT,
+        report(
+            REPORT,
+            caption="report/run.rst",
+            category="Reports",
+            labels={"run": "{run}"},
+        ),
     log:
         f"{LOGS}/render_report/{{run}}.log",
     benchmark:

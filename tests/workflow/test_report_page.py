@@ -1,0 +1,124 @@
+"""The report of a real run in a real browser: what a reader sees is what the JSON files say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from browser import open_browser
+from common.files import read_json
+from evaluation.tool_call_tables import comparison_rows
+
+MINUS = "\N{MINUS SIGN}"
+
+
+@pytest.fixture(scope="module")
+def page(finished, tmp_path_factory):
+    """(browser that shows the report, folder of the run)."""
+    run = finished.folder / "results" / "demo"
+    with open_browser(tmp_path_factory.mktemp("browser") / "profile") as browser:
+        browser.look(1200)
+        browser.open(run / "report.html")
+        yield browser, run
+
+
+def cells(browser, selector):
+    """The visible text of each row's cells."""
+    rows = f"[...document.querySelectorAll({json.dumps(selector)})]"
+    return browser.evaluate(f"{rows}.map(row => [...row.cells].map(cell => cell.innerText.trim()))")
+
+
+def percent(value, sign=""):
+    return "n/a" if value is None else f"{100 * value:{sign}.1f}%".replace("-", MINUS)
+
+
+def test_the_page_is_small_and_asks_nobody(page):
+    browser, run = page
+    assert (run / "report.html").stat().st_size < 5_000_000
+    assert [url.split(":")[0] for url in browser.requests] == ["file"]
+
+
+def test_the_figures_of_tool_calls_are_those_of_the_json(page):
+    browser, run = page
+    base, tuned = (read_json(run / "evaluation" / f"tool_calls.{label}.json") for label in ("base", "tuned"))
+    rows = {row["metric"]: row for row in comparison_rows(base, tuned) if row["scope"] == "all"}
+    shown = cells(browser, 'table.calls[data-scope="all"] tbody tr')
+    metrics = browser.evaluate(
+        "[...document.querySelectorAll('table.calls[data-scope=\"all\"] tbody tr')].map(row => row.dataset.metric)"
+    )
+    assert "recall" in metrics and len(shown) == len(metrics)
+    for metric, (_, *figures, count) in zip(metrics, shown, strict=True):
+        row = rows[metric]
+        assert count == str(row["count"])
+        for figure, interval, sign in zip(
+            figures, (row["base"], row["tuned"], row["difference"]), ("", "", "+"), strict=True
+        ):
+            bounds = (
+                ""
+                if interval.low is None
+                else f"{percent(interval.low, sign)} … {percent(interval.high, sign)}"
+            )
+            assert figure.split("\n") == [percent(interval.value, sign), *([bounds] if bounds else [])], (
+                metric
+            )
+    plain = cells(browser, 'tr[data-metric="loss.plain_text"]')[0]
+    assert plain[1].split("\n")[0] == f"{rows['loss.plain_text']['base'].value:.3f}"
+    assert (
+        len(browser.evaluate("[...document.querySelectorAll('.example')].map(each => each.innerText)")) == 6
+    )
+
+
+def test_other_figures_are_those_of_the_json(page):
+    browser, run = page
+    tuned, base = (read_json(run / "evaluation" / f"{label}.json") for label in ("tuned", "base"))
+    whole = cells(browser, "#heldout-table tr.total")[0]
+    assert whole[1:3] == [f"{base['loss']:.4f}", f"{tuned['loss']:.4f}"]
+    plan = read_json(next(run.parent.glob("shared/data/*/packs/*/plan.json")))["totals"]
+    packing = " ".join(cell for row in cells(browser, "#packing-table tr") for cell in row)
+    assert f"{plan['packed_tokens']:,} / {plan['tokens']:,}" in packing
+    parity = read_json(run / "parity.json")
+    assert [row[1] for row in cells(browser, "#gate-ids tbody tr")] == [
+        f"{row['equal']} / {row['prompts']}" for row in parity["ids"]
+    ]
+    cost = {row[0]: row for row in cells(browser, "#cost-table tbody tr")}
+    assert cost["evaluate_tool_calls"][1] == "2" and cost["train_model"][1] == "1"
+    benchmark = (
+        (run.parent / "benchmarks" / "train_model" / "demo.tsv").read_text().splitlines()[1].split("\t")
+    )
+    assert float(cost["train_model"][3]) == pytest.approx(float(benchmark[-1]) / 3600, abs=6e-5)
+
+
+def test_the_colours_of_a_sample_are_its_mask(page):
+    browser, run = page
+    shown = browser.evaluate(
+        "[...document.querySelectorAll('details.preview')].map(each => [each.querySelector('summary').textContent,"
+        " [...each.querySelectorAll('.text .trained')].map(piece => piece.textContent).join('')])"
+    )
+    assert len(shown) == 2
+    for summary, trained in shown:
+        dataset, sample = summary.split(":")[0], int(summary.split("sample ")[1].split(",")[0])
+        (file,) = run.parent.glob(f"shared/data/*/chatml_llamav13_32k/train/cn/{dataset}/*.bin")
+        ids = json.loads(file.read_text().splitlines()[sample])["tokens"]
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(next(run.parent.glob("shared/tokenizer/*/tokenizer.json"))))
+        learnt = tokenizer.decode([token for token in ids if token > 0], skip_special_tokens=False)
+        assert "".join(trained.split()) == "".join(learnt.split())
+
+
+def test_two_languages_and_a_phone(page):
+    browser, _ = page
+    visible = "document.querySelector('main').innerText"
+    english = browser.evaluate(visible)
+    assert "Held-out loss" in english and "留出数据上的 loss" not in english
+    browser.evaluate("document.querySelector('label[for=zh]').click()")
+    chinese = browser.evaluate(visible)
+    assert "留出数据上的 loss" in chinese and "Held-out loss" not in chinese
+    browser.evaluate("document.querySelector('label[for=en]').click()")
+    for dark in (False, True):
+        browser.look(390, 844, dark=dark)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+        colours = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, colours[4:-1].split(","))) < 200) == dark
+    browser.look(1200)
