@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.cli import run
 from common.files import sha256_file, write_json
-from evaluation.arguments import add_model_arguments, label_of, load_model
+from evaluation.arguments import add_model_arguments, label_of, load_model, model_sha256
 
 
 def main() -> None:
@@ -78,6 +78,7 @@ def main() -> None:
         "format": 1,
         "label": label,
         "model": str(args.model),
+        "model_sha256": model_sha256(args),
         "dtype": str(model.dtype).removeprefix("torch."),
         "template": tokenizer.template.name,
         "mask": args.mask,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import contextmanager
 
 import pytest
+
+from kept import kept
 
 TOKENIZE = {"tokenize_dataset": 1, "merge_tokenized": 1}
 AFTER_TRAINING = {
@@ -17,17 +18,6 @@ AFTER_TRAINING = {
     "check_parity": 1,
     "render_report": 1,
 }
-
-
-@contextmanager
-def kept(path):
-    """Restores a file's bytes and times."""
-    data, stat = path.read_bytes(), path.stat()
-    try:
-        yield path
-    finally:
-        path.write_bytes(data)
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def jsonl(project, dataset):

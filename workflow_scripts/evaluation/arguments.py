@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
+from common.fingerprints import FingerprintCache
 from ftdp.encode import CONTROL_TOKENS, MASKS
 from ftdp.tokenizer import ExtendedTokenizer
 
@@ -51,6 +53,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def label_of(args: argparse.Namespace) -> str:
     """Returns what the report calls the model."""
     return args.label or ("base" if args.base_model else "tuned")
+
+
+def model_sha256(args: argparse.Namespace) -> str | None:
+    """Returns the digest of the model's configuration and weights; None for a name on the hub."""
+    from sft.identity import base_model_digest
+
+    cache = FingerprintCache(os.devnull)
+    return base_model_digest(args.model, cache) if Path(args.model).is_dir() else None
 
 
 def load_model(args: argparse.Namespace, tokenizer: ExtendedTokenizer):

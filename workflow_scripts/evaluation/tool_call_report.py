@@ -41,6 +41,8 @@ def tool_call_summary(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict
 
 
 def _groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    order = ("all", "dataset", "language")
+    rows = sorted(rows, key=lambda row: (order.index(row["scope"]), row["name"]))
     return [
         {"scope": scope, "name": name, "rows": list(own)}
         for (scope, name), own in groupby(rows, lambda row: (row["scope"], row["name"]))

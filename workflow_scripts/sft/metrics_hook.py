@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -184,6 +185,9 @@ def _peak_memory_mib() -> float:
 
 def _count_attempt(folder: Path) -> int:
     path = folder / ATTEMPTS
-    attempt = read_json(path)["attempts"] + 1 if path.is_file() else 1
-    write_json(path, {"attempts": attempt})
-    return attempt
+    before = read_json(path) if path.is_file() else {"attempts": 0}
+    job = os.environ.get("SLURM_JOB_ID")
+    jobs = before.get("slurm_job_ids", []) + ([job] if job else [])
+    values = {"attempts": before["attempts"] + 1} | ({"slurm_job_ids": jobs} if jobs else {})
+    write_json(path, values)
+    return values["attempts"]

@@ -1,0 +1,82 @@
+"""From a score of a real run back to the conversations, and what is no longer what the records say."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import pytest
+
+from kept import kept
+from provenance.records import lineage
+from provenance.tree import verify
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_score_leads_back_to_the_conversations(finished, run_script):
+    run = finished.folder / "results" / "demo"
+    tree = run_script("lineage.py", run / "evaluation" / "tool_calls.tuned.json").stdout
+    titles = ("evaluation, tuned model", "Hugging Face folder", "checkpoint", "pack plan", "tokenised data")
+    titles += ("dataset tool_calls", "tokenised shard", "JSONL file")
+    lines = tree.splitlines()
+    # The last dataset is tool_calls, so the last of each is on the way to its file.
+    places = [
+        [n for n, line in enumerate(lines) if re.search(rf"(^|─ ){title} ", line)][-1] for title in titles
+    ]
+    indents = [lines[n].index(title) for n, title in zip(places, titles, strict=True)]
+    assert places == sorted(places) and indents == sorted(set(indents)), tree
+    source = finished.folder / "processed/tool_calls/processed/sft_chat/tool_calls.jsonl"
+    assert f"lines: {len(source.read_bytes().splitlines())}" in tree
+    (shard,) = run.parent.glob("shared/data/*/chatml_llamav13_32k/train/cn/tool_calls/*.bin")
+    (tokenizer,) = run.parent.glob("shared/tokenizer/*/tokenizer.json")
+    for path in (source, shard, tokenizer, run / "train_config.py"):
+        assert sha256(path) in tree, path
+    for word in ("git_commit: ", "versions: ", "recall: ", "base model", "held-out conversations"):
+        assert word in tree
+
+
+def test_verifying_finds_each_change_and_nothing_else(finished):
+    results = finished.folder / "results"
+    score = results / "demo" / "evaluation" / "tuned.json"
+    checked, wrong = verify(lineage(score))
+    assert checked > 20 and wrong == []
+    alone = [
+        finished.folder / "processed/plain_chat/processed/sft_chat/plain_chat.jsonl",
+        next(results.glob("shared/data/*/chatml_llamav13_32k/train/cn/tool_calls/*.bin.meta")),
+        next(results.glob("demo/checkpoints/*/iter_6.pth/*model_states.pt")),
+        results / "demo" / "train_config.py",
+    ]
+    heldout = next(results.glob("shared/data/*/heldout/tool_calls/processed/sft_chat/*.jsonl"))
+    weights = results / "demo" / "hf" / "model.safetensors"
+    expected = {path: {str(path)} for path in alone}
+    expected[weights] = {str(weights), f"the model that {score} is about"}
+    expected[heldout] = {f"{heldout.parents[3]} (held-out conversations)"}
+    for path, named in expected.items():
+        with kept(path):
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+            assert {each.check.what for each in verify(lineage(score))[1]} == named
+    data = alone[0].read_bytes()
+    with kept(alone[0]):
+        alone[0].unlink()
+        (gone,) = verify(lineage(score))[1]
+        alone[0].write_bytes(data)
+    assert gone.found is None and gone.record.title == "JSONL file"
+
+
+def test_the_command_says_what_does_not_match(finished, run_script):
+    results = finished.folder / "results"
+    assert re.fullmatch(r"\d+ digests match\n", run_script("verify_results.py", results).stdout)
+    (plan,) = results.glob("shared/data/*/packs/*")
+    with kept(plan / "rows.npy") as path:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        done = run_script("verify_results.py", plan, check=False)
+    assert done.returncode == 1 and f"does not match: {plan} (pack plan)" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["nothing.json", "config.yaml"])
+def test_what_is_no_result(finished, run_script, name):
+    done = run_script("lineage.py", finished.folder / name, check=False)
+    assert done.returncode == 2 and "error:" in done.stderr

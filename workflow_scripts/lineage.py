@@ -1,0 +1,30 @@
+#!/usr/bin/env python3
+"""Prints the tree behind a result, from a score back to the JSONL files."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import run
+
+
+def main() -> None:
+    """Parses the command line and prints the tree."""
+    parser = argparse.ArgumentParser(
+        description="Print what a result was made from: a score, the checkpoint, the pack plan, the tokenised shards, the "
+        "JSONL files with line counts and digests, the tokenizer, configs, versions, git commit and Slurm jobs."
+    )
+    parser.add_argument(
+        "file", type=Path, help="a file or folder that the workflow made, such as results/demo/report.html"
+    )
+    args = parser.parse_args()
+
+    from provenance.records import lineage
+    from provenance.tree import tree_lines
+
+    print("\n".join(tree_lines(lineage(args.file))))
+
+
+if __name__ == "__main__":
+    run(main)
