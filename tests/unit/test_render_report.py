@@ -51,7 +51,9 @@ def parts() -> dict:
         "trained_share": 0.5,
         "lengths": {"p50": 7, "longest": 4000},
         "length_histogram": {"edges": [1, 2, 4, 8, 1024, 2048], "counts": [0, 0, 60, 38, 2]},
-        "longest_samples": [{"bin": f"train/{EVIL}.bin", "sample": 17, "tokens": 4000}],
+        "longest_samples": [
+            {"source": f"{EVIL}.jsonl", "line": 20, "bin": f"train/{EVIL}.bin", "sample": 17, "tokens": 4000}
+        ],
         "bad_lines": {EVIL: 1},
         "files": [{"quarantined": 1, "quarantine": f"manifests/{EVIL}.quarantine.jsonl"}],
     }

@@ -153,9 +153,12 @@ def test_masks_reasons_and_places(tokenized):
 
     rows = tables["longest"][1:]
     assert len(rows) == 10
-    for dataset, path, sample, tokens in rows:
+    for source, path, sample, tokens in rows:
         lines = Path(path).read_bytes().splitlines()
+        file, line = source.rsplit(":", 1)
+        dataset = file.split("/")[0]
         assert f"/cn/{dataset}/" in path
+        assert b"word " * 60 in (tokenized.parent / "in" / file).read_bytes().splitlines()[int(line) - 1]
         assert len(json.loads(lines[number(sample)])["tokens"]) == number(tokens) == 80
 
 

@@ -62,6 +62,11 @@ def test_stats_lie_beside_the_manifest(tokenized):
     assert found["truncated"] == lengths.count(100) > 0
     longest = sorted(places, key=lambda place: (-place[0], place[1:]))[:10]
     assert [(each["tokens"], each["bin"], each["sample"]) for each in found["longest_samples"]] == longest
+    for each in found["longest_samples"]:
+        line = (tokenized.parent / "in" / each["source"]).read_bytes().splitlines()[each["line"] - 1]
+        ids = json.loads((tokenized / each["bin"]).read_bytes().splitlines()[each["sample"]])["tokens"]
+        text = small_tokenizer("byte_level").tokenizer.decode([abs(token) for token in ids])
+        assert json.loads(line)[0]["content"].split()[0] in text.split()
     assert found["lengths"] == {
         "mean": round(float(np.mean(lengths)), 2),
         **{f"p{p}": int(np.percentile(lengths, p, method="inverted_cdf")) for p in (50, 90, 95, 99)},

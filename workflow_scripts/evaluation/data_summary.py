@@ -50,7 +50,7 @@ def data_summary(datasets: list[Dataset]) -> dict[str, Any]:
     Returns:
         rows: One mapping for all datasets, where `name` is None, and one for each.
         histograms: (name, length histogram) of all datasets, and of the largest where there are several.
-        longest: Mappings `dataset`, `bin`, `sample`, `tokens`, the longest first.
+        longest: Mappings `dataset`, `source`, `line`, `bin`, `sample`, `tokens`, the longest first.
         reasons: (reason, number) of bad lines, the commonest first.
         quarantine_files: (path, bad lines), and how many there are besides.
     """

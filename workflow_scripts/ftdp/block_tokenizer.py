@@ -62,6 +62,7 @@ class TokenizedBlock:
         counts: What else is counted: quarantined, and what the encoder counts (`BatchEncoder.take_counts`).
         quarantined: Bad lines: line number, the line unchanged (without its line break), the reason.
         for_valid: bool array (samples,), which samples `valid: holdout` moves to the valid folder.
+        lines: int64 array (samples,), which line of the block each sample was, from 0.
     """
 
     data: bytes
@@ -74,6 +75,7 @@ class TokenizedBlock:
     counts: dict[str, int] = field(default_factory=dict)
     quarantined: list[tuple[int, bytes, str]] = field(default_factory=list)
     for_valid: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    lines: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 class _Kept(NamedTuple):
@@ -136,6 +138,7 @@ class BlockTokenizer:
             counts=self._encoder.take_counts() | {"quarantined": len(bad)},
             quarantined=bad,
             for_valid=self._for_valid(kept),
+            lines=np.array([each.number for each in kept], dtype=np.int64) - block.first_line,
         )
 
     def _lines(self, conversations: list[list[Turn]]) -> list[_Line]:

@@ -27,6 +27,8 @@ from ftdp.ranges import RangeReader
 
 # A file changed within the resolution of a clock could change again unseen.
 _CLOCK_NS = 2_000_000_000
+# Raised when records hold something new: those of another format are made again.
+_FORMAT = 2
 
 
 class ChunkStore:
@@ -103,6 +105,7 @@ class ChunkStore:
         record = _read(self.record_path(chunk))
         if (
             not record
+            or record.get("format") != _FORMAT
             or record.get("identity") != self.identity
             or record.get("place") != [chunk.index, chunk.count]
         ):
@@ -146,7 +149,7 @@ class ChunkStore:
         for name, output in outputs.items():
             output["sha256"] = output["sha256"] or sha256_file(self.root / name)
         record = {
-            "format": 1,
+            "format": _FORMAT,
             "identity": self.identity,
             "place": [chunk.index, chunk.count],
             "bytes_of": {"size": state.size, "mtime_ns": state.mtime_ns, "sha256": sha256},

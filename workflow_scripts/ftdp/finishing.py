@@ -210,7 +210,11 @@ class Finisher:
             "samples": written["samples"],
             "valid_samples": written["valid_samples"],
             **sums,
-            "longest": tally["longest"],
+            "longest": max((tokens for tokens, *_ in tally["longest_samples"]), default=0),
+            "longest_samples": [
+                {"sample": sample, "line": line, "tokens": tokens}
+                for tokens, sample, line in tally["longest_samples"]
+            ],
             "counts": tally["counts"],
         }
 

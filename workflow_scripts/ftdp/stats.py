@@ -10,26 +10,18 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
 
 from common.files import write_json
+from ftdp.tally import LONGEST
 
-LONGEST = 10
 _REASONS = 20
 _ROWS = 1 << 20
 _PERCENTILES = (50, 90, 95, 99)
 _COUNTS = ("straddling_messages", "tokens_differing_from_compat", "control_messages")
-
-
-class _Long(NamedTuple):
-    """A sample's place in the order of the longest: longer first, then as the files are."""
-
-    minus_tokens: int
-    bin: str
-    sample: int
 
 
 def stats_path(manifest: str | os.PathLike) -> Path:
@@ -55,20 +47,20 @@ def dataset_stats(manifest: Mapping[str, Any], tokenized_dir: str | os.PathLike)
 
     Returns:
         JSON values: counts of samples and tokens, `lengths` in tokens (mean, percentiles, longest), the longest samples
-        with their places for `inspect_sample.py`, reasons of bad lines by number, and the sums of each file.
+        with their lines in the source and their places for `inspect_sample.py`, reasons of bad lines by number, and the sums of each file.
     """
     root, totals = Path(tokenized_dir), manifest["totals"]
     by_length = np.zeros(1, dtype=np.int64)
-    longest: list[_Long] = []
+    longest: list[dict[str, Any]] = []
     for file in manifest["files"]:
-        for first, lengths in _lengths(root / f"{file['bin']}.meta"):
+        places = {key: file[key] for key in ("source", "bin")}
+        longest += [{**places, **sample} for sample in file["longest_samples"]]
+        for lengths in _lengths(root / f"{file['bin']}.meta"):
             counts = np.bincount(lengths)
             by_length, counts = sorted((by_length, counts), key=len, reverse=True)
             by_length = by_length.copy()
             by_length[: len(counts)] += counts
-            order = np.argsort(-lengths, kind="stable")[:LONGEST]
-            longest += [_Long(-int(lengths[i]), file["bin"], first + int(i)) for i in order]
-            longest = sorted(longest)[:LONGEST]
+    longest.sort(key=lambda each: (-each["tokens"], each["bin"], each["sample"]))
     counts = manifest.get("counts", {})
     return {
         "format": 1,
@@ -82,19 +74,17 @@ def dataset_stats(manifest: Mapping[str, Any], tokenized_dir: str | os.PathLike)
         **{key: counts.get(key, 0) for key in _COUNTS},
         "lengths": _summary(by_length),
         "length_histogram": manifest["length_histogram"],
-        "longest_samples": [
-            {"bin": each.bin, "sample": each.sample, "tokens": -each.minus_tokens} for each in longest
-        ],
+        "longest_samples": longest[:LONGEST],
         "bad_lines": _reasons(root, manifest),
         "files": [_file(file, manifest["dataset"]) for file in manifest["files"]],
     }
 
 
-def _lengths(meta: Path) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (number of the first, int64 array of lengths in tokens) of consecutive samples."""
+def _lengths(meta: Path) -> Iterator[np.ndarray]:
+    """Yields the lengths in tokens of consecutive samples, int64 arrays."""
     rows = np.load(meta, mmap_mode="r")
     for first in range(0, len(rows), _ROWS):
-        yield first, np.array(rows[first : first + _ROWS, 1])
+        yield np.array(rows[first : first + _ROWS, 1])
 
 
 def _summary(by_length: np.ndarray) -> dict[str, Any]:

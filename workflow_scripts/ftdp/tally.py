@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from ftdp.block_tokenizer import TokenizedBlock
 from ftdp.piece import count_trained
 from ftdp.tokenized_writer import Lines
 
+LONGEST = 10
 _SUMS = ("lines", "heldout", "quarantined", "tokens", "trained_tokens", "truncated")
 
 
@@ -43,15 +45,17 @@ class Tally:
 
     Attributes:
         sums: lines, heldout, quarantined, tokens, trained_tokens, truncated.
+        samples: Train samples.
         source_bytes: Bytes of the lines.
-        longest: Tokens of the longest train sample.
+        longest_samples: (tokens, number of the sample from 0, number of its line from 1) of the longest, longest first.
         counts: What the encoder counts.
         histogram: Of the lengths of the train samples.
     """
 
     def __init__(self) -> None:
         self.sums = dict.fromkeys(_SUMS, 0)
-        self.source_bytes = self.longest = 0
+        self.samples = self.source_bytes = 0
+        self.longest_samples: list[tuple[int, int, int]] = []
         self.counts: dict[str, int] = {}
         self.histogram = LengthHistogram()
 
@@ -61,6 +65,7 @@ class Tally:
         if valid is not None:
             for line in valid.data.splitlines():
                 trained -= count_trained(line)
+        self._add_longest(train.lengths, block.lines if valid is None else block.lines[~block.for_valid])
         added = (
             *(lines, block.heldout, len(block.quarantined)),
             *(int(train.lengths.sum()), trained, block.truncated),
@@ -68,9 +73,21 @@ class Tally:
         for key, value in zip(_SUMS, added, strict=True):
             self.sums[key] += value
         self.source_bytes += block.source_bytes
-        self.longest = max(self.longest, int(train.lengths.max(initial=0)))
+        self.samples += len(train.lengths)
         self._count(block.counts)
         self.histogram.add(train.lengths)
+
+    def _add_longest(self, lengths: np.ndarray, lines: np.ndarray) -> None:
+        """Looks for the longest among samples, int64 arrays (samples,): tokens, lines in the block that is added."""
+        least = self.longest_samples[-1][0] if len(self.longest_samples) == LONGEST else 0
+        places = np.flatnonzero(lengths > least)
+        places = places[np.argsort(-lengths[places], kind="stable")[:LONGEST]].tolist()
+        first = self.sums["lines"] + 1
+        self._keep_longest((int(lengths[i]), self.samples + i, first + int(lines[i])) for i in places)
+
+    def _keep_longest(self, more: Iterable[tuple[int, int, int]]) -> None:
+        found = sorted([*self.longest_samples, *more], key=lambda each: (-each[0], each[1]))
+        self.longest_samples = found[:LONGEST]
 
     def _count(self, counts: dict[str, int]) -> None:
         for key, value in counts.items():
@@ -81,21 +98,26 @@ class Tally:
         """Returns what `merged` takes."""
         return {
             "sums": self.sums,
+            "samples": self.samples,
             "source_bytes": self.source_bytes,
-            "longest": self.longest,
+            "longest_samples": self.longest_samples,
             "counts": self.counts,
             "histogram": self.histogram.as_json()["counts"],
         }
 
     @classmethod
     def merged(cls, tallies: list[dict[str, Any]]) -> Tally:
-        """Returns the tally of several that `as_json` gave."""
+        """Returns the tally of consecutive parts of a file that `as_json` gave."""
         result = cls()
         for tally in tallies:
+            result._keep_longest(
+                (tokens, sample + result.samples, line + result.sums["lines"])
+                for tokens, sample, line in tally["longest_samples"]
+            )
+            result.samples += tally["samples"]
             for key in _SUMS:
                 result.sums[key] += tally["sums"][key]
             result.source_bytes += tally["source_bytes"]
-            result.longest = max(result.longest, tally["longest"])
             result._count(tally["counts"])
             result.histogram.merge(LengthHistogram(tally["histogram"]))
         return result
