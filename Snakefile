@@ -2,6 +2,7 @@
 #
 #   snakemake                          everything that config.yaml asks for
 #   snakemake --configfile my.yaml     the same for a config of your own, in place of config.yaml
+#   snakemake preflight                is the machine, or the partition, ready? A minute, before anything expensive
 #   snakemake train | hf | evaluate    up to a stage, for every run (all stage targets stand below)
 #   snakemake results/demo/hf          one file or folder, and only what it needs
 #
@@ -18,6 +19,7 @@ if not workflow.overwrite_configfiles:
 
 include: "rules/common.smk"
 include: "rules/functions.smk"
+include: "rules/preflight.smk"
 include: "rules/extend_tokenizer.smk"
 include: "rules/tokenize_dataset.smk"
 include: "rules/write_data_order.smk"
@@ -34,6 +36,8 @@ include: "rules/render_report.smk"
 
 localrules:
     all,
+    begin_preflight,
+    preflight,
     tokenize,
     train,
     hf,

@@ -13,6 +13,7 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     shared/data/{data}/tokenized.json                      the digests of these manifests, written last
     shared/data/{data}/data_order.txt
     shared/data/{data}/packs/{pack}/plan.json              the pack plan: rows.npy, slices.npy and order.npy beside it
+    shared/preflight/report.{json,txt}                     what `snakemake preflight` found (undeclared)
     {run}/config.json                                      the run's complete settings
     {run}/train_config.py                                  the mmengine config
     {run}/checkpoints/<identity>/                          run folders (undeclared, so retries keep them)
@@ -67,6 +68,7 @@ TOKENIZED = f"{DATA}/tokenized.json"
 DATA_ORDER = f"{DATA}/data_order.txt"
 PACK = f"{DATA}/packs/{{pack}}"
 PACK_PLAN = f"{PACK}/plan.json"
+PREFLIGHT = f"{RESULTS}/shared/preflight"
 RUN_CONFIG = f"{RESULTS}/{{run}}/config.json"
 TRAIN_CONFIG = f"{RESULTS}/{{run}}/train_config.py"
 CHECKPOINTS = f"{RESULTS}/{{run}}/checkpoints"

@@ -266,3 +266,37 @@ def parity_gate(wildcards):
     """The gate before the tuned model's evaluation, where the config asks for it."""
     gated = wildcards.label == "tuned" and RUNS[wildcards.run]["parity"]["enabled"]
     return PARITY.format(run=wildcards.run) if gated else []
+
+
+def preflight_settings(wildcards):
+    """What preflight.py looks at, as JSON."""
+    runs = []
+    for run, settings in RUNS.items():
+        train = settings["train"]
+        base = base_tokenizer(run)
+        runs.append(
+            {
+                "run": run,
+                "model": model_source(run),
+                "trust_remote_code": settings["model"]["trust_remote_code"],
+                "tokenizer": base["source"],
+                "template": base["template"],
+                "extended": TOKENIZER.format(tokenizer=tokenizer_key(run)),
+                "hf_dtype": settings["hf"]["dtype"],
+                "turbomind": settings["turbomind"]["enabled"],
+                **{
+                    key: train[key]
+                    for key in ("dtype", "zero_stage", "save_optimizer", "save_total_limit", "processes")
+                },
+            }
+        )
+    sizes = [sum(SIZES[key].values()) for key in DATA_SPECS if not Path(TOKENIZED.format(data=key)).is_file()]
+    with_turbomind = any(run["turbomind"] for run in runs) and not USES_CONDA
+    return json.dumps(
+        {
+            "runs": runs,
+            "jsonl_bytes": sum(sizes),
+            "turbomind_python": SETTINGS.environments["turbomind_python"] if with_turbomind else None,
+        },
+        sort_keys=True,
+    )

@@ -1,0 +1,73 @@
+"""
+REQUIRED INPUT  the settings; nothing is made before
+OUTPUT          shared/preflight/report.json and report.txt (undeclared): what was looked at, pass or what to do
+
+Each `snakemake preflight` looks again: its files are temporary, and nothing depends on them.
+"""
+
+
+rule begin_preflight:
+    output:
+        temp(f"{PREFLIGHT}/nonce.json"),
+    log:
+        f"{LOGS}/begin_preflight.log",
+    benchmark:
+        f"{BENCHMARKS}/begin_preflight.tsv"
+    conda:
+        "../envs/snaketune.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=5,
+    params:
+        folder=PREFLIGHT,
+    message:
+        "Write a word here for the nodes to read"
+    shell:
+        'python "$SCRIPTS"/preflight.py begin --folder {params.folder:q} 2>&1 | tee {log:q}'
+
+
+rule probe_partition:
+    input:
+        f"{PREFLIGHT}/nonce.json",
+    output:
+        temp(directory(f"{PREFLIGHT}/answers")),
+    log:
+        f"{LOGS}/probe_partition.log",
+    benchmark:
+        f"{BENCHMARKS}/probe_partition.tsv"
+    conda:
+        "../envs/snaketune.yaml"
+    threads: 2
+    resources:
+        mem_mb=8000,
+        runtime=10,
+    params:
+        folder=PREFLIGHT,
+        envs=str(REPO / "envs"),
+        settings=preflight_settings,
+    message:
+        "Look at packages, GPUs, network, disk and tokenizers where jobs run"
+    shell:
+        'python "$SCRIPTS"/preflight.py probe --folder {params.folder:q} --envs {params.envs:q}'
+        " --settings {params.settings:q} 2>&1 | tee {log:q}"
+
+
+rule preflight:
+    input:
+        f"{PREFLIGHT}/nonce.json",
+        f"{PREFLIGHT}/answers",
+    log:
+        f"{LOGS}/preflight.log",
+    conda:
+        "../envs/snaketune.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=5,
+    params:
+        folder=PREFLIGHT,
+    message:
+        "Pass, or what to do"
+    shell:
+        'python "$SCRIPTS"/preflight.py report --folder {params.folder:q} 2>&1 | tee {log:q}'

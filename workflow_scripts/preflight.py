@@ -1,0 +1,150 @@
+"""Looks at everything that an expensive job would stumble over, in a minute, and says pass or what to do.
+
+Three steps, all on `--folder`, below results_dir: `begin` where the workflow is controlled writes a random word; `probe` in
+a job on the partition reads it, looks at packages, GPUs, network, disk and tokenizers, and answers; `report` reads the
+answers where it began, writes report.json and report.txt, and ends with code 1 when something is to be done.
+`snakemake preflight` runs all three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import secrets
+import shutil
+import sys
+from pathlib import Path
+
+from common.cli import UserError, run
+from common.files import read_json, write_json, write_text
+
+NONCE, ANSWERS = "nonce.json", "answers"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("step", choices=["begin", "probe", "report"], help="see above")
+    parser.add_argument("--folder", type=Path, required=True, help="where word, answers and report are")
+    probe = parser.add_argument_group("for probe")
+    probe.add_argument("--settings", type=json.loads, help="JSON: `runs`, `jsonl_bytes`, `turbomind_python`")
+    probe.add_argument("--envs", type=Path, help="folder of the lock files")
+    probe.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm"],
+        default="none",
+        help="who starts the ranks, as for train_model.py (default: none, this command)",
+    )
+    probe.add_argument(
+        "--processes", type=int, help="with --launcher none: ranks (default: one a GPU, or two without GPUs)"
+    )
+    return parser.parse_args()
+
+
+def begin(folder: Path) -> None:
+    """Writes the word, and forgets the last report."""
+    shutil.rmtree(folder, ignore_errors=True)
+    write_json(folder / NONCE, {"nonce": secrets.token_hex(16), "host": platform.node()})
+
+
+def probe(arguments: argparse.Namespace) -> int:
+    """Starts the ranks, or is one."""
+    from sft.launch import join_environment, run_ranks
+
+    if arguments.launcher == "none":
+        import torch
+
+        processes = arguments.processes or torch.cuda.device_count() or 2
+        return run_ranks([sys.executable, *sys.argv, "--launcher", "pytorch"], processes)
+    join_environment(arguments.launcher)
+    _answer(arguments)
+    return 0
+
+
+def _answer(arguments: argparse.Namespace) -> None:
+    """Looks at everything and writes this rank's answer: before the ranks meet, and with the outcome of that."""
+    from readiness.checks import attempt, check_gpus, check_other_versions, check_tokenizer, check_versions
+    from readiness.ranks import check_all_reduce
+    from readiness.sizes import check_disk
+
+    rank, settings, envs = int(os.environ["RANK"]), arguments.settings, arguments.envs
+    nonce = arguments.folder / NONCE
+    answer = {
+        "rank": rank,
+        "world_size": int(os.environ["WORLD_SIZE"]),
+        "host": platform.node(),
+        "folder": str(arguments.folder.resolve()),
+        "nonce": read_json(nonce)["nonce"] if nonce.is_file() else None,
+    }
+    processes = max((each["processes"] or 0 for each in settings["runs"]), default=0) or None
+    checks = [
+        attempt("packages", lambda: check_versions(envs / "snaketune.txt")),
+        attempt("GPUs", lambda: check_gpus(processes)),
+    ]
+    if rank == 0:
+        python = settings["turbomind_python"]
+        locks = [envs / "turbomind.txt", envs / "turbomind-nodeps.txt"]
+        if python:
+            checks.append(
+                attempt(
+                    "TurboMind's packages",
+                    lambda: check_other_versions("TurboMind's packages", python, locks),
+                )
+            )
+        folder, runs = arguments.folder, [_resolved(each) for each in settings["runs"]]
+        checks.append(attempt("disk", lambda: check_disk(folder, runs, settings["jsonl_bytes"])))
+        for each in runs:
+            checks.append(attempt(f"tokenizer of {each['run']}", lambda each=each: check_tokenizer(each)))
+    path = arguments.folder / ANSWERS / f"rank_{rank}.json"
+    for last in (False, True):
+        if last:
+            checks.append(attempt("all-reduce", check_all_reduce))
+        write_json(path, {**answer, "checks": [dataclasses.asdict(check) for check in checks]})
+
+
+def _resolved(settings: dict) -> dict:
+    """A run with the dtypes that this machine gives it."""
+    from sft.device import resolve_dtype, training_device
+
+    dtype = str(resolve_dtype(settings["dtype"], training_device())).removeprefix("torch.")
+    hf_dtype = dtype if settings["hf_dtype"] == "auto" else settings["hf_dtype"]
+    return {**settings, "dtype": dtype, "hf_dtype": hf_dtype}
+
+
+def report(folder: Path) -> int:
+    """Judges, prints and writes it down; the word is used up."""
+    from readiness.report import render, summarise
+
+    if not (folder / NONCE).is_file():
+        raise UserError(f"{folder / NONCE} is missing", fix="start with `preflight.py begin` on this host")
+    nonce = read_json(folder / NONCE)
+    answers = [read_json(path) for path in sorted((folder / ANSWERS).glob("rank_*.json"))]
+    checks = summarise(nonce, answers)
+    text = render(checks)
+    write_json(folder / "report.json", [dataclasses.asdict(check) for check in checks])
+    write_text(folder / "report.txt", text)
+    print(text, end="", flush=True)
+    (folder / NONCE).unlink()
+    shutil.rmtree(folder / ANSWERS, ignore_errors=True)
+    return 0 if all(check.passed for check in checks) else 1
+
+
+def main() -> int | None:
+    """Runs one step."""
+    arguments = parse_arguments()
+    if arguments.step == "begin":
+        return begin(arguments.folder)
+    if arguments.step == "report":
+        return report(arguments.folder)
+    if arguments.settings is None or arguments.envs is None:
+        raise UserError("probe needs --settings and --envs", fix="see the rule probe_partition")
+    return probe(arguments)
+
+
+if __name__ == "__main__":
+    run(main)

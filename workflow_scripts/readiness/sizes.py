@@ -1,0 +1,79 @@
+"""What the runs will write, from the configurations of their models, against the free disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from readiness.checks import Check
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Measured: 1.6 to 1.9 bytes of .bin for a byte of JSONL.
+_TOKENIZED = 2.5
+
+
+def _empty_model(model_path: str, trust_remote_code: bool):
+    """The model without memory for its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def embedding_rows(model_path: str, trust_remote_code: bool = False) -> int:
+    """Returns the rows of a model's embedding."""
+    return _empty_model(model_path, trust_remote_code).get_input_embeddings().weight.shape[0]
+
+
+def count_parameters(model_path: str, trust_remote_code: bool = False) -> int:
+    """Returns the number of weights, tied ones once."""
+    return sum(parameter.numel() for parameter in _empty_model(model_path, trust_remote_code).parameters())
+
+
+def run_bytes(run: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the bytes that a run writes at most: checkpoints, hf, turbomind.
+
+    While a checkpoint is written, those that `save_total_limit` keeps are still there.
+
+    Args:
+        run: `model`, `trust_remote_code`, `dtype` and `hf_dtype` (resolved), `zero_stage`, `save_optimizer`,
+            `save_total_limit`, `turbomind` (bool).
+    """
+    weights = count_parameters(run["model"], run["trust_remote_code"])
+    # AdamW's two moments in fp32, and in ZeRO 1 to 3 an fp32 copy of the weights.
+    optimizer = 0 if not run["save_optimizer"] else 12 if run["zero_stage"] else 8
+    checkpoint = weights * (_BYTES[run["dtype"]] + optimizer)
+    return {
+        "checkpoints": checkpoint * (run["save_total_limit"] + 1),
+        "hf": weights * _BYTES[run["hf_dtype"]],
+        "turbomind": weights * 2 if run["turbomind"] else 0,
+    }
+
+
+def check_disk(results: Path, runs: Sequence[Mapping[str, Any]], jsonl_bytes: int) -> Check:
+    """Compares what all runs write with what is free; what is there already is not subtracted.
+
+    Args:
+        results: An existing folder on the disk.
+        runs: See `run_bytes`.
+        jsonl_bytes: Of the conversations that are not tokenised yet.
+    """
+    parts = {"tokenised data": int(_TOKENIZED * jsonl_bytes)}
+    for run in runs:
+        for name, size in run_bytes(run).items():
+            parts[name] = parts.get(name, 0) + size
+    needed, free = sum(parts.values()), shutil.disk_usage(results).free
+    shares = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items() if size)
+    found = f"needs up to {needed / 1e9:,.2f} GB ({shares}), {free / 1e9:,.1f} GB free"
+    if needed <= free:
+        return Check("disk", True, found)
+    return Check(
+        "disk",
+        False,
+        found,
+        f"free {(needed - free) / 1e9:,.1f} GB, set results_dir to another disk, or lower train.save_total_limit",
+    )
