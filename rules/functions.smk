@@ -284,6 +284,7 @@ def preflight_settings(wildcards):
                 "extended": TOKENIZER.format(tokenizer=tokenizer_key(run)),
                 "hf_dtype": settings["hf"]["dtype"],
                 "turbomind": settings["turbomind"]["enabled"],
+                "lora_rank": train["lora"] and train["lora"]["rank"],
                 **{
                     key: train[key]
                     for key in ("dtype", "zero_stage", "save_optimizer", "save_total_limit", "processes")

@@ -20,7 +20,7 @@ rule begin_preflight:
         mem_mb=500,
         runtime=5,
     params:
-        folder=PREFLIGHT,
+        folder=lambda wildcards, output: str(Path(output[0]).parent),
     message:
         "Write a word here for the nodes to read"
     shell:
@@ -43,7 +43,7 @@ rule probe_partition:
         mem_mb=8000,
         runtime=10,
     params:
-        folder=PREFLIGHT,
+        folder=lambda wildcards, input: str(Path(input[0]).parent),
         envs=str(REPO / "envs"),
         settings=preflight_settings,
     message:
@@ -66,7 +66,7 @@ rule preflight:
         mem_mb=500,
         runtime=5,
     params:
-        folder=PREFLIGHT,
+        folder=lambda wildcards, input: str(Path(input[0]).parent),
     message:
         "Pass, or what to do"
     shell:

@@ -27,7 +27,7 @@ def settings(tiny_model_dir, tmp_path):
         "save_optimizer": True,
         "save_total_limit": 2,
     }
-    run |= {"processes": None, "turbomind": True}
+    run |= {"processes": None, "turbomind": True, "lora_rank": None}
     return {"runs": [run], "jsonl_bytes": 1000, "turbomind_python": None}
 
 
@@ -78,7 +78,7 @@ def test_everything_that_can_be_wrong_on_one_machine_is_told(
     assert "2 tokens" in checks["tokenizer of other"]["found"]
     assert "made from another base" in checks["tokenizer of made"]["found"]
     assert "GB/s" in checks["all-reduce"]["found"]
-    assert "6 of 10 checks failed" in done.stdout and "to do" in done.stdout
+    assert "6 of 11 checks failed" in done.stdout and "to do" in done.stdout
     assert done.stdout == (folder / "report.txt").read_text()
     again = run_script("preflight.py", "report", "--folder", folder, check=False)
     assert again.returncode == 2 and "preflight.py begin" in again.stderr, (

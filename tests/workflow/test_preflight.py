@@ -28,13 +28,8 @@ def test_preflight_passes_and_looks_again_each_time(finished):
 
 def test_the_expected_sizes_are_those_on_the_disk(finished):
     run = {"model": finished.config["model"]["path"], "trust_remote_code": False, "dtype": "float32"}
-    run |= {
-        "hf_dtype": "float32",
-        "zero_stage": 2,
-        "save_optimizer": True,
-        "save_total_limit": 2,
-        "turbomind": True,
-    }
+    run |= {"hf_dtype": "float32", "zero_stage": 2, "save_optimizer": True, "save_total_limit": 2}
+    run |= {"turbomind": True, "lora_rank": None}
     expected = run_bytes(run)
     results = finished.folder / "results" / "demo"
     manifest = json.loads((results / "train.json").read_text())
@@ -48,3 +43,5 @@ def test_the_expected_sizes_are_those_on_the_disk(finished):
         "turbomind": size(results / "turbomind", "*.weight"),
     }.items():
         assert 0.95 * found < expected[name] < 1.05 * found, name
+    lora = run_bytes({**run, "lora_rank": 8})
+    assert lora["checkpoints"] < 0.1 * expected["checkpoints"] and lora["hf"] == expected["hf"]

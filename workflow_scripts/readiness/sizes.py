@@ -29,9 +29,22 @@ def embedding_rows(model_path: str, trust_remote_code: bool = False) -> int:
     return _empty_model(model_path, trust_remote_code).get_input_embeddings().weight.shape[0]
 
 
-def count_parameters(model_path: str, trust_remote_code: bool = False) -> int:
-    """Returns the number of weights, tied ones once."""
-    return sum(parameter.numel() for parameter in _empty_model(model_path, trust_remote_code).parameters())
+def count_parameters(
+    model_path: str, trust_remote_code: bool = False, lora_rank: int | None = None
+) -> tuple[int, int]:
+    """Returns the numbers of all weights, tied ones once, and of those that are trained.
+
+    LoRA's are taken to be adapters at every linear layer; its rows of new tokens are too few to count.
+    """
+    from torch import nn
+
+    model = _empty_model(model_path, trust_remote_code)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if lora_rank is None:
+        return weights, weights
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    layers = [layer for layer in layers if layer is not model.get_output_embeddings()]
+    return weights, lora_rank * sum(layer.in_features + layer.out_features for layer in layers)
 
 
 def run_bytes(run: Mapping[str, Any]) -> dict[str, int]:
@@ -41,12 +54,12 @@ def run_bytes(run: Mapping[str, Any]) -> dict[str, int]:
 
     Args:
         run: `model`, `trust_remote_code`, `dtype` and `hf_dtype` (resolved), `zero_stage`, `save_optimizer`,
-            `save_total_limit`, `turbomind` (bool).
+            `save_total_limit`, `turbomind` (bool), `lora_rank` (None: all weights are trained and saved).
     """
-    weights = count_parameters(run["model"], run["trust_remote_code"])
+    weights, trained = count_parameters(run["model"], run["trust_remote_code"], run["lora_rank"])
     # AdamW's two moments in fp32, and in ZeRO 1 to 3 an fp32 copy of the weights.
     optimizer = 0 if not run["save_optimizer"] else 12 if run["zero_stage"] else 8
-    checkpoint = weights * (_BYTES[run["dtype"]] + optimizer)
+    checkpoint = trained * (_BYTES[run["dtype"]] + optimizer)
     return {
         "checkpoints": checkpoint * (run["save_total_limit"] + 1),
         "hf": weights * _BYTES[run["hf_dtype"]],
