@@ -118,7 +118,7 @@ def plan_flags(wildcards):
 
 TRAIN_CONFIG_KEYS = (
     "lr min_lr_ratio betas weight_decay max_norm warmup_ratio max_epochs max_steps accumulative_counts global_batch"
-    " max_skipped_steps zero_stage offload zero3_init"
+    " max_skipped_steps zero_stage offload zero3_init sequence_parallel"
     " loss_normalisation cross_entropy"
     " save_steps save_total_limit save_optimizer gradient_checkpointing dtype attention seed"
 ).split()

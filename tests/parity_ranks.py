@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 STEPS, GLOBAL_BATCH, LR, CLIP, BETAS, DECAY = 20, 4, 5e-3, 0.5, (0.9, 0.95), 0.01
 VOCABULARY = 160
+SHARED = {"sequence_parallel": 2}
 # name: (world size, model, ZeRO stage, what differs from the defaults)
 CASES = {
     **{f"zero{stage}, 1 rank": (1, "llama", stage, {}) for stage in range(4)},
@@ -24,6 +25,15 @@ CASES = {
     "offload optimizer, zero1, 2 ranks": (2, "llama", 1, {"strategy": {"offload": "optimizer"}}),
     "offload all, zero3, 2 ranks": (2, "llama", 3, {"strategy": {"offload": "all"}}),
     **{f"bfloat16, zero{stage}, 2 ranks": (2, "llama", stage, {"dtype": "bfloat16"}) for stage in (1, 3)},
+    "sequence parallel, zero0, scaled logits": (2, "cohere", 0, {"strategy": SHARED}),
+    "sequence parallel, zero1, one KV head": (2, "one_kv_head", 1, {"strategy": SHARED}),
+    "sequence parallel, zero2, micro_batch": (
+        2,
+        "llama",
+        2,
+        {"strategy": SHARED, "loss_normalisation": "micro_batch", "gradient_checkpointing": False},
+    ),
+    "sequence parallel, zero3": (2, "llama", 3, {"strategy": SHARED}),
     "tied head, zero3, 2 ranks": (2, "tied", 3, {}),
     "scaled logits, zero3, 2 ranks": (2, "cohere", 3, {}),
 }
@@ -79,6 +89,8 @@ def prepare(folder: Path) -> None:
     torch.manual_seed(11)
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "llama")
     LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).save_pretrained(folder / "tied")
+    one_kv_head = LlamaConfig(**{**sizes, "num_key_value_heads": 1})
+    LlamaForCausalLM(one_kv_head).save_pretrained(folder / "one_kv_head")
     CohereForCausalLM(CohereConfig(**sizes, logit_scale=0.3)).save_pretrained(folder / "cohere")
 
 
@@ -92,10 +104,12 @@ def make_config(folder: Path, world_size: int, model: str, stage: int, changes: 
     import sft
     from train_hooks import DumpWeights
 
+    strategy = changes.get("strategy", {})
     return Config(
         {
             "model": {
                 "type": sft.SupervisedFinetune,
+                "gradient_checkpointing": changes.get("gradient_checkpointing", True),
                 "llm": {
                     "type": sft.load_base_model,
                     "model_path": str(folder / model),
@@ -113,7 +127,7 @@ def make_config(folder: Path, world_size: int, model: str, stage: int, changes: 
             "optim_wrapper": {
                 "optimizer": {"type": torch.optim.AdamW, "lr": LR, "betas": BETAS, "weight_decay": DECAY},
                 "clip_grad": {"max_norm": CLIP},
-                "accumulative_counts": GLOBAL_BATCH // world_size,
+                "accumulative_counts": GLOBAL_BATCH // (world_size // strategy.get("sequence_parallel", 1)),
             },
             "param_scheduler": [
                 {
@@ -132,7 +146,7 @@ def make_config(folder: Path, world_size: int, model: str, stage: int, changes: 
             "strategy": {
                 "type": sft.DeepSpeedStrategy,
                 "zero_stage": stage,
-                **changes.get("strategy", {}),
+                **strategy,
             },
             "default_hooks": {
                 "metrics": {"type": sft.MetricsHook, "interval": 1000},

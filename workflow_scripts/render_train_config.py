@@ -90,6 +90,7 @@ def parse_arguments() -> argparse.Namespace:
         default=False,
         help="with stage 3, load the model in shards (true|false)",
     )
+    add("--sequence-parallel", type=int, default=1, help="ranks that share the tokens of each row")
     add("--gradient-checkpointing", type=_truth, default=True, help="recompute activations (true|false)")
     add(
         "--dtype",
@@ -160,6 +161,7 @@ def _check(arguments: argparse.Namespace) -> None:
         "lr": 0.0,
         "max_epochs": 0.0,
         "accumulative_counts": 1,
+        "sequence_parallel": 1,
         "max_skipped_steps": 0,
         "save_steps": 0,
         "log_interval": 1,

@@ -42,8 +42,9 @@ def describe(trace: dict) -> str:
     loss = "not trained yet" if metrics is None else f"loss {metrics['loss']}"
     lines = [f"{trace['run_folder']}, step {trace['step']}: {loss}"]
     for row in trace["rows"]:
+        first, last = row["rank"], row["rank"] + trace["sequence_parallel"] - 1
         lines.append(
-            f"rank {row['rank']}, micro-batch {row['micro_batch']}: row {row['row']}, {row['tokens']:,} tokens"
+            f"{f'rank {first}' if first == last else f'ranks {first} to {last}'}, micro-batch {row['micro_batch']}: row {row['row']}, {row['tokens']:,} tokens"
             f" (entry {row['entry']} of epoch {row['epoch']})"
         )
         for each in row["documents"]:

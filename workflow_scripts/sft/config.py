@@ -110,10 +110,33 @@ def tokenizer_path(config: Config) -> str | None:
     return plain(config)["model"].get("tokenizer")
 
 
+def sequence_parallel(config: Config) -> int:
+    """Returns how many ranks share the tokens of each row."""
+    return plain(config)["strategy"].get("sequence_parallel", 1)
+
+
+def data_ranks(config: Config, world_size: int) -> int:
+    """Returns how many ranks see rows of their own: ranks that share their rows count as one.
+
+    Raises:
+        UserError: The ranks do not make whole groups.
+    """
+    size = sequence_parallel(config)
+    if size < 1 or world_size % size:
+        raise UserError(
+            f"{world_size} ranks do not make groups of sequence_parallel = {size}",
+            expected="a number of ranks that sequence_parallel divides",
+            fix="change sequence_parallel, or the number of ranks (train.processes, --processes)",
+        )
+    return world_size // size
+
+
 def global_batch(config: Config, world_size: int) -> int:
     """Returns the packed rows of an optimizer step, over all ranks and micro-batches."""
     wrapper = plain(config)["optim_wrapper"]
-    return wrapper.get("global_batch") or wrapper.get("accumulative_counts", 1) * world_size
+    return wrapper.get("global_batch") or wrapper.get("accumulative_counts", 1) * data_ranks(
+        config, world_size
+    )
 
 
 def micro_batches_per_step(config: Config, world_size: int) -> int:
@@ -122,14 +145,15 @@ def micro_batches_per_step(config: Config, world_size: int) -> int:
     Raises:
         UserError: The ranks cannot share the rows of a step evenly.
     """
-    rows = global_batch(config, world_size)
-    if rows % world_size:
+    rows, ranks = global_batch(config, world_size), data_ranks(config, world_size)
+    if rows % ranks:
+        groups = "ranks" if ranks == world_size else "groups of ranks"
         raise UserError(
-            f"{world_size} ranks cannot share the {rows} rows of an optimizer step evenly",
+            f"{ranks} {groups} cannot share the {rows} rows of an optimizer step evenly",
             found=f"global_batch = {rows}",
             fix="use a number of ranks that divides it, or change global_batch (which makes it another run)",
         )
-    return rows // world_size
+    return rows // ranks
 
 
 def lora_settings(config: Config) -> dict | None:

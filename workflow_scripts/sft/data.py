@@ -49,6 +49,7 @@ class PackedSampler(Sampler):
         shuffle: False takes the rows in their own order.
         seed: Not used: the order's seed is the plan's. Here because mmengine passes one.
         rank: Of this process; None asks torch.distributed. `world_size` likewise.
+        sequence_parallel: Ranks that share a row, and so see the same ones: they count as one rank here.
     """
 
     def __init__(
@@ -58,10 +59,12 @@ class PackedSampler(Sampler):
         seed: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
+        sequence_parallel: int = 1,
     ):
         running = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank = rank if rank is not None else torch.distributed.get_rank() if running else 0
-        self.world_size = world_size or (torch.distributed.get_world_size() if running else 1)
+        rank = rank if rank is not None else torch.distributed.get_rank() if running else 0
+        world_size = world_size or (torch.distributed.get_world_size() if running else 1)
+        self.rank, self.world_size = rank // sequence_parallel, world_size // sequence_parallel
         self.plan, self.shuffle = dataset.plan, shuffle
         self.entries_per_epoch = self.plan.entries_per_epoch(self.world_size)
         self.start = 0

@@ -27,7 +27,9 @@ def count_trained_tokens(labels: torch.Tensor) -> int:
     return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
-def step_loss_weights(trained_tokens: Sequence[int], normalisation: str, device: torch.device) -> list[float]:
+def step_loss_weights(
+    trained_tokens: Sequence[int], normalisation: str, device: torch.device, sequence_parallel: int = 1
+) -> list[float]:
     """Returns what the sum of token losses of each micro-batch of this rank counts in the loss of the step.
 
     The loss of an optimizer step is the sum over its ranks and micro-batches of weight x sum of token losses:
@@ -40,16 +42,17 @@ def step_loss_weights(trained_tokens: Sequence[int], normalisation: str, device:
     All ranks call it together, once a step, before its first backward pass.
 
     Args:
-        trained_tokens: Of each micro-batch of the step on this rank.
+        trained_tokens: Of each micro-batch of the step on this rank; of its whole row, where ranks share one.
         normalisation: `token` or `micro_batch`.
         device: Where the ranks' counts are added up.
+        sequence_parallel: Ranks that share a row.
     """
     if normalisation == "micro_batch":
-        micro_batches = len(trained_tokens) * distributed.get_world_size()
+        micro_batches = len(trained_tokens) * distributed.get_world_size() // sequence_parallel
         return [1 / (count * micro_batches) if count else 0.0 for count in trained_tokens]
     total = torch.tensor(sum(trained_tokens), dtype=torch.int64, device=device)
     distributed.all_reduce(total)
-    return [1 / max(1, int(total))] * len(trained_tokens)
+    return [1 / max(1, int(total) // sequence_parallel)] * len(trained_tokens)
 
 
 class SupervisedFinetune(BaseModel):
@@ -103,6 +106,7 @@ class SupervisedFinetune(BaseModel):
         Args:
             data: `input_ids`, `labels`, `position_ids` (1, length), `cumulative_len` (documents + 1,), `max_seqlen`;
                 `loss_weight`, see `step_loss_weights`; without it the loss is the mean over the row's trained tokens.
+                Or this rank's part of a row, as `SequenceParallel.stretch` returns it.
         """
         if mode != "loss":
             raise NotImplementedError(f"mode {mode!r}: this model only trains")
@@ -118,6 +122,8 @@ class SupervisedFinetune(BaseModel):
             "use_cache": False,
             **packing_kwargs(data["cumulative_len"], data.get("max_seqlen")),
         }
+        if "sequence_parallel" in data:
+            inputs["sequence_parallel"] = data["sequence_parallel"]
         return {"loss": spread_nonfinite(self._summed_loss(inputs, kept, targets[kept]) * weight)}
 
     def _summed_loss(self, inputs: dict, kept: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

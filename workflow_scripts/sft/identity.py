@@ -42,6 +42,7 @@ _NOT_HYPERPARAMETERS = {
     "train_dataloader.persistent_workers",
     "train_dataloader.pin_memory",
     "strategy.zero3_init",
+    "strategy.sequence_parallel",
     "optim_wrapper.accumulative_counts",
     "optim_wrapper.global_batch",
     "train_cfg.max_skipped_steps",
@@ -95,7 +96,8 @@ def _training_data(config: Config, world_size: int, cache: FingerprintCache) -> 
     else:
         fields = {"plan": refuse_other_data(plan, cache, folder)}
     if plan is None or read_plan_manifest(plan)["mode"] == "xtuner":
-        fields["world_size"] = world_size  # XTuner leaves out the rows that the ranks cannot share evenly
+        # XTuner leaves out the rows that the ranks cannot share evenly.
+        fields["world_size"] = settings.data_ranks(config, world_size)
     return fields
 
 

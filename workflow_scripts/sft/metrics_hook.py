@@ -27,6 +27,7 @@ MEASURED = frozenset(
     [
         "attempt",
         "world_size",
+        "sequence_parallel",
         "seconds",
         "tokens_per_second",
         "tokens_per_second_per_device",
@@ -45,7 +46,7 @@ class MetricsHook(Hook):
 
     Fields of a line:
         step: Optimizer steps done; `epoch` are passes over the data, `attempt` counts the starts of the run, which then
-            had `world_size` ranks.
+            had `world_size` ranks, of which `sequence_parallel` shared each row.
         loss: Of the step, over all ranks, in nats a trained token; null where it is not finite. `skipped` is true
             where the step changed no weight.
         lr, grad_norm: Learning rate used in this step; L2 norm of the gradient before clipping.
@@ -130,6 +131,7 @@ class MetricsHook(Hook):
             counts["skipped"] = True
         epoch = round(step / runner.train_loop.steps_per_epoch, 6)
         start = {"attempt": self.attempt, "world_size": ranks}
+        start["sequence_parallel"] = runner.strategy.sequence_parallel.size
         line = {"step": step, "epoch": epoch, **start, **values, **counts}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()

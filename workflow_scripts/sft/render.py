@@ -54,6 +54,7 @@ class TrainSettings:
     zero_stage: int = 2
     offload: str = "none"
     zero3_init: bool = False
+    sequence_parallel: int = 1
     save_steps: int = 500
     save_total_limit: int = 2
     save_optimizer: bool = True
@@ -176,6 +177,7 @@ seed = $seed
 zero_stage = $zero_stage
 offload = $offload  # to the host's memory: none, optimizer, or all (the weights too; stage 3)
 zero3_init = $zero3_init  # stage 3: load the model in shards, for one too large for a host once a rank
+sequence_parallel = $sequence_parallel  # ranks that share the tokens of each row; divides the ranks and the heads
 
 # Save
 save_steps = $save_steps  # optimizer steps between checkpoints; 0: at the end only
@@ -264,7 +266,13 @@ train_cfg = dict(
 #                           PART 5  Runtime                           #
 #######################################################################
 # DeepSpeed; --deepspeed deepspeed_zeroN on the command line wins. `config=dict(...)` takes any DeepSpeed setting.
-strategy = dict(type=DeepSpeedStrategy, zero_stage=zero_stage, offload=offload, zero3_init=zero3_init)
+strategy = dict(
+    type=DeepSpeedStrategy,
+    zero_stage=zero_stage,
+    offload=offload,
+    zero3_init=zero3_init,
+    sequence_parallel=sequence_parallel,
+)
 
 default_hooks = dict(
     # metrics.jsonl, TensorBoard and the progress line

@@ -57,11 +57,13 @@ class TrainLoop(BaseLoop):
         self.loss_normalisation = loss_normalisation
         self.accumulative_counts = accumulative_counts
         self.sampler: PackedSampler = self.dataloader.batch_sampler.sampler
-        entries, global_batch = self.sampler.entries_per_epoch, accumulative_counts * runner.world_size
+        self.sequence_parallel = runner.strategy.sequence_parallel
+        entries, ranks = self.sampler.entries_per_epoch, self.sampler.world_size
+        global_batch = accumulative_counts * ranks
         if not entries:
             raise UserError(
                 "there are fewer packed rows than ranks",
-                found=f"{len(self.dataloader.dataset)} rows for {runner.world_size} ranks",
+                found=f"{len(self.dataloader.dataset)} rows for {ranks} ranks",
                 fix="set max_length lower, add data, or use fewer ranks",
             )
         self.steps_per_epoch = runner.strategy.steps_per_epoch = entries / global_batch
@@ -70,7 +72,7 @@ class TrainLoop(BaseLoop):
             raise UserError(
                 "the data does not fill one optimizer step",
                 found=f"{entries} packed rows an epoch, {max_epochs} epochs",
-                expected=f"at least {global_batch} rows (accumulative_counts for each of {runner.world_size} ranks)",
+                expected=f"at least {global_batch} rows (accumulative_counts for each of {ranks} ranks)",
                 fix="set max_length or accumulative_counts lower, max_epochs higher, or add data",
             )
         self._iter = 0
@@ -134,20 +136,24 @@ class TrainLoop(BaseLoop):
         Returns:
             loss: What this rank adds to the loss of the step, a float64 scalar tensor: the loss of the step is its
                 sum over the ranks, see `sft.finetune.step_loss_weights`.
-            tokens, trained_tokens: Of this rank.
+            tokens, trained_tokens: Of this rank's rows; of ranks that share them, the first counts them.
             micro_batch_losses: What each micro-batch adds to it, times the number of micro-batches and ranks.
-            document_lengths: Tokens of each document of this rank's rows.
+            document_lengths: Tokens of each document of these rows.
         """
         runner = self.runner
         rows = [batch["data"] for batch in batches]
         trained_tokens = [count_trained_tokens(row["labels"]) for row in rows]
-        weights = step_loss_weights(trained_tokens, self.loss_normalisation, runner.model.device)
+        shared = self.sequence_parallel
+        weights = step_loss_weights(trained_tokens, self.loss_normalisation, runner.model.device, shared.size)
         # DeepSpeed divides every gradient by the number of micro-batches and of ranks; the weights are sums' weights.
         divisor = self.accumulative_counts * runner.world_size
         losses = []
-        for batch, weight in zip(batches, weights, strict=True):
-            batch["data"]["loss_weight"] = weight * divisor
-            losses.append(runner.model.train_step(batch, optim_wrapper=runner.optim_wrapper)["loss"].detach())
+        for batch, row, weight in zip(batches, rows, weights, strict=True):
+            data = {**shared.stretch(row), "loss_weight": weight * divisor}
+            outputs = runner.model.train_step({**batch, "data": data}, optim_wrapper=runner.optim_wrapper)
+            losses.append(outputs["loss"].detach())
+        if shared.rank > 0:
+            rows, trained_tokens = [], []
         borders = [row["cumulative_len"] for row in rows]
         return {
             "loss": torch.stack(losses).double().sum() / divisor,

@@ -184,7 +184,7 @@ def rows_not_trained(config: Config, plan: Plan) -> int:
     if values["train_cfg"].get("max_steps"):
         return 0
     data = {key: value for key, value in values["train_dataloader"]["dataset"].items() if key != "type"}
-    rows = plan_for_training(**data).entries_per_epoch(plan.world_size)
+    rows = plan_for_training(**data).entries_per_epoch(settings.data_ranks(config, plan.world_size))
     return int(values["train_cfg"].get("max_epochs", 1) * rows) % plan.fields["global_batch"]
 
 

@@ -13,6 +13,7 @@ import torch
 from common.cli import UserError
 from sft.config import plain
 from sft.device import resolve_dtype, training_device
+from sft.sequence_parallel import SequenceParallel
 
 
 def prepare_deepspeed() -> None:
@@ -66,6 +67,7 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
             do not fit a host's memory once a rank.
         offload: What lies in the host's memory between uses, and is updated there: `none`, `optimizer` (stage 1 to 3),
             or `all` (the weights too; stage 3).
+        sequence_parallel: Ranks that share the tokens of each row, see `sft.sequence_parallel`.
         config: Further DeepSpeed settings; they win over the ones made here.
     """
 
@@ -76,6 +78,7 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         gradient_clipping: float = 1.0,
         zero3_init: bool = False,
         offload: str = "none",
+        sequence_parallel: int = 1,
         config: dict | None = None,
         **kwargs,
     ):
@@ -87,6 +90,7 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
             both = isinstance(value, dict) and isinstance(settings.get(key), dict)
             settings[key] = {**settings[key], **value} if both else value
         super().__init__(config=settings, gradient_clipping=float(gradient_clipping), **kwargs)
+        self.sequence_parallel = SequenceParallel(sequence_parallel)
         if zero3_init and zero_stage == 3:
             from transformers.integrations import HfDeepSpeedConfig
 
@@ -105,6 +109,7 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         return model
 
     def _wrap_model(self, model):
+        self.sequence_parallel.attach(model.llm)
         wrapper = super()._wrap_model(model)
         # ZeRO-3 does not move the module to the device, and the preprocessor moves the batches.
         wrapper.model.module.data_preprocessor.to(wrapper.model.device)

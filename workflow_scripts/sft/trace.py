@@ -54,7 +54,8 @@ def trace_step(
 
     Returns:
         `run_folder`, `step`, `metrics` (the step's line of metrics.jsonl, None if it has not been trained yet), `rows`
-        (each with `rank`, `micro_batch`, `epoch`, `entry` in the epoch, `row`, `tokens` and `documents`), `notes`.
+        (each with `rank`, `micro_batch`, `epoch`, `entry` in the epoch, `row`, `tokens` and `documents`), `notes`. With
+        `sequence_parallel` > 1 that many ranks, from `rank` on, share the row.
 
     Raises:
         UserError: No such run, step or rank, or its plan is gone or has changed.
@@ -67,25 +68,28 @@ def trace_step(
     metrics, last = _metrics_of(folder / METRICS, step)
     global_batch = fields.get("global_batch") or fields["world_size"] * accumulation
     # How many ranks shared the rows may have changed from one attempt to the next; their order has not.
-    known = (metrics or last).get("world_size") or fields.get("world_size")
-    world_size = known or global_batch // accumulation
+    line = metrics or last
+    shared = line.get("sequence_parallel") or settings.sequence_parallel(config)
+    known = line["world_size"] // shared if "world_size" in line else fields.get("world_size")
+    groups = known or global_batch // accumulation  # ranks, where they do not share their rows
+    world_size = groups * shared
     if step < 1:
         raise UserError("--step cannot be used", found=step, expected="1 or more")
     if rank is not None and not 0 <= rank < world_size:
         raise UserError("--rank cannot be used", found=rank, expected=f"0 to {world_size - 1}")
     tracer = RowTracer(plan, processed_dir)
-    per_epoch = plan.entries_per_epoch(world_size)
+    per_epoch = plan.entries_per_epoch(groups)
     rows = []
     for place in range(global_batch):
-        micro_batch, own = divmod(place, world_size)
-        if rank is not None and own != rank:
+        micro_batch, own = divmod(place, groups)
+        if rank is not None and own != rank // shared:
             continue
         epoch, entry = divmod((step - 1) * global_batch + place, per_epoch)
         row = int(plan.order(epoch)[entry])
         documents = tracer.row(row)
         rows.append(
             {
-                "rank": own,
+                "rank": own * shared,
                 "micro_batch": micro_batch,
                 "epoch": epoch,
                 "entry": entry,
@@ -97,6 +101,7 @@ def trace_step(
     return {
         "run_folder": str(folder),
         "step": step,
+        "sequence_parallel": shared,
         "metrics": metrics,
         "rows": rows,
         "notes": tracer.notes,

@@ -13,7 +13,7 @@ from torch import distributed
 
 from common.cli import UserError
 from sft.checkpoints import is_intact, saved_world_size, set_aside, step_of
-from sft.config import micro_batches_per_step, plain
+from sft.config import micro_batches_per_step, plain, sequence_parallel
 from sft.guard import begin_attempt, check_guard, clear_guard, record_crash
 from sft.metrics_file import METRICS, cut_metrics
 from sft.session import Plan, open_run_folder, plan_run, record_finished_run, write_manifest
@@ -182,6 +182,8 @@ def runner_config(config: Config, folder: Path, universal: bool = False) -> Conf
     config.strategy.setdefault("dtype", config.model.llm.get("dtype", "auto"))
     config.strategy.gradient_accumulation_steps = accumulation
     config.strategy.train_micro_batch_size_per_gpu = 1
+    if sequence_parallel(config) > 1:
+        config.train_dataloader.sampler.sequence_parallel = sequence_parallel(config)
     if universal:
         config.strategy.config = {
             **(config.strategy.get("config") or {}),
