@@ -8,6 +8,7 @@ import signal
 import pytest
 
 import tiny_run
+from sft.trace import trace_step
 from tiny_run import metrics, train
 
 STEPS = 16
@@ -33,12 +34,16 @@ def stop(config, work_dir, step: int, processes: int) -> None:
     assert running.wait(timeout=120) == 75, tiny_run.log(work_dir)[-3000:]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_two_ranks_then_one_then_two(world, whole, stage):
-    config = tiny_run.render(world, f"zero{stage}.py", *FLAGS, "--zero-stage", stage)
-    folder = world / f"zero{stage}"
+@pytest.mark.parametrize(("stage", "shared"), [(0, 1), (2, 1), (3, 1), (2, 2)])
+def test_two_ranks_then_one_then_two(world, whole, stage, shared):
+    """With rows of their own, and with two ranks that share every row (sequence parallelism)."""
+    alone = tiny_run.render(world, f"zero{stage}.py", *FLAGS, "--zero-stage", stage)
+    config = tiny_run.render(
+        world, "together.py", *FLAGS, "--zero-stage", stage, "--sequence-parallel", shared
+    )
+    folder = world / f"zero{stage}, {shared}"
     stop(config, folder, 3, processes=2)
-    stop(config, folder, 7, processes=1)
+    stop(alone, folder, 7, processes=1)
     said = train(config, folder, processes=2)
     assert ("for 2 ranks" in said) == (stage > 0), "ZeRO-0 has nothing to convert"
     assert not (folder / ".universal").exists()
@@ -53,9 +58,18 @@ def test_two_ranks_then_one_then_two(world, whole, stage):
             expected["grad_norm"], rel=1e-3
         )
     assert json.loads((folder / "finished.json").read_text())["global_batch"] == 4
+    traced = [trace_step(folder, step) for step in (1, STEPS)]
+    assert [trace["sequence_parallel"] for trace in traced] == [shared] * 2
+    for trace in traced:
+        assert [row["rank"] for row in trace["rows"]] == ([0, 1, 0, 1] if shared == 1 else [0] * 4)
+        assert sum(row["tokens"] for row in trace["rows"]) == trace["metrics"]["tokens"]
 
 
 def test_ranks_that_cannot_share_a_step_are_refused(world):
     config = tiny_run.render(world, "three.py", *FLAGS)
     said = train(config, world / "three", processes=3, code=2)
     assert "3 ranks cannot share the 4 rows of an optimizer step evenly" in said
+    config = tiny_run.render(world, "groups.py", *FLAGS, "--sequence-parallel", 2)
+    assert "3 ranks do not make groups of sequence_parallel = 2" in train(
+        config, world / "three", processes=3, code=2
+    )

@@ -1,0 +1,74 @@
+"""What a rank gets of a row that it shares, and which models cannot be shared. Training: test_train_parity.py."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen3NextConfig
+
+from common.cli import UserError
+from sft.attention import PACKED_SDPA
+from sft.data import packed_collate
+from sft.sequence_parallel import SequenceParallel
+
+
+def place(size: int, rank: int) -> SequenceParallel:
+    """A place in a group, without processes that exchange anything."""
+    shared = object.__new__(SequenceParallel)
+    shared.size, shared.rank = size, rank
+    return shared
+
+
+def llama(**settings) -> LlamaConfig:
+    return LlamaConfig(hidden_size=72, **settings)
+
+
+@pytest.mark.parametrize("lengths", [(5, 3, 4), (5, 2), (1,), (7, 1, 6)])
+def test_stretches_make_the_row(lengths):
+    size, count = 4, sum(lengths)
+    ids = np.arange(10, 10 + count)
+    row = packed_collate(
+        [
+            {
+                "input_ids": ids,
+                "labels": np.where(ids % 3, ids, -100),
+                "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+                "cumulative_len": np.cumsum([0, *lengths]),
+            }
+        ]
+    )["data"]
+    parts = [place(size, rank).stretch(row) for rank in range(size)]
+    for name in ("input_ids", "position_ids"):
+        whole = torch.cat([part[name] for part in parts], dim=1)
+        assert torch.equal(whole[:, :count], row[name]) and whole.shape[1] % size == 0
+    # What each position predicts, borders between ranks included; the filling predicts nothing.
+    predicted = torch.cat([part["labels"][:, 1:] for part in parts], dim=1)[0].tolist()
+    assert predicted == row["labels"][0, 1:].tolist() + [-100] * (len(predicted) - count + 1)
+    for part in parts:
+        borders = part["cumulative_len"].tolist()
+        assert borders[: len(lengths) + 1] == row["cumulative_len"].tolist() and borders[-1] == len(predicted)
+        assert part["max_seqlen"] == max(np.diff(borders))
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "said"),
+    [
+        (llama(num_attention_heads=9, num_key_value_heads=3), PACKED_SDPA, "9 heads, 3 KV heads"),
+        (llama(num_attention_heads=12, num_key_value_heads=3), PACKED_SDPA, "12 heads, 3 KV heads"),
+        (llama(num_attention_heads=4), "eager", "attention eager"),
+        (
+            llama(num_attention_heads=4, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+            PACKED_SDPA,
+            "rope_type dynamic",
+        ),
+        (Qwen3NextConfig(), PACKED_SDPA, "layers of type linear_attention"),
+    ],
+)
+def test_models_that_cannot_be_shared_are_refused(config, attention, said):
+    config._attn_implementation = attention
+    with pytest.raises(UserError, match="sequence_parallel = 4 cannot be used with this model") as error:
+        place(4, 0).attach(SimpleNamespace(config=config))
+    assert said in str(error.value)
