@@ -34,6 +34,7 @@ include: "rules/evaluate_tool_calls.smk"
 include: "rules/render_report.smk"
 
 
+# The stage targets, and rules of a few seconds: on a cluster they run where Snakemake runs.
 localrules:
     all,
     begin_preflight,
@@ -45,6 +46,11 @@ localrules:
     parity,
     evaluate,
     report,
+    extend_tokenizer,
+    write_data_order,
+    render_train_config,
+    write_run_config,
+    render_report,
 
 
 rule all:

@@ -17,6 +17,7 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     {run}/config.json                                      the run's complete settings
     {run}/train_config.py                                  the mmengine config
     {run}/checkpoints/<identity>/                          run folders (undeclared, so retries keep them)
+    {run}/checkpoints/logs/<UTC time>-<job>.log            the log of every attempt (undeclared, likewise)
     {run}/train.json                                       what was trained (manifest, last)
     {run}/hf/    {run}/turbomind/                          the model
     {run}/prompt_readings.json                             fixed prompts as transformers 4 and lmdeploy encode them
@@ -72,6 +73,7 @@ PREFLIGHT = f"{RESULTS}/shared/preflight"
 RUN_CONFIG = f"{RESULTS}/{{run}}/config.json"
 TRAIN_CONFIG = f"{RESULTS}/{{run}}/train_config.py"
 CHECKPOINTS = f"{RESULTS}/{{run}}/checkpoints"
+ATTEMPT_LOGS = f"{CHECKPOINTS}/logs"
 TRAIN_MANIFEST = f"{RESULTS}/{{run}}/train.json"
 HF = f"{RESULTS}/{{run}}/hf"
 TURBOMIND = f"{RESULTS}/{{run}}/turbomind"

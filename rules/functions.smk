@@ -169,6 +169,43 @@ def train_flags(wildcards):
     )
 
 
+def cluster_of(key):
+    """Returns a resource function: a setting of the training's Slurm job."""
+    return lambda wildcards: RUNS[wildcards.run]["cluster"][key]
+
+
+def train_memory(wildcards, attempt):
+    """MB on each node."""
+    return RUNS[wildcards.run]["cluster"]["mem_mb"] or 12000 * min(attempt, 3)
+
+
+def train_tasks(per_node):
+    """Returns a function of one of sbatch's two ways to ask for tasks; the Slurm plugin takes only the one that fits."""
+
+    def tasks(wildcards):
+        run = RUNS[wildcards.run]
+        ranks = run["train"]["processes"] or run["cluster"]["gpus_per_node"] or 1
+        if per_node:
+            return ranks if ranks > 1 else 0
+        return 0 if ranks > 1 else run["cluster"]["nodes"]
+
+    return tasks
+
+
+def train_mpi(wildcards):
+    """How the Slurm plugin starts the job: an empty value like the other leaves srun to train_model.py."""
+    return "srun" if train_tasks(True)(wildcards) else ""
+
+
+def train_gres(wildcards):
+    gpus = RUNS[wildcards.run]["cluster"]["gpus_per_node"]
+    return f"gpu:{gpus}" if gpus else ""
+
+
+def evaluate_gres(wildcards):
+    return "gpu:1" if RUNS[wildcards.run]["cluster"]["gpus_per_node"] else ""
+
+
 def heldout_parts(wildcards):
     """What was set aside; nothing when the run has a held-out folder of its own."""
     data = data_key(wildcards.run)

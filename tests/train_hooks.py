@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 
 import torch
 from mmengine.hooks import Hook
@@ -78,3 +79,10 @@ class PoisonWeight(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         if runner.rank == 1 and batch_idx + 1 == int(self.last):
             self.weight.copy_(self.before)
+
+
+class Slow(Hook):
+    """Makes every step $TEST_SLOW seconds longer."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        time.sleep(float(os.environ.get("TEST_SLOW", 0)))

@@ -46,16 +46,22 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--launcher",
-        choices=["none", "pytorch", "slurm"],
+        choices=["none", "srun", "pytorch", "slurm"],
         default="none",
-        help="who starts the ranks: none (this command, see --processes), pytorch (torchrun), slurm (srun) "
-        "(default: none)",
+        help="how the ranks are started: none (by this command, on this host), srun (by this command, as one step of the "
+        "Slurm job that it runs in), pytorch (torchrun started this rank), slurm (srun started this rank) (default: none)",
     )
     parser.add_argument(
         "--processes",
         default="auto",
-        help="with --launcher none: ranks to start on this host; auto is one a GPU, or one without GPUs "
+        help="with --launcher none or srun: ranks to start on each host; auto is one a GPU, or one without GPUs "
         "(default: auto)",
+    )
+    step = parser.add_argument_group("with --launcher srun")
+    step.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
+    step.add_argument("--cpus-per-process", type=int, default=1, help="processors of a rank (default: 1)")
+    step.add_argument(
+        "--gpus-per-node", type=int, default=0, help="GPUs of the job on each node (default: 0)"
     )
     parser.add_argument(
         "--time-limit",
@@ -71,12 +77,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def count_processes(asked: str) -> int:
-    """Returns the number of ranks for `--processes`."""
+def count_processes(asked: str, gpus: int | None) -> int:
+    """Returns the number of ranks a host for `--processes`; `gpus` are those of a host, None the ones found here."""
     if asked == "auto":
-        import torch
+        if gpus is None:
+            import torch
 
-        return max(1, torch.cuda.device_count())
+            gpus = torch.cuda.device_count()
+        return max(1, gpus)
     if not asked.isdecimal() or int(asked) < 1:
         raise UserError("--processes cannot be used", found=asked, expected="auto or a whole number from 1")
     return int(asked)
@@ -86,10 +94,11 @@ def main() -> int | None:
     """Trains, or starts the ranks that do."""
     arguments = parse_arguments()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from sft.launch import die_with_parent, join_environment, run_ranks
-    from sft.stopping import STARTED
+    from sft.launch import die_with_parent, join_environment, run_ranks, run_step, slurm_start_time
+    from sft.stopping import STARTED, StopRequest
 
-    os.environ.setdefault(STARTED, str(time.time()))
+    by_srun = arguments.launcher == "srun"
+    os.environ.setdefault(STARTED, str(slurm_start_time() if by_srun else time.time()))
 
     if "SNAKETUNE_PARENT" in os.environ:
         die_with_parent(int(os.environ["SNAKETUNE_PARENT"]))
@@ -104,13 +113,17 @@ def main() -> int | None:
     if work_dir is None and runs_dir is None:
         work_dir = Path("work_dirs") / arguments.config.stem
 
-    if arguments.launcher == "none":
+    if arguments.launcher in ("none", "srun"):
         from sft.guard import check_guard, forget_tracebacks
         from sft.metrics_file import METRICS
+        from sft.run_lock import wait_until_free
         from sft.session import plan_run, write_manifest
 
-        processes = count_processes(arguments.processes)
-        plan = plan_run(config, work_dir, runs_dir, processes, announce=False)
+        processes = count_processes(arguments.processes, arguments.gpus_per_node if by_srun else None)
+        ranks = processes * (arguments.nodes if by_srun else 1)
+        plan = plan_run(config, work_dir, runs_dir, ranks, announce=False)
+        if wait_until_free(plan.folder, StopRequest(arguments.time_limit).deadline):
+            plan = plan_run(config, work_dir, runs_dir, ranks, announce=False)
         if plan.finished:
             if arguments.manifest:
                 write_manifest(plan, arguments.manifest)
@@ -118,8 +131,14 @@ def main() -> int | None:
             return None
         if not arguments.ignore_guard:
             check_guard(plan.folder, plan.folder / METRICS)
-        if processes > 1:
-            code = run_ranks([sys.executable, *sys.argv, "--launcher", "pytorch"], processes)
+        if by_srun or ranks > 1:
+            own = [sys.executable, *sys.argv, "--launcher", "slurm" if by_srun else "pytorch"]
+            if by_srun:
+                code = run_step(
+                    own, arguments.nodes, processes, arguments.cpus_per_process, arguments.gpus_per_node
+                )
+            else:
+                code = run_ranks(own, processes)
             if code > 128:
                 forget_tracebacks(plan.folder)
             return code

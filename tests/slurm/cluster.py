@@ -103,11 +103,14 @@ class SlurmCluster:
             *("--log-file", self.folder / "log/munged.log", "--seed-file", self.folder / "munged.seed"),
         )
         _wait(lambda: (self.folder / "munge.socket").exists(), "munged's socket", 10)
-        self._run_daemon("slurmctld", "-D", "-f", self.folder / "slurm.conf")
+        self.start_slurmctld()
         for node in self.nodes:
-            (self.folder / "spool" / node).mkdir(exist_ok=True)
-            self._run_daemon("slurmd", "-D", "-N", node, "-f", self.folder / "slurm.conf", key=node)
-        _wait(self._all_idle, "idle nodes", 30)
+            self.start_node(node)
+        self.wait_until_idle()
+
+    def wait_until_idle(self) -> None:
+        """Waits until all nodes are up and nothing runs on them."""
+        _wait(self._all_idle, "idle nodes", 60)
 
     def run(self, *command: object, check: bool = True, **options) -> subprocess.CompletedProcess:
         """Runs a command that talks to this cluster, and returns what it did and said."""
@@ -132,6 +135,31 @@ class SlurmCluster:
         for name in [*self.nodes, "slurmctld", "munged"]:
             self._end(name)
 
+    def fail_node(self, node: str, job: str) -> None:
+        """Kills a node's slurmd and everything that a job, which has no other node, runs on it."""
+        self._end(node, signal.SIGKILL)
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                of_job = f"SLURM_JOB_ID={job}\0".encode() in (path / "environ").read_bytes() + b"\0"
+                of_job |= (path / "cmdline").read_bytes().startswith(f"slurmstepd: [{job}.".encode())
+                if of_job:
+                    os.kill(int(path.name), signal.SIGKILL)
+            except OSError:
+                continue
+
+    def start_node(self, node: str) -> None:
+        """Starts a node's slurmd."""
+        (self.folder / "spool" / node).mkdir(exist_ok=True)
+        self._run_daemon("slurmd", "-D", "-N", node, "-f", self.folder / "slurm.conf", key=node)
+
+    def start_slurmctld(self) -> None:
+        """Starts the controller daemon."""
+        self._run_daemon("slurmctld", "-D", "-f", self.folder / "slurm.conf")
+
+    def stop_slurmctld(self) -> None:
+        """Ends the controller daemon as an administrator does."""
+        self._end("slurmctld")
+
     def _configure(self) -> None:
         key = self.folder / "munge.key"
         if not key.exists():
@@ -148,8 +176,9 @@ class SlurmCluster:
         (self.folder / "slurm.conf").write_text(_CONF.format(**values))
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
         # A job step strips SLURM_*, SLURM_CONF among them: the commands must find the cluster by themselves.
+        path = [part for part in os.environ["PATH"].split(os.pathsep) if not _is_wrappers(Path(part))]
         for name in CLIENTS:
-            real = shutil.which(name)
+            real = shutil.which(name, path=os.pathsep.join(path))
             if real:
                 wrapper = self.folder / "bin" / name
                 wrapper.write_text(
@@ -173,13 +202,13 @@ class SlurmCluster:
     def _read_pids(self) -> dict[str, int]:
         return json.loads(self._pids.read_text()) if self._pids.is_file() else {}
 
-    def _end(self, name: str) -> None:
+    def _end(self, name: str, *numbers: signal.Signals) -> None:
         pids = self._read_pids()
         pid = pids.pop(name, None)
         self._pids.write_text(json.dumps(pids))
         if pid is None:
             return
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        for number in numbers or (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
@@ -193,6 +222,11 @@ class SlurmCluster:
     def _all_idle(self) -> bool:
         states = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).stdout.split()
         return states == ["idle"] * len(self.nodes)
+
+
+def _is_wrappers(folder: Path) -> bool:
+    """Tells whether a folder of PATH is that of another such cluster."""
+    return (folder.parent / "slurm.conf").is_file() and (folder.parent / "pids.json").is_file()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -26,6 +26,7 @@ SECTIONS = (
     "heldout",
     "packing",
     "train",
+    "cluster",
     "hf",
     "turbomind",
     "parity",

@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 
 from common.cli import UserError
+from sft.run_lock import ask_slurm
 from sft.stopping import EXIT_GO_ON
 
 _STEP_IN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -144,6 +146,42 @@ def run_ranks(
         end_all(ranks)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def run_step(command: list[str], nodes: int, processes: int, cpus: int, gpus: int) -> int:
+    """Runs `command` as one step of this Slurm job, a task a rank, and returns srun's exit code.
+
+    It is the highest of the tasks' (128 + its number for a signal). When a task ends with an error srun ends the others.
+    Slurm signals the tasks itself, this process as well, which then waits for them.
+
+    Args:
+        command: Arguments of the program; each task gets the environment that `--launcher slurm` reads.
+        nodes: Nodes of the step.
+        processes: Ranks on each node.
+        cpus: Processors of each rank.
+        gpus: GPUs on each node.
+    """
+    step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * processes}", f"--ntasks-per-node={processes}"]
+    step += [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1"]
+    if gpus:
+        step.append(f"--gres=gpu:{gpus}")
+    handlers = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        return subprocess.run([*step, *command], env={**os.environ, "OMP_NUM_THREADS": str(cpus)}).returncode
+    except FileNotFoundError:
+        raise UserError("--launcher srun, but there is no srun here", fix="start it in a Slurm job") from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def slurm_start_time() -> float:
+    """Returns when this Slurm job started, from which its time limit counts, in seconds since 1970; now if not known."""
+    said = ask_slurm("squeue", "-h", "-j", os.environ.get("SLURM_JOB_ID", ""), "-o", "%S")
+    try:
+        return datetime.fromisoformat(said).timestamp()
+    except ValueError:
+        return time.time()
 
 
 def end_all(ranks: list[subprocess.Popen]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -23,6 +22,7 @@ from sft import config as settings
 from sft.checkpoints import is_last, is_resumable, list_checkpoints, read_state_dict, remove_leftovers
 from sft.identity import differences, run_identity
 from sft.metrics_file import METRICS
+from sft.run_lock import Held, RunLock
 
 IDENTITY = "identity.json"
 FINISHED = "finished.json"
@@ -118,31 +118,21 @@ def _announce_other_runs(plan: Plan) -> None:
             print(f"  {line}", flush=True)
 
 
-def open_run_folder(plan: Plan, config_path: Path):
+def open_run_folder(plan: Plan, config_path: Path) -> RunLock:
     """Makes the run folder, keeps a second trainer out of it, and returns the lock: hold it while training.
 
     Raises:
-        UserError: Another process trains there.
+        Held: Another trainer works there.
     """
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    lock = open(plan.folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
     deadline = time.monotonic() + 30  # a trainer that was just killed may still be going down
     while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = RunLock(plan.folder)
             break
-        except OSError:
+        except Held:
             if time.monotonic() > deadline:
-                lock.seek(0)
-                raise UserError(
-                    f"another process trains in {plan.folder}",
-                    found=lock.read().strip(),
-                    fix="wait for it, or end it",
-                ) from None
+                raise
             time.sleep(0.5)
-    lock.truncate(0)
-    lock.write(f"{platform.node()} process {os.getpid()}\n")
-    lock.flush()
     remove_leftovers(plan.folder)
     write_json(plan.folder / IDENTITY, {"format": 1, "identity": plan.identity, "fields": plan.fields})
     write_bytes(plan.folder / "train_config.py", config_path.read_bytes())

@@ -16,6 +16,7 @@ from sft.checkpoints import is_intact, saved_world_size, set_aside, step_of
 from sft.config import micro_batches_per_step, plain, sequence_parallel
 from sft.guard import begin_attempt, check_guard, clear_guard, record_crash
 from sft.metrics_file import METRICS, cut_metrics
+from sft.run_lock import Held, RunLock
 from sft.session import Plan, open_run_folder, plan_run, record_finished_run, write_manifest
 from sft.stopping import EXIT_GO_ON, StopRequest
 from sft.strategy import DeepSpeedStrategy, init_process_group  # noqa: F401 (before any other mmengine strategy)
@@ -67,31 +68,31 @@ def _train_rank(config, config_path, work_dir, runs_dir, manifest, time_limit, i
     except (UserError, SystemExit):
         distributed.destroy_process_group()
         raise
-    if not plan.trained:
-        try:
+    finished = True
+    try:
+        if not plan.trained:
             finished = _train(config, plan, stop)
-        except BaseException as error:
+            if distributed.get_rank() == 0:
+                clear_guard(plan.folder)
+        if finished and distributed.get_rank() == 0:
+            if not plan.finished:
+                record_finished_run(plan, config, config_path)
+            if manifest is not None:
+                write_manifest(plan, manifest)
+            print(f"Finished: {plan.folder}", flush=True)
+    except BaseException as error:
+        if not plan.trained:
             record_crash(plan.folder, error)
-            raise
-        if distributed.get_rank() == 0:
-            clear_guard(plan.folder)
-        if not finished:
-            distributed.barrier()
-            distributed.destroy_process_group()
-            return EXIT_GO_ON
-    if distributed.get_rank() == 0:
-        if not plan.finished:
-            record_finished_run(plan, config, config_path)
-        if manifest is not None:
-            write_manifest(plan, manifest)
-        print(f"Finished: {plan.folder}", flush=True)
-        lock.close()
+        raise
+    finally:
+        if lock is not None:
+            lock.release()
     distributed.barrier()
     distributed.destroy_process_group()  # without it a process now and then aborts at exit
-    return 0
+    return 0 if finished else EXIT_GO_ON
 
 
-def _plan_together(config, config_path, work_dir, runs_dir, ignore_guard) -> tuple[Plan, object]:
+def _plan_together(config, config_path, work_dir, runs_dir, ignore_guard) -> tuple[Plan, RunLock | None]:
     """Rank 0 looks at the disk and takes the lock; all ranks follow its plan, and read what they go on from."""
     world_size = distributed.get_world_size()
     lock = corrupt = None
@@ -112,13 +113,18 @@ def _plan_together(config, config_path, work_dir, runs_dir, ignore_guard) -> tup
                     check_guard(plan.folder, plan.folder / METRICS)
                 # Again, now that nobody else writes there.
                 answer[0] = plan_run(config, work_dir, runs_dir, world_size, announce=False)
+            except Held as owner:
+                print(f"Another trainer works there: {owner}. Start again to go on after it.", flush=True)
+                answer[0] = "held"
             except UserError as caught:
                 error = caught
         distributed.broadcast_object_list(answer)
         if error is not None:
+            if lock is not None:
+                lock.release()
             raise error
-        if answer[0] == "failed":
-            raise SystemExit(2)
+        if answer[0] in ("failed", "held"):
+            raise SystemExit(EXIT_GO_ON if answer[0] == "held" else 2)
         corrupt = answer[0].checkpoint
         if answer[0].finished or _is_intact_together(corrupt):
             break
