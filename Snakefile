@@ -98,3 +98,6 @@ rule evaluate:
 rule report:
     input:
         expand(REPORT, run=RUNS),
+
+
+atexit.register(print_plan)

@@ -39,6 +39,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import Quietness
 
 REPO = Path(workflow.basedir)
 sys.path.insert(0, str(REPO / "workflow_scripts"))
@@ -46,6 +47,7 @@ sys.path.insert(0, str(REPO / "workflow_scripts"))
 from common.cli import UserError
 from common.files import sha256_json
 from common.fingerprints import FingerprintCache
+from common.plan_table import planned_job, render_plan
 from ftdp.layout import find_datasets
 from ftdp.pack_format import PLAN_ARRAYS, PLAN_FORMAT
 from ftdp.planning import MEGABYTE, TOKENIZED_FORMAT, file_sizes, plan_datasets, plan_parts
@@ -57,6 +59,7 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
+WORKDIR = Path.cwd()  # Snakemake leaves --directory before what is registered for its exit
 RUNS = SETTINGS.runs
 RESULTS = SETTINGS.results_dir.rstrip("/")
 

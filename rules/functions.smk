@@ -338,3 +338,26 @@ def preflight_settings(wildcards):
         },
         sort_keys=True,
     )
+
+
+def print_plan():
+    """Prints after a dry run what it would cost. Snakemake has no handler for dry runs: this one runs at its exit."""
+    if not workflow.dryrun or Quietness.ALL in (workflow.output_settings.quiet or ()):
+        return
+    # A dry run does not know its executor: only that of a cluster comes with a number of jobs.
+    cluster = workflow.resource_settings.nodes is not None
+    order = workflow.dag.toposorted(set(workflow.dag.needrun_jobs(exclude_finished=False)))
+    jobs = [
+        planned_job(
+            job.rule.name,
+            cluster and job.rule.name not in workflow._localrules,
+            job.threads,
+            job.resources,
+            job.benchmark and WORKDIR / job.benchmark,
+        )
+        for level in order
+        for job in sorted(level, key=str)
+        if not job.is_norun
+    ]
+    if jobs:
+        print(f"\n{render_plan(jobs, WORKDIR / BENCHMARKS)}", end="")

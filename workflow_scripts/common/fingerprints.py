@@ -20,7 +20,7 @@ class FingerprintCache:
     """Remembers file digests in a JSON file; a damaged cache is only a slow start, never an error."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # it is saved at exit, when Snakemake has left --directory
         self._changed = False
         try:
             self._known: dict[str, list] = json.loads(self.path.read_text(encoding="utf-8"))

@@ -1,0 +1,132 @@
+"""What a dry run would cost, for people: jobs, core-hours and GPU-hours of each rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """One job that a dry run would start.
+
+    Attributes:
+        rule: Its rule.
+        submitted: Whether it becomes a job of a cluster; otherwise it runs on this host.
+        cores: CPU cores, of all its tasks.
+        gpus: GPUs, of all its nodes.
+        minutes: Its time limit, or None without one.
+        benchmark: The file in which an earlier run left its seconds, perhaps.
+    """
+
+    rule: str
+    submitted: bool
+    cores: int
+    gpus: int
+    minutes: float | None
+    benchmark: Path | None
+
+
+def planned_job(
+    rule: str, submitted: bool, threads: int, resources: dict, benchmark: Path | None
+) -> PlannedJob:
+    """Returns a job from Snakemake's numbers, read as the Slurm executor reads them.
+
+    Args:
+        rule: Its rule.
+        submitted: Whether it becomes a job of a cluster.
+        threads: Cores of one task, where `cpus_per_task` is not among the resources.
+        resources: `tasks`, `nodes`, `cpus_per_task`, `gpu` (of the job) or `gres` (`gpu:a100:4`, of a node), `runtime`.
+        benchmark: Where an earlier run left its seconds, or None.
+    """
+    tasks = max(1, int(resources.get("tasks") or 1))
+    gpus = int(resources.get("gpu") or 0)
+    gres = str(resources.get("gres") or "")
+    if not gpus and gres.startswith("gpu"):
+        count = gres.rpartition(":")[2]
+        gpus = (int(count) if count.isdecimal() else 1) * max(1, int(resources.get("nodes") or 1))
+    cores = tasks * int(resources.get("cpus_per_task") or threads)
+    runtime = resources.get("runtime")
+    minutes = float(runtime) if isinstance(runtime, int | float) else None
+    return PlannedJob(rule, submitted, cores, gpus, minutes, benchmark)
+
+
+def render_plan(jobs: Sequence[PlannedJob], benchmarks: Path) -> str:
+    """Returns the table, rules in the order of `jobs`.
+
+    `at most` counts every job up to its time limit, once; `expected` takes the seconds of an earlier job: the same one's,
+    else the mean of its rule's, and leaves out rules that have not run.
+
+    Args:
+        jobs: In the order in which they are to be shown.
+        benchmarks: Folder of the rules' benchmark files.
+    """
+    rules: dict[str, list[PlannedJob]] = {}
+    for job in jobs:
+        rules.setdefault(job.rule, []).append(job)
+    head = ["rule", "jobs", "where", "cores", "GPUs", "limit", "core-hours", "GPU-hours", "expected"]
+    rows, totals = [], [0.0, 0.0, 0.0]
+    for rule, those in rules.items():
+        hours = [(job.minutes or 0) / 60 for job in those]
+        cores = sum(h * job.cores for h, job in zip(hours, those, strict=True))
+        gpus = sum(h * job.gpus for h, job in zip(hours, those, strict=True))
+        expected = _expected_core_hours(those, benchmarks / rule)
+        for place, value in enumerate((cores, gpus, expected or 0)):
+            totals[place] += value
+        limits = {job.minutes for job in those}
+        limit = f"{max(limits):.0f} min" if None not in limits else "none"
+        rows.append(
+            [
+                rule,
+                str(len(those)),
+                "cluster" if those[0].submitted else "here",
+                str(max(job.cores for job in those)),
+                str(max(job.gpus for job in those) or ""),
+                limit,
+                f"{cores:.1f}",
+                f"{gpus:.1f}" if gpus else "",
+                "" if expected is None else f"{expected:.2f}",
+            ]
+        )
+    submitted = sum(job.submitted for job in jobs)
+    gpu_hours = f"{totals[1]:.1f}" if totals[1] else ""
+    rows.append(["total", str(len(jobs)), "", "", "", "", f"{totals[0]:.1f}", gpu_hours, f"{totals[2]:.2f}"])
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [_line(row, widths) for row in [head, ["-" * width for width in widths], *rows]]
+    title = f"Plan: {len(jobs)} jobs" + (
+        f", {submitted} of them submitted to the cluster" if submitted else ""
+    )
+    note = (
+        "core-hours and GPU-hours: each job up to its time limit, without retries. "
+        "expected: core-hours, by the time that earlier jobs of the rule took."
+    )
+    return "\n".join([title, *lines, note]) + "\n"
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    cells = [
+        text.ljust(width) if i in (0, 2) else text.rjust(width)
+        for i, (text, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return "  ".join(cells).rstrip()
+
+
+def _expected_core_hours(jobs: Sequence[PlannedJob], folder: Path) -> float | None:
+    """By each job's own benchmark; the others by the mean of the rule's."""
+    known = [_seconds(job.benchmark) for job in jobs]
+    if None in known:
+        others = [seconds for path in folder.rglob("*.tsv") if (seconds := _seconds(path)) is not None]
+        if not others:
+            return None
+        mean = sum(others) / len(others)
+        known = [mean if seconds is None else seconds for seconds in known]
+    return sum(seconds * job.cores for seconds, job in zip(known, jobs, strict=True)) / 3600
+
+
+def _seconds(benchmark: Path | None) -> float | None:
+    """The first column, `s`, of a benchmark file; None where there is none, or a torn one."""
+    try:
+        return float(benchmark.read_text(encoding="utf-8").splitlines()[1].split("\t")[0])
+    except (AttributeError, OSError, ValueError, IndexError):
+        return None
