@@ -207,6 +207,8 @@ def test_compat_is_for_internlm2_alone(template, tmp_path, run_script):
     source = tmp_path / "d" / "processed" / "f.jsonl"
     source.parent.mkdir(parents=True)
     source.write_text(json.dumps(TALK) + "\n")
+    done = run_script("tokenize_dataset.py", *places, "--mask", "exact", check=False)
+    assert "the tokenizer was extended for another chat template" in done.stderr and template in done.stderr
     done = run_script("tokenize_dataset.py", *places, "--template", template, check=False)
     assert done.returncode == 2 and "--mask exact" in done.stderr and "Traceback" not in done.stderr
 

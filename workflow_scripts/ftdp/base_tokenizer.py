@@ -10,10 +10,11 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from common.cli import UserError
+from common.files import read_json
 from ftdp.chat_template import ChatTemplate
 from ftdp.sentencepiece_bpe import build_tokenizer_json
 from ftdp.template_file import DEFAULT_TEMPLATE, load_template
-from ftdp.tokenizer import ExtendedTokenizer, extend, parse_tokenizer, save_tokenizer
+from ftdp.tokenizer import TEMPLATE_FILE, ExtendedTokenizer, extend, parse_tokenizer, save_tokenizer
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = (
@@ -43,13 +44,15 @@ def open_tokenizer(
         template: The chat template, a shipped one's name or a file; by default InternLM2's.
 
     Raises:
-        UserError: There is no usable tokenizer, or tokens would be added but there is no folder to save them in.
+        UserError: There is no usable tokenizer, tokens would be added but there is no folder to save them in, or the
+            base was extended for another template and is to stay as it is.
     """
     text, folder = read_base(base, trust_remote_code)
     if not isinstance(template, ChatTemplate):
         template = load_template(template or DEFAULT_TEMPLATE)
     new_text, extended = extend(text, folder, template)
     if save_dir is None:
+        _refuse_saved_template(folder, template)
         if extended.added:
             raise UserError(
                 f"{base}: the tokenizer lacks chat tokens, and there is no folder to save it with them",
@@ -59,6 +62,7 @@ def open_tokenizer(
         return extended
     save_dir = Path(save_dir)
     if save_dir.exists() and save_dir.resolve() == folder.resolve():
+        _refuse_saved_template(folder, template)
         if extended.added:
             raise UserError(
                 f"{save_dir} is the base tokenizer's own folder",
@@ -77,6 +81,19 @@ def open_tokenizer(
     save_dir.mkdir(parents=True, exist_ok=True)
     save_tokenizer(save_dir, new_text, extended)
     return extended
+
+
+def _refuse_saved_template(folder: Path, template: ChatTemplate) -> None:
+    manifest = folder / "manifest.json"
+    saved = read_json(manifest).get("chat_template") if manifest.is_file() else None
+    if saved and saved["sha256"] != template.sha256:
+        raise UserError(
+            f"{folder}: the tokenizer was extended for another chat template",
+            found=f"--template {template.name} ({template.sha256[:12]})",
+            expected=f"{saved['name']} ({saved['sha256'][:12]}), with which the tokenizer is saved and served",
+            fix=f"give --template {folder / TEMPLATE_FILE}, or extend the base tokenizer for {template.name} "
+            "(extend_tokenizer.py)",
+        )
 
 
 def read_base(base: str | os.PathLike, trust_remote_code: bool = False) -> tuple[str, Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from ftdp.block_tokenizer import TokenizeOptions
@@ -18,12 +17,12 @@ _NO_BYTES = ("on_bad_sample", "max_bad_share")
 def tokenize_identity(tokenizer: ExtendedTokenizer, options: TokenizeOptions) -> dict[str, Any]:
     """Returns the digests of tokenizer and template and the options that decide bytes, as JSON.
 
-    A template file counts by its content; of its path only the file name is told.
+    A template file counts by its content, wherever it lies and whatever its name.
     """
     values = {key: value for key, value in dataclasses.asdict(options).items() if key not in _NO_BYTES}
     template = load_template(options.template)
     if options.template not in shipped_templates():
-        values["template"] = Path(options.template).name
+        values["template"] = f"file {template.sha256[:12]}"
     return {
         "format": TOKENIZED_FORMAT,
         "tokenizer_sha256": tokenizer.sha256,

@@ -13,6 +13,7 @@ from typing import Any
 from common.cli import UserError
 from common.files import read_json
 from ftdp.layout import TEMPLATE_FOLDER, manifest_path
+from ftdp.tokenizer import TEMPLATE_FILE
 
 UNKNOWN = "no manifests (tokenised by XTuner?), so nobody can tell with which tokenizer and template"
 _WITH = ("tokenizer_sha256", "template_sha256", "tokenized_format", "options")
@@ -110,13 +111,12 @@ def refuse_other_template(
     manifest = Path(folder) / "manifest.json"
     saved = read_json(manifest).get("chat_template") if made and manifest.is_file() else None
     if saved and saved["sha256"] != made["template_sha256"]:
-        name = made["options"]["template"]
         raise UserError(
             f"{what} was made with another chat template than the one saved with the tokenizer",
             found=f"{saved['name']} ({saved['sha256'][:12]}) in {folder}",
-            expected=f"{name} ({made['template_sha256'][:12]}), as the manifest of the tokenisation says",
-            fix=f"tokenise again with `tokenize_dataset.py --template {saved['name']}`, "
-            f"or train with a tokenizer that `extend_tokenizer.py --template {name}` wrote",
+            expected=f"{made['options']['template']} ({made['template_sha256'][:12]}), as the manifest of the tokenisation says",
+            fix=f"tokenise again with `tokenize_dataset.py --template {Path(folder) / TEMPLATE_FILE}`, "
+            "or train with a tokenizer that extend_tokenizer.py wrote for the template of the data",
         )
 
 
