@@ -9,12 +9,13 @@ import pytest
 from ftdp_small_tokenizers import sentencepiece_model, small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from ftdp.encode import BatchEncoder
 from ftdp.sentencepiece_bpe import build_tokenizer_json
 from ftdp.template_file import load_template
 from ftdp.word_encoder import word_encoder
+from ftdp.word_rules import word_rules
 
 SPECIAL_TOKENS = load_template().special_tokens
 turns = load_template().turns
@@ -35,6 +36,15 @@ fragments = st.sampled_from(
         "<unk>",
         "<",
         "s>",
+        "don't",
+        ".\n\n",
+        "\r\n",
+        "\x1c",
+        "\u3000",
+        "e\u0301",
+        "\u0958",
+        "12",
+        "，",
         *SPECIAL_TOKENS,
     ]
 )
@@ -45,13 +55,55 @@ def plain_ids(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-@settings(max_examples=500, deadline=None)
-@given(st.lists(texts, max_size=5))
-def test_ids_are_the_tokenizers(batch):
-    tokenizer = small_tokenizer("sentencepiece").tokenizer
+def changed(tokenizer, change):
+    data = json.loads(tokenizer.to_str())
+    change(data)
+    return Tokenizer.from_str(json.dumps(data))
+
+
+def tokenizer_of(kind):
+    """Returns a small tokenizer; "nfc" is as Qwen's."""
+    if kind != "nfc":
+        return small_tokenizer(kind).tokenizer
+    tokenizer = changed(small_tokenizer("newlines").tokenizer, lambda data: None)
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte_level", "newlines", "nfc"])
+@settings(max_examples=250, deadline=None)
+@given(batch=st.lists(texts, max_size=5))
+def test_ids_are_the_tokenizers(kind, batch):
+    tokenizer = tokenizer_of(kind)
     encoder = word_encoder(tokenizer)
     for _ in range(2):  # the second time from memory
         assert encoder.encode(batch) == {text: plain_ids(tokenizer, text) for text in batch}
+
+
+def pieces(tokenizer, texts):
+    """Returns what the pre-tokenizer makes of texts; merges stay within these."""
+    normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
+    split = tokenizer.pre_tokenizer.pre_tokenize_str
+    return [piece for text in texts for piece, _ in split(normalize(text))]
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "newlines", "nfc"])
+@settings(max_examples=250, deadline=None)
+@given(text=texts)
+def test_words_begin_where_the_pre_tokenizer_cuts(kind, text):
+    tokenizer = tokenizer_of(kind)
+    words = word_rules(tokenizer, tokenizer.to_str()).words.findall(text)
+    assert "".join(words) == text
+    assert pieces(tokenizer, words) == pieces(tokenizer, [text])
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "newlines", "nfc"])
+def test_every_character_is_for_the_library_what_it_is_here(kind):
+    tokenizer = tokenizer_of(kind)
+    find = word_rules(tokenizer, tokenizer.to_str()).words.findall
+    every = [chr(code) for code in range(0x10000) if not 0xD800 <= code < 0xE000]
+    for text in (f"{character}!a{character}\n" for character in every):
+        assert pieces(tokenizer, find(text)) == pieces(tokenizer, [text]), text
 
 
 def test_forgetting_keeps_the_ids(monkeypatch):
@@ -77,12 +129,6 @@ def test_real_tokenizer_and_conversations(shared_data):
         assert encoder.encode(batch) == dict(zip(batch, (each.ids for each in encodings), strict=True))
 
 
-def changed(tokenizer, change):
-    data = json.loads(tokenizer.to_str())
-    change(data)
-    return Tokenizer.from_str(json.dumps(data))
-
-
 def with_merge(left, right):
     def change(data):
         vocabulary = data["model"]["vocab"]
@@ -96,7 +142,6 @@ def with_merge(left, right):
 def test_where_it_would_not_be_exact_it_is_not_used(tmp_path):
     tokenizer = small_tokenizer("sentencepiece").tokenizer
     assert word_encoder(tokenizer) is not None
-    assert word_encoder(small_tokenizer("byte_level").tokenizer) is None
     unlike = [
         with_merge("a", "▁"),
         with_merge("<0x41>", "b"),
@@ -115,6 +160,18 @@ def test_where_it_would_not_be_exact_it_is_not_used(tmp_path):
     with_space = changed(tokenizer, lambda data: None)
     with_space.add_tokens([AddedToken("▁tool", normalized=False)])
     assert word_encoder(with_space) is None
+    byte_level = small_tokenizer("newlines").tokenizer
+    unlike = [
+        lambda data: data["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+|\W+"),
+        lambda data: data["pre_tokenizer"]["pretokenizers"][0].update(behavior="MergedWithNext"),
+        lambda data: data["pre_tokenizer"]["pretokenizers"].pop(),
+        lambda data: data["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+        lambda data: data.update(normalizer={"type": "Lowercase"}),
+        lambda data: data["added_tokens"][-1].update(rstrip=True),
+        lambda data: data["model"].update(dropout=0.1),
+    ]
+    for change in unlike:
+        assert word_encoder(changed(byte_level, change)) is None
     no_dummy_prefix = build_tokenizer_json(sentencepiece_model(tmp_path / "plain", add_dummy_prefix=False))
     assert word_encoder(no_dummy_prefix) is None
 

@@ -195,13 +195,16 @@ class BlockTokenizer:
 
 
 def _line(data: bytes, max_length: int) -> _Line:
-    """Returns what a line from `BatchEncoder.line` comes to, cut if it is too long. It has no id 0."""
+    """Returns what a line from `BatchEncoder.line` comes to, cut if it is too long."""
     tokens = data.count(b",") + 1
     truncated = tokens > max_length
     if truncated:
         data = b", ".join(data.split(b", ", max_length)[:max_length]) + b"]}\n"
         tokens = max_length
-    return _Line(data, tokens, tokens - data.count(b"-"), truncated)
+    # Untrained is what has a sign, and id 0, but for -0 (see `ftdp.piece`).
+    zeros = data.count(b" 0,") + data.count(b" 0]") + data.count(b"[0")
+    untrained = data.count(b"-") - data.count(b"-0") + zeros
+    return _Line(data, tokens, tokens - untrained, truncated)
 
 
 def _line_of_pieces(pieces: list[Piece], max_length: int, exact: bool) -> _Line:

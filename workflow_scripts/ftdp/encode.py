@@ -23,8 +23,9 @@ from ftdp.exact_mask import Span, difference, encode_spans, one_answer, spans_of
 from ftdp.piece import Piece, signed_ids
 from ftdp.template_file import check_mask, load_template
 from ftdp.tokenizer import ExtendedTokenizer
-from ftdp.word_encoder import WordEncoder, word_encoder, word_rules
+from ftdp.word_encoder import WordEncoder, word_encoder
 from ftdp.word_lines import WordLines, word_lines
+from ftdp.word_rules import word_rules
 
 MASKS = ("compat", "exact")
 CONTROL_TOKENS = ("literal", "control", "error")
@@ -254,9 +255,9 @@ class BatchEncoder:
         return _unknown_id(self._tokenizer)
 
     def _prepare_lines(self) -> WordLines | None:
-        rules = word_rules(self._extended.text)
+        rules = word_rules(self._extended.tokenizer, self._extended.text)
         bos = self._extended.bos_token_id if self._bos else None
-        return rules and word_lines(self._extended.tokenizer, rules, self._spelling, bos, self._exact)
+        return rules and word_lines(rules, self._spelling, bos, self._exact)
 
     def _fill_cache(self, every: list[Turn]) -> None:
         wanted = {(turn.begin, False) for turn in every} | {(turn.end, turn.end_trained) for turn in every}

@@ -1,4 +1,4 @@
-"""The lines of a `.bin` file straight from the turns' text: the hot path, for the tokenizers of `ftdp.word_encoder`.
+"""The lines of a `.bin` file straight from the turns' text: the hot path, for the tokenizers of `ftdp.word_rules`.
 
 What is remembered of a word is how the file spells its ids, `12, 345, ` where it is trained on and `-12, -345, ` where
 it is not. A line is one join of such bytes: no list of ids is made, and nothing goes through the tokenizers library but
@@ -8,14 +8,13 @@ the text alone; a conversation with other borders is left to `ftdp.encode`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
-
-from tokenizers import Tokenizer
 
 from ftdp.chat_template import Turn
 from ftdp.exact_mask import one_answer
-from ftdp.word_encoder import SPACE, WordRules, splitter
+from ftdp.word_encoder import splitter
+from ftdp.word_rules import WordRules
 
 # About 10 MB a table in each process; there are four.
 _MAX_ENTRIES = 1 << 15
@@ -29,23 +28,18 @@ class _Spelled(dict[str, bytes]):
     """Text -> how a `.bin` file spells its ids, each with ", " behind it. Remembers short texts.
 
     Args:
-        tokenize: The model's function for one word.
         rules: The tokenizer's.
         form: How an id is written.
+        zero: How id 0 is, with ", " behind it: see `ftdp.piece`.
         prefix: Stands before each text.
         words: Where to look up words if a text is more than one; by default here.
     """
 
     def __init__(
-        self,
-        tokenize: Callable,
-        rules: WordRules,
-        form: bytes,
-        prefix: str = "",
-        words: _Spelled | None = None,
+        self, rules: WordRules, form: bytes, zero: bytes, prefix: str = "", words: _Spelled | None = None
     ):
         super().__init__()
-        self._tokenize, self._rules, self._form, self._prefix = tokenize, rules, form, prefix
+        self._rules, self._form, self._zero, self._prefix = rules, form, zero, prefix
         self._words = self if words is None else words
 
     def __missing__(self, text: str) -> bytes:
@@ -54,7 +48,7 @@ class _Spelled(dict[str, bytes]):
             return self.spell_long(whole)
         words = self._rules.words.findall(whole)
         if len(words) == 1:
-            spelled = b"".join([self._form % token.id for token in self._tokenize(whole)])
+            spelled = self.spell(self._rules.ids(whole))
         else:
             spelled = b"".join(map(self._words.__getitem__, words))
         if len(text) <= _MAX_CHARACTERS:
@@ -62,6 +56,9 @@ class _Spelled(dict[str, bytes]):
                 self.clear()
             self[text] = spelled
         return spelled
+
+    def spell(self, ids: Iterable[int]) -> bytes:
+        return b"".join([self._form % token if token else self._zero for token in ids])
 
     def spell_long(self, whole: str) -> bytes:
         """Returns the same for a text of many words, with little memory."""
@@ -74,7 +71,7 @@ class _Spelled(dict[str, bytes]):
         """Looks up what is known to be one word; it may be long."""
         if len(word) <= _LONG:
             return self[word]
-        return b"".join([self._form % token.id for token in self._tokenize(word)])
+        return self.spell(self._rules.ids(word))
 
 
 class _Sign:
@@ -83,18 +80,22 @@ class _Sign:
     `words` maps words to bytes. `spaced` maps what stands between two spaces, the first of them included.
     """
 
-    def __init__(self, tokenizer: Tokenizer, rules: WordRules, added: Mapping[str, int], form: bytes):
-        tokenize = tokenizer.model.tokenize
-        self._words = _Spelled(tokenize, rules, form)
-        self._spaced = _Spelled(tokenize, rules, form, SPACE, self._words)
-        self._added = {token: form % token_id for token, token_id in added.items()}
+    def __init__(self, rules: WordRules, added: Mapping[str, int], form: bytes, zero: bytes):
+        self._rules = rules
+        self._words = _Spelled(rules, form, zero)
+        self._spaced = _Spelled(rules, form, zero, rules.space, self._words)
+        self._added = {token: self.spell([token_id]) for token, token_id in added.items()}
         self._split = splitter(added).split
         # "" is in every text.
         first = {token[0] for token in added}
         self._mark = first.pop() if len(first) == 1 else ""
 
+    def spell(self, ids: Iterable[int]) -> bytes:
+        """Spells ids."""
+        return self._words.spell(ids)
+
     def content(self, text: str) -> bytes:
-        """Spells a text that follows a character which is a word of its own."""
+        """Spells a text that `begins_apart`, behind one that `ends_apart`."""
         if self._mark in text:
             first, *others = self._split(text)
             return self._plain(first) + self._parts(others, 1)
@@ -105,9 +106,8 @@ class _Sign:
         return self._parts(self._split(text), 0)
 
     def _plain(self, text: str) -> bytes:
-        if "  " in text or SPACE in text or len(text) > _LONG:
-            # Spaces that follow each other are one word.
-            return self._words.spell_long(text.replace(" ", SPACE))
+        if len(text) > _LONG or not self._rules.is_single_spaced(text):
+            return self._words.spell_long(self._rules.normalize(text))
         pieces = text.split(" ")
         if len(pieces) == 1:
             return self._words[text]
@@ -120,8 +120,8 @@ class _Sign:
             if place % 2:
                 spelled.append(self._added[part])
             elif part:
-                # The normalizer puts a space in front of whatever stands between added tokens.
-                spelled.append(self._words.spell_long(SPACE + part.replace(" ", SPACE)))
+                # The normalizer sees whatever stands between added tokens as a text.
+                spelled.append(self._words.spell_long(self._rules.first + self._rules.normalize(part)))
         return b"".join(spelled)
 
 
@@ -140,29 +140,27 @@ class WordLines:
         different: How many ids have another mask with `mask: compat`, since `WordLines` was made.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, rules: WordRules, added: Mapping[str, int], bos: int, exact: bool
-    ):
+    def __init__(self, rules: WordRules, added: Mapping[str, int], bos: int | None, exact: bool):
         self._rules, self._added, self._exact = rules, added, exact
-        # Id 0 has no negative: `ftdp.piece` knows how it is written. No word has it (see `word_lines`).
-        self._zero = next(token for token, token_id in added.items() if token_id == 0)
-        self._signs = tuple(_Sign(tokenizer, rules, added, form) for form in (b"-%d, ", b"%d, "))
-        self._start = b'{"tokens": [' + (b"-%d, " if exact else b"%d, ") % bos
+        untrained = _Sign(rules, added, b"-%d, ", b"0, ")
+        trained = _Sign(rules, added, b"%d, ", b"-0, " if exact else b"0, ")
+        self._signs = untrained, trained
+        self._bos = (untrained if exact else trained).spell([] if bos is None else [bos])
         self._borders: dict[tuple[str, str], _Border | None] = {}
         self.different = 0
 
     def line(self, conversation: Iterable[Turn]) -> bytes | None:
         """Returns a conversation's line, not cut; None where ids could cross a border."""
-        borders, signs = self._borders, self._signs
-        pieces = [self._start]
-        different = 1
+        borders, signs, begins_apart = self._borders, self._signs, self._rules.begins_apart
+        pieces = [b'{"tokens": [', self._bos]
+        different = _differing(self._bos, False, True)
         for turn in conversation:
             begin, content, end, trained, end_trained, _, parts = turn
             try:
                 border = borders[begin, end]
             except KeyError:
                 border = self._add_border(begin, end)
-            if border is None or self._zero in content:
+            if border is None or not begins_apart(content):
                 return None
             if self._exact and parts is not None:
                 answer = one_answer(turn)
@@ -172,14 +170,13 @@ class WordLines:
                 answer = trained
             spelled = signs[answer].content(content)
             ends = end_trained and answer if self._exact else end_trained
-            pieces += border.begin, spelled, border.end_if_trained if ends else border.end
-            if answer != trained:
-                different += spelled.count(b",")
-            if ends != end_trained:
-                different += border.end.count(b",")
+            end = border.end_if_trained if ends else border.end
+            pieces += border.begin, spelled, end
+            if self._exact:
+                different += _differing(spelled, answer, trained) + _differing(end, ends, end_trained)
         if self._exact:
             self.different += different
-        return b"".join(pieces)[:-2] + b"]}\n"
+        return b"".join(pieces).removesuffix(b", ") + b"]}\n"
 
     def _add_border(self, begin: str, end: str) -> _Border | None:
         untrained, trained = self._signs
@@ -195,12 +192,12 @@ class WordLines:
         """Are the ids of any text between begin and end its own?"""
         split = splitter(self._added).split
         parts = split(begin)
-        last = parts[-1][-1:]
-        # The begin ends with text, and that with a character which is a word of its own and in no added token.
-        if not last or last in self._rules.merging or any(last in token for token in self._added):
+        last = parts[-1]
+        # The begin ends with text that ends apart, and with a character that is in no added token.
+        if not last or not self._rules.ends_apart(last) or any(last[-1] in token for token in self._added):
             return False
         # `exact` encodes turns together, unless control tokens keep them apart.
-        if (self._exact and parts[0]) or self._zero in begin + end:
+        if self._exact and parts[0]:
             return False
         if not end:
             return True
@@ -208,29 +205,28 @@ class WordLines:
         return not split(end)[0] and not any(end[0] in token[1:] for token in self._added)
 
 
+def _differing(spelled: bytes, exact: bool, compat: bool) -> int:
+    """Returns for how many ids of a text, as `exact` spells it, the masks differ; compat never trains on id 0."""
+    if exact:
+        return spelled.count(b"-0,") if compat else spelled.count(b",")
+    return spelled.count(b",") - (b" " + spelled).count(b" 0,") if compat else 0
+
+
 def word_lines(
-    tokenizer: Tokenizer,
-    rules: WordRules,
-    spelling: Mapping[str, str],
-    bos: int | None,
-    exact: bool,
+    rules: WordRules, spelling: Mapping[str, str], bos: int | None, exact: bool
 ) -> WordLines | None:
     """Returns what makes lines of turns, or None where that would not be exact.
 
     Args:
-        tokenizer: The tokenizer.
         rules: What `word_rules` says of it.
         spelling: How the turns spell control tokens, where their own names are to be text.
-        bos: The id that a line begins with.
+        bos: The id that a line begins with, if any.
         exact: Is the mask `exact`?
     """
-    # Lines with id 0 are left to `ftdp.encode`; only an added token may have it.
-    if not bos or 0 not in rules.added.values():
-        return None
     # As text a control token's name must not become the token again.
-    if any(len(name) == 1 or name in rules.products for name in spelling):
+    if not all(map(rules.is_never_text, spelling)):
         return None
     if not spelling.keys() <= rules.added.keys():
         return None
     added = {spelling.get(token, token): token_id for token, token_id in rules.added.items()}
-    return WordLines(tokenizer, rules, added, bos, exact)
+    return WordLines(rules, added, bos, exact)
