@@ -233,10 +233,10 @@ class _Run:
         tokenizer = BlockTokenizer(self._tokenizer, self._options)
         with WorkerPool(ChunkTokenizer(tokenizer), self._processes) as pool:
             yield from self._tokenize(missing, pool, progress)
-        kept = len(chunks) - len(missing)
-        self.status = progress.finish() + (
-            f"; {kept} of {len(chunks)} parts were done before" if kept else ""
-        )
+        self.status = progress.finish()
+        if kept := len(chunks) - len(missing):
+            before = f"{kept} of {len(chunks)} files or ranges were done before"
+            self.status = f"{self.status}; {before}" if missing else before
 
     def _is_done(self, chunk: Chunk) -> bool:
         return self._store.find(chunk.whole) is not None or (
