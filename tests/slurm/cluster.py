@@ -108,6 +108,11 @@ class SlurmCluster:
             self.start_node(node)
         self.wait_until_idle()
 
+    def is_up(self) -> bool:
+        """Tells whether the cluster of this folder answers."""
+        conf, ping = self.folder / "slurm.conf", ("scontrol", "ping")
+        return conf.is_file() and self.run(*ping, check=False).returncode == 0
+
     def wait_until_idle(self) -> None:
         """Waits until all nodes are up and nothing runs on them."""
         _wait(self._all_idle, "idle nodes", 60)
@@ -168,7 +173,7 @@ class SlurmCluster:
         host, ports = socket.gethostname().split(".")[0], _free_ports(len(self.nodes) + 1)
         nodes = "\n".join(
             f"NodeName={node} NodeAddr=127.0.0.1 NodeHostname={host} Port={port} CPUs={self._cpus} "
-            f"RealMemory={self._memory_mb} State=UNKNOWN"
+            f"RealMemory={self._memory_mb} Feature=local State=UNKNOWN"
             for node, port in zip(self.nodes, ports[1:], strict=True)
         )
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
@@ -280,8 +285,11 @@ def main() -> None:
     if args.what == "down":
         cluster.stop()
         return
-    cluster.start()
-    print(f'{args.nodes} nodes are idle. In this shell:\n    export PATH={cluster.folder / "bin"}:"$PATH"')
+    if cluster.is_up():
+        print("It is up already.")
+    else:
+        cluster.start()
+    print(f'{args.nodes} nodes. In this shell:\n    export PATH={cluster.folder / "bin"}:"$PATH"')
     print("then\n    snakemake --profile slurm")
 
 

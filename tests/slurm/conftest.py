@@ -68,8 +68,8 @@ def project(cluster, repo_root, tiny_model_dir, write_processed, tmp_path_factor
     own = own.replace("from torch.optim", "from train_hooks import Slow\nfrom torch.optim")
     (folder / "own.py").write_text(own.replace("custom_hooks = []", "custom_hooks = [dict(type=Slow)]"))
     config["train"]["config"] = "own.py"
-    one_minute = {"cluster": {"runtime": 1}}
+    short = {"cluster": {"runtime": 2}}
     config["runs"] = dict.fromkeys(ON_TWO_NODES, {"cluster": {"nodes": 2}}) | dict.fromkeys(ON_ONE)
-    config["runs"] |= {"walltime": one_minute, "local": {"train": {"processes": 2}}}
+    config["runs"] |= {"walltime": short, "local": {"train": {"processes": 2}}}
     project.configure(config)
     return project

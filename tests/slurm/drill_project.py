@@ -31,6 +31,7 @@ class SlurmProject:
     def start(self, *args: object, slow: float = 0.1) -> subprocess.Popen:
         """Starts `snakemake --profile slurm`, in a process group of its own; its output goes to controller.log."""
         own = {"PYTHONPATH": str(self.code / "tests"), "TEST_SLOW": str(slow), "OMP_NUM_THREADS": "1"}
+        own["SNAKETUNE_SITE"] = str(self.folder / "site.yaml")
         with open(self.folder / "controller.log", "ab") as log:
             return subprocess.Popen(
                 self.command("--profile", "slurm", *args),

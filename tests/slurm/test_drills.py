@@ -65,7 +65,7 @@ def test_a_cancelled_job_is_submitted_again(project, whole):
 
 
 def test_the_time_limit_costs_no_step(project, whole):
-    with project.training("walltime", slow=3):
+    with project.training("walltime", slow=5):
         pass
     assert project.result("walltime") == whole
     attempts = project.attempts("walltime")
