@@ -23,7 +23,8 @@ rule train_model:
     benchmark:
         f"{BENCHMARKS}/train_model/{{run}}.tsv"
     # Attempts go on where the last one stopped, at its time limit or preempted; a guard refuses those without progress.
-    retries: 10
+    # In a Slurm job, where this file is read again, the rule is not to be retried as well.
+    retries: 10 if workflow.is_main_process else 0
     conda:
         "../envs/snaketune.yaml"
     threads: workflow.cores or 1

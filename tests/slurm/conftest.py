@@ -55,7 +55,7 @@ def project(cluster, repo_root, tiny_model_dir, write_processed, tmp_path_factor
         "model": {"path": str(tiny_model_dir)},
         "data": {"processed_dir": "processed"},
         "heldout": {"share": 0.1},
-        "train": {"max_length": 64, "max_steps": STEPS, "save_steps": 6, "lr": 5.0e-3, "global_batch": 4},
+        "train": {"max_length": 64, "max_steps": STEPS, "save_steps": 3, "lr": 5.0e-3, "global_batch": 4},
         "cluster": {"cpus_per_process": 1, "mem_mb": 1000, "runtime": 10},
         "turbomind": {"enabled": False},
         "runs": {"template": {}},

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 from cluster import SlurmCluster
 
-STEPS = 24  # of every training
+STEPS = 12  # of every training
 PATIENCE = 600  # seconds; on a quiet machine nothing takes a tenth of it
 
 
@@ -28,7 +28,7 @@ class SlurmProject:
     folder: Path
     cluster: SlurmCluster
 
-    def start(self, *args: object, slow: float = 0.1) -> subprocess.Popen:
+    def start(self, *args: object, slow: float = 0.3) -> subprocess.Popen:
         """Starts `snakemake --profile slurm`, in a process group of its own; its output goes to controller.log."""
         own = {"PYTHONPATH": str(self.code / "tests"), "TEST_SLOW": str(slow), "OMP_NUM_THREADS": "1"}
         own["SNAKETUNE_SITE"] = str(self.folder / "site.yaml")
@@ -48,7 +48,7 @@ class SlurmProject:
         return [str(word) for word in (*command, "--configfile", self.folder / "config.yaml", *args)]
 
     @contextmanager
-    def training(self, run: str, *args: object, slow: float = 0.1) -> Iterator[subprocess.Popen]:
+    def training(self, run: str, *args: object, slow: float = 0.3) -> Iterator[subprocess.Popen]:
         """Trains a run on the cluster. After the block it must end well, which the block has to make possible."""
         running = self.start(self.manifest(run), *args, slow=slow)
         try:

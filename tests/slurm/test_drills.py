@@ -47,29 +47,29 @@ def test_two_nodes_train_as_two_ranks_here(project, whole_2):
 
 def test_a_rank_is_killed(project, whole_2):
     with project.training("rank") as running:
-        project.wait_for_step(running, "rank", 8)
+        project.wait_for_step(running, "rank", 4)
         os.kill(project.ranks("rank")[-1], signal.SIGKILL)
     assert project.result("rank") == whole_2
     first, second = project.attempts("rank")
-    assert "Killed" in first and continued_from(second) == 6
-    assert "Step 8/24" in project.said(), "the failed attempt's log is shown"
+    assert "Killed" in first and continued_from(second) == 3
+    assert f"Step 4/{STEPS}" in project.said(), "the failed attempt's log is shown"
 
 
 def test_a_cancelled_job_is_submitted_again(project, whole):
     with project.training("scancel") as running:
-        project.wait_for_step(running, "scancel", 8)
+        project.wait_for_step(running, "scancel", 4)
         project.cluster.run("scancel", project.job())
     assert project.result("scancel") == whole
     first, second = project.attempts("scancel")
-    assert "CANCELLED" in first and continued_from(second) >= 6
+    assert "CANCELLED" in first and continued_from(second) >= 3
 
 
 def test_the_time_limit_costs_no_step(project, whole):
-    with project.training("walltime", slow=5):
+    with project.training("walltime", slow=10):
         pass
     assert project.result("walltime") == whole
     attempts = project.attempts("walltime")
-    stopped = re.search(r"Stopped after step (\d+) of 24 \(the time limit is near\)", attempts[0])
+    stopped = re.search(r"Stopped after step (\d+) of 12 \(the time limit is near\)", attempts[0])
     assert continued_from(attempts[1]) == int(stopped[1])
 
 
@@ -81,43 +81,43 @@ def preempt(project) -> None:
 
 def test_a_preempted_job_goes_on_under_its_number(project, whole):
     with project.training("preempted") as running:
-        project.wait_for_step(running, "preempted", 8)
+        project.wait_for_step(running, "preempted", 4)
         job = project.job()
         preempt(project)
         wait_until(lambda: project.job("pending") == job, "requeued job", 60)
         project.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     assert project.result("preempted") == whole
-    assert continued_from(project.attempts("preempted")[1]) >= 6
+    assert continued_from(project.attempts("preempted")[1]) >= 3
 
 
 def test_a_preempted_job_that_is_not_requeued_is_submitted_again(project, whole):
     with project.training("not_requeued") as running:
-        project.wait_for_step(running, "not_requeued", 8)
+        project.wait_for_step(running, "not_requeued", 4)
         project.cluster.run("scontrol", "update", f"JobId={project.job()}", "Requeue=0")
         preempt(project)
     assert project.result("not_requeued") == whole
-    assert continued_from(project.attempts("not_requeued")[1]) >= 6
+    assert continued_from(project.attempts("not_requeued")[1]) >= 3
 
 
 def test_a_node_goes_down(project, whole):
     with project.training("node") as running:
-        project.wait_for_step(running, "node", 8)
+        project.wait_for_step(running, "node", 4)
         job = project.job()
         node = project.cluster.run("squeue", "-h", "-j", job, "-o", "%N").stdout.strip()
         project.cluster.fail_node(node, job)
         wait_until(lambda: project.job("pending") == job, "requeued job", 120)
         project.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     assert project.result("node") == whole
-    assert continued_from(project.attempts("node")[1]) == 6
+    assert continued_from(project.attempts("node")[1]) == 3
     project.cluster.start_node(node)
     project.cluster.wait_until_idle()
 
 
 def test_slurmctld_is_restarted(project, whole):
-    with project.training("slurmctld", slow=0.5) as running:
+    with project.training("slurmctld", slow=1) as running:
         project.wait_for_step(running, "slurmctld", 3)
         project.cluster.stop_slurmctld()
-        project.wait_for_step(running, "slurmctld", 10)
+        project.wait_for_step(running, "slurmctld", 6)
         project.cluster.start_slurmctld()
     assert project.result("slurmctld") == whole
     assert len(project.attempts("slurmctld")) == 1

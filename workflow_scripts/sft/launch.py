@@ -166,8 +166,11 @@ def run_step(command: list[str], nodes: int, processes: int, cpus: int, gpus: in
     if gpus:
         step.append(f"--gres=gpu:{gpus}")
     handlers = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    # This process and rank 0 run on the job's first node: a port that is free here is free there.
+    port = os.environ.get("MASTER_PORT", str(free_port()))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(cpus), "MASTER_PORT": port}
     try:
-        return subprocess.run([*step, *command], env={**os.environ, "OMP_NUM_THREADS": str(cpus)}).returncode
+        return subprocess.run([*step, *command], env=environment).returncode
     except FileNotFoundError:
         raise UserError("--launcher srun, but there is no srun here", fix="start it in a Slurm job") from None
     finally:
