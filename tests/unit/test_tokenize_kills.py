@@ -68,9 +68,16 @@ def names(folder):
 
 
 def records(out: Path) -> dict[str, tuple]:
-    """The records of what is finished, each with what tells whether it was written anew."""
-    found = [path for path in (out / "chunks").rglob("*.json") if not path.name.startswith(".")]
-    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+    """The records of what is finished, each with what tells whether its tokens were written anew."""
+    found = {}
+    for path in (out / "chunks").rglob("*.json"):
+        if path.name == "done.json":
+            bin_file = out / "chatml_llamav13_32k/train/cn" / path.parts[-3] / f"{path.parts[-2]}.bin"
+        else:
+            bin_file = path.with_suffix(".train.bin")
+        if not path.name.startswith("."):
+            found[str(path)] = (bin_file.stat().st_ino, bin_file.stat().st_mtime_ns)
+    return found
 
 
 def attempt(work, kill_at: int) -> bool:

@@ -12,6 +12,7 @@ from ftdp_small_tokenizers import extended_folder, small_tokenizer
 from test_tokenize_runs import files_below, random_lines, write_dataset
 
 from common.cli import UserError
+from ftdp import chunk_store
 from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.layout import find_datasets
 from ftdp.planning import file_sizes, plan_parts
@@ -238,3 +239,14 @@ def test_the_command(tmp_path, processed, run_script):
     assert len(json.loads((tmp_path / "index.json").read_text())["datasets"]) == 13
     failed = run_script("tokenize_dataset.py", *common, "--part", "nope", check=False)
     assert failed.returncode == 2 and "the plan has no part 'nope'" in failed.stderr
+
+
+def test_a_time_stamp_costs_one_look(tmp_path, processed, tokenizer, monkeypatch):
+    in_parts(processed, tmp_path / "out", tokenizer)
+    for path in [*processed.rglob("*.jsonl"), *(tmp_path / "out").rglob("*.bin")]:
+        os.utime(path, (1, 1))  # as after a copy
+    said = in_parts(processed, tmp_path / "out", tokenizer)
+    assert all("were done before" in each and "samples" not in each for each in said.values())
+    for function in ("RangeReader", "sha256_file"):  # from now on nothing is read
+        monkeypatch.delattr(chunk_store, function)
+    assert in_parts(processed, tmp_path / "out", tokenizer) == said

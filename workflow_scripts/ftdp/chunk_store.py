@@ -6,7 +6,7 @@
 
 A record is believed when it was made with the same tokenizer, template and options, the source still has the bytes that
 it was made from, and every output has the bytes that were written. Equal size and time stamp stand for equal bytes, but
-only where the time stamp was old when the bytes were read; otherwise they are hashed again.
+only where the time stamp was old when the bytes were read; otherwise they are hashed again, and the new stamp noted.
 """
 
 from __future__ import annotations
@@ -111,12 +111,16 @@ class ChunkStore:
         ):
             return None
         try:
+            stamps = _stamps(record)
             if self._has_too_many_bad(record["result"]["tally"]["sums"], chunk):
                 return None
             if not self._same_outputs(record, chunk) or not _same_source(record["bytes_of"], chunk):
                 return None
         except (OSError, KeyError, TypeError):
             return None
+        if _stamps(record) != stamps:
+            with suppress(OSError):
+                self._write(chunk, record)
         return record
 
     def digest(self, chunk: Chunk) -> str:
@@ -156,13 +160,16 @@ class ChunkStore:
             "outputs": outputs,
             "result": result,
         }
+        self.record_path(chunk).parent.mkdir(parents=True, exist_ok=True)
+        self._write(chunk, record)
+        return record
+
+    def _write(self, chunk: Chunk, record: dict[str, Any]) -> None:
         path = self.record_path(chunk)
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Not flushed to disk: a record that is lost or broken costs doing the chunk again, no more.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(record, sort_keys=True), encoding="utf-8")
         temporary.replace(path)
-        return record
 
     def _has_too_many_bad(self, sums: dict[str, int], chunk: Chunk) -> bool:
         # Of a range only "none" can be asked: the share is that of the whole file.
@@ -178,8 +185,10 @@ class ChunkStore:
             stat = path.stat()
             if stat.st_size != known["bytes"]:
                 return False
-            if stat.st_mtime_ns != known["mtime_ns"] and sha256_file(path) != known["sha256"]:
-                return False
+            if stat.st_mtime_ns != known["mtime_ns"]:
+                if sha256_file(path) != known["sha256"]:
+                    return False
+                known["mtime_ns"] = stat.st_mtime_ns
         return True
 
 
@@ -198,15 +207,22 @@ class SourceState:
 
 
 def _same_source(known: dict[str, Any], chunk: Chunk) -> bool:
-    stat = chunk.source.stat()
-    if stat.st_size != known["size"]:
+    state = SourceState(chunk.source)
+    if state.size != known["size"]:
         return False
-    if stat.st_mtime_ns == known["mtime_ns"]:
+    if state.mtime_ns is not None and state.mtime_ns == known["mtime_ns"]:
         return True
-    with RangeReader(chunk.source, *chunk.range(stat.st_size)) as reader:
+    with RangeReader(chunk.source, *chunk.range(state.size)) as reader:
         for _ in reader:
             pass
-    return reader.sha256 == known["sha256"]
+    if reader.sha256 != known["sha256"]:
+        return False
+    known["mtime_ns"] = state.mtime_ns
+    return True
+
+
+def _stamps(record: dict[str, Any]) -> list[int | None]:
+    return [record["bytes_of"]["mtime_ns"], *(output["mtime_ns"] for output in record["outputs"].values())]
 
 
 def remove_unfinished(folders: Iterable[Path]) -> None:
