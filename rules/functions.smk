@@ -340,6 +340,26 @@ def preflight_settings(wildcards):
     )
 
 
+def probe_shape(key):
+    """Returns a resource function of the preflight job: two ranks on a node, or one on each of two; all GPUs of a node."""
+
+    def shape(wildcards):
+        clusters = [run["cluster"] for run in RUNS.values()]
+        nodes = min(2, max(cluster["nodes"] for cluster in clusters))
+        gpus = max(cluster["gpus_per_node"] for cluster in clusters)
+        per_node = 2 if nodes == 1 and gpus != 1 else 1
+        return {
+            "nodes": nodes,
+            "tasks": 0 if per_node > 1 else nodes,
+            "tasks_per_node": per_node if per_node > 1 else 0,
+            "gpus_per_node": gpus,
+            "gres": f"gpu:{gpus}" if gpus else "",
+            "mpi": "srun" if per_node > 1 else "",
+        }[key]
+
+    return shape
+
+
 def print_plan():
     """Prints after a dry run what it would cost. Snakemake has no handler for dry runs: this one runs at its exit."""
     if not workflow.dryrun or Quietness.ALL in (workflow.output_settings.quiet or ()):

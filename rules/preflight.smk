@@ -39,9 +39,19 @@ rule probe_partition:
     conda:
         "../envs/snaketune.yaml"
     threads: 2
+    # On Slurm the shape of the largest training, on two of its nodes at most.
     resources:
         mem_mb=8000,
         runtime=10,
+        launcher="none",
+        nodes=probe_shape("nodes"),
+        tasks=probe_shape("tasks"),
+        tasks_per_node=probe_shape("tasks_per_node"),
+        tasks_per_gpu=0,
+        cpus_per_task=1,
+        gpus_per_node=probe_shape("gpus_per_node"),
+        gres=probe_shape("gres"),
+        mpi=probe_shape("mpi"),
     params:
         folder=lambda wildcards, input: str(Path(input[0]).parent),
         envs=str(REPO / "envs"),
@@ -50,7 +60,8 @@ rule probe_partition:
         "Look at packages, GPUs, network, disk and tokenizers where jobs run"
     shell:
         'python "$SCRIPTS"/preflight.py probe --folder {params.folder:q} --envs {params.envs:q}'
-        " --settings {params.settings:q} 2>&1 | tee {log:q}"
+        " --settings {params.settings:q} --launcher {resources.launcher} --nodes {resources.nodes}"
+        " --gpus-per-node {resources.gpus_per_node} 2>&1 | tee {log:q}"
 
 
 rule preflight:

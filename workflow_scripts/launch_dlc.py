@@ -1,4 +1,4 @@
-"""Starts this pod's ranks of a training (or of preflight.py) in a PyTorchJob: Aliyun DLC, or Kubernetes with Kubeflow.
+"""Starts this pod's ranks of a training in a PyTorchJob: Aliyun DLC, or Kubernetes with Kubeflow.
 
 Every pod runs the same command; its place comes from the environment alone: WORLD_SIZE (number of pods), RANK (index
 of this pod), MASTER_ADDR, MASTER_PORT, and KUBERNETES_CONTAINER_RESOURCE_GPU (ranks in each pod). The guide's

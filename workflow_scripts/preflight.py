@@ -36,9 +36,13 @@ def parse_arguments() -> argparse.Namespace:
     probe.add_argument("--envs", type=Path, help="folder of the lock files")
     probe.add_argument(
         "--launcher",
-        choices=["none", "pytorch", "slurm"],
+        choices=["none", "srun", "pytorch", "slurm"],
         default="none",
         help="who starts the ranks, as for train_model.py (default: none, this command)",
+    )
+    probe.add_argument("--nodes", type=int, default=1, help="with --launcher srun: nodes (default: 1)")
+    probe.add_argument(
+        "--gpus-per-node", type=int, default=0, help="with --launcher srun: GPUs on each (default: 0)"
     )
     probe.add_argument(
         "--processes", type=int, help="with --launcher none: ranks (default: one a GPU, or two without GPUs)"
@@ -54,20 +58,28 @@ def begin(folder: Path) -> None:
 
 def probe(arguments: argparse.Namespace) -> int:
     """Starts the ranks, or is one."""
-    from sft.launch import join_environment, run_ranks
+    from sft.launch import join_environment, run_ranks, run_step
 
     if arguments.launcher == "none":
         import torch
 
         processes = arguments.processes or torch.cuda.device_count() or 2
-        return run_ranks([sys.executable, *sys.argv, "--launcher", "pytorch"], processes)
+        run_ranks([sys.executable, *sys.argv, "--launcher", "pytorch"], processes)
+        return 0  # what went wrong in a rank is in the answers, or in that there is none
+    if arguments.launcher == "srun":
+        ranks = 2 if arguments.nodes == 1 and arguments.gpus_per_node != 1 else 1  # as the rule asks for
+        own = [sys.executable, *sys.argv, "--launcher", "slurm"]
+        run_step(own, arguments.nodes, ranks, 1, arguments.gpus_per_node)
+        return 0
     join_environment(arguments.launcher)
-    _answer(arguments)
-    return 0
+    return _answer(arguments)
 
 
-def _answer(arguments: argparse.Namespace) -> None:
-    """Looks at everything and writes this rank's answer: before the ranks meet, and with the outcome of that."""
+def _answer(arguments: argparse.Namespace) -> int:
+    """Looks at everything and writes this rank's answer: before the ranks meet, and with the outcome of that.
+
+    Returns 1 when they did not meet: then the launcher ends the others, which might wait for ever.
+    """
     from readiness.checks import attempt, check_gpus, check_other_versions, check_tokenizer, check_versions
     from readiness.ranks import check_all_reduce
     from readiness.sizes import check_disk
@@ -98,13 +110,24 @@ def _answer(arguments: argparse.Namespace) -> None:
             )
         folder, runs = arguments.folder, [_resolved(each) for each in settings["runs"]]
         checks.append(attempt("disk", lambda: check_disk(folder, runs, settings["jsonl_bytes"])))
-        for each in runs:
+        for each in _by_tokenizer(runs):
             checks.append(attempt(f"tokenizer of {each['run']}", lambda each=each: check_tokenizer(each)))
     path = arguments.folder / ANSWERS / f"rank_{rank}.json"
     for last in (False, True):
         if last:
             checks.append(attempt("all-reduce", check_all_reduce))
         write_json(path, {**answer, "checks": [dataclasses.asdict(check) for check in checks]})
+    return 0 if checks[-1].passed else 1
+
+
+def _by_tokenizer(runs: list[dict]) -> list[dict]:
+    """One run for all that share model and tokenizer, with their names in its own."""
+    groups: dict[tuple, list[dict]] = {}
+    for each in runs:
+        key = tuple(each[name] for name in ("model", "tokenizer", "template", "extended"))
+        groups.setdefault(key, []).append(each)
+    more = {key: f" and {len(group) - 1} more" if len(group) > 1 else "" for key, group in groups.items()}
+    return [{**group[0], "run": group[0]["run"] + more[key]} for key, group in groups.items()]
 
 
 def _resolved(settings: dict) -> dict:

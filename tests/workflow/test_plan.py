@@ -36,6 +36,8 @@ def test_core_hours_and_gpu_hours_of_a_job_of_many_tasks(tmp_path):
     resources = {"tasks": 4, "cpus_per_task": 8, "nodes": 2, "gres": "gpu:a100:2", "runtime": 90}
     train = planned_job("train_model", True, 1, resources, None)
     assert (train.cores, train.gpus, train.minutes) == (32, 4, 90)
+    by_node = {**resources, "tasks": 0, "tasks_per_node": 2}
+    assert planned_job("train_model", True, 1, by_node, None) == train
     here = planned_job("report", False, 2, {"gpu": 3}, tmp_path / "torn.tsv")
     assert (here.cores, here.gpus, here.minutes) == (2, 3, None)
     (tmp_path / "torn.tsv").write_text("s\n")

@@ -36,17 +36,18 @@ def planned_job(
     Args:
         rule: Its rule.
         submitted: Whether it becomes a job of a cluster.
-        threads: Cores of one task, where `cpus_per_task` is not among the resources.
-        resources: `tasks`, `nodes`, `cpus_per_task`, `gpu` (of the job) or `gres` (`gpu:a100:4`, of a node), `runtime`.
+        threads: Cores on this host; on a cluster those of a task, where `cpus_per_task` is not among the resources.
+        resources: `tasks` or `tasks_per_node`, `nodes`, `cpus_per_task`, `gpu` (of the job) or `gres` (`gpu:a100:4`, of a node), `runtime`.
         benchmark: Where an earlier run left its seconds, or None.
     """
-    tasks = max(1, int(resources.get("tasks") or 1))
+    nodes = max(1, int(resources.get("nodes") or 1))
+    tasks = int(resources.get("tasks") or 0) or nodes * max(1, int(resources.get("tasks_per_node") or 1))
+    cores = tasks * int(resources.get("cpus_per_task") or threads) if submitted else threads
     gpus = int(resources.get("gpu") or 0)
     gres = str(resources.get("gres") or "")
     if not gpus and gres.startswith("gpu"):
         count = gres.rpartition(":")[2]
-        gpus = (int(count) if count.isdecimal() else 1) * max(1, int(resources.get("nodes") or 1))
-    cores = tasks * int(resources.get("cpus_per_task") or threads)
+        gpus = nodes * (int(count) if count.isdecimal() else 1)
     runtime = resources.get("runtime")
     minutes = float(runtime) if isinstance(runtime, int | float) else None
     return PlannedJob(rule, submitted, cores, gpus, minutes, benchmark)

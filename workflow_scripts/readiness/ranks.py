@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -32,6 +33,9 @@ def check_all_reduce(patience: float = 90) -> Check:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     backend = "nccl" if device == "cuda" else "gloo"
+    signal.alarm(
+        int(4 * patience)
+    )  # ends this process: a foreign program at that address may keep it for ever
     try:
         distributed.init_process_group(backend, timeout=timedelta(seconds=patience))
         values = torch.empty(SUM_BYTES // 4, device=device)
@@ -46,14 +50,16 @@ def check_all_reduce(patience: float = 90) -> Check:
             fastest = min(fastest, time.perf_counter() - started)
         right = bool((values == ranks * (ranks + 1) / 2).all())
         distributed.destroy_process_group()
+        signal.alarm(0)
     except (RuntimeError, ValueError) as error:
+        signal.alarm(0)
         interface = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
         return Check(
             "all-reduce",
             False,
             f"{backend}: {str(error).splitlines()[0]}",
             f"open {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} between the nodes, and name their network "
-            f"device in {interface}",
+            f"device in {interface}; if that port is taken, set MASTER_PORT",
         )
     if not right:
         return Check(

@@ -29,6 +29,8 @@ def summarise(nonce: dict, answers: Sequence[dict]) -> list[Check]:
             where = ", ".join(f"rank {answer['rank']} on {answer['host']}" for answer in ranks[check])
             found = check.found if check.passed or len(answers) == 1 else f"{check.found} ({where})"
             merged.append(Check(name, check.passed, found, check.fix))
+    if answers and all(check.name != "all-reduce" for check in merged):
+        merged.append(Check("all-reduce", False, "no rank came back from it", "see logs/probe_partition.log"))
     return merged
 
 
