@@ -8,13 +8,8 @@ import signal
 
 from drill_project import PATIENCE
 
-from sft.launch import free_port
 
-
-def test_preflight_on_the_partition(project, monkeypatch):
-    monkeypatch.setenv(
-        "MASTER_PORT", str(free_port())
-    )  # another cluster on this host may have a job of this number
+def test_preflight_on_the_partition(project):
     running = project.start("preflight")
     try:
         assert running.wait(timeout=PATIENCE) == 0, project.said()[-6000:]
