@@ -19,6 +19,7 @@ if not workflow.overwrite_configfiles:
 
 include: "rules/common.smk"
 include: "rules/functions.smk"
+include: "rules/slurm_status.smk"
 include: "rules/preflight.smk"
 include: "rules/extend_tokenizer.smk"
 include: "rules/tokenize_dataset.smk"

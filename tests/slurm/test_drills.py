@@ -84,7 +84,7 @@ def test_a_preempted_job_goes_on_under_its_number(project, whole):
         project.wait_for_step(running, "preempted", 4)
         job = project.job()
         preempt(project)
-        wait_until(lambda: project.job("pending") == job, "requeued job", 60)
+        wait_until(lambda: project.job("pending") == job, "requeued job", 300)
         project.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     assert project.result("preempted") == whole
     assert continued_from(project.attempts("preempted")[1]) >= 3
@@ -105,7 +105,7 @@ def test_a_node_goes_down(project, whole):
         job = project.job()
         node = project.cluster.run("squeue", "-h", "-j", job, "-o", "%N").stdout.strip()
         project.cluster.fail_node(node, job)
-        wait_until(lambda: project.job("pending") == job, "requeued job", 120)
+        wait_until(lambda: project.job("pending") == job, "requeued job", 300)
         project.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
     assert project.result("node") == whole
     assert continued_from(project.attempts("node")[1]) == 3
