@@ -22,6 +22,7 @@ CASES = {
     **{f"zero{stage}, 1 rank": (1, "llama", stage, {}) for stage in range(4)},
     **{f"zero{stage}, 2 ranks": (2, "llama", stage, {}) for stage in range(4)},
     "micro_batch, 2 ranks": (2, "llama", 2, {"loss_normalisation": "micro_batch"}),
+    "eager attention, zero1, 1 rank": (1, "llama", 1, {"attention": "eager"}),
     "offload optimizer, zero1, 2 ranks": (2, "llama", 1, {"strategy": {"offload": "optimizer"}}),
     "offload all, zero3, 2 ranks": (2, "llama", 3, {"strategy": {"offload": "all"}}),
     **{f"bfloat16, zero{stage}, 2 ranks": (2, "llama", stage, {"dtype": "bfloat16"}) for stage in (1, 3)},
@@ -114,6 +115,7 @@ def make_config(folder: Path, world_size: int, model: str, stage: int, changes: 
                     "type": sft.load_base_model,
                     "model_path": str(folder / model),
                     "dtype": changes.get("dtype", "float32"),
+                    "attention": changes.get("attention", "auto"),
                 },
             },
             "train_dataloader": {

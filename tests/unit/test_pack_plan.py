@@ -352,11 +352,14 @@ def test_broken_plans_and_data_are_named(tmp_path):
         make_plan(tmp_path, ["f.bin"], 6, "first_fit")
 
 
-@pytest.mark.parametrize("max_length", [2048, 4096, 8192])
+@pytest.mark.parametrize("max_length", [2048, 4096, 8192, 32768])
 def test_the_shipped_conversations_waste_next_to_nothing(shared_tokens, max_length):
     plan = make_plan(*shared_tokens, max_length)
     totals = plan.totals
-    assert totals["waste"]["share"] < 0.005
+    # No plan leaves less: the fewest rows that could hold the tokens, less the tokens. Of twelve rows it is 4%.
+    bound = -(-totals["tokens"] // max_length) * max_length - totals["tokens"]
+    assert totals["waste"]["tokens"] == bound
+    assert totals["waste"]["share"] < 0.005 or max_length == 32768
     assert totals["packed_tokens"] == totals["tokens"] and not any(
         value["documents"] for value in totals["dropped"].values()
     )
