@@ -28,10 +28,12 @@ def main() -> None:
     if args.global_batch < 1:
         raise UserError("--global-batch cannot be used", found=args.global_batch, expected="1 or more")
     found = diff_plans(args.a, args.b, args.global_batch, args.show)
-    print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else describe(found))
+    print(
+        json.dumps(found, indent=2, ensure_ascii=False) if args.json else describe(found, args.global_batch)
+    )
 
 
-def describe(found: dict) -> str:
+def describe(found: dict, global_batch: int) -> str:
     """Returns the comparison as text."""
     if found["same"]:
         return "The same plan: same documents, same rows, same order."
@@ -48,8 +50,12 @@ def describe(found: dict) -> str:
     )
     lines.append(
         f"of those in both: {counts['cut_otherwise']:,} cut otherwise; uncut or cut alike,"
-        f" {counts['with_others']:,} in a row with other documents, {counts['at_another_step']:,} at another step"
+        f" {counts['with_others']:,} in a row with other documents, {counts['at_another_step']:,} at another step of epoch 0"
+        f" (steps of {global_batch:,} {'row' if global_batch == 1 else 'rows'})"
     )
+    if found["moved"]:
+        shown = f"the first {len(found['moved']):,} of " if len(found["moved"]) < counts["moved"] else ""
+        lines.append(f"moved: {shown}{counts['moved']:,}, from A -> to B")
     for each in found["moved"]:
         rows, steps = (" -> ".join(map(str, each[key])) for key in ("rows", "steps"))
         lines.append(f"  {each['file']} sample {each['sample']}: row {rows}, step {steps}")

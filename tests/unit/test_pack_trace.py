@@ -149,7 +149,10 @@ def test_what_moved(tmp_path, run_script):
     assert found["documents"]["with_others"] == 0
     assert found["documents"]["at_another_step"] == sum(steps(old)[n] != steps(other)[n] for n in range(4))
     assert diff_plans(tmp_path / "old", tmp_path / "short")["documents"]["cut_otherwise"] == 4
-    said = run_script("diff_plans.py", tmp_path / "old", tmp_path / "more", "--global-batch", 2).stdout
+    said = run_script(
+        "diff_plans.py", tmp_path / "old", tmp_path / "more", "--global-batch", 2, "--show", 1
+    ).stdout
+    assert counts["moved"] > 1 and f"moved: the first 1 of {counts['moved']}, from A -> to B" in said
     assert "files only in B: 1, b.bin" in said and "4 in both, 0 only in A, 2 only in B" in said
     with pytest.raises(UserError, match=r"plan\.json is missing"):
         diff_plans(tmp_path / "old", tmp_path / "nothing")

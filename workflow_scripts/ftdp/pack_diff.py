@@ -43,7 +43,7 @@ def diff_plans(
         `same` (the plans are the same), `settings` (what differs, old and new), `files` (`only_a`, `only_b`, `changed`),
         `documents` (counts, see below) and `moved`, a list of the first of them with rows and steps.
         Counts: `only_a`, `only_b`, `both`; of these `cut_otherwise`; of the stretches that both have
-        `with_others` in their row and `at_another_step`.
+        `with_others` in their row, `at_another_step`, and `moved`, which are either.
 
     Raises:
         UserError: One is no plan.
@@ -86,6 +86,7 @@ def diff_plans(
             "cut_otherwise": len(otherwise),
             "with_others": int(with_others.sum()),
             "at_another_step": int(elsewhere.sum()),
+            "moved": len(moved),
         },
         "moved": [
             {
