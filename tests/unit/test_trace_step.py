@@ -120,6 +120,13 @@ def test_text_for_people(run, run_script):
     assert any("a.jsonl:" in line or "b.jsonl:" in line for line in lines)
     ahead = run_script("trace_step.py", "--run", run / "run", "--step", STEPS + 5).stdout
     assert "not trained yet" in ahead and "micro-batch 1" in ahead
+    # The same of a run that has not done its first step.
+    young = run / "young"
+    young.mkdir()
+    for name in ("identity.json", "train_config.py"):
+        (young / name).write_bytes((run / "run" / name).read_bytes())
+    said = run_script("trace_step.py", "--run", young, "--step", STEPS + 5, cwd=run).stdout
+    assert said.splitlines()[1:] == ahead.splitlines()[1:] and "rank 1, micro-batch 1" in said
     for flags, said in (
         (("--run", run / "run", "--step", 0), "--step cannot be used"),
         (("--run", run / "run", "--step", 1, "--rank", 2), "--rank cannot be used"),

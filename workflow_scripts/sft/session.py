@@ -134,7 +134,10 @@ def open_run_folder(plan: Plan, config_path: Path) -> RunLock:
                 raise
             time.sleep(0.5)
     remove_leftovers(plan.folder)
-    write_json(plan.folder / IDENTITY, {"format": 1, "identity": plan.identity, "fields": plan.fields})
+    write_json(
+        plan.folder / IDENTITY,
+        {"format": 1, "identity": plan.identity, "fields": plan.fields, "world_size": plan.world_size},
+    )
     write_bytes(plan.folder / "train_config.py", config_path.read_bytes())
     return lock
 

@@ -61,14 +61,16 @@ def trace_step(
         UserError: No such run, step or rank, or its plan is gone or has changed.
     """
     folder = find_run_folder(run)
-    fields = read_json(folder / IDENTITY)["fields"]
+    record = read_json(folder / IDENTITY)
+    fields = record["fields"]
     config = settings.load_config(folder / "train_config.py")
     plan = _plan_of(folder, settings.plain(config)["train_dataloader"]["dataset"], fields.get("plan"))
     accumulation = settings.plain(config)["optim_wrapper"].get("accumulative_counts", 1)
     metrics, last = _metrics_of(folder / METRICS, step)
     global_batch = fields.get("global_batch") or fields["world_size"] * accumulation
-    # How many ranks shared the rows may have changed from one attempt to the next; their order has not.
-    line = metrics or last
+    # How many ranks shared the rows may have changed from one attempt to the next; their order has not. A step to come
+    # is the last attempt's.
+    line = metrics or (record if "world_size" in record else last)
     shared = line.get("sequence_parallel") or settings.sequence_parallel(config)
     known = line["world_size"] // shared if "world_size" in line else fields.get("world_size")
     groups = known or global_batch // accumulation  # ranks, where they do not share their rows
