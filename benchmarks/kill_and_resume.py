@@ -90,7 +90,7 @@ def main() -> int:
         started = time.perf_counter()
         kills = train_with_kills(config, killed, arguments.kills, seed, arguments.steps)
         for number, kill in enumerate(kills, start=1):
-            where = "during a save" if kill.during_save else f"({kill.moment})"
+            where = "during a save" if kill.moment == "save" else f"({kill.moment})"
             print(f"kill {number}: {kill.victim} after step {kill.step} {where}")
         trained = [line for kill in kills for line in kill.lines] + last_attempt(metrics(killed))
         redone = len(trained) - arguments.steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -144,15 +145,15 @@ class Kill:
     victim: str
     moment: str
     step: int
-    during_save: bool
     lines: list[dict] = field(repr=False)
 
 
 def train_with_kills(config: Path, work_dir: Path, kills: int, seed: int, total_steps: int) -> list[Kill]:
     """Trains to the end on two ranks, killed `kills` times at moments drawn with `seed` and started again each time.
 
-    Of every three moments one lies in a step, one in a save (some time after its temporary folder appeared), and one
-    anywhere in the start-up. The victim is one rank, the launcher, or the whole process group.
+    Of every three moments one lies in a step, one in a save (some time after its temporary folder appeared; everything
+    is stopped, and killed only if the folder is still there), and one anywhere in the start-up. The victim is one rank,
+    the launcher, or the whole process group.
     """
     rng = random.Random(seed)
     done: list[Kill] = []
@@ -172,20 +173,21 @@ def train_with_kills(config: Path, work_dir: Path, kills: int, seed: int, total_
             start_up = start_up or time.monotonic() - began
             time.sleep(rng.uniform(0, 0.1))
         else:
-            saving = False
-            while not saving:  # over sooner than the moment drawn: the next save then
+            while True:
                 _wait(running, work_dir, target, moment)
                 time.sleep(rng.uniform(0, 0.03))
-                saving = any(work_dir.glob(".iter_*.tmp"))
+                _stop(running)
+                if any(work_dir.glob(".iter_*.tmp")):
+                    break
+                os.killpg(
+                    running.pid, signal.SIGCONT
+                )  # over sooner than the moment drawn: the next save then
         assert running.poll() is None, f"over before it could be killed: {log(work_dir)[-3000:]}"
         _kill(running, victim)
         lines = metrics(work_dir)
         known = {line["attempt"] for kill in done for line in kill.lines}
         step = lines[-1]["step"] if lines else 0
-        torn = moment == "save" and any(work_dir.glob(".iter_*.tmp"))
-        done.append(
-            Kill(victim, moment, step, torn, [line for line in lines if line["attempt"] not in known])
-        )
+        done.append(Kill(victim, moment, step, [line for line in lines if line["attempt"] not in known]))
         furthest = max(furthest, step)
     train(config, work_dir)
     return done
@@ -211,6 +213,15 @@ def _wait(running: subprocess.Popen, work_dir: Path, step: int, moment: str) -> 
         time.sleep(0.002)
 
 
+def _stop(running: subprocess.Popen) -> None:
+    """Stops the launcher and the ranks, and waits until they stand still."""
+    os.killpg(running.pid, signal.SIGSTOP)
+    while states := _states(running.pid):
+        if states <= {"T"}:
+            return
+        time.sleep(0.001)
+
+
 def _kill(running: subprocess.Popen, victim: str) -> None:
     if victim == "launcher":
         running.kill()
@@ -222,8 +233,10 @@ def _kill(running: subprocess.Popen, victim: str) -> None:
             running.kill()
     else:
         os.killpg(running.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(running.pid, signal.SIGCONT)  # those that `_stop` stopped and that were not killed
     running.wait(timeout=60)
-    while _alive(running.pid):
+    while _states(running.pid):
         time.sleep(0.01)
 
 
@@ -232,13 +245,14 @@ def _children(pid: int) -> list[int]:
     return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
-def _alive(group: int) -> bool:
-    """Tells whether a process of the group is still there (ended ones that nobody asked after do not count)."""
+def _states(group: int) -> set[str]:
+    """The states of the processes of a group, as in /proc; ended ones that nobody asked after do not count."""
+    states = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
         except (OSError, ValueError):
             continue
         if int(pgrp) == group and state != "Z":
-            return True
-    return False
+            states.add(state)
+    return states
