@@ -112,7 +112,7 @@ def compare_with_documents_alone(model, row: dict, window: int | None) -> None:
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal up to a few units in the last place of the largest number."""
-    assert float((found - expected).abs().max() / expected.abs().max()) < 2e-6
+    assert float(((found - expected).abs().max() / expected.abs().max()).detach()) < 2e-6
 
 
 def logits_alone(model, row: dict) -> torch.Tensor:
@@ -139,6 +139,52 @@ def test_documents_do_not_see_each_other_under_flex_attention(window, checkpoint
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with torch.compiler.set_stance("force_eager"):
         compare_with_documents_alone(model, row, window)
+
+
+def flash_varlen(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p,
+    softmax_scale,
+    causal,
+    window_size=None,
+):
+    """What flash-attn's kernel of this name computes: (tokens, heads, head_dim), a sequence from border to border."""
+    assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
+    assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
+    parts = []
+    for a, b in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True):
+        group = q.shape[1] // k.shape[1]
+        keys, values = (x[a:b].repeat_interleave(group, dim=1) for x in (k, v))
+        distance = torch.arange(b - a)[:, None] - torch.arange(b - a)
+        seen = (distance >= 0) & (distance <= (window_size[0] if window_size else b - a))
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * softmax_scale
+        parts.append(
+            torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(dim=-1), values)
+        )
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("window", [None, 6])
+def test_the_borders_reach_flash_attention(window, checkpointing, monkeypatch):
+    """All of transformers' way to flash-attn, with the kernel written out: that one runs on a GPU only."""
+    import transformers.modeling_flash_attention_utils as flash
+
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
+    monkeypatch.setattr(
+        flash, "_lazy_imports", lambda *args, **kwargs: (None, flash_varlen, None, None, None)
+    )
+    model = small_model("eager", window).train()
+    model.config._attn_implementation = "flash_attention_2"  # setting it the usual way asks for the package
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    compare_with_documents_alone(model, packed(LENGTHS), window)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="flex attention trains on a GPU")
