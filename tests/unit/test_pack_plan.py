@@ -367,7 +367,8 @@ def test_the_shipped_conversations_waste_next_to_nothing(shared_tokens, max_leng
     assert totals["cut"]["documents"] == int((lengths > max_length).sum())
     assert totals["rows"] == totals["least_rows"]
     # XTuner's way cuts a document at the end of nearly every row.
-    assert make_plan(*shared_tokens, max_length, "xtuner").totals["cut"]["documents"] > 40
+    other = make_plan(*shared_tokens, max_length, "xtuner").totals
+    assert other["cut"]["documents"] > 0.9 * other["rows"]
 
 
 @pytest.fixture(scope="module")
