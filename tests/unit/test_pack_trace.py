@@ -103,7 +103,7 @@ def test_plan_script_counts_and_refuses(tokenized, run_script, tmp_path):
     assert plan["processed_dir"] is None and all(len(file["bin_sha256"]) == 64 for file in plan["files"])
     (tmp_path / "order.txt").write_text("cn/a/gone.bin\n")
     refused = run_script("plan_packing.py", *flags, "--data-order", tmp_path / "order.txt", check=False)
-    assert refused.returncode == 2 and "gone.bin is missing" in refused.stderr
+    assert refused.returncode == 2 and "gone.bin is in no manifest" in refused.stderr
 
 
 def test_same_plan(tokenized, tmp_path, run_script):

@@ -125,7 +125,7 @@ def test_text_for_people(run, run_script):
     young.mkdir()
     for name in ("identity.json", "train_config.py"):
         (young / name).write_bytes((run / "run" / name).read_bytes())
-    said = run_script("trace_step.py", "--run", young, "--step", STEPS + 5, cwd=run).stdout
+    said = run_script("trace_step.py", "--run", young, "--step", STEPS + 5).stdout
     assert said.splitlines()[1:] == ahead.splitlines()[1:] and "rank 1, micro-batch 1" in said
     for flags, said in (
         (("--run", run / "run", "--step", 0), "--step cannot be used"),
