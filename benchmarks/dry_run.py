@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from measuring import cpu_of_children
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -53,12 +54,6 @@ def measure(folder: Path, count: int, model: Path) -> None:
             f"{jobs[1] if jobs else '?'} jobs",
             flush=True,
         )
-
-
-def cpu_of_children() -> float:
-    """Returns the processor seconds of the commands run so far; they tell more than the clock on a busy machine."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from measuring import MemoryPeak
 from repeated_conversations import repeat_files
-from tokenize_vs_xtuner import REPO, MemoryPeak
+
+REPO = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:

@@ -11,15 +11,14 @@ import argparse
 import filecmp
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import venv
 from pathlib import Path
 
+from measuring import MemoryPeak, cpu_of_children
 from nasty_conversations import write_nasty
 from repeated_conversations import repeat_files
 
@@ -186,47 +185,6 @@ def timed(name: str, command: list, processed: Path, base: Path, output: Path) -
         sys.exit(f"{name} ended with {code}:\n{(output / 'log.txt').read_text(errors='replace')[-3000:]}")
     show(name, seconds, cpu, peak)
     return seconds, cpu
-
-
-def cpu_of_children() -> float:
-    """Returns the processor seconds of all child processes that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-class MemoryPeak:
-    """Samples the memory (proportional set size) of a process and its descendants, five times a second."""
-
-    def __init__(self, pid: int):
-        self._pid, self._peak = pid, 0
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> int:
-        """Returns the largest sum of bytes seen."""
-        self._end.set()
-        self._thread.join()
-        return self._peak
-
-    def _sample(self) -> None:
-        while not self._end.wait(0.2):
-            self._peak = max(self._peak, sum(map(self._bytes, self._family(self._pid))))
-
-    def _family(self, pid: int) -> list[int]:
-        try:
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        except OSError:
-            return []
-        return [pid, *(each for child in children for each in self._family(int(child)))]
-
-    @staticmethod
-    def _bytes(pid: int) -> int:
-        try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            return 0
-        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 def compare(work_dir: Path) -> None:

@@ -25,7 +25,7 @@ from ftdp.template_file import check_mask, load_template
 from ftdp.tokenizer import ExtendedTokenizer
 from ftdp.word_encoder import WordEncoder, word_encoder
 from ftdp.word_lines import WordLines, word_lines
-from ftdp.word_rules import word_rules
+from ftdp.word_rules import WordRules, word_rules
 
 MASKS = ("compat", "exact")
 CONTROL_TOKENS = ("literal", "control", "error")
@@ -105,6 +105,8 @@ class BatchEncoder:
 
     def encode_turns(self, conversations: Sequence[list[Turn]]) -> list[list[Piece]]:
         """Returns the pieces of each conversation, BOS first where the template has it, not truncated."""
+        if not conversations:
+            return []  # without what is made when it is first needed
         every = [turn for conversation in conversations for turn in conversation]
         self._fill_cache(every)
         self.count_control_tokens(every)
@@ -243,8 +245,16 @@ class BatchEncoder:
         return self._extended.tokenizer
 
     @cached_property
+    def _rules(self) -> WordRules | None:
+        return word_rules(self._extended.tokenizer, self._extended.text)
+
+    @cached_property
     def _words(self) -> WordEncoder | None:
-        return word_encoder(self._tokenizer) if self._many else None
+        if not self._many:
+            return None
+        if self._spelling:
+            return word_encoder(self._tokenizer)
+        return WordEncoder(self._rules) if self._rules else None
 
     @cached_property
     def _offsets_tokenizer(self) -> Tokenizer:
@@ -255,9 +265,8 @@ class BatchEncoder:
         return _unknown_id(self._tokenizer)
 
     def _prepare_lines(self) -> WordLines | None:
-        rules = word_rules(self._extended.tokenizer, self._extended.text)
         bos = self._extended.bos_token_id if self._bos else None
-        return rules and word_lines(rules, self._spelling, bos, self._exact)
+        return self._rules and word_lines(self._rules, self._spelling, bos, self._exact)
 
     def _fill_cache(self, every: list[Turn]) -> None:
         wanted = {(turn.begin, False) for turn in every} | {(turn.end, turn.end_trained) for turn in every}
