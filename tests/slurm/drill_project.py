@@ -87,8 +87,14 @@ class SlurmProject:
 
     def attempts(self, run: str) -> list[str]:
         """The logs of a run's attempts, oldest first."""
-        logs = sorted((self.folder / "results" / run / "checkpoints" / "logs").glob("*.log"))
-        return [log.read_text(errors="replace") for log in logs]
+        return [log.read_text(errors="replace") for log in self._logs(run)]
+
+    def attempt_jobs(self, run: str) -> list[str]:
+        """The Slurm jobs of a run's attempts, oldest first."""
+        return [log.stem.split("-")[1] for log in self._logs(run)]
+
+    def _logs(self, run: str) -> list[Path]:
+        return sorted((self.folder / "results" / run / "checkpoints" / "logs").glob("*.log"))
 
     def wait_for_step(self, running: subprocess.Popen, run: str, step: int, attempt: int = 1) -> None:
         """Waits until an attempt of a run has done a step."""
@@ -100,15 +106,17 @@ class SlurmProject:
 
         wait_until(reached, f"step {step} of {run}", PATIENCE)
 
-    def job(self, state: str = "running") -> str:
-        """The id of the one job in this state."""
+    def job(self, run: str, state: str = "running") -> str:
+        """The id of the job that trains a run, as soon as it is in this state."""
         found: list[str] = []
 
-        def one() -> bool:
-            found[:] = self.cluster.run("squeue", "-h", "-t", state, "-o", "%i").stdout.split()
-            return len(found) == 1
+        def there() -> bool:
+            said = self.cluster.run("squeue", "-h", "-t", state, "-o", "%i %k").stdout.splitlines()
+            comment = f"rule_train_model_wildcards_{run}"
+            found[:] = [line.split()[0] for line in said if line.split()[1:] == [comment]]
+            return bool(found)
 
-        wait_until(one, f"one {state} job", PATIENCE)
+        wait_until(there, f"{state} job of {run}", PATIENCE)
         return found[0]
 
     def ranks(self, run: str) -> list[int]:

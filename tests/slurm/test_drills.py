@@ -8,9 +8,7 @@ import signal
 import subprocess
 
 import pytest
-from drill_project import wait_until
-
-from conftest import STEPS
+from drill_project import PATIENCE, STEPS, wait_until
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +21,13 @@ def whole(project):
 def whole_2(project):
     """Likewise on two nodes."""
     return train_undisturbed(project, "whole_2")
+
+
+@pytest.fixture(scope="session")
+def time_limited(project):
+    """A training of more than two minutes in jobs of two, under way while the first drills run."""
+    with project.training("walltime", slow=10) as running:
+        yield running
 
 
 def train_undisturbed(project, run):
@@ -38,7 +43,7 @@ def continued_from(log: str) -> int:
     return int(re.search(r"after step (\d+) \(attempt", log)[1])
 
 
-def test_two_nodes_train_as_two_ranks_here(project, whole_2):
+def test_two_nodes_train_as_two_ranks_here(project, time_limited, whole_2):
     command = project.command("--cores", 2, project.manifest("local"))
     environment = {**os.environ, "PYTHONPATH": str(project.code / "tests"), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, cwd=project.code, check=True, capture_output=True, timeout=600)
@@ -58,15 +63,14 @@ def test_a_rank_is_killed(project, whole_2):
 def test_a_cancelled_job_is_submitted_again(project, whole):
     with project.training("scancel") as running:
         project.wait_for_step(running, "scancel", 4)
-        project.cluster.run("scancel", project.job())
+        project.cluster.run("scancel", project.job("scancel"))
     assert project.result("scancel") == whole
     first, second = project.attempts("scancel")
     assert "CANCELLED" in first and continued_from(second) >= 3
 
 
-def test_the_time_limit_costs_no_step(project, whole):
-    with project.training("walltime", slow=10):
-        pass
+def test_the_time_limit_costs_no_step(project, time_limited, whole):
+    assert time_limited.wait(timeout=PATIENCE) == 0, project.said()[-6000:]
     assert project.result("walltime") == whole
     attempts = project.attempts("walltime")
     stopped = re.search(r"Stopped after step (\d+) of 12 \(the time limit is near\)", attempts[0])
@@ -79,13 +83,23 @@ def preempt(project) -> None:
     )
 
 
+def wait_for_requeued(project, run: str, job: str) -> None:
+    """Waits for the second attempt, under the job's number, and spares it the time that Slurm makes it wait."""
+
+    def runs() -> bool:
+        project.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+        return len(project.attempt_jobs(run)) == 2
+
+    wait_until(runs, f"second attempt of {run}", PATIENCE)
+    assert project.attempt_jobs(run) == [job, job]
+
+
 def test_a_preempted_job_goes_on_under_its_number(project, whole):
     with project.training("preempted") as running:
         project.wait_for_step(running, "preempted", 4)
-        job = project.job()
+        job = project.job("preempted")
         preempt(project)
-        wait_until(lambda: project.job("pending") == job, "requeued job", 300)
-        project.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        wait_for_requeued(project, "preempted", job)
     assert project.result("preempted") == whole
     assert continued_from(project.attempts("preempted")[1]) >= 3
 
@@ -93,7 +107,7 @@ def test_a_preempted_job_goes_on_under_its_number(project, whole):
 def test_a_preempted_job_that_is_not_requeued_is_submitted_again(project, whole):
     with project.training("not_requeued") as running:
         project.wait_for_step(running, "not_requeued", 4)
-        project.cluster.run("scontrol", "update", f"JobId={project.job()}", "Requeue=0")
+        project.cluster.run("scontrol", "update", f"JobId={project.job('not_requeued')}", "Requeue=0")
         preempt(project)
     assert project.result("not_requeued") == whole
     assert continued_from(project.attempts("not_requeued")[1]) >= 3
@@ -102,11 +116,10 @@ def test_a_preempted_job_that_is_not_requeued_is_submitted_again(project, whole)
 def test_a_node_goes_down(project, whole):
     with project.training("node") as running:
         project.wait_for_step(running, "node", 4)
-        job = project.job()
+        job = project.job("node")
         node = project.cluster.run("squeue", "-h", "-j", job, "-o", "%N").stdout.strip()
         project.cluster.fail_node(node, job)
-        wait_until(lambda: project.job("pending") == job, "requeued job", 300)
-        project.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        wait_for_requeued(project, "node", job)
     assert project.result("node") == whole
     assert continued_from(project.attempts("node")[1]) == 3
     project.cluster.start_node(node)

@@ -22,7 +22,7 @@ from sft import config as settings
 from sft.checkpoints import is_last, is_resumable, list_checkpoints, read_state_dict, remove_leftovers
 from sft.identity import differences, run_identity
 from sft.metrics_file import METRICS
-from sft.run_lock import Held, RunLock
+from sft.run_lock import STALE, Held, RunLock
 
 IDENTITY = "identity.json"
 FINISHED = "finished.json"
@@ -124,7 +124,9 @@ def open_run_folder(plan: Plan, config_path: Path) -> RunLock:
     Raises:
         Held: Another trainer works there.
     """
-    deadline = time.monotonic() + 30  # a trainer that was just killed may still be going down
+    deadline = (
+        time.monotonic() + STALE + 30
+    )  # a trainer that was just killed on another host is given up by then
     while True:
         try:
             lock = RunLock(plan.folder)
