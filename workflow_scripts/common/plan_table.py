@@ -92,7 +92,8 @@ def render_plan(jobs: Sequence[PlannedJob], benchmarks: Path) -> str:
         )
     submitted = sum(job.submitted for job in jobs)
     gpu_hours = f"{totals[1]:.1f}" if totals[1] else ""
-    rows.append(["total", str(len(jobs)), "", "", "", "", f"{totals[0]:.1f}", gpu_hours, f"{totals[2]:.2f}"])
+    known = f"{totals[2]:.2f}" if any(row[-1] for row in rows) else ""
+    rows.append(["total", str(len(jobs)), "", "", "", "", f"{totals[0]:.1f}", gpu_hours, known])
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [_line(row, widths) for row in [head, ["-" * width for width in widths], *rows]]
     title = f"Plan: {len(jobs)} jobs" + (
