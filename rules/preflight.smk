@@ -70,6 +70,7 @@ rule preflight:
         f"{PREFLIGHT}/answers",
     log:
         f"{LOGS}/preflight.log",
+    retries: 0  # what is wrong stays wrong, and the word is used up
     conda:
         "../envs/snaketune.yaml"
     threads: 1
