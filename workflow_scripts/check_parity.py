@@ -37,12 +37,11 @@ def main() -> None:
     args = parser.parse_args()
 
     from export.hf import find_checkpoint
-    from export.parity import compare_ids, compare_models, require_agreement, training_ids
+    from export.parity import compare_ids, compare_models, require_agreement, trained_weights, training_ids
     from export.prompt_readers import parity_prompts, read_with_transformers
     from export.turbomind_proof import prove
     from ftdp.tokenizer import load_tokenizer
     from sft import config as training
-    from sft.checkpoints import read_state_dict
 
     config = training.load_config(args.config)
     base = training.model_path(config)
@@ -56,7 +55,7 @@ def main() -> None:
             raise UserError(f"{args.readings} is about other prompts", fix="run encode_prompts.py again")
         readings += theirs["readings"]
     ids = compare_ids(prompts, expected, readings, tokenizer)
-    state = read_state_dict(find_checkpoint(args.checkpoint)[0])
+    state = trained_weights(config, *find_checkpoint(args.checkpoint), args.trust_remote_code)
     try:
         logits = compare_models(base, state, args.hf, args.turbomind, expected, args.trust_remote_code)
         proof = prove(args.hf, args.turbomind) if args.turbomind else None

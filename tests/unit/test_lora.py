@@ -70,6 +70,13 @@ def test_only_adapters_and_rows_of_new_tokens_are_trained(trained):
     assert torch.equal(weight, base.model.layers[0].self_attn.q_proj.weight)
 
 
+def test_a_model_loaded_in_shards_is_refused():
+    model = small_model(tied=False)
+    model.lm_head.weight.ds_id = 0  # how DeepSpeed marks a shard
+    with pytest.raises(UserError, match=r"(?s)loaded in shards.*zero3_init: false"):
+        add_lora(model, LORA, NEW)
+
+
 def test_merged_weights_give_the_logits_of_the_model_in_memory(trained, tmp_path):
     from peft import PeftModel
 

@@ -89,7 +89,7 @@ def change(config, path, value):
         ("train.betas", [0.9], ["train.betas"]),
         ("train.lora", {"alpha": 8}, ["train.lora.rank is missing"]),
         ("train.lora", {"rank": 4, "alfa": 8}, ["train.lora.alfa", "did you mean 'alpha'"]),
-        ("train", {"lora": {"rank": 4}, "zero_stage": 3}, ["LoRA with zero_stage 3", "zero_stage: 2"]),
+        ("train", {"lora": {"rank": 4}, "zero3_init": True}, ["LoRA with zero3_init", "zero3_init: false"]),
         ("train.generate_steps", 5, ["train.generate_steps, but no prompts", "evaluate.prompts"]),
         ("train.loggers", ["comet"], ["train.loggers", "wandb, mlflow"]),
         ("runs", {"shared": {}}, ["run name 'shared'"]),

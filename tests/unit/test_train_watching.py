@@ -111,13 +111,18 @@ def watched_lora(world, train):
     return train("lora", *LORA, *HOOKS, TEST_DUMP=str(world / "lora.pt"))
 
 
-def test_watching_and_a_kill_change_nothing(world, train, watched_lora):
+@pytest.fixture(scope="module")
+def plain_lora(train):
+    """The run folder of the same run, not watched and never killed."""
+    return train("plain", *LORA)[1]
+
+
+def test_watching_and_a_kill_change_nothing(watched_lora, plain_lora):
     """Dropout draws random numbers at every step: one number drawn elsewhere would change all losses after it."""
     _, folder = watched_lora
-    _, plain = train("plain", *LORA)
-    assert computed(folder) == computed(plain)
+    assert computed(folder) == computed(plain_lora)
     assert [line["attempt"] for line in lines_of(folder / "metrics.jsonl")] == [1, 1, 1, 2, 2]
-    assert not (plain / "evals.jsonl").exists() and not (plain / "generations.jsonl").exists()
+    assert not (plain_lora / "evals.jsonl").exists() and not (plain_lora / "generations.jsonl").exists()
 
 
 def test_what_is_written(world, watched_lora):
@@ -199,22 +204,23 @@ def test_checkpoint_of_lora_is_small_and_its_model_is_the_one_in_memory(
     assert loss == pytest.approx(lines_of(folder / "evals.jsonl")[-1]["loss"], abs=1e-5)
 
 
-def test_watching_a_sharded_model_changes_nothing(world, train):
-    """ZeRO-3: every forward pass gathers weights, on all ranks together."""
-    flags = ("--zero-stage", 3, "--max-steps", 4, "--save-steps", 0)
-    _, plain = train("plain3", *flags)
-    _, watched = train("watched3", *flags, *HOOKS)
-    assert computed(watched) == computed(plain)
-    states = [json.loads((path / "finished.json").read_text())["weights_sha256"] for path in (plain, watched)]
-    assert states[0] == states[1]
-    evals = lines_of(watched / "evals.jsonl")
-    assert [line["step"] for line in evals] == [0, 2, 4] and evals[-1]["loss"] < evals[0]["loss"]
-    assert [line["step"] for line in lines_of(watched / "generations.jsonl")] == [0, 3, 4]
+def test_a_model_in_shards_watched_killed_and_resumed(train, plain_lora):
+    """ZeRO-3: every forward pass gathers weights, on all ranks together; what comes out is what ZeRO-2 gives."""
+    from sft.checkpoints import read_state_dict
 
-
-def test_lora_of_a_sharded_model_is_refused(train):
-    done, _ = train("lora3", "--lora-rank", 2, "--zero-stage", 3, code=2, processes=1)
-    assert "LoRA cannot train a model in shards" in done.stderr and "Traceback" not in done.stderr
+    flags = (*LORA, *HOOKS, "--zero-stage", 3)
+    train("lora3", *flags, code=1, TEST_KILL="5:1")
+    _, folder = train("lora3", *flags)
+    found, expected = lines_of(folder / "metrics.jsonl"), lines_of(plain_lora / "metrics.jsonl")
+    assert [line["attempt"] for line in found] == [1, 1, 1, 2, 2]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], abs=1e-6)
+    state, whole = (read_state_dict(path / "iter_5.pth") for path in (folder, plain_lora))
+    assert state.keys() == whole.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(state[name], weight, atol=1e-4, rtol=0, msg=name)
+    evals = lines_of(folder / "evals.jsonl")
+    assert [line["step"] for line in evals] == [0, 2, 4, 5] and evals[-1]["loss"] < evals[0]["loss"]
+    assert [line["step"] for line in lines_of(folder / "generations.jsonl")] == [0, 3, 5]
 
 
 def test_a_tracker_that_is_not_installed_is_named():

@@ -105,7 +105,7 @@ class _Rows:
         from transformers import DynamicCache
 
         self._model = model
-        self._device = model.get_input_embeddings().weight.device
+        self._device = model.device
         self._keep_last = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         )

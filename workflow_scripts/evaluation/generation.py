@@ -70,7 +70,7 @@ def generate(
         suppress_tokens=[tokenizer.bos_token_id] if tokenizer.template.bos else None,
         pad_token_id=tokenizer.end_of_turn_id if pad_id is None else pad_id,
     )
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     progress = Progress("prompts", len(prompts), "tokens") if show_progress else None
     answers = []
     for number, prompt in enumerate(prompts, 1):

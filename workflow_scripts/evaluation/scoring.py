@@ -35,7 +35,7 @@ def token_losses(model, batch: list[Sample], pad_id: int) -> list[torch.Tensor]:
     columns = predicts.any(dim=0).nonzero().flatten()
     if not len(columns):
         return [torch.zeros(0) for _ in batch]
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     some = "logits_to_keep" in inspect.signature(model.forward).parameters
     more = {"logits_to_keep": columns.to(device)} if some else {}
     logits = model(input_ids=ids.to(device), use_cache=False, **more).logits

@@ -57,7 +57,7 @@ def convert(
     checkpoint, record = find_checkpoint(pth)
     state = read_state_dict(checkpoint)
     _require_recorded_weights(state, record, checkpoint)
-    trained_in = _training_dtype(config, record, checkpoint, state)
+    trained_in = training_dtype(config, record, checkpoint, state)
     dtype = trained_in if dtype == "auto" else dtype
     with atomic_dir(dst) as folder:
         if training.lora_settings(config) is not None:
@@ -80,6 +80,16 @@ def _merge(config, state: dict, dtype: str, trust_remote_code: bool, adapter: Pa
     """Returns all weights of a LoRA run, from its checkpoint and its base model in the type that it trained in."""
     from sft import config as training
     from sft.lora import merge_lora
+
+    model, new_ids = grown_base(config, dtype, trust_remote_code)
+    if adapter is not None:
+        adapter.mkdir()
+    return merge_lora(model, training.lora_settings(config), new_ids, state, adapter)
+
+
+def grown_base(config, dtype: str, trust_remote_code: bool = False) -> tuple[Any, list[int]]:
+    """Returns the base model as its training starts from it, and the ids of the tokens that are new to it."""
+    from sft import config as training
     from sft.model import load_base_model, resize_for_tokenizer
     from sft.tokenizer_rows import find_new_tokens
 
@@ -89,9 +99,7 @@ def _merge(config, state: dict, dtype: str, trust_remote_code: bool, adapter: Pa
     if tokenizer is not None:
         vocab_size, new_ids = find_new_tokens(tokenizer, base)
         resize_for_tokenizer(model, vocab_size, new_ids)
-    if adapter is not None:
-        adapter.mkdir()
-    return merge_lora(model, training.lora_settings(config), new_ids, state, adapter)
+    return model, new_ids
 
 
 def find_checkpoint(pth: Path) -> tuple[Path, dict[str, Any]]:
@@ -186,8 +194,8 @@ def _require_recorded_weights(state: dict, record: dict[str, Any], checkpoint: P
         )
 
 
-def _training_dtype(config, record: dict[str, Any], checkpoint: Path, state: dict) -> str:
-    """What the model computed in while it was trained; ZeRO's checkpoints hold fp32 copies whatever that was."""
+def training_dtype(config, record: dict[str, Any], checkpoint: Path, state: dict) -> str:
+    """Returns what the model computed in while it was trained; ZeRO's checkpoints hold fp32 copies whatever that was."""
     from sft import config as training
 
     identity = checkpoint.parent / "identity.json"

@@ -16,7 +16,10 @@ import torch
 from common.cli import UserError
 from evaluation.generation import encode_prompt
 from ftdp.tokenizer import ExtendedTokenizer
+from sft import config as training
+from sft.checkpoints import read_state_dict
 
+from .hf import grown_base, training_dtype
 from .reference_forward import transformers_logits, turbomind_logits
 from .safetensors_reader import SafetensorsFolder
 from .turbomind_folder import TurboMindFolder
@@ -83,6 +86,34 @@ def compare_models(
         theirs = turbomind_logits(folder, ids)[real]
         rows.append(_row("TurboMind", "Hugging Face", folder.dtype, rounded, theirs, ours))
     return rows
+
+
+def trained_weights(
+    config, checkpoint: Path, record: dict[str, Any], trust_remote_code: bool = False
+) -> dict[str, torch.Tensor]:
+    """Returns all weights of a trained model. Those of a LoRA run are added up here, by hand and not by peft.
+
+    Args:
+        config: The training config.
+        checkpoint: An `iter_N.pth`.
+        record: The run's `train.json`, or {}.
+        trust_remote_code: Runs Python code that comes with the model.
+    """
+    lora, state = training.lora_settings(config), read_state_dict(checkpoint)
+    if lora is None:
+        return state
+    dtype = training_dtype(config, record, checkpoint, state)
+    model, new_ids = grown_base(config, dtype, trust_remote_code)
+    weights = model.float().state_dict()
+    for name, value in state.items():
+        module, _, rest = name.partition(".lora_A.")
+        if rest:
+            weights[f"{module}.weight"] += (
+                lora["alpha"] / lora["rank"] * state[f"{module}.lora_B.{rest}"] @ value
+            )
+        elif ".token_adapter." in name:
+            weights[name.replace(".token_adapter.trainable_tokens_delta.default", ".weight")][new_ids] = value
+    return weights
 
 
 def compare_ids(

@@ -218,11 +218,11 @@ def _check_run(run: dict, name: str) -> None:
         )
     check_mask(load_template(run["tokenize"]["template"]), run["tokenize"]["mask"])
     train = run["train"]
-    if train["lora"] is not None and train["zero_stage"] == 3:
+    if train["lora"] is not None and train["zero3_init"]:
         raise UserError(
-            f"config: run {name!r} trains by LoRA with zero_stage 3",
-            expected="train.zero_stage 0, 1 or 2: what is trained is small, there is little to shard",
-            fix="set train.zero_stage: 2",
+            f"config: run {name!r} trains by LoRA with zero3_init",
+            expected="a model that is loaded whole; zero_stage 3 shards it once it is loaded",
+            fix="set train.zero3_init: false",
         )
     if train["generate_steps"] and run["evaluate"]["prompts"] is None:
         raise UserError(

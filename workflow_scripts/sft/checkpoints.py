@@ -181,7 +181,7 @@ def write_checkpoint(
         torch.save(random_state(), temporary / _random_state_name(rank))
     else:
         stage3 = engine.zero_optimization_partition_weights()
-        state = engine._zero3_consolidated_16bit_state_dict() if stage3 else engine.module_state_dict()
+        state = engine._zero3_consolidated_16bit_state_dict(True) if stage3 else engine.module_state_dict()
         if rank == 0:
             state = {name: tensor.detach().cpu() for name, tensor in state.items()}
             torch.save({"state_dict": state, "step": step}, temporary / WEIGHTS_ONLY)

@@ -33,16 +33,15 @@ def add_lora(model: PreTrainedModel, lora: Mapping[str, Any], new_ids: Sequence[
         peft's `LoraModel` around it, which merges.
 
     Raises:
-        UserError: The settings do not fit the model, or its weights are sharded (ZeRO-3).
+        UserError: The settings do not fit the model, or it was loaded in shards.
     """
     from peft.tuners.lora import LoraModel
 
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UserError(
-            "LoRA cannot train a model in shards",
-            found="zero_stage 3",
-            expected="zero_stage 1 or 2: what is trained is small, there is little to shard",
-            fix="set zero_stage lower",
+            "LoRA cannot be put into a model that was loaded in shards",
+            found="zero3_init: true",
+            fix="set zero3_init: false; zero_stage: 3 shards the model once it is loaded",
         )
     settings = lora_config(model, lora, new_ids)
     try:
@@ -53,6 +52,17 @@ def add_lora(model: PreTrainedModel, lora: Mapping[str, Any], new_ids: Sequence[
             found=str(error).splitlines()[0][:300],
             expected="target_modules: auto, or names of linear layers such as q_proj",
         ) from None
+
+
+def register_token_rows(model: nn.Module) -> None:
+    """Tells ZeRO-3 which weights peft's layer of token rows reads past the modules that own them, before it shards."""
+    from deepspeed.runtime.zero import register_external_parameter
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer):
+            for parameter in (layer.base_layer.weight, *layer.trainable_tokens_delta.values()):
+                register_external_parameter(layer, parameter)
 
 
 def leave_out_frozen(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 from common.cli import UserError
 from sft.config import plain
 from sft.device import resolve_dtype, training_device
+from sft.lora import register_token_rows
 from sft.sequence_parallel import SequenceParallel
 
 
@@ -110,16 +111,11 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
 
     def _wrap_model(self, model):
         self.sequence_parallel.attach(model.llm)
+        if self.config["zero_optimization"]["stage"] == 3 and _has_frozen(model):
+            register_token_rows(model)
         wrapper = super()._wrap_model(model)
         # ZeRO-3 does not move the module to the device, and the preprocessor moves the batches.
         wrapper.model.module.data_preprocessor.to(wrapper.model.device)
-        if self.config["zero_optimization"]["stage"] == 3 and _has_frozen(wrapper.model.module):
-            raise UserError(
-                "LoRA cannot train a model in shards",
-                found="zero_stage 3",
-                expected="zero_stage 1 or 2: what is trained is small, there is little to shard",
-                fix="set zero_stage lower",
-            )
         return wrapper
 
     def prepare(self, model, *, dispatch_kwargs: dict, **kwargs):
