@@ -110,6 +110,7 @@ def test_twenty_steps_equal_a_plain_loop(case, folder, reference):
     losses, weights = reference(model, changes.get("loss_normalisation", "token"))
     lines = [json.loads(line) for line in (folder / case / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == parity.STEPS and losses[-1] < losses[0]
+    assert all(line["grad_norm"] > 0 for line in lines)
     np.testing.assert_allclose([line["loss"] for line in lines], losses, atol=1e-5, rtol=0)
     in_memory = torch.load(folder / case / "weights.pt", weights_only=True)
     assert relative_l2(in_memory, weights) < 2e-6

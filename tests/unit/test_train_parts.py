@@ -249,6 +249,27 @@ def test_random_state_comes_back(tmp_path):
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == first
 
 
+def test_zero_0_clips_by_the_norm_in_fp64_and_skips_what_is_not_finite():
+    """torch's own norm of as many fp32 numbers is off by a thousandth on a CPU."""
+    from types import SimpleNamespace
+
+    from sft.nonfinite import check_gradients
+
+    weight = torch.nn.Parameter(torch.zeros(5, 4_000_000))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    check_gradients(SimpleNamespace(optimizer=optimizer, gradient_clipping=lambda: 2.0))
+    gradient = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0))
+    weight.grad = gradient.clone()
+    optimizer.step()
+    norm = math.sqrt(sum(row.double().square().sum().item() for row in gradient))
+    assert optimizer._global_grad_norm == pytest.approx(norm, rel=1e-9) and not optimizer.overflow
+    torch.testing.assert_close(weight.detach(), gradient * (-2.0 / norm), rtol=1e-5, atol=0)
+    before = weight.detach().clone()
+    weight.grad[3, 77] = math.nan
+    optimizer.step()
+    assert optimizer.overflow and torch.equal(weight, before)
+
+
 def test_zero_layouts_are_joined(tmp_path):
     """Hand-made files of two ranks with padding, for stages 2 and 3, against the tensors they were cut from."""
     from sft.zero_state import read_zero_state_dict

@@ -6,6 +6,7 @@ optimizer stay as they were; a skipped step counts as a step: data and learning 
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 from pathlib import Path
 
@@ -25,21 +26,34 @@ def spread_nonfinite(loss: torch.Tensor) -> torch.Tensor:
 
 
 def check_gradients(engine) -> None:
-    """Makes DeepSpeed skip a step with a gradient that is not finite where it does not by itself: ZeRO-0 in fp32."""
+    """Clips and skips in ZeRO-0 in fp32 as DeepSpeed's other stages do: by a norm in fp64, and if that is finite.
+
+    DeepSpeed's own norm there is torch's in fp32, which on a CPU comes out 1.4% low for 134 million numbers; it is not
+    reported, and a step with a gradient that is not finite is taken all the same.
+    """
     optimizer = engine.optimizer
     if hasattr(optimizer, "overflow"):
         return
-    step = optimizer.step
+    step, limit = optimizer.step, engine.gradient_clipping()
+    engine.clip_fp32_gradients = lambda: None
 
-    def step_if_finite(*args, **kwargs):
+    def clipped_step(*args, **kwargs):
         gradients = [
             p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        optimizer.overflow = not bool(torch.isfinite(norms).all())  # DeepSpeed looks for this name
-        return None if optimizer.overflow else step(*args, **kwargs)
+        # In blocks that stay in a CPU's cache: the fp64 copy of a whole embedding costs more than the norm.
+        blocks = (block for gradient in gradients for block in gradient.flatten().split(1 << 18))
+        norms = [torch.linalg.vector_norm(block, dtype=torch.float64) for block in blocks]
+        norm = torch.linalg.vector_norm(torch.stack(norms)).item()
+        # DeepSpeed looks for these two names.
+        optimizer._global_grad_norm, optimizer.overflow = norm, not math.isfinite(norm)
+        if optimizer.overflow:
+            return None
+        if 0 < limit < norm:
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+        return step(*args, **kwargs)
 
-    optimizer.step = step_if_finite
+    optimizer.step = clipped_step
 
 
 def weights_are_finite(engine) -> bool:
