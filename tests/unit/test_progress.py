@@ -84,6 +84,28 @@ def test_the_clock(seconds, text):
     assert module._clock(seconds) == text
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_training_has_one_line_in_a_terminal_and_plain_lines_in_a_log(terminal, monkeypatch):
+    from sft.progress_line import ProgressLine, say
+
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    line = ProgressLine(done=2, total=6, interval=2)
+    for step in (3, 4, 5, 6):
+        line.show(step, f"loss {step}.5", eta_seconds=60.0 * (6 - step))
+        if step == 4:
+            say("Saved")
+    line.close()
+    shown = stream.getvalue()
+    if terminal:
+        # Two lines stay: what was said in between, and the bar at its end.
+        said, bar = shown.strip("\r\n").split("\n")
+        assert said.split("\r")[-1].strip() == "Saved"
+        assert bar.split("\r")[-1].strip() == f"Step 6/6 |{'#' * 16}| loss 6.5  ETA 0:00:00"
+    else:
+        assert shown == "Step 4/6  loss 4.5  ETA 0:02:00\nSaved\nStep 6/6  loss 6.5  ETA 0:00:00\n"
+
+
 def test_a_script_in_a_terminal_and_in_a_log(tmp_path, repo_root):
     source_of(tmp_path).write_bytes((GOOD + b"\n") * 30_000)
     ours, theirs = pty.openpty()

@@ -21,7 +21,7 @@ class ProgressLine:
         self._total, self._interval = total, interval
         self._bar = None
         if sys.stdout.isatty():
-            layout = "Step {n_fmt}/{total_fmt} |{bar:16}| {postfix}"
+            layout = "Step {n_fmt}/{total_fmt} |{bar:16}| {desc}"
             self._bar = tqdm(
                 total=total, initial=done, bar_format=layout, file=sys.stdout, dynamic_ncols=True
             )
@@ -36,7 +36,7 @@ class ProgressLine:
         """
         text += f"  ETA {timedelta(seconds=round(eta_seconds))}"
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_description_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
             self._bar.refresh()
         elif step % self._interval == 0 or step in (1, self._total):
