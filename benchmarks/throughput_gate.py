@@ -19,7 +19,7 @@ class Gate:
     def __init__(self):
         self._read = os.fdopen(int(os.environ["GATE_READ"]))
         self._write = os.fdopen(int(os.environ["GATE_WRITE"]), "w")
-        self._released = 0.0
+        self._released = self._used = 0.0
 
     def ready(self) -> None:
         """Says that the trainer is built, and waits."""
@@ -27,18 +27,17 @@ class Gate:
 
     def passed(self, tokens: int, loss: float | None = None) -> None:
         """Reports a step and waits: its seconds run from the release, so fetching data is in them."""
-        seconds = time.perf_counter() - self._released
+        seconds, used = time.perf_counter() - self._released, time.process_time() - self._used
         peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-        self._say(
-            {"seconds": seconds, "tokens": tokens, "loss": loss, "peak_mib": int(peak.split()[1]) / 1024}
-        )
+        step = {"seconds": seconds, "cpu_seconds": used, "tokens": tokens, "loss": loss}
+        self._say({**step, "peak_mib": int(peak.split()[1]) / 1024})
 
     def _say(self, message: dict) -> None:
         self._write.write(json.dumps(message) + "\n")
         self._write.flush()
         if self._read.readline() != "go\n":
             os._exit(0)  # the benchmark is over
-        self._released = time.perf_counter()
+        self._released, self._used = time.perf_counter(), time.process_time()
 
 
 class GateHook(Hook):
