@@ -9,7 +9,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
 from common.cli import UserError
-from sft.checkpoints import prune_checkpoints, write_checkpoint
+from sft.checkpoints import prune_checkpoints, remove_leftovers, write_checkpoint
 from sft.nonfinite import weights_are_finite
 from sft.progress_line import say
 
@@ -60,9 +60,14 @@ class CheckpointHook(Hook):
     def _save(self, runner, step: int) -> None:
         folder = Path(runner.work_dir)
         state = {"step": step, "param_schedulers": runner.strategy.scheduler_state_dict()}
-        target = write_checkpoint(
-            runner.model.model, folder, step, runner.max_iters, state, self.save_optimizer
-        )
+        try:
+            target = write_checkpoint(
+                runner.model.model, folder, step, runner.max_iters, state, self.save_optimizer
+            )
+        except BaseException:
+            if is_main_process():
+                remove_leftovers(folder)  # the disk may be full, and the next start needs a few kilobytes
+            raise
         if is_main_process():
             say(f"Saved {target}")
             prune_checkpoints(folder, self.max_keep_ckpts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from common.cli import UserError
@@ -67,7 +68,8 @@ def clear_guard(folder: Path) -> None:
 def record_crash(folder: Path, error: BaseException) -> None:
     """Writes the traceback of this rank's end where the next start finds it."""
     text = "".join(traceback.format_exception(error))
-    write_text(folder / f"crash_rank_{os.environ['RANK']}.txt", text)
+    with suppress(OSError, UserError):  # a full disk: the error itself says so
+        write_text(folder / f"crash_rank_{os.environ['RANK']}.txt", text)
 
 
 def _crashes(folder: Path, metrics: Path) -> list[dict]:
