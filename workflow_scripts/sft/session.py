@@ -124,16 +124,19 @@ def open_run_folder(plan: Plan, config_path: Path) -> RunLock:
     Raises:
         Held: Another trainer works there.
     """
-    deadline = (
-        time.monotonic() + STALE + 30
-    )  # a trainer that was just killed on another host is given up by then
+    # A trainer that was just killed on another host is given up by then.
+    deadline = time.monotonic() + STALE + 30
+    told = False
     while True:
         try:
             lock = RunLock(plan.folder)
             break
-        except Held:
+        except Held as owner:
             if time.monotonic() > deadline:
                 raise
+            if not told:
+                print(f"Another trainer works in {plan.folder}: {owner}. Waiting for it.", flush=True)
+            told = True
             time.sleep(0.5)
     remove_leftovers(plan.folder)
     write_json(
