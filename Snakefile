@@ -25,6 +25,7 @@ include: "rules/extend_tokenizer.smk"
 include: "rules/tokenize_dataset.smk"
 include: "rules/write_data_order.smk"
 include: "rules/plan_packing.smk"
+include: "rules/plan_run.smk"
 include: "rules/render_train_config.smk"
 include: "rules/train_model.smk"
 include: "rules/convert_pth_to_hf.smk"
@@ -41,6 +42,7 @@ localrules:
     begin_preflight,
     preflight,
     tokenize,
+    plan,
     train,
     hf,
     turbomind,
@@ -64,6 +66,11 @@ rule all:
 rule tokenize:
     input:
         expand(TOKENIZED, data=DATA_SPECS),
+
+
+rule plan:
+    input:
+        expand(RUN_PLAN, run=RUNS),
 
 
 rule train:

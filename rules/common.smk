@@ -19,6 +19,7 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     {run}/checkpoints/<identity>/                          run folders (undeclared, so retries keep them)
     {run}/checkpoints/logs/<UTC time>-<job>.log            the log of every attempt (undeclared, likewise)
     {run}/train.json                                       what was trained (manifest, last)
+    {run}/run_plan.json                                    what the run will take
     {run}/hf/    {run}/turbomind/                          the model
     {run}/prompt_readings.json                             fixed prompts as transformers 4 and lmdeploy encode them
     {run}/parity.json                                      the conversions, proved
@@ -77,6 +78,7 @@ RUN_CONFIG = f"{RESULTS}/{{run}}/config.json"
 TRAIN_CONFIG = f"{RESULTS}/{{run}}/train_config.py"
 CHECKPOINTS = f"{RESULTS}/{{run}}/checkpoints"
 ATTEMPT_LOGS = f"{CHECKPOINTS}/logs"
+RUN_PLAN = f"{RESULTS}/{{run}}/run_plan.json"
 TRAIN_MANIFEST = f"{RESULTS}/{{run}}/train.json"
 HF = f"{RESULTS}/{{run}}/hf"
 TURBOMIND = f"{RESULTS}/{{run}}/turbomind"

@@ -31,6 +31,7 @@ rule render_report:
         train=TRAIN_MANIFEST,
         data=path_of(TOKENIZED),
         plan=path_of(PACK_PLAN),
+        run_plan=RUN_PLAN,
         tokenizer=path_of(TOKENIZER),
         parity=lambda wildcards: (
             PARITY.format(run=wildcards.run) if RUNS[wildcards.run]["parity"]["enabled"] else []
@@ -65,5 +66,5 @@ rule render_report:
     shell:
         'python "$SCRIPTS"/render_report.py --output {output:q} --run {wildcards.run:q} --config {input.config:q}'
         " --train-manifest {input.train:q} --dataset-manifests {input.data:q}"
-        " --base-evaluation {input.base:q} --tuned-evaluation {input.tuned:q} --plan {input.plan:q}"
+        " --base-evaluation {input.base:q} --tuned-evaluation {input.tuned:q} --plan {input.plan:q} --run-plan {input.run_plan:q}"
         ' --tokenizer-path {input.tokenizer:q} --lock "$SCRIPTS"/../envs/snaketune.txt {params.options} 2>&1 | tee {log:q}'

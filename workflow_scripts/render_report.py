@@ -41,6 +41,7 @@ def main() -> None:
     )
     parser.add_argument("--tuned-tool-calls", type=Path, help="the same of the tuned model")
     parser.add_argument("--plan", type=Path, help="plan.json of the pack plan")
+    parser.add_argument("--run-plan", type=Path, help="run_plan.json: what the run was to take")
     parser.add_argument("--parity", type=Path, help="parity.json: the gate of the conversions")
     parser.add_argument(
         "--tokenizer-path", type=Path, help="folder of the extended tokenizer; shows samples of the data"

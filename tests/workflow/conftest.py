@@ -59,7 +59,7 @@ class Project:
             assert "Nothing to be done" in text, text
             return {}
         jobs = dict(re.findall(r"^(\w+)\s+(\d+)", table[1], re.M))
-        targets = {"all", "tokenize", "train", "hf", "turbomind", "parity", "evaluate", "report"}
+        targets = {"all", "tokenize", "plan", "train", "hf", "turbomind", "parity", "evaluate", "report"}
         return {name: int(count) for name, count in jobs.items() if name not in targets}
 
 

@@ -96,6 +96,7 @@ def test_editing_one_file_costs_its_folder_and_what_follows(finished):
             "merge_tokenized": 1,
             "write_data_order": 1,
             "plan_packing": 1,
+            "plan_run": 1,
             "train_model": 1,
             "evaluate_model": 2,
             "evaluate_tool_calls": 2,
@@ -113,6 +114,7 @@ def test_another_learning_rate_costs_the_training_and_what_follows(finished):
             "evaluate_model": 1,
             "evaluate_tool_calls": 1,
             "write_run_config": 1,
+            "plan_run": 1,
         }
 
 
@@ -124,6 +126,7 @@ def test_another_packing_costs_its_plan_and_what_follows(finished, sections):
         finished.configure(**sections)
         assert finished.planned() == AFTER_TRAINING | {
             "plan_packing": 1,
+            "plan_run": 1,
             "render_train_config": 1,
             "train_model": 1,
             "evaluate_model": 1,
@@ -183,7 +186,7 @@ def test_other_masks_have_files_of_their_own(finished, tokenize):
 def test_the_size_of_jobs_decides_no_bytes(finished):
     with kept(finished.config_file):
         finished.configure(tokenize={"shard_mb": 1, "batch_mb": 1})
-        assert finished.planned() == {"write_run_config": 1, "render_report": 1}
+        assert finished.planned() == {"write_run_config": 1, "plan_run": 1, "render_report": 1}
 
 
 def test_editing_one_file_redoes_this_file_alone(finished):
@@ -225,3 +228,19 @@ def test_a_mistake_in_the_config_stops_before_any_job(finished, sections, words)
     assert "Traceback" not in text
     for word in words:
         assert word in text
+
+
+def test_what_the_run_took_was_planned(finished):
+    """Memory within 15% of what the benchmark file says; tokens are those of the mean row."""
+    results = finished.folder / "results"
+    plan, train = (
+        json.loads((results / "demo" / name).read_text()) for name in ("run_plan.json", "train.json")
+    )
+    assert plan["steps"] == train["steps"] and plan["epochs"] == pytest.approx(train["epochs"], abs=1e-4)
+    assert plan["tokens"] == pytest.approx(train["tokens"], rel=0.1)
+    (chosen,) = (row for row in plan["memory"] if row["chosen"])
+    names, values = (
+        line.split("\t") for line in (results / "benchmarks/train_model/demo.tsv").read_text().splitlines()
+    )
+    measured = float(dict(zip(names, values, strict=True))["max_rss"]) / 1024
+    assert chosen["device_gib"] == pytest.approx(measured, rel=0.15)

@@ -34,6 +34,7 @@ class ReportFiles:
         hf_manifest, turbomind_manifest: manifest.json of the folders.
         base_tool_calls, tuned_tool_calls: JSON of evaluate_tool_calls.py.
         plan: plan.json of the pack plan.
+        run_plan: run_plan.json.
         parity: parity.json.
         tokenizer_path: Folder of the extended tokenizer, which shows samples of the data.
         benchmarks: Folder of Snakemake's benchmark files, and `benchmark_names` which of them are this run's.
@@ -51,6 +52,7 @@ class ReportFiles:
     base_tool_calls: Path | None = None
     tuned_tool_calls: Path | None = None
     plan: Path | None = None
+    run_plan: Path | None = None
     parity: Path | None = None
     tokenizer_path: Path | None = None
     benchmarks: Path | None = None
@@ -103,6 +105,7 @@ def load_and_render(run: str, files: ReportFiles) -> str:
         base_tool_calls=optional(files.base_tool_calls),
         tuned_tool_calls=optional(files.tuned_tool_calls),
         plan=optional(files.plan),
+        run_plan=optional(files.run_plan),
         parity=optional(files.parity),
         samples=mask_samples(datasets, files.tokenizer_path) if files.tokenizer_path else [],
         cost=read_cost(files.benchmarks, files.benchmark_names, train["world_size"] if on_gpus else 0)
@@ -127,6 +130,7 @@ def render(
     base_tool_calls: Mapping[str, Any] | None = None,
     tuned_tool_calls: Mapping[str, Any] | None = None,
     plan: Mapping[str, Any] | None = None,
+    run_plan: Mapping[str, Any] | None = None,
     parity: Mapping[str, Any] | None = None,
     samples: list[dict[str, Any]] | None = None,
     cost: list[dict[str, Any]] | None = None,
@@ -148,6 +152,7 @@ def render(
         base_tool_calls: What evaluate_tool_calls.py wrote about the base model.
         tuned_tool_calls: The same of the tuned model; both or neither.
         plan: `plan.json` of the pack plan.
+        run_plan: `run_plan.json`.
         parity: `parity.json`.
         samples: From `mask_samples`.
         cost: From `read_cost`.
@@ -198,6 +203,7 @@ def render(
         speed=_speed(metrics),
         parity=parity,
         cost=cost,
+        forecast=_forecast(run_plan, train, metrics) if run_plan and metrics else None,
         lineage=_lineage(train, datasets, base, tuned, hf, turbomind),
         versions=_versions(train, hf, turbomind),
         hf=hf,
@@ -256,6 +262,27 @@ def _speed(metrics: list[dict]) -> dict[str, float] | None:
     seconds = sum(record["seconds"] for record in timed[1:])
     tokens = sum(record["tokens"] for record in timed[1:])
     return {"tokens_per_second": tokens / max(seconds, 1e-9), "seconds": seconds + timed[0]["seconds"]}
+
+
+def _forecast(plan: Mapping, train: Mapping, metrics: list[dict]) -> list[dict[str, Any]]:
+    """Rows of what was planned beside what happened; memory is that of the process with most."""
+    chosen = next((row for row in plan["memory"] if row["chosen"]), None)
+    peak = max(record.get("gpu_memory_mib", record.get("cpu_memory_mib", 0)) for record in metrics)
+    hours = sum(record["seconds"] for record in metrics) / 3600
+    return [
+        {"name": ("optimizer steps", "优化器步"), "planned": plan["steps"], "actual": train["steps"]},
+        {"name": ("tokens", "token"), "planned": plan["tokens"], "actual": train["tokens"]},
+        {
+            "name": ("memory of a process (GiB)", "单个进程的内存（GiB）"),
+            "planned": chosen and chosen["device_gib"],
+            "actual": peak / 1024,
+        },
+        {
+            "name": ("hours of training steps", "训练步时长（小时）"),
+            "planned": plan["hours"],
+            "actual": hours,
+        },
+    ]
 
 
 def _lineage(train, datasets, base, tuned, hf, turbomind) -> list[tuple[Words, str]]:

@@ -32,6 +32,7 @@ SECTIONS = (
     "parity",
     "evaluate",
     "tool_calls",
+    "forecast",
 )
 
 

@@ -1,0 +1,31 @@
+"""
+REQUIRED INPUT  the run's settings, its pack plan, the extended tokenizer, the config of the base model
+OUTPUT          {run}/run_plan.json: steps, tokens, memory for each ZeRO stage and offload, hours, disk
+"""
+
+
+rule plan_run:
+    input:
+        config=RUN_CONFIG,
+        plan=path_of(PACK_PLAN),
+        tokenizer=path_of(TOKENIZER),
+    output:
+        RUN_PLAN,
+    log:
+        f"{LOGS}/plan_run/{{run}}.log",
+    benchmark:
+        f"{BENCHMARKS}/plan_run/{{run}}.tsv"
+    conda:
+        "../envs/snaketune.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=20,
+    params:
+        folder=lambda wildcards, input: str(Path(input.plan).parent),
+        options=lambda wildcards: flags(**RUNS[wildcards.run]["forecast"]),
+    message:
+        "Plan what run {wildcards.run} will take"
+    shell:
+        'python "$SCRIPTS"/plan_run.py --config {input.config:q} --plan {params.folder:q}'
+        " --tokenizer-path {input.tokenizer:q} --output {output:q} {params.options} 2>&1 | tee {log:q}"

@@ -1,0 +1,73 @@
+"""What a run will take: against the ZeRO paper's table, against measured processes, and what cannot be."""
+
+from __future__ import annotations
+
+import pytest
+
+from forecast.memory import MIB, Shape, process_memory
+
+
+def states(shape, stage, ranks, offload="none"):
+    """GB of weights, gradients and optimizer of a GPU in bfloat16."""
+    parts = process_memory(
+        shape,
+        dtype_bytes=2,
+        zero_stage=stage,
+        offload=offload,
+        ranks=ranks,
+        row_tokens=4096,
+        gradient_checkpointing=True,
+        on_gpu=True,
+    )["parts"]
+    return sum(parts[name] for name in ("weights", "gradients", "optimizer")) / 1e9
+
+
+def test_the_states_are_those_of_the_zero_paper():
+    """Figure 1 of arXiv 1910.02054: 7.5 billion parameters on 64 GPUs take 31.4, 16.6 and 1.9 GB.
+
+    Ours sum gradients in fp32 from stage 2 on: 2 bytes more for each parameter of a GPU's part, 0.23 GB.
+    """
+    shape = Shape(7_500_000_000, 32, 4096, 4096, 4096, 16384, 50000)
+    assert states(shape, 1, 64) == pytest.approx(31.4, abs=0.05)
+    assert states(shape, 2, 64) == pytest.approx(16.6 + 0.23, abs=0.1)
+    assert states(shape, 3, 64) == pytest.approx(1.9 + 0.23, abs=0.1)
+    assert states(shape, 3, 64, "optimizer") < 1 < states(shape, 2, 64, "optimizer") < states(shape, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("shape", "row_tokens", "checkpointing", "measured_mib"),
+    [
+        # max_rss of Snakemake's benchmark files: the demo, and SmolLM2-135M, ZeRO-2 on one CPU process.
+        (Shape(8_503_936, 2, 128, 128, 64, 256, 32064), 512, True, 874),
+        (Shape(134_517_312, 30, 576, 576, 192, 1536, 49216), 512, False, 4272),
+    ],
+    ids=["demo", "smollm2"],
+)
+def test_measured_processes_are_within_15_percent(shape, row_tokens, checkpointing, measured_mib):
+    need = process_memory(
+        shape,
+        dtype_bytes=4,
+        zero_stage=2,
+        row_tokens=row_tokens,
+        gradient_checkpointing=checkpointing,
+        on_gpu=False,
+    )
+    assert need["host"] == 0 and sum(need["parts"].values()) == pytest.approx(need["device"], abs=8)
+    assert need["device"] / MIB == pytest.approx(measured_mib, rel=0.15)
+
+
+def test_offloading_moves_bytes_to_the_host():
+    shape = Shape(7_000_000_000, 32, 4096, 4096, 1024, 14336, 32064)
+    common = {
+        "dtype_bytes": 2,
+        "ranks": 8,
+        "row_tokens": 32768,
+        "gradient_checkpointing": True,
+        "on_gpu": True,
+    }
+    whole, optimizer, everything = (
+        process_memory(shape, zero_stage=3, offload=offload, **common)
+        for offload in ("none", "optimizer", "all")
+    )
+    assert whole["host"] == 0 < optimizer["host"] < everything["host"]
+    assert whole["device"] > optimizer["device"] > everything["device"]

@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Says what a run will take before it is paid for: steps, tokens, memory for each ZeRO stage, hours and disk."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import run
+from common.files import read_json, write_json
+
+
+def main() -> None:
+    """Parses the command line, prints the plan, and writes it."""
+    parser = argparse.ArgumentParser(
+        description="From a run's settings, its pack plan and the model's config: steps, tokens, memory per GPU for each ZeRO "
+        "stage and offload, hours and GPU-hours, and disk for checkpoints. Says which settings fit.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="config.json of the run")
+    parser.add_argument("--plan", type=Path, required=True, help="folder of the pack plan")
+    parser.add_argument(
+        "--tokenizer-path", type=Path, help="folder of the extended tokenizer, which adds rows"
+    )
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs, on all nodes; 0 plans for CPU processes")
+    parser.add_argument("--memory-gib", type=float, default=80.0, help="memory of a GPU, or of a CPU process")
+    parser.add_argument("--tokens-per-second", type=float, help="of all processes together")
+    parser.add_argument(
+        "--metrics", type=Path, help="take the speed from this metrics.jsonl of an earlier run"
+    )
+    parser.add_argument("--output", type=Path, help="write the plan to this JSON file")
+    args = parser.parse_args()
+
+    from forecast.memory import read_shape
+    from forecast.run_plan import make_run_plan, measured_speed
+
+    config = read_json(args.config)
+    model = config["model"]
+    vocab_size = (
+        read_json(args.tokenizer_path / "manifest.json")["vocab_size"] if args.tokenizer_path else None
+    )
+    plan = make_run_plan(
+        config,
+        args.plan,
+        read_shape(model["path"] or model["hub"], vocab_size, model["trust_remote_code"]),
+        gpus=args.gpus,
+        device_gib=args.memory_gib,
+        tokens_per_second=args.tokens_per_second or (measured_speed(args.metrics) if args.metrics else None),
+    )
+    if args.output:
+        write_json(args.output, plan)
+    where = f"{plan['gpus']} GPUs" if plan["gpus"] else f"{plan['ranks']} CPU process(es)"
+    print(f"{plan['parameters']:,} parameters in {plan['dtype']} on {where}")
+    print(
+        f"{plan['rows']:,} rows an epoch, {plan['steps']:,} steps, {plan['epochs']} epochs, {plan['tokens']:,} tokens"
+    )
+    if plan["hours"] is not None:
+        print(
+            f"{plan['hours']:,.2f} hours, {plan['gpu_hours']:,.2f} GPU-hours at {plan['tokens_per_second']:,.0f} tokens/s"
+        )
+    print(
+        f"checkpoints: {plan['checkpoint_gb']:,.2f} GB each, up to {plan['checkpoints_gb']:,.2f} GB at a time"
+    )
+    print(f"{'ZeRO':>4}  {'offload':9}  {'GiB each':>9}  {'GiB host':>9}")
+    for row in plan["memory"]:
+        mark = "fits" if row["fits"] else f"does not fit into {plan['device_gib']:g}"
+        chosen = "  <- the config's" if row["chosen"] else ""
+        print(
+            f"{row['zero_stage']:4}  {row['offload']:9}  {row['device_gib']:9,.2f}  {row['host_gib']:9,.2f}  {mark}{chosen}"
+        )
+
+
+if __name__ == "__main__":
+    run(main)
