@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from common.files import read_json
 from kept import kept
 from provenance.records import lineage
 from provenance.tree import verify
@@ -46,7 +47,10 @@ def test_verifying_finds_each_change_and_nothing_else(finished):
     alone = [
         finished.folder / "processed/plain_chat/processed/sft_chat/plain_chat.jsonl",
         next(results.glob("shared/data/*/chatml_llamav13_32k/train/cn/tool_calls/*.bin.meta")),
-        next(results.glob("demo/checkpoints/*/iter_6.pth/*model_states.pt")),
+        results
+        / "demo"
+        / read_json(results / "demo" / "train.json")["checkpoint"]
+        / "mp_rank_00_model_states.pt",
         results / "demo" / "train_config.py",
     ]
     heldout = next(results.glob("shared/data/*/heldout/tool_calls/processed/sft_chat/*.jsonl"))

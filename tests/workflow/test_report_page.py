@@ -122,3 +122,10 @@ def test_two_languages_and_a_phone(page):
         colours = browser.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, colours[4:-1].split(","))) < 200) == dark
     browser.look(1200)
+
+
+def test_snakemakes_own_report_has_captions_and_categories(finished, tmp_path):
+    finished.run("--report", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for word in ("One page about run demo", "the tuned model on held-out", "Conversion gates", "Tool calls"):
+        assert word in page, word
