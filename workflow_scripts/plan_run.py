@@ -35,14 +35,16 @@ def main() -> None:
     from forecast.run_plan import make_run_plan, measured_speed
 
     config = read_json(args.config)
-    model = config["model"]
+    model, lora = config["model"], config["train"]["lora"]
     vocab_size = (
         read_json(args.tokenizer_path / "manifest.json")["vocab_size"] if args.tokenizer_path else None
     )
     plan = make_run_plan(
         config,
         args.plan,
-        read_shape(model["path"] or model["hub"], vocab_size, model["trust_remote_code"]),
+        read_shape(
+            model["path"] or model["hub"], vocab_size, model["trust_remote_code"], lora and lora["rank"]
+        ),
         gpus=args.gpus,
         device_gib=args.memory_gib,
         tokens_per_second=args.tokens_per_second or (measured_speed(args.metrics) if args.metrics else None),

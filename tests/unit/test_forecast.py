@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from pack_samples import write_bin
 
+from common.cli import UserError
 from forecast.memory import MIB, Shape, process_memory
+from forecast.run_plan import make_run_plan
+from ftdp.pack_plan import open_plan
+from ftdp.pack_planning import make_plan
 
 
 def states(shape, stage, ranks, offload="none"):
@@ -27,7 +32,7 @@ def test_the_states_are_those_of_the_zero_paper():
 
     Ours sum gradients in fp32 from stage 2 on: 2 bytes more for each parameter of a GPU's part, 0.23 GB.
     """
-    shape = Shape(7_500_000_000, 32, 4096, 4096, 4096, 16384, 50000)
+    shape = Shape(7_500_000_000, 7_500_000_000, 32, 4096, 4096, 4096, 16384, 50000)
     assert states(shape, 1, 64) == pytest.approx(31.4, abs=0.05)
     assert states(shape, 2, 64) == pytest.approx(16.6 + 0.23, abs=0.1)
     assert states(shape, 3, 64) == pytest.approx(1.9 + 0.23, abs=0.1)
@@ -38,8 +43,8 @@ def test_the_states_are_those_of_the_zero_paper():
     ("shape", "row_tokens", "checkpointing", "measured_mib"),
     [
         # max_rss of Snakemake's benchmark files: the demo, and SmolLM2-135M, ZeRO-2 on one CPU process.
-        (Shape(8_503_936, 2, 128, 128, 64, 256, 32064), 512, True, 874),
-        (Shape(134_517_312, 30, 576, 576, 192, 1536, 49216), 512, False, 4272),
+        (Shape(8_503_936, 8_503_936, 2, 128, 128, 64, 256, 32064), 512, True, 874),
+        (Shape(134_517_312, 134_517_312, 30, 576, 576, 192, 1536, 49216), 512, False, 4272),
     ],
     ids=["demo", "smollm2"],
 )
@@ -57,7 +62,7 @@ def test_measured_processes_are_within_15_percent(shape, row_tokens, checkpointi
 
 
 def test_offloading_moves_bytes_to_the_host():
-    shape = Shape(7_000_000_000, 32, 4096, 4096, 1024, 14336, 32064)
+    shape = Shape(7_000_000_000, 7_000_000_000, 32, 4096, 4096, 1024, 14336, 32064)
     common = {
         "dtype_bytes": 2,
         "ranks": 8,
@@ -71,3 +76,40 @@ def test_offloading_moves_bytes_to_the_host():
     )
     assert whole["host"] == 0 < optimizer["host"] < everything["host"]
     assert whole["device"] > optimizer["device"] > everything["device"]
+
+
+def test_steps_hours_and_what_fits(tmp_path):
+    folder = tmp_path / "train"
+    write_bin(folder / "cn" / "d" / "a.bin", [[1] * 60, [2] * 30, [3] * 20] * 20)
+    make_plan(folder, ["cn/d/a.bin"], 64).write(tmp_path / "plan")
+    rows = len(open_plan(tmp_path / "plan"))
+    train = {
+        "global_batch": None,
+        "accumulative_counts": 2,
+        "max_steps": None,
+        "max_epochs": 3,
+        "dtype": "auto",
+        "processes": None,
+        "sequence_parallel": 2,
+        "gradient_checkpointing": True,
+        "zero_stage": 2,
+        "offload": "none",
+        "save_optimizer": True,
+        "save_total_limit": 2,
+    }
+    shape = Shape(7_000_000_000, 7_000_000_000, 32, 4096, 4096, 1024, 14336, 32064)
+    options = {"gpus": 8, "device_gib": 40, "tokens_per_second": 100.0}
+    plan = make_run_plan({"train": train}, tmp_path / "plan", shape, **options)
+    # Four pairs of GPUs read two rows each in a step.
+    assert plan["steps"] == 3 * rows // 8 and plan["ranks"] == 8
+    assert plan["tokens"] == round(20 * 110 / rows * plan["steps"] * 8)
+    assert plan["hours"] == pytest.approx(plan["tokens"] / 100 / 3600, abs=1e-4)
+    assert plan["gpu_hours"] == pytest.approx(8 * plan["hours"], abs=1e-3)
+    # bfloat16 weights, fp32 copy and two moments: 14 bytes a parameter.
+    assert plan["checkpoint_gb"] == pytest.approx(98) and plan["checkpoints_gb"] == pytest.approx(3 * 98)
+    fits = {(row["zero_stage"], row["offload"]): row["fits"] for row in plan["memory"]}
+    assert (0, "none") not in fits, "stage 0 cannot train in bfloat16"
+    assert not fits[1, "none"] and fits[3, "none"] and fits[3, "all"]
+    assert [row["zero_stage"] for row in plan["memory"] if row["chosen"]] == [2]
+    with pytest.raises(UserError, match="does not fill one optimizer step"):
+        make_run_plan({"train": train | {"global_batch": 10**6}}, tmp_path / "plan", shape, **options)

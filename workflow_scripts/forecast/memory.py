@@ -37,7 +37,7 @@ class Shape:
     """What of a model decides its memory.
 
     Attributes:
-        parameters: All, tied ones once.
+        parameters: All, tied ones once; `trained`: those that are not frozen.
         layers: Decoder layers.
         hidden: Width of the residual stream.
         query: Width of all query heads; `key` of all key heads.
@@ -46,6 +46,7 @@ class Shape:
     """
 
     parameters: int
+    trained: int
     layers: int
     hidden: int
     query: int
@@ -54,13 +55,19 @@ class Shape:
     vocabulary: int
 
 
-def read_shape(model_path: str, vocab_size: int | None = None, trust_remote_code: bool = False) -> Shape:
+def read_shape(
+    model_path: str,
+    vocab_size: int | None = None,
+    trust_remote_code: bool = False,
+    lora_rank: int | None = None,
+) -> Shape:
     """Returns the shape of a model from its config.json.
 
     Args:
         model_path: Hugging Face folder or hub name.
         vocab_size: Ids of the tokenizer; where the model has fewer rows it grows to it, to a multiple of 64.
         trust_remote_code: Runs Python code that comes with the model.
+        lora_rank: Of the adapters, where these alone are trained.
     """
     from transformers import AutoConfig
 
@@ -73,8 +80,10 @@ def read_shape(model_path: str, vocab_size: int | None = None, trust_remote_code
     matrices = 1 if config.tie_word_embeddings else 2
     grown = matrices * (rows - config.vocab_size) * config.hidden_size
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    weights, trained = count_parameters(model_path, trust_remote_code, lora_rank)
     return Shape(
-        parameters=count_parameters(model_path, trust_remote_code)[0] + grown,
+        parameters=weights + grown,
+        trained=trained + (grown if lora_rank is None else 0),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         query=config.num_attention_heads * size,
@@ -110,12 +119,12 @@ def process_memory(
     Returns:
         `device` and `host` bytes, and `parts` of the device's. On a CPU all is `device`.
     """
-    own = shape.parameters / ranks
-    weights = dtype_bytes * (own if zero_stage == 3 else shape.parameters)
+    own = shape.trained / ranks
+    weights = dtype_bytes * shape.parameters / (ranks if zero_stage == 3 else 1)
     # Two moments in fp32; from stage 1 on an fp32 copy of the weights.
-    optimizer = 8 * shape.parameters if zero_stage == 0 else 12 * own
-    gradients = dtype_bytes * shape.parameters if zero_stage < 2 else 4 * own
-    bucket = min(shape.parameters, _GPU_BUCKET if on_gpu else _CPU_BUCKET) * dtype_bytes if zero_stage else 0
+    optimizer = 8 * shape.trained if zero_stage == 0 else 12 * own
+    gradients = dtype_bytes * shape.trained if zero_stage < 2 else 4 * own
+    bucket = min(shape.trained, _GPU_BUCKET if on_gpu else _CPU_BUCKET) * dtype_bytes if zero_stage else 0
     # The gradients that wait to be summed, and those that are: twice where the two overlap.
     buckets = bucket * (2 if zero_stage else 1)
     host = 0.0

@@ -9,10 +9,10 @@ from typing import Any
 from common.cli import UserError
 from forecast.memory import SETTINGS, Shape, process_memory
 from ftdp.pack_plan import open_plan
+from readiness.sizes import BYTES, checkpoint_bytes
 from sft.metrics_file import whole_lines
 
 GIB = 2**30
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def make_run_plan(
@@ -39,9 +39,10 @@ def make_run_plan(
     """
     train = config["train"]
     ranks = gpus or train["processes"] or 1
+    readers = ranks // train["sequence_parallel"]
     plan = open_plan(pack_plan)
-    rows = plan.entries_per_epoch(ranks)
-    batch = train["global_batch"] or train["accumulative_counts"] * ranks
+    rows = plan.entries_per_epoch(readers)
+    batch = train["global_batch"] or train["accumulative_counts"] * readers
     steps = train["max_steps"] or int(train["max_epochs"] * rows) // batch
     if not steps:
         raise UserError(
@@ -59,11 +60,11 @@ def make_run_plan(
             continue
         need = process_memory(
             shape,
-            dtype_bytes=_BYTES[dtype],
+            dtype_bytes=BYTES[dtype],
             zero_stage=stage,
             offload=offload,
             ranks=ranks,
-            row_tokens=plan.max_length,
+            row_tokens=plan.max_length // train["sequence_parallel"],
             gradient_checkpointing=train["gradient_checkpointing"],
             on_gpu=bool(gpus),
         )
@@ -78,9 +79,7 @@ def make_run_plan(
                 "parts": need["parts"],
             }
         )
-    checkpoint = shape.parameters * (
-        _BYTES[dtype] + (0 if not train["save_optimizer"] else 12 if train["zero_stage"] else 8)
-    )
+    checkpoint = checkpoint_bytes(shape.trained, dtype, train["zero_stage"], train["save_optimizer"])
     return {
         "format": 1,
         "gpus": gpus,
@@ -88,6 +87,7 @@ def make_run_plan(
         "dtype": dtype,
         "device_gib": device_gib,
         "parameters": shape.parameters,
+        "trained_parameters": shape.trained,
         "rows": rows,
         "steps": steps,
         "tokens": tokens,

@@ -9,7 +9,7 @@ from typing import Any
 
 from readiness.checks import Check
 
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Measured: 1.6 to 1.9 bytes of .bin for a byte of JSONL.
 _TOKENIZED = 2.5
 
@@ -47,6 +47,13 @@ def count_parameters(
     return weights, lora_rank * sum(layer.in_features + layer.out_features for layer in layers)
 
 
+def checkpoint_bytes(trained: int, dtype: str, zero_stage: int, save_optimizer: bool) -> int:
+    """Returns the bytes of a checkpoint with this many trained weights."""
+    # AdamW's two moments in fp32, and in ZeRO 1 to 3 an fp32 copy of the weights.
+    optimizer = 0 if not save_optimizer else 12 if zero_stage else 8
+    return trained * (BYTES[dtype] + optimizer)
+
+
 def run_bytes(run: Mapping[str, Any]) -> dict[str, int]:
     """Returns the bytes that a run writes at most: checkpoints, hf, turbomind.
 
@@ -57,12 +64,10 @@ def run_bytes(run: Mapping[str, Any]) -> dict[str, int]:
             `save_total_limit`, `turbomind` (bool), `lora_rank` (None: all weights are trained and saved).
     """
     weights, trained = count_parameters(run["model"], run["trust_remote_code"], run["lora_rank"])
-    # AdamW's two moments in fp32, and in ZeRO 1 to 3 an fp32 copy of the weights.
-    optimizer = 0 if not run["save_optimizer"] else 12 if run["zero_stage"] else 8
-    checkpoint = trained * (_BYTES[run["dtype"]] + optimizer)
+    checkpoint = checkpoint_bytes(trained, run["dtype"], run["zero_stage"], run["save_optimizer"])
     return {
         "checkpoints": checkpoint * (run["save_total_limit"] + 1),
-        "hf": weights * _BYTES[run["hf_dtype"]],
+        "hf": weights * BYTES[run["hf_dtype"]],
         "turbomind": weights * 2 if run["turbomind"] else 0,
     }
 
