@@ -17,6 +17,11 @@ def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def flip_last_bit(path):
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
 def test_a_score_leads_back_to_the_conversations(finished, run_script):
     run = finished.folder / "results" / "demo"
     tree = run_script("lineage.py", run / "evaluation" / "tool_calls.tuned.json").stdout
@@ -60,7 +65,7 @@ def test_verifying_finds_each_change_and_nothing_else(finished):
     expected[heldout] = {f"{heldout.parents[3]} (held-out conversations)"}
     for path, named in expected.items():
         with kept(path):
-            path.write_bytes(path.read_bytes()[:-1] + b"?")
+            flip_last_bit(path)
             assert {each.check.what for each in verify(lineage(score))[1]} == named
     data = alone[0].read_bytes()
     with kept(alone[0]):
@@ -75,7 +80,7 @@ def test_the_command_says_what_does_not_match(finished, run_script):
     assert re.fullmatch(r"\d+ digests match\n", run_script("verify_results.py", results).stdout)
     (plan,) = results.glob("shared/data/*/packs/*")
     with kept(plan / "rows.npy") as path:
-        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        flip_last_bit(path)
         done = run_script("verify_results.py", plan, check=False)
     assert done.returncode == 1 and f"does not match: {plan} (pack plan)" in done.stdout
 
