@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
-from common.files import atomic_dir, read_json, sha256_file, sha256_json, write_json
+from common.files import read_json, resumable_dir, sha256_file, sha256_json, write_json
 
-from .hf_folder import copy_tokenizer, describe_files, require_in_range, save_model, write_generation_config
+from .hf_folder import copy_tokenizer, describe_files, write_config, write_generation_config
 
 if TYPE_CHECKING:
     import torch
+
+    from sft.stored_tensors import StoredTensors
 
 ADAPTER = "adapter"
 # Of tokenizers whose manifest names no chat template.
@@ -28,6 +31,7 @@ def convert(
     max_shard_size: str = "2GB",
     trust_remote_code: bool = False,
     lora: str = "merge",
+    padded_vocab: str = "keep",
 ) -> dict[str, Any]:
     """Writes weights, config, generation config and tokenizer of a trained model.
 
@@ -40,6 +44,7 @@ def convert(
         trust_remote_code: Runs Python code that comes with the base model.
         lora: What a LoRA run gives: `merge`, a model like any other; `adapter`, that and the adapter, as `peft`
             reads it, in the folder `adapter`.
+        padded_vocab: `keep` writes all rows of the vocabulary, `trim` only those that the tokenizer has tokens for.
 
     Returns:
         The manifest, which is also written to `manifest.json` in the folder.
@@ -49,34 +54,48 @@ def convert(
             ones `train.json` describes, are not finite, or do not fit the dtype.
     """
     from sft import config as training
-    from sft.checkpoints import read_state_dict
+    from sft.stored_tensors import LoadedTensor
+    from sft.weights_digest import weights_digest
+
+    from .hf_weights import as_published, empty_model, plan_outputs
+    from .weight_shards import remove_unfinished, write_shards
 
     config = training.load_config(config_path)
     base = training.model_path(config)
     tokenizer = Path(training.tokenizer_path(config) or base)
-    checkpoint, record = find_checkpoint(pth)
-    state = read_state_dict(checkpoint)
-    _require_recorded_weights(state, record, checkpoint)
+    checkpoint, record, state = open_checkpoint(pth)
     trained_in = _training_dtype(config, record, checkpoint, state)
     dtype = trained_in if dtype == "auto" else dtype
-    with atomic_dir(dst) as folder:
+    with resumable_dir(dst) as folder:
+        remove_unfinished(folder)
+        weights: Mapping[str, Any] = state.stored
         if training.lora_settings(config) is not None:
             adapter = folder / ADAPTER if lora == "adapter" else None
-            state = _merge(config, state, trained_in, trust_remote_code, adapter)
-        model = build_model(base, state, dtype, trust_remote_code)
-        del state
-        save_model(model, folder, dtype, max_shard_size)
+            merged = _merge(config, state, trained_in, trust_remote_code, adapter)
+            weights = {name: LoadedTensor(tensor) for name, tensor in merged.items()}
+        model = empty_model(base, trust_remote_code)
+        rows = _tokens(tokenizer) if padded_vocab == "trim" else None
+        outputs = as_published(model, plan_outputs(model, weights, dtype, base, rows))
+        if all(each.stored.pieces for each in outputs.values()):
+            files, digest = write_shards(outputs, folder, max_shard_size, state if record else None)
+        else:
+            digest = weights_digest(state) if record else None
+            files, _ = write_shards(outputs, folder, max_shard_size)
+        _require_recorded_weights(digest, record, checkpoint)
+        write_config(model.config, type(model).__name__, folder, dtype)
         copy_tokenizer(tokenizer, folder)
         if trust_remote_code:
             for path in sorted(Path(base).glob("*.py")):
                 shutil.copyfile(path, folder / path.name)
         _write_generation_config(base, tokenizer, model, folder)
-        manifest = _manifest(folder, checkpoint, record, model, dtype)
+        manifest = _manifest(folder, checkpoint, record, model, dtype, files)
         write_json(folder / "manifest.json", manifest)
     return manifest
 
 
-def _merge(config, state: dict, dtype: str, trust_remote_code: bool, adapter: Path | None) -> dict:
+def _merge(
+    config, state: StoredTensors, dtype: str, trust_remote_code: bool, adapter: Path | None
+) -> dict[str, torch.Tensor]:
     """Returns all weights of a LoRA run, from its checkpoint and its base model in the type that it trained in."""
     from sft import config as training
     from sft.lora import merge_lora
@@ -92,6 +111,40 @@ def _merge(config, state: dict, dtype: str, trust_remote_code: bool, adapter: Pa
     if adapter is not None:
         adapter.mkdir()
     return merge_lora(model, training.lora_settings(config), new_ids, state, adapter)
+
+
+def open_checkpoint(pth: Path) -> tuple[Path, dict[str, Any], StoredTensors]:
+    """Opens the checkpoint that `pth` means; what training removes afterwards can still be read to its end.
+
+    Its bytes are compared with their digests, unless `pth` is a `train.json`: that has a digest of the weights.
+
+    Returns:
+        (the checkpoint, the record of the run if `pth` is its `train.json`, its weights)
+
+    Raises:
+        UserError: There is none, it is corrupt, or it was removed just now and is the one that was asked for.
+    """
+    from sft.checkpoints import MARKER, is_whole, read_state_dict
+
+    while True:
+        checkpoint, record = find_checkpoint(pth)
+        marked = (checkpoint / MARKER).is_file()
+        try:
+            state = read_state_dict(checkpoint, verify=not record)
+        except (UserError, FileNotFoundError):
+            if not marked or is_whole(checkpoint) or (checkpoint / MARKER).is_file():
+                raise
+        else:
+            # Training removes the marker first: where it still is, no file was missing.
+            if not marked or (checkpoint / MARKER).is_file():
+                return checkpoint, record, state
+        if checkpoint == pth or record:
+            raise UserError(
+                f"{checkpoint} was removed while it was read",
+                expected="a checkpoint that stays: training keeps the newest ones (save_total_limit)",
+                fix="give the run folder, of which the newest is taken",
+            )
+        print(f"{checkpoint} was removed meanwhile; the next one is taken", flush=True)
 
 
 def find_checkpoint(pth: Path) -> tuple[Path, dict[str, Any]]:
@@ -116,68 +169,8 @@ def find_checkpoint(pth: Path) -> tuple[Path, dict[str, Any]]:
     return pth, {}
 
 
-def build_model(base: str, state: dict[str, torch.Tensor], dtype: str, trust_remote_code: bool = False):
-    """Returns a transformers model with the given weights in `dtype`; the base's own weights are not read.
-
-    Args:
-        base: Folder or hub name of the base model, for its config.
-        state: All weights by their names in the model; a tied head may be left out.
-        dtype: float32, float16 or bfloat16.
-        trust_remote_code: Runs Python code that comes with the base model.
-
-    Raises:
-        UserError: When names or shapes differ from the architecture's, or a value does not fit `dtype`.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        embedding = next(name for name, value in model.named_parameters() if value is _input_weight(model))
-        if embedding not in state:
-            raise _mismatch(base, f"no {embedding}", "weights of this architecture")
-        rows = state[embedding].shape[0]
-        if rows != _input_weight(model).shape[0]:
-            # Training grew the vocabulary.
-            model.resize_token_embeddings(rows, mean_resizing=False)
-    wanted = {name: value.shape for name, value in model.state_dict().items()}
-    for name, tensor in state.items():
-        if wanted.get(name) != tensor.shape:
-            raise _mismatch(base, f"{name} {tuple(tensor.shape)}", f"{tuple(wanted.get(name, ()))}")
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    target = getattr(torch, dtype)
-    for name in parameters & state.keys():
-        require_in_range(name, state[name], dtype)
-        state[name] = state[name].to(target)
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    absent = [name for name, value in model.named_parameters() if value.is_meta]
-    if absent:
-        raise _mismatch(base, f"no weights for {', '.join(absent[:5])}", "weights of all parameters")
-    return model
-
-
-def _input_weight(model):
-    return model.get_input_embeddings().weight
-
-
-def _mismatch(base: str, found: str, expected: str) -> UserError:
-    return UserError(
-        f"the checkpoint does not belong to the base model {base}",
-        found=found,
-        expected=expected,
-        fix="give the config that the checkpoint was trained with",
-    )
-
-
-def _require_recorded_weights(state: dict, record: dict[str, Any], checkpoint: Path) -> None:
-    if not record:
-        return
-    from sft.session import weights_digest
-
-    digest = weights_digest(state)
-    if digest != record["weights_sha256"]:
+def _require_recorded_weights(digest: str | None, record: dict[str, Any], checkpoint: Path) -> None:
+    if record and digest != record["weights_sha256"]:
         raise UserError(
             f"{checkpoint} holds other weights than train.json describes",
             found=digest,
@@ -186,7 +179,7 @@ def _require_recorded_weights(state: dict, record: dict[str, Any], checkpoint: P
         )
 
 
-def _training_dtype(config, record: dict[str, Any], checkpoint: Path, state: dict) -> str:
+def _training_dtype(config, record: dict[str, Any], checkpoint: Path, state: StoredTensors) -> str:
     """What the model computed in while it was trained; ZeRO's checkpoints hold fp32 copies whatever that was."""
     from sft import config as training
 
@@ -197,7 +190,7 @@ def _training_dtype(config, record: dict[str, Any], checkpoint: Path, state: dic
     if recorded:
         return recorded
     named = training.training_dtype(config).removeprefix("torch.")
-    return named if named != "auto" else str(next(iter(state.values())).dtype).removeprefix("torch.")
+    return named if named != "auto" else str(next(iter(state.stored.values())).dtype).removeprefix("torch.")
 
 
 def _write_generation_config(base: str, tokenizer: Path, model, folder: Path) -> None:
@@ -223,11 +216,19 @@ def _write_generation_config(base: str, tokenizer: Path, model, folder: Path) ->
     )
 
 
-def _manifest(folder: Path, checkpoint: Path, record: dict[str, Any], model, dtype: str) -> dict[str, Any]:
+def _tokens(tokenizer: Path) -> int:
+    from sft.tokenizer_rows import read_vocabulary
+
+    return max(read_vocabulary(tokenizer / "tokenizer.json").values()) + 1
+
+
+def _manifest(
+    folder: Path, checkpoint: Path, record: dict[str, Any], model, dtype: str, shards: dict[str, dict]
+) -> dict[str, Any]:
     import torch
     import transformers
 
-    files = describe_files(folder)
+    files = describe_files(folder, shards)
     weights = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
     return {
         "format": 1,
@@ -236,7 +237,7 @@ def _manifest(folder: Path, checkpoint: Path, record: dict[str, Any], model, dty
         "architecture": model.config.architectures[0],
         "dtype": dtype,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "vocab_size": _input_weight(model).shape[0],
+        "vocab_size": model.get_input_embeddings().weight.shape[0],
         "tokenizer_sha256": sha256_file(folder / "tokenizer.json"),
         "weights_sha256": sha256_json(weights),
         "files": files,

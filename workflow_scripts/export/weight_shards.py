@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 from common.files import fsync_path, read_json, sha256_json, write_json
 from common.progress import Progress
-from sft.stored_tensors import StoredTensor, StoredTensors
+from sft.stored_tensors import LoadedTensor, StoredTensor, StoredTensors
 from sft.weights_digest import WeightsDigest
 
 from .hf_folder import require_in_range
@@ -35,7 +36,7 @@ _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 class Output:
     """One tensor to write: which, as what type, and how many of its rows (None: all)."""
 
-    stored: StoredTensor
+    stored: StoredTensor | LoadedTensor
     dtype: torch.dtype
     rows: int | None = None
 
@@ -49,6 +50,10 @@ class Output:
         """The bytes that are written."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    def load(self) -> torch.Tensor:
+        """Returns the tensor as it is written."""
+        return torch.cat([chunk.to(self.dtype) for chunk in self.stored.chunks(self.rows)]).view(self.shape)
+
 
 def write_shards(
     outputs: Mapping[str, Output], folder: Path, max_shard_size: str, state: StoredTensors | None = None
@@ -59,7 +64,7 @@ def write_shards(
         outputs: What to write, by the names in the files.
         folder: An existing folder; shards that a killed conversion of the same tensors left there are kept.
         max_shard_size: Size at which a new file is begun, as `2GB` or `500MB`.
-        state: Weights to take the digest of on the way, see `WeightsDigest`.
+        state: The weights that the outputs are among, to take the digest of all of them on the way.
 
     Returns:
         ({file: {"bytes", "sha256"}} of the shards, the digest of `state`)
@@ -77,14 +82,14 @@ def write_shards(
     sources = state.stored if state is not None else {name: each.stored for name, each in outputs.items()}
     progress = Progress("bytes", sum(each.bytes for each in outputs.values()))
     writer: _ShardWriter | None = None
-    for name in sorted(set(sources) | set(outputs)):
+    for name in sorted(sources):
         file = shard_of.get(name)
         if file is not None and (writer is None or writer.file != file) and file not in done:
             writer = _ShardWriter(folder, file, {each: outputs[each] for each in shards[file]})
         writes = file is not None and file not in done
         if not writes and digest is None:
             continue
-        _copy(name, sources.get(name), outputs.get(name), writer if writes else None, digest)
+        _copy(name, sources[name], outputs.get(name), writer if writes else None, digest)
         if file is not None:
             progress.add(file, bytes=outputs[name].bytes)
         if writes and name == shards[file][-1]:
@@ -107,7 +112,7 @@ def parse_bytes(size: str) -> int:
 
 def _copy(
     name: str,
-    stored: StoredTensor | None,
+    stored: StoredTensor | LoadedTensor,
     output: Output | None,
     writer: _ShardWriter | None,
     digest: WeightsDigest | None,
@@ -143,8 +148,10 @@ def _plan(outputs: Mapping[str, Output], limit: int) -> dict[str, list[str]]:
     }
 
 
-def _identity(outputs: Mapping[str, Output], shards: dict[str, list[str]]) -> str:
-    """Names what is written and from which versions of which files."""
+def _identity(outputs: Mapping[str, Output], shards: dict[str, list[str]]) -> str | None:
+    """Names what is written and from which versions of which files; None where that is not known."""
+    if not all(each.stored.pieces for each in outputs.values()):
+        return None
     files = {piece.file for each in outputs.values() for piece in each.stored.pieces}
     stats = {file.name: os.fstat(file.fileno()) for file in files}
     sources = {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
@@ -152,15 +159,24 @@ def _identity(outputs: Mapping[str, Output], shards: dict[str, list[str]]) -> st
     return sha256_json([shards, tensors, sources])
 
 
-def _finished(folder: Path, identity: str) -> dict[str, dict[str, Any]]:
-    """Returns the shards of the same conversion that are whole, and removes all else from the folder."""
+def remove_unfinished(folder: Path) -> None:
+    """Removes from a folder what a killed conversion left there, but for its finished shards and the list of them."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _DONE and path.suffix != ".safetensors":
+            path.unlink()
+
+
+def _finished(folder: Path, identity: str | None) -> dict[str, dict[str, Any]]:
+    """Returns the shards of the same conversion, and removes those of another one."""
     try:
         said = read_json(folder / _DONE)
-        done = said["files"] if said["identity"] == identity else {}
+        done = said["files"] if identity is not None and said["identity"] == identity else {}
     except (OSError, ValueError, KeyError):
         done = {}
-    for path in folder.iterdir():
-        if path.name not in done and path.name != _DONE:
+    for path in folder.glob("*.safetensors"):
+        if path.name not in done:
             path.unlink()
     return {name: entry for name, entry in done.items() if _has_size(folder / name, entry["bytes"])}
 

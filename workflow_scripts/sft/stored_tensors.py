@@ -51,6 +51,29 @@ class StoredTensor:
                 yield _read(piece, start, min(CHUNK, piece.count - start))
 
 
+@dataclass(frozen=True)
+class LoadedTensor:
+    """A tensor in memory, with the face of a `StoredTensor`."""
+
+    tensor: torch.Tensor
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its type."""
+        return self.tensor.dtype
+
+    def chunks(self, rows: int | None = None) -> Iterator[torch.Tensor]:
+        """As `StoredTensor.chunks`."""
+        part = self.tensor if rows is None else self.tensor[:rows]
+        yield from part.detach().contiguous().view(-1).split(CHUNK)
+
+
 class StoredTensors(Mapping[str, torch.Tensor]):
     """Tensors by name; each is read whole when it is asked for. `stored` has them unread."""
 
