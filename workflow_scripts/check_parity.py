@@ -36,7 +36,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    from export.hf import find_checkpoint
+    from export.checkpoint_source import find_checkpoint
     from export.parity import compare_ids, compare_models, require_agreement, training_ids
     from export.prompt_readers import parity_prompts, read_with_transformers
     from export.turbomind_proof import prove

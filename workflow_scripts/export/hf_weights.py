@@ -67,7 +67,9 @@ def plan_outputs(
         if name in state and name not in tied:
             stored = state[name]
             kept = value.shape[0] if value.shape != stored.shape else None
-            outputs[name] = Output(stored, getattr(torch, dtype) if name in parameters else stored.dtype, kept)
+            outputs[name] = Output(
+                stored, getattr(torch, dtype) if name in parameters else stored.dtype, kept
+            )
     return outputs
 
 

@@ -27,7 +27,14 @@ from sft.weights_digest import WeightsDigest
 from .hf_folder import require_in_range
 
 _DONE = "shards.json"  # what a killed conversion finished; removed at the end
-_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "uint8": "U8"}
+_NAMES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "uint8": "U8",
+}
 _NAMES |= {"bool": "BOOL", "float64": "F64", "int8": "I8", "int16": "I16"}
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
