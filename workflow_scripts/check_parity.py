@@ -37,6 +37,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from export.checkpoint_source import find_checkpoint
+    from export.hf import all_weights
     from export.parity import compare_ids, compare_models, require_agreement, training_ids
     from export.prompt_readers import parity_prompts, read_with_transformers
     from export.turbomind_proof import prove
@@ -56,10 +57,11 @@ def main() -> None:
             raise UserError(f"{args.readings} is about other prompts", fix="run encode_prompts.py again")
         readings += theirs["readings"]
     ids = compare_ids(prompts, expected, readings, tokenizer)
-    state = read_state_dict(find_checkpoint(args.checkpoint)[0])
+    checkpoint, record = find_checkpoint(args.checkpoint)
+    state = all_weights(config, checkpoint, record, read_state_dict(checkpoint), args.trust_remote_code)
     try:
         logits = compare_models(base, state, args.hf, args.turbomind, expected, args.trust_remote_code)
-        proof = prove(args.hf, args.turbomind) if args.turbomind else None
+        proof = prove(args.hf, args.turbomind, forward=False) if args.turbomind else None
     finally:
         print_ids(ids)
     print_logits(logits)

@@ -65,15 +65,12 @@ def convert(
     base = training.model_path(config)
     tokenizer = Path(training.tokenizer_path(config) or base)
     checkpoint, record, state = open_checkpoint(pth)
-    trained_in = _training_dtype(config, record, checkpoint, state)
-    dtype = trained_in if dtype == "auto" else dtype
+    dtype = _training_dtype(config, record, checkpoint, state) if dtype == "auto" else dtype
     with resumable_dir(dst) as folder:
         remove_unfinished(folder)
-        weights: Mapping[str, Any] = state.stored
-        if training.lora_settings(config) is not None:
-            adapter = folder / ADAPTER if lora == "adapter" else None
-            merged = _merge(config, state, trained_in, trust_remote_code, adapter)
-            weights = {name: LoadedTensor(tensor) for name, tensor in merged.items()}
+        adapter = folder / ADAPTER if lora == "adapter" else None
+        whole = all_weights(config, checkpoint, record, state, trust_remote_code, adapter)
+        weights = {name: LoadedTensor(whole[name]) for name in whole} if whole is not state else state.stored
         model = empty_model(base, trust_remote_code)
         rows = _tokens(tokenizer) if padded_vocab == "trim" else None
         outputs = as_published(model, plan_outputs(model, weights, dtype, base, rows))
@@ -89,21 +86,41 @@ def convert(
             for path in sorted(Path(base).glob("*.py")):
                 shutil.copyfile(path, folder / path.name)
         _write_generation_config(base, tokenizer, model, folder)
-        manifest = _manifest(folder, checkpoint, record, model, dtype, files)
+        manifest = _manifest(folder, checkpoint, record, model, dtype, files, _template(tokenizer))
         write_json(folder / "manifest.json", manifest)
     return manifest
 
 
-def _merge(
-    config, state: StoredTensors, dtype: str, trust_remote_code: bool, adapter: Path | None
-) -> dict[str, torch.Tensor]:
-    """Returns all weights of a LoRA run, from its checkpoint and its base model in the type that it trained in."""
+def all_weights(
+    config,
+    checkpoint: Path,
+    record: dict[str, Any],
+    state: StoredTensors,
+    trust_remote_code: bool = False,
+    adapter: Path | None = None,
+) -> Mapping[str, torch.Tensor]:
+    """Returns all weights of a checkpoint: `state` itself, but for LoRA, whose checkpoints hold the trained parts alone.
+
+    These are merged, in memory, with the base model's weights in the type that the run trained in.
+
+    Args:
+        config: The training config.
+        checkpoint: Where `state` comes from.
+        record: The run's train.json, or an empty dictionary.
+        state: What the checkpoint holds.
+        trust_remote_code: Runs Python code that comes with the base model.
+        adapter: Folder to make for the trained parts of a LoRA run, as `peft` reads them.
+    """
     from sft import config as training
     from sft.lora import merge_lora
     from sft.model import load_base_model, resize_for_tokenizer
     from sft.tokenizer_rows import find_new_tokens
 
+    settings = training.lora_settings(config)
+    if settings is None:
+        return state
     base, tokenizer = training.model_path(config), training.tokenizer_path(config)
+    dtype = _training_dtype(config, record, checkpoint, state)
     model = load_base_model(base, dtype, "sdpa", trust_remote_code)
     new_ids: list[int] = []
     if tokenizer is not None:
@@ -111,7 +128,7 @@ def _merge(
         resize_for_tokenizer(model, vocab_size, new_ids)
     if adapter is not None:
         adapter.mkdir()
-    return merge_lora(model, training.lora_settings(config), new_ids, state, adapter)
+    return merge_lora(model, settings, new_ids, state, adapter)
 
 
 def _require_recorded_weights(digest: str | None, record: dict[str, Any], checkpoint: Path) -> None:
@@ -146,8 +163,7 @@ def _write_generation_config(base: str, tokenizer: Path, model, folder: Path) ->
     settings = read_json(path) if path else {}
     vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     names = read_json(tokenizer / "tokenizer_config.json")
-    manifest = tokenizer / "manifest.json"
-    saved = read_json(manifest).get("chat_template") if manifest.is_file() else None
+    saved = _template(tokenizer)
     ends = [vocabulary.token_to_id(saved["end_of_turn"] if saved else _END_OF_TURN)]
     for source in (settings.get("eos_token_id"), model.config.eos_token_id):
         ends += source if isinstance(source, list) else [source]
@@ -161,6 +177,12 @@ def _write_generation_config(base: str, tokenizer: Path, model, folder: Path) ->
     )
 
 
+def _template(tokenizer: Path) -> dict[str, Any] | None:
+    """Returns what a tokenizer's manifest says of its chat template."""
+    manifest = tokenizer / "manifest.json"
+    return read_json(manifest).get("chat_template") if manifest.is_file() else None
+
+
 def _tokens(tokenizer: Path) -> int:
     from sft.tokenizer_rows import read_vocabulary
 
@@ -168,7 +190,13 @@ def _tokens(tokenizer: Path) -> int:
 
 
 def _manifest(
-    folder: Path, checkpoint: Path, record: dict[str, Any], model, dtype: str, shards: dict[str, dict]
+    folder: Path,
+    checkpoint: Path,
+    record: dict[str, Any],
+    model,
+    dtype: str,
+    shards: dict[str, dict],
+    template: dict[str, Any] | None,
 ) -> dict[str, Any]:
     import torch
     import transformers
@@ -184,6 +212,7 @@ def _manifest(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "vocab_size": model.get_input_embeddings().weight.shape[0],
         "tokenizer_sha256": sha256_file(folder / "tokenizer.json"),
+        "chat_template": template,
         "weights_sha256": sha256_json(weights),
         "files": files,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.files import read_json, sha256_file, write_json
+from ftdp.tokenizer import TEMPLATE_FILE
 
 from .hf_config import portable_config
 
@@ -23,6 +24,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    TEMPLATE_FILE,  # what training reads; chat.py too
 )
 
 
