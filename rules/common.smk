@@ -105,12 +105,15 @@ if not any(run["model"]["hub"] for run in RUNS.values()):
     PREFIX.append("export HF_HUB_OFFLINE=1")
 shell.prefix("; ".join(PREFIX) + "; ")
 
-if any(run["turbomind"]["enabled"] for run in RUNS.values()) and not USES_CONDA:
+CONVERTED = [
+    run for run in RUNS.values() if run["turbomind"]["enabled"] and run["turbomind"]["mode"] == "convert"
+]
+if CONVERTED and not USES_CONDA:
     if not Path(SETTINGS.environments["turbomind_python"]).is_file():
         raise WorkflowError(
             "config: environments.turbomind_python does not exist\n"
             f"  found:    {SETTINGS.environments['turbomind_python']}\n"
-            "  to fix:   `make setup` makes it; or set turbomind.enabled: false"
+            "  to fix:   `make setup` makes it; or set turbomind.mode: direct, or turbomind.enabled: false"
         )
 
 FINGERPRINTS = FingerprintCache(f"{RESULTS}/shared/fingerprints.json")

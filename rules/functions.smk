@@ -267,6 +267,17 @@ def has_turbomind(wildcards):
     return RUNS[wildcards.run]["turbomind"]["enabled"]
 
 
+def is_converted(wildcards):
+    """Whether the run has files of the engine's own, which can be proved."""
+    return has_turbomind(wildcards) and RUNS[wildcards.run]["turbomind"]["mode"] == "convert"
+
+
+def runs_in_mode(mode):
+    """A pattern of the runs whose TurboMind folder is made in this way."""
+    names = [re.escape(run) for run in RUNS if RUNS[run]["turbomind"]["mode"] == mode]
+    return "|".join(names) or "(?!)"
+
+
 def own_prompts(wildcards):
     return RUNS[wildcards.run]["evaluate"]["prompts"] or []
 
