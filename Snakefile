@@ -33,6 +33,7 @@ include: "rules/link_serving_folder.smk"
 include: "rules/check_parity.smk"
 include: "rules/evaluate_model.smk"
 include: "rules/evaluate_tool_calls.smk"
+include: "rules/write_model_card.smk"
 include: "rules/render_report.smk"
 
 
@@ -47,6 +48,7 @@ localrules:
     turbomind,
     parity,
     evaluate,
+    serve,
     report,
     extend_tokenizer,
     write_data_order,
@@ -95,6 +97,11 @@ rule evaluate:
             run=[run for run in RUNS if RUNS[run]["tool_calls"]["enabled"]],
             label=["base", "tuned"],
         ),
+
+
+rule serve:
+    input:
+        expand(SERVE, run=RUNS),
 
 
 rule report:

@@ -24,6 +24,7 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     {run}/parity.json                                      the conversions, proved
     {run}/evaluation/{label}.json                          label: base | tuned
     {run}/evaluation/tool_calls.{label}.json               the same models, where held-out conversations call tools
+    {run}/model_card.md    {run}/serve.txt                 what it was made from and how it does; how it is served
     {run}/report.html
     logs/<rule>/...    benchmarks/<rule>/...
 
@@ -81,6 +82,8 @@ TRAIN_MANIFEST = f"{RESULTS}/{{run}}/train.json"
 HF = f"{RESULTS}/{{run}}/hf"
 TURBOMIND = f"{RESULTS}/{{run}}/turbomind"
 READINGS = f"{RESULTS}/{{run}}/prompt_readings.json"
+MODEL_CARD = f"{RESULTS}/{{run}}/model_card.md"
+SERVE = f"{RESULTS}/{{run}}/serve.txt"
 PARITY = f"{RESULTS}/{{run}}/parity.json"
 EVALUATION = f"{RESULTS}/{{run}}/evaluation/{{label}}.json"
 TOOL_CALLS = f"{RESULTS}/{{run}}/evaluation/tool_calls.{{label}}.json"

@@ -310,6 +310,22 @@ def report_flags(wildcards, input):
     )
 
 
+def has_parity(wildcards):
+    return RUNS[wildcards.run]["parity"]["enabled"]
+
+
+def model_card_flags(wildcards, input):
+    """The flags of write_model_card.py."""
+    converted = is_converted(wildcards)
+    return flags(
+        evaluations=list(input.evaluations),
+        parity=input.get("parity") or None,
+        turbomind=input.get("turbomind") if converted else None,
+        direct=None if converted else input.get("turbomind") or None,
+        chat_template=RUNS[wildcards.run]["turbomind"]["chat_template"] if converted else None,
+    )
+
+
 def parity_gate(wildcards):
     """The gate before the tuned model's evaluation, where the config asks for it."""
     gated = wildcards.label == "tuned" and RUNS[wildcards.run]["parity"]["enabled"]

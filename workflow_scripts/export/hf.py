@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
-from common.files import read_json, resumable_dir, sha256_file, sha256_json, write_json
+from common.files import read_json, resumable_dir, sha256_file, sha256_json, write_json, write_text
 
 from .checkpoint_source import open_checkpoint
 from .hf_folder import copy_tokenizer, describe_files, write_config, write_generation_config
@@ -59,6 +59,7 @@ def convert(
     from sft.weights_digest import weights_digest
 
     from .hf_weights import as_published, empty_model, plan_outputs
+    from .model_card import model_card, tokenized_folder
     from .weight_shards import remove_unfinished, write_shards
 
     config = training.load_config(config_path)
@@ -86,7 +87,15 @@ def convert(
             for path in sorted(Path(base).glob("*.py")):
                 shutil.copyfile(path, folder / path.name)
         _write_generation_config(base, tokenizer, model, folder)
+        identity = run_identity_fields(checkpoint)
+        data = tokenized_folder(training.plan_path(config), training.train_folder(config))
         manifest = _manifest(folder, checkpoint, record, model, dtype, files, _template(tokenizer))
+        card = model_card(base, manifest, record, identity, data)
+        write_text(folder / "README.md", card)
+        manifest["files"]["README.md"] = {
+            "bytes": len(card.encode()),
+            "sha256": sha256_file(folder / "README.md"),
+        }
         write_json(folder / "manifest.json", manifest)
     return manifest
 
@@ -141,14 +150,17 @@ def _require_recorded_weights(digest: str | None, record: dict[str, Any], checkp
         )
 
 
+def run_identity_fields(checkpoint: Path) -> dict[str, Any]:
+    """Returns what makes the run of a checkpoint the run it is; nothing where its folder does not say so."""
+    identity = checkpoint.parent / "identity.json"
+    return read_json(identity).get("fields", {}) if identity.is_file() else {}
+
+
 def _training_dtype(config, record: dict[str, Any], checkpoint: Path, state: StoredTensors) -> str:
     """What the model computed in while it was trained; ZeRO's checkpoints hold fp32 copies whatever that was."""
     from sft import config as training
 
-    identity = checkpoint.parent / "identity.json"
-    recorded = record.get("dtype") or (
-        read_json(identity).get("fields", {}).get("dtype") if identity.is_file() else None
-    )
+    recorded = record.get("dtype") or run_identity_fields(checkpoint).get("dtype")
     if recorded:
         return recorded
     named = training.training_dtype(config).removeprefix("torch.")

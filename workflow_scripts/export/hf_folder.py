@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.files import read_json, sha256_file, write_json
-from ftdp.tokenizer import TEMPLATE_FILE
+from ftdp.template_file import TEMPLATE_FILE
 
 from .hf_config import portable_config
 
