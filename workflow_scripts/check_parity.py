@@ -41,6 +41,7 @@ def main() -> None:
     from export.parity import compare_ids, compare_models, require_agreement, training_ids
     from export.prompt_readers import parity_prompts, read_with_transformers
     from export.turbomind_proof import prove
+    from ftdp.jinja_template import reads_openai_tools
     from ftdp.tokenizer import load_tokenizer
     from sft import config as training
     from sft.checkpoints import read_state_dict
@@ -51,6 +52,8 @@ def main() -> None:
     prompts = parity_prompts(args.prompts)
     expected = training_ids(prompts, tokenizer, mask=args.mask, control_tokens=args.control_tokens)
     readings = [read_with_transformers(args.hf, prompts)]
+    if reads_openai_tools(tokenizer.template):
+        readings.append(read_with_transformers(args.hf, prompts, openai=True))
     if args.readings:
         theirs = read_json(args.readings)
         if theirs["prompts"] != prompts:

@@ -59,9 +59,10 @@ def test_an_honest_chain_passes_and_every_difference_is_listed_and_explained(cha
     assert hf["rounding_difference"] == 0.0 < turbomind["rounding_difference"] < 0.01
     assert gate["turbomind"]["tensors"] == len(load_file(chain / "hf/model.safetensors"))
 
-    five, four, own_system, silent, calls = gate["ids"]
+    five, openai, four, own_system, silent, calls = gate["ids"]
     assert five["reader"].startswith("transformers 5.") and four["reader"].startswith("transformers 4.")
-    for row in (five, four, silent):
+    assert openai["reader"].endswith("OpenAI's tools")
+    for row in (five, openai, four, silent):
         assert row["equal"] == row["prompts"] and not row["differences"], row
     # What lmdeploy does by itself: a system message where there is none, no line break behind a tool call.
     assert [each["prompt"] for each in own_system["differences"]] == [1]

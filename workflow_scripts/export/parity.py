@@ -33,6 +33,12 @@ _TOOL_CALLS = (
 )
 
 
+_OPENAI_TOOLS = (
+    "a server writes JSON anew, with its own spaces, and puts the list of tools behind the system messages; the data's "
+    "differ in this prompt"
+)
+
+
 def compare_models(
     base: str,
     state: Mapping[str, torch.Tensor],
@@ -161,6 +167,8 @@ def require_agreement(rows: list[dict[str, Any]]) -> None:
 def _explanation(form: str, prompt: list[dict]) -> str | None:
     if form == "own system message" and prompt[0]["role"] != "system":
         return _OWN_SYSTEM
+    if form == "openai" and any(message.get("name") == "plugin" for message in prompt):
+        return _OPENAI_TOOLS
     if form == "tool_calls" and any(message["role"] == "tool" for message in prompt):
         return _TOOL_CALLS
     return None
