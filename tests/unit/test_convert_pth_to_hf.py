@@ -27,6 +27,7 @@ MODELS = {
     "tied": {"kind": "llama", "tie_word_embeddings": True},
     "scaled": {"kind": "llama", "rope_parameters": LLAMA3},
     "trimmed": {"kind": "mistral"},
+    "mixture": {"kind": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2},
 }
 
 
