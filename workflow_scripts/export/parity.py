@@ -23,6 +23,7 @@ from .turbomind_folder import TurboMindFolder
 from .turbomind_proof import compare_logits
 
 # Forms of serving that may differ from training: when, and why.
+_LMDEPLOY = ("own system message", "silent", "tool_calls")
 _OWN_SYSTEM = (
     "lmdeploy puts a system message of its own before a conversation that has none; serve with meta_instruction: null, "
     "or send a system message"
@@ -33,6 +34,10 @@ _TOOL_CALLS = (
 )
 
 
+_ONE_BOS = (
+    "this base's BOS is the token that begins a turn, so training's ids begin with two of it, and lmdeploy takes one of "
+    "two equal BOS away"
+)
 _OPENAI_TOOLS = (
     "a server writes JSON anew, with its own spaces, and puts the list of tools behind the system messages; the data's "
     "differ in this prompt"
@@ -123,12 +128,20 @@ def compare_ids(
                 continue
             at = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), 0)
             at = at or min(len(wanted), len(found)) * (wanted[:1] == found[:1])
-            pieces = (decode(ids[at : at + 24], skip_special_tokens=False) for ids in (wanted, found))
+            pieces = [decode(ids[at : at + 24], skip_special_tokens=False) for ids in (wanted, found)]
+            reasons = []
+            if reading["form"] in _LMDEPLOY and wanted[0] == wanted[1] and found[:2] != wanted[:2]:
+                reasons, wanted = [_ONE_BOS], wanted[1:]
+            if wanted != found:
+                reasons.append(_explanation(reading["form"], prompts[number - 1]))
             differences.append(
-                {"prompt": number, "at": at, **dict(zip(("training", "reader"), pieces, strict=True))}
+                {
+                    "prompt": number,
+                    "at": at,
+                    **dict(zip(("training", "reader"), pieces, strict=True)),
+                    "why": None if None in reasons else "; ".join(reasons),
+                }
             )
-        for difference in differences:
-            difference["why"] = _explanation(reading["form"], prompts[difference["prompt"] - 1])
         rows.append(
             {
                 "reader": reading["reader"],

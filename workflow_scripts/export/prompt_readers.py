@@ -82,7 +82,7 @@ def read_with_lmdeploy(
         }
         for form, words, writer, messages in (
             ("own system message", "", plain, raw),
-            ("plain", ", meta_instruction: null", silent, raw),
+            ("silent", ", meta_instruction: null", silent, raw),
             ("tool_calls", ", meta_instruction: null, OpenAI's tool_calls", silent, calls),
         )
     ]
