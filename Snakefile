@@ -30,9 +30,11 @@ include: "rules/render_train_config.smk"
 include: "rules/train_model.smk"
 include: "rules/convert_pth_to_hf.smk"
 include: "rules/convert_hf_to_turbomind.smk"
+include: "rules/link_serving_folder.smk"
 include: "rules/check_parity.smk"
 include: "rules/evaluate_model.smk"
 include: "rules/evaluate_tool_calls.smk"
+include: "rules/write_model_card.smk"
 include: "rules/render_report.smk"
 
 
@@ -48,6 +50,7 @@ localrules:
     turbomind,
     parity,
     evaluate,
+    serve,
     report,
     extend_tokenizer,
     write_data_order,
@@ -101,6 +104,11 @@ rule evaluate:
             run=[run for run in RUNS if RUNS[run]["tool_calls"]["enabled"]],
             label=["base", "tuned"],
         ),
+
+
+rule serve:
+    input:
+        expand(SERVE, run=RUNS),
 
 
 rule report:

@@ -40,8 +40,8 @@ rule check_parity:
         config=TRAIN_CONFIG,
         checkpoint=TRAIN_MANIFEST,
         hf=HF,
-        turbomind=branch(has_turbomind, then=TURBOMIND, otherwise=[]),
-        readings=branch(has_turbomind, then=READINGS, otherwise=[]),
+        turbomind=branch(is_converted, then=TURBOMIND, otherwise=[]),
+        readings=branch(is_converted, then=READINGS, otherwise=[]),
         prompts=own_prompts,
     output:
         report(

@@ -25,6 +25,7 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     {run}/parity.json                                      the conversions, proved
     {run}/evaluation/{label}.json                          label: base | tuned
     {run}/evaluation/tool_calls.{label}.json               the same models, where held-out conversations call tools
+    {run}/model_card.md    {run}/serve.txt                 what it was made from and how it does; how it is served
     {run}/report.html
     logs/<rule>/...    benchmarks/<rule>/...
 
@@ -83,6 +84,8 @@ TRAIN_MANIFEST = f"{RESULTS}/{{run}}/train.json"
 HF = f"{RESULTS}/{{run}}/hf"
 TURBOMIND = f"{RESULTS}/{{run}}/turbomind"
 READINGS = f"{RESULTS}/{{run}}/prompt_readings.json"
+MODEL_CARD = f"{RESULTS}/{{run}}/model_card.md"
+SERVE = f"{RESULTS}/{{run}}/serve.txt"
 PARITY = f"{RESULTS}/{{run}}/parity.json"
 EVALUATION = f"{RESULTS}/{{run}}/evaluation/{{label}}.json"
 TOOL_CALLS = f"{RESULTS}/{{run}}/evaluation/tool_calls.{{label}}.json"
@@ -107,12 +110,15 @@ if not any(run["model"]["hub"] for run in RUNS.values()):
     PREFIX.append("export HF_HUB_OFFLINE=1")
 shell.prefix("; ".join(PREFIX) + "; ")
 
-if any(run["turbomind"]["enabled"] for run in RUNS.values()) and not USES_CONDA:
+CONVERTED = [
+    run for run in RUNS.values() if run["turbomind"]["enabled"] and run["turbomind"]["mode"] == "convert"
+]
+if CONVERTED and not USES_CONDA:
     if not Path(SETTINGS.environments["turbomind_python"]).is_file():
         raise WorkflowError(
             "config: environments.turbomind_python does not exist\n"
             f"  found:    {SETTINGS.environments['turbomind_python']}\n"
-            "  to fix:   `make setup` makes it; or set turbomind.enabled: false"
+            "  to fix:   `make setup` makes it; or set turbomind.mode: direct, or turbomind.enabled: false"
         )
 
 FINGERPRINTS = FingerprintCache(f"{RESULTS}/shared/fingerprints.json")

@@ -15,6 +15,8 @@ rule convert_hf_to_turbomind:
         f"{LOGS}/convert_hf_to_turbomind/{{run}}.log",
     benchmark:
         f"{BENCHMARKS}/convert_hf_to_turbomind/{{run}}.tsv"
+    wildcard_constraints:
+        run=runs_in_mode("convert"),
     conda:
         "../envs/turbomind.yaml"
     threads: 1

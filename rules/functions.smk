@@ -267,6 +267,17 @@ def has_turbomind(wildcards):
     return RUNS[wildcards.run]["turbomind"]["enabled"]
 
 
+def is_converted(wildcards):
+    """Whether the run has files of the engine's own, which can be proved."""
+    return has_turbomind(wildcards) and RUNS[wildcards.run]["turbomind"]["mode"] == "convert"
+
+
+def runs_in_mode(mode):
+    """A pattern of the runs whose TurboMind folder is made in this way."""
+    names = [re.escape(run) for run in RUNS if RUNS[run]["turbomind"]["mode"] == mode]
+    return "|".join(names) or "(?!)"
+
+
 def own_prompts(wildcards):
     return RUNS[wildcards.run]["evaluate"]["prompts"] or []
 
@@ -296,6 +307,22 @@ def report_flags(wildcards, input):
         parity=input.get("parity") or None,
         benchmarks=BENCHMARKS,
         benchmark_names=[run, data_key(run), tokenizer_key(run)],
+    )
+
+
+def has_parity(wildcards):
+    return RUNS[wildcards.run]["parity"]["enabled"]
+
+
+def model_card_flags(wildcards, input):
+    """The flags of write_model_card.py."""
+    converted = is_converted(wildcards)
+    return flags(
+        evaluations=list(input.evaluations),
+        parity=input.get("parity") or None,
+        turbomind=input.get("turbomind") if converted else None,
+        direct=None if converted else input.get("turbomind") or None,
+        chat_template=RUNS[wildcards.run]["turbomind"]["chat_template"] if converted else None,
     )
 
 

@@ -36,10 +36,11 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    from export.hf import find_checkpoint
+    from export.checkpoint_source import find_checkpoint
     from export.parity import compare_ids, compare_models, require_agreement, trained_weights, training_ids
     from export.prompt_readers import parity_prompts, read_with_transformers
     from export.turbomind_proof import prove
+    from ftdp.jinja_template import reads_openai_tools
     from ftdp.tokenizer import load_tokenizer
     from sft import config as training
 
@@ -49,6 +50,8 @@ def main() -> None:
     prompts = parity_prompts(args.prompts)
     expected = training_ids(prompts, tokenizer, mask=args.mask, control_tokens=args.control_tokens)
     readings = [read_with_transformers(args.hf, prompts)]
+    if reads_openai_tools(tokenizer.template):
+        readings.append(read_with_transformers(args.hf, prompts, openai=True))
     if args.readings:
         theirs = read_json(args.readings)
         if theirs["prompts"] != prompts:
@@ -58,7 +61,7 @@ def main() -> None:
     state = trained_weights(config, *find_checkpoint(args.checkpoint), args.trust_remote_code)
     try:
         logits = compare_models(base, state, args.hf, args.turbomind, expected, args.trust_remote_code)
-        proof = prove(args.hf, args.turbomind) if args.turbomind else None
+        proof = prove(args.hf, args.turbomind, forward=False) if args.turbomind else None
     finally:
         print_ids(ids)
     print_logits(logits)

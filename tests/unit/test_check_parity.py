@@ -59,9 +59,10 @@ def test_an_honest_chain_passes_and_every_difference_is_listed_and_explained(cha
     assert hf["rounding_difference"] == 0.0 < turbomind["rounding_difference"] < 0.01
     assert gate["turbomind"]["tensors"] == len(load_file(chain / "hf/model.safetensors"))
 
-    five, four, own_system, silent, calls = gate["ids"]
+    five, openai, four, own_system, silent, calls = gate["ids"]
     assert five["reader"].startswith("transformers 5.") and four["reader"].startswith("transformers 4.")
-    for row in (five, four, silent):
+    assert openai["reader"].endswith("OpenAI's tools")
+    for row in (five, openai, four, silent):
         assert row["equal"] == row["prompts"] and not row["differences"], row
     # What lmdeploy does by itself: a system message where there is none, no line break behind a tool call.
     assert [each["prompt"] for each in own_system["differences"]] == [1]
@@ -137,3 +138,22 @@ def test_prompts_in_a_batch_do_not_see_each_other(chain):
     folder = TurboMindFolder(chain / "turbomind")
     for logits in (lambda x: transformers_logits(config, weights, x), lambda x: turbomind_logits(folder, x)):
         torch.testing.assert_close(logits(ids)[1, :7], logits(ids[1:, :7])[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_bos_that_begins_turns_is_known_to_be_taken_away(tiny_tokenizer_dir, tmp_path):
+    """SmolLM2's BOS is `<|im_start|>`: training's ids begin with two of it, lmdeploy's with one."""
+    from export.parity import compare_ids, require_agreement
+
+    tokenizer = extend_tokenizer(tiny_tokenizer_dir, tmp_path / "tokenizer")
+    prompts, expected = [[{"role": "user", "content": "Hello"}]], [[5, 5, 9, 10]]
+
+    def whys(form, ids):
+        rows = compare_ids(prompts, expected, [{"reader": form, "form": form, "ids": [ids]}], tokenizer)
+        return rows, [each["why"] for row in rows for each in row["differences"]]
+
+    rows, (why,) = whys("silent", [5, 9, 10])
+    assert "one of two equal BOS" in why and rows[0]["differences"][0]["at"] == 1
+    require_agreement(rows)
+    (why,) = whys("own system message", [5, 7, 8, 5, 9, 10])[1]
+    assert "one of two equal BOS" in why and "meta_instruction" in why
+    assert whys("silent", [5, 9, 11])[1] == whys("plain", [5, 9, 10])[1] == [None]

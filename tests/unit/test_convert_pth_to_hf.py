@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 
 import pytest
 import torch
 
 from common.cli import UserError
 from common.files import read_json, sha256_file
-from export_models import converter_python, extend_tokenizer, write_base, write_checkpoint
+from export_models import REPO, converter_python, extend_tokenizer, write_base, write_checkpoint
 
 TEXT = 'Hello  there\n<|im_start|>user\n你好 {"city": 25}<|im_end|>\n'
 LLAMA3 = {
@@ -25,6 +26,8 @@ MODELS = {
     "mistral": {"kind": "mistral"},
     "tied": {"kind": "llama", "tie_word_embeddings": True},
     "scaled": {"kind": "llama", "rope_parameters": LLAMA3},
+    "trimmed": {"kind": "mistral"},
+    "mixture": {"kind": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2},
 }
 
 
@@ -37,14 +40,20 @@ def tokenizer_dir(tmp_path_factory, tiny_tokenizer_dir):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory, tiny_tokenizer_dir, tokenizer_dir):
-    """{name: (Hugging Face folder, model in memory)} of each of `MODELS`."""
+    """{name: (Hugging Face folder, model in memory)} of each of `MODELS`; one without the rows that no token has."""
     from export.hf import convert
+    from ftdp.tokenizer import load_tokenizer
 
     root, result = tmp_path_factory.mktemp("hf"), {}
     for name, settings in MODELS.items():
         base = write_base(root / name / "base", tiny_tokenizer_dir, **settings)
         config, checkpoint, model = write_checkpoint(base, tokenizer_dir, root / name)
-        convert(config, checkpoint, root / name / "hf")
+        padded_vocab = "trim" if name == "trimmed" else "keep"
+        convert(config, checkpoint, root / name / "hf", padded_vocab=padded_vocab)
+        if name == "trimmed":
+            tokens = load_tokenizer(tokenizer_dir).vocab_size
+            assert tokens < model.get_input_embeddings().weight.shape[0]
+            model.resize_token_embeddings(tokens)
         result[name] = (root / name / "hf", model)
     return result
 
@@ -154,7 +163,8 @@ def test_dtype_shards_and_equal_bytes(converted, tmp_path):
 
 def test_auto_is_the_dtype_of_the_training(converted, tmp_path):
     """ZeRO keeps fp32 copies of a bf16 model: what the tensors are says nothing."""
-    from export.hf import convert, find_checkpoint
+    from export.checkpoint_source import find_checkpoint
+    from export.hf import convert
 
     folder, _ = converted["mistral"]
     run = tmp_path / "run"
@@ -169,6 +179,116 @@ def test_auto_is_the_dtype_of_the_training(converted, tmp_path):
     with pytest.raises(UserError, match="other weights than train.json"):
         convert(folder.parent / "train_config.py", tmp_path / "train.json", tmp_path / "hf")
     assert read_json(tmp_path / "hf" / "manifest.json") == manifest
+
+
+def test_a_killed_conversion_keeps_its_finished_files(converted, tmp_path, run_script):
+    """Killed at the tenth tensor; what was finished is not written again, and the bytes are those of one go."""
+    folder, _ = converted["mistral"]
+    command = (folder.parent / "train_config.py", folder.parent / "iter_7.pth", "--max-shard-size", "100KB")
+    run_script("convert_pth_to_hf.py", *command, tmp_path / "whole")
+    killed = f"""
+import os, sys
+sys.path.insert(0, {str(REPO / "workflow_scripts")!r})
+from pathlib import Path
+from export import hf, weight_shards
+seen, check = set(), weight_shards.require_in_range
+def require(name, *rest):
+    seen.add(name)
+    if len(seen) == 10:
+        os._exit(9)
+    check(name, *rest)
+weight_shards.require_in_range = require
+config, pth, _, size = sys.argv[1:5]
+hf.convert(Path(config), Path(pth), Path(sys.argv[5]), max_shard_size=size)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", killed, *map(str, command), str(tmp_path / "hf")], check=False
+    )
+    assert done.returncode == 9 and not (tmp_path / "hf").exists()
+    partial = tmp_path / ".hf.partial"
+    finished = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
+    assert finished and set(read_json(partial / "shards.json")["files"]) == set(finished)
+    again = run_script("convert_pth_to_hf.py", *command, tmp_path / "hf")
+    assert f"{len(finished)} of " in again.stdout and "finished before" in again.stdout
+    assert all((tmp_path / "hf" / name).stat().st_mtime_ns == time for name, time in finished.items())
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "hf").iterdir()) and not partial.exists()
+    assert all(
+        (tmp_path / "hf" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names
+    )
+
+
+def test_weights_in_pieces_are_written_whole(tmp_path, monkeypatch):
+    """Two ranks of ZeRO-3, chunks that end within tensors and pieces; safetensors reads what was cut up."""
+    from safetensors.torch import load_file
+
+    from export.weight_shards import Output, write_shards
+    from sft import stored_tensors
+    from sft.weights_digest import weights_digest
+    from sft.zero_state import read_zero_state_dict
+
+    monkeypatch.setattr(stored_tensors, "CHUNK", 5)
+    tensors = {"a": torch.randn(7, 5), "b": torch.randn(3), "c": torch.randn(4, 9)}
+    shapes = [{name: tensor.shape for name, tensor in tensors.items()}]
+    torch.save({"module": {}, "param_shapes": shapes}, tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    for rank in range(2):
+        parts = [
+            torch.cat([t.flatten(), t.new_zeros(t.numel() % 2)]).chunk(2)[rank] for t in tensors.values()
+        ]
+        state = {"zero_stage": 3, "fp32_flat_groups": [torch.cat(parts[:2]), parts[2]]}
+        torch.save(
+            {"optimizer_state_dict": state}, tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        )
+    state = read_zero_state_dict(tmp_path)
+    outputs = {name: Output(stored, torch.bfloat16) for name, stored in state.stored.items()}
+    outputs["c"] = Output(state.stored["c"], torch.float32, rows=3)
+    (tmp_path / "out").mkdir()
+    files, digest = write_shards(outputs, tmp_path / "out", "80B", state)
+    assert digest == weights_digest(tensors) and len(files) == 2
+    assert all(sha256_file(tmp_path / "out" / name) == entry["sha256"] for name, entry in files.items())
+    read = {name: tensor for file in files for name, tensor in load_file(tmp_path / "out" / file).items()}
+    assert torch.equal(read["a"], tensors["a"].bfloat16()) and torch.equal(read["b"], tensors["b"].bfloat16())
+    assert torch.equal(read["c"], tensors["c"][:3])
+
+
+def _seal_checkpoint(run, step):
+    pth = run / f"iter_{step}.pth"
+    pth.mkdir(parents=True)
+    torch.save({"state_dict": {"llm.w": torch.full((4,), float(step))}}, pth / "weights.pt")
+    entry = {"bytes": (pth / "weights.pt").stat().st_size, "sha256": sha256_file(pth / "weights.pt")}
+    (pth / "COMPLETE.json").write_text(json.dumps({"files": {"weights.pt": entry}}))
+    return pth
+
+
+def test_the_newest_checkpoint_of_a_training_that_goes_on(tmp_path, monkeypatch):
+    """Training removes a checkpoint while it is opened: the next one is taken. Removed later, it is still read."""
+    from export.checkpoint_source import find_run, open_checkpoint
+    from sft import checkpoints
+
+    run = tmp_path / "results" / "checkpoints" / "0a1b2c"
+    _seal_checkpoint(run, 2)
+    (run / "identity.json").write_text("{}")
+    assert find_run(tmp_path / "results") == find_run(run) == (run / "train_config.py", run)
+    with pytest.raises(UserError, match="is no run"):
+        find_run(tmp_path)
+    intact = checkpoints.is_intact
+
+    def save_and_prune(pth, *rest):
+        result = intact(pth, *rest)
+        monkeypatch.setattr(checkpoints, "is_intact", intact)
+        _seal_checkpoint(run, 4)
+        checkpoints.prune_checkpoints(run, 1)
+        return result
+
+    monkeypatch.setattr(checkpoints, "is_intact", save_and_prune)
+    checkpoint, _, state = open_checkpoint(run)
+    assert checkpoint.name == "iter_4.pth"
+    _seal_checkpoint(run, 6)
+    checkpoints.prune_checkpoints(run, 1)
+    assert not checkpoint.exists() and torch.equal(state["w"], torch.full((4,), 4.0))
+    monkeypatch.setattr(checkpoints, "is_intact", lambda pth: checkpoints.shutil.rmtree(pth) or True)
+    with pytest.raises(UserError, match="was removed while it was read"):
+        open_checkpoint(run / "iter_6.pth")
 
 
 @pytest.mark.parametrize(("value", "advice"), [(70000.0, "bfloat16"), (float("nan"), "diverged")])

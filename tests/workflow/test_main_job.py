@@ -151,6 +151,8 @@ def test_naming_a_target_redoes_only_what_it_needs(finished):
         gate = {"convert_hf_to_turbomind": 1, "encode_prompts": 1, "check_parity": 1}
         assert finished.planned("results/demo/evaluation/tuned.json") == gate | {"evaluate_model": 1}
         assert finished.planned("results/demo/evaluation/base.json") == {}
+        finished.configure(turbomind={"mode": "direct"})
+        assert finished.planned("results/demo/turbomind") == {"link_serving_folder": 1}
 
 
 def test_the_conversions_are_proved(finished):

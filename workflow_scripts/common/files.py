@@ -87,12 +87,28 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
 
     A folder that is already at `path` is moved aside before the rename and removed after it.
     """
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with resumable_dir(path, temporary):
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def resumable_dir(path: str | os.PathLike, temporary: Path | None = None) -> Iterator[Path]:
+    """As `atomic_dir`, but what a killed process left in the temporary folder is there again at the next attempt.
+
+    Args:
+        path: The folder to make.
+        temporary: Where it is made; `.<name>.partial` beside `path` by default. An error removes it, a kill does not.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary or path.with_name(f".{path.name}.partial")
     aside = path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary.mkdir(exist_ok=True)
     try:
         with told_when_full(path):
             yield temporary
@@ -100,13 +116,14 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
                 for name in names:
                     fsync_path(Path(root) / name)
                 fsync_path(root)
-        if path.exists():
-            path.rename(aside)
-        temporary.rename(path)
-        fsync_path(path.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-    finally:
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if path.exists():
+        path.rename(aside)
+    temporary.rename(path)
+    fsync_path(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:

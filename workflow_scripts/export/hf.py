@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
-from common.files import atomic_dir, read_json, sha256_file, sha256_json, write_json
+from common.files import read_json, resumable_dir, sha256_file, sha256_json, write_json, write_text
 
-from .hf_folder import copy_tokenizer, describe_files, require_in_range, save_model, write_generation_config
+from .checkpoint_source import open_checkpoint
+from .hf_folder import copy_tokenizer, describe_files, write_config, write_generation_config
 
 if TYPE_CHECKING:
     import torch
+
+    from sft.stored_tensors import StoredTensors
 
 ADAPTER = "adapter"
 # Of tokenizers whose manifest names no chat template.
@@ -28,6 +32,7 @@ def convert(
     max_shard_size: str = "2GB",
     trust_remote_code: bool = False,
     lora: str = "merge",
+    padded_vocab: str = "keep",
 ) -> dict[str, Any]:
     """Writes weights, config, generation config and tokenizer of a trained model.
 
@@ -40,6 +45,7 @@ def convert(
         trust_remote_code: Runs Python code that comes with the base model.
         lora: What a LoRA run gives: `merge`, a model like any other; `adapter`, that and the adapter, as `peft`
             reads it, in the folder `adapter`.
+        padded_vocab: `keep` writes all rows of the vocabulary, `trim` only those that the tokenizer has tokens for.
 
     Returns:
         The manifest, which is also written to `manifest.json` in the folder.
@@ -49,42 +55,82 @@ def convert(
             ones `train.json` describes, are not finite, or do not fit the dtype.
     """
     from sft import config as training
-    from sft.checkpoints import read_state_dict
+    from sft.stored_tensors import LoadedTensor
+    from sft.weights_digest import weights_digest
+
+    from .hf_weights import as_published, empty_model, plan_outputs
+    from .model_card import model_card, tokenized_folder
+    from .weight_shards import remove_unfinished, write_shards
 
     config = training.load_config(config_path)
     base = training.model_path(config)
     tokenizer = Path(training.tokenizer_path(config) or base)
-    checkpoint, record = find_checkpoint(pth)
-    state = read_state_dict(checkpoint)
-    _require_recorded_weights(state, record, checkpoint)
-    trained_in = training_dtype(config, record, checkpoint, state)
-    dtype = trained_in if dtype == "auto" else dtype
-    with atomic_dir(dst) as folder:
-        if training.lora_settings(config) is not None:
-            adapter = folder / ADAPTER if lora == "adapter" else None
-            state = _merge(config, state, trained_in, trust_remote_code, adapter)
-        model = build_model(base, state, dtype, trust_remote_code)
-        del state
-        save_model(model, folder, dtype, max_shard_size)
+    checkpoint, record, state = open_checkpoint(pth)
+    dtype = training_dtype(config, record, checkpoint, state) if dtype == "auto" else dtype
+    with resumable_dir(dst) as folder:
+        remove_unfinished(folder)
+        adapter = folder / ADAPTER if lora == "adapter" else None
+        whole = all_weights(config, checkpoint, record, state, trust_remote_code, adapter)
+        weights = {name: LoadedTensor(whole[name]) for name in whole} if whole is not state else state.stored
+        model = empty_model(base, trust_remote_code)
+        rows = _tokens(tokenizer) if padded_vocab == "trim" else None
+        outputs = as_published(model, plan_outputs(model, weights, dtype, base, rows))
+        if all(each.stored.pieces for each in outputs.values()):
+            files, digest = write_shards(outputs, folder, max_shard_size, state if record else None)
+        else:
+            digest = weights_digest(state) if record else None
+            files, _ = write_shards(outputs, folder, max_shard_size)
+        _require_recorded_weights(digest, record, checkpoint)
+        write_config(model.config, type(model).__name__, folder, dtype)
         copy_tokenizer(tokenizer, folder)
         if trust_remote_code:
             for path in sorted(Path(base).glob("*.py")):
                 shutil.copyfile(path, folder / path.name)
         _write_generation_config(base, tokenizer, model, folder)
-        manifest = _manifest(folder, checkpoint, record, model, dtype)
+        identity = run_identity_fields(checkpoint)
+        data = tokenized_folder(training.plan_path(config), training.train_folder(config))
+        manifest = _manifest(folder, checkpoint, record, model, dtype, files, _template(tokenizer))
+        card = model_card(base, manifest, record, identity, data)
+        write_text(folder / "README.md", card)
+        manifest["files"]["README.md"] = {
+            "bytes": len(card.encode()),
+            "sha256": sha256_file(folder / "README.md"),
+        }
         write_json(folder / "manifest.json", manifest)
     return manifest
 
 
-def _merge(config, state: dict, dtype: str, trust_remote_code: bool, adapter: Path | None) -> dict:
-    """Returns all weights of a LoRA run, from its checkpoint and its base model in the type that it trained in."""
+def all_weights(
+    config,
+    checkpoint: Path,
+    record: dict[str, Any],
+    state: StoredTensors,
+    trust_remote_code: bool = False,
+    adapter: Path | None = None,
+) -> Mapping[str, torch.Tensor]:
+    """Returns all weights of a checkpoint: `state` itself, but for LoRA, whose checkpoints hold the trained parts alone.
+
+    These are merged, in memory, with the base model's weights in the type that the run trained in.
+
+    Args:
+        config: The training config.
+        checkpoint: Where `state` comes from.
+        record: The run's train.json, or an empty dictionary.
+        state: What the checkpoint holds.
+        trust_remote_code: Runs Python code that comes with the base model.
+        adapter: Folder to make for the trained parts of a LoRA run, as `peft` reads them.
+    """
     from sft import config as training
     from sft.lora import merge_lora
 
+    settings = training.lora_settings(config)
+    if settings is None:
+        return state
+    dtype = training_dtype(config, record, checkpoint, state)
     model, new_ids = grown_base(config, dtype, trust_remote_code)
     if adapter is not None:
         adapter.mkdir()
-    return merge_lora(model, training.lora_settings(config), new_ids, state, adapter)
+    return merge_lora(model, settings, new_ids, state, adapter)
 
 
 def grown_base(config, dtype: str, trust_remote_code: bool = False) -> tuple[Any, list[int]]:
@@ -102,90 +148,8 @@ def grown_base(config, dtype: str, trust_remote_code: bool = False) -> tuple[Any
     return model, new_ids
 
 
-def find_checkpoint(pth: Path) -> tuple[Path, dict[str, Any]]:
-    """Returns the checkpoint that `pth` means, and the record of the run if `pth` is its `train.json`."""
-    from sft.checkpoints import MARKER, newest_whole_checkpoint
-
-    if pth.is_file() and pth.suffix == ".json":
-        record = read_json(pth)
-        if "checkpoint" not in record:
-            raise UserError(f"{pth} names no checkpoint", expected="the train.json that train_model.py wrote")
-        return pth.parent / record["checkpoint"], record
-    if pth.is_dir() and not (pth / MARKER).is_file() and not list(pth.glob("*.pt")):
-        newest = newest_whole_checkpoint(pth)
-        if newest is None:
-            raise UserError(
-                f"{pth} holds no whole checkpoint",
-                found=", ".join(sorted(path.name for path in pth.iterdir())[:8]) or "an empty folder",
-                expected="an iter_N.pth folder, or a run folder that holds some",
-                fix="give the iter_N.pth folder, or train.json",
-            )
-        return newest, {}
-    return pth, {}
-
-
-def build_model(base: str, state: dict[str, torch.Tensor], dtype: str, trust_remote_code: bool = False):
-    """Returns a transformers model with the given weights in `dtype`; the base's own weights are not read.
-
-    Args:
-        base: Folder or hub name of the base model, for its config.
-        state: All weights by their names in the model; a tied head may be left out.
-        dtype: float32, float16 or bfloat16.
-        trust_remote_code: Runs Python code that comes with the base model.
-
-    Raises:
-        UserError: When names or shapes differ from the architecture's, or a value does not fit `dtype`.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        embedding = next(name for name, value in model.named_parameters() if value is _input_weight(model))
-        if embedding not in state:
-            raise _mismatch(base, f"no {embedding}", "weights of this architecture")
-        rows = state[embedding].shape[0]
-        if rows != _input_weight(model).shape[0]:
-            # Training grew the vocabulary.
-            model.resize_token_embeddings(rows, mean_resizing=False)
-    wanted = {name: value.shape for name, value in model.state_dict().items()}
-    for name, tensor in state.items():
-        if wanted.get(name) != tensor.shape:
-            raise _mismatch(base, f"{name} {tuple(tensor.shape)}", f"{tuple(wanted.get(name, ()))}")
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    target = getattr(torch, dtype)
-    for name in parameters & state.keys():
-        require_in_range(name, state[name], dtype)
-        state[name] = state[name].to(target)
-    model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    absent = [name for name, value in model.named_parameters() if value.is_meta]
-    if absent:
-        raise _mismatch(base, f"no weights for {', '.join(absent[:5])}", "weights of all parameters")
-    return model
-
-
-def _input_weight(model):
-    return model.get_input_embeddings().weight
-
-
-def _mismatch(base: str, found: str, expected: str) -> UserError:
-    return UserError(
-        f"the checkpoint does not belong to the base model {base}",
-        found=found,
-        expected=expected,
-        fix="give the config that the checkpoint was trained with",
-    )
-
-
-def _require_recorded_weights(state: dict, record: dict[str, Any], checkpoint: Path) -> None:
-    if not record:
-        return
-    from sft.session import weights_digest
-
-    digest = weights_digest(state)
-    if digest != record["weights_sha256"]:
+def _require_recorded_weights(digest: str | None, record: dict[str, Any], checkpoint: Path) -> None:
+    if record and digest != record["weights_sha256"]:
         raise UserError(
             f"{checkpoint} holds other weights than train.json describes",
             found=digest,
@@ -194,18 +158,23 @@ def _require_recorded_weights(state: dict, record: dict[str, Any], checkpoint: P
         )
 
 
-def training_dtype(config, record: dict[str, Any], checkpoint: Path, state: dict) -> str:
+def run_identity_fields(checkpoint: Path) -> dict[str, Any]:
+    """Returns what makes the run of a checkpoint the run it is; nothing where its folder does not say so."""
+    identity = checkpoint.parent / "identity.json"
+    return read_json(identity).get("fields", {}) if identity.is_file() else {}
+
+
+def training_dtype(
+    config, record: dict[str, Any], checkpoint: Path, state: Mapping[str, torch.Tensor]
+) -> str:
     """Returns what the model computed in while it was trained; ZeRO's checkpoints hold fp32 copies whatever that was."""
     from sft import config as training
 
-    identity = checkpoint.parent / "identity.json"
-    recorded = record.get("dtype") or (
-        read_json(identity).get("fields", {}).get("dtype") if identity.is_file() else None
-    )
+    recorded = record.get("dtype") or run_identity_fields(checkpoint).get("dtype")
     if recorded:
         return recorded
     named = training.training_dtype(config).removeprefix("torch.")
-    return named if named != "auto" else str(next(iter(state.values())).dtype).removeprefix("torch.")
+    return named if named != "auto" else str(next(iter(state.stored.values())).dtype).removeprefix("torch.")
 
 
 def _write_generation_config(base: str, tokenizer: Path, model, folder: Path) -> None:
@@ -216,8 +185,7 @@ def _write_generation_config(base: str, tokenizer: Path, model, folder: Path) ->
     settings = read_json(path) if path else {}
     vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     names = read_json(tokenizer / "tokenizer_config.json")
-    manifest = tokenizer / "manifest.json"
-    saved = read_json(manifest).get("chat_template") if manifest.is_file() else None
+    saved = _template(tokenizer)
     ends = [vocabulary.token_to_id(saved["end_of_turn"] if saved else _END_OF_TURN)]
     for source in (settings.get("eos_token_id"), model.config.eos_token_id):
         ends += source if isinstance(source, list) else [source]
@@ -231,11 +199,31 @@ def _write_generation_config(base: str, tokenizer: Path, model, folder: Path) ->
     )
 
 
-def _manifest(folder: Path, checkpoint: Path, record: dict[str, Any], model, dtype: str) -> dict[str, Any]:
+def _template(tokenizer: Path) -> dict[str, Any] | None:
+    """Returns what a tokenizer's manifest says of its chat template."""
+    manifest = tokenizer / "manifest.json"
+    return read_json(manifest).get("chat_template") if manifest.is_file() else None
+
+
+def _tokens(tokenizer: Path) -> int:
+    from sft.tokenizer_rows import read_vocabulary
+
+    return max(read_vocabulary(tokenizer / "tokenizer.json").values()) + 1
+
+
+def _manifest(
+    folder: Path,
+    checkpoint: Path,
+    record: dict[str, Any],
+    model,
+    dtype: str,
+    shards: dict[str, dict],
+    template: dict[str, Any] | None,
+) -> dict[str, Any]:
     import torch
     import transformers
 
-    files = describe_files(folder)
+    files = describe_files(folder, shards)
     weights = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
     return {
         "format": 1,
@@ -244,8 +232,9 @@ def _manifest(folder: Path, checkpoint: Path, record: dict[str, Any], model, dty
         "architecture": model.config.architectures[0],
         "dtype": dtype,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "vocab_size": _input_weight(model).shape[0],
+        "vocab_size": model.get_input_embeddings().weight.shape[0],
         "tokenizer_sha256": sha256_file(folder / "tokenizer.json"),
+        "chat_template": template,
         "weights_sha256": sha256_json(weights),
         "files": files,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.files import read_json, sha256_file, write_json
+from ftdp.template_file import TEMPLATE_FILE
 
 from .hf_config import portable_config
 
@@ -21,6 +24,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    TEMPLATE_FILE,  # what training reads; chat.py too
 )
 
 
@@ -53,6 +57,24 @@ def save_model(model, folder: Path, dtype: str, max_shard_size: str = "2GB") -> 
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)  # safetensors makes its files readable by their owner only
+    _make_portable(folder, dtype)
+
+
+def write_config(config, architecture: str, folder: Path, dtype: str) -> None:
+    """Writes a model's `config.json` that transformers 4 and 5 read alike.
+
+    Args:
+        config: A transformers config.
+        architecture: Name of the model's class.
+        folder: An existing folder.
+        dtype: Of the weights beside it.
+    """
+    config.architectures = [architecture]
+    config.save_pretrained(folder)
+    _make_portable(folder, dtype)
+
+
+def _make_portable(folder: Path, dtype: str) -> None:
     write_json(folder / "config.json", portable_config(read_json(folder / "config.json"), dtype))
 
 
@@ -83,12 +105,21 @@ def copy_tokenizer(source: Path, folder: Path, with_code: bool = False) -> None:
         shutil.copyfile(source / name, folder / name)
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns `{relative path: {"bytes", "sha256"}}` of every file below `folder` but its own `manifest.json`."""
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+def describe_files(
+    folder: Path, known: Mapping[str, dict[str, Any]] = MappingProxyType({})
+) -> dict[str, dict[str, Any]]:
+    """Returns `{relative path: {"bytes", "sha256"}}` of every file below `folder` but its own `manifest.json`.
+
+    What is `known` already is not read again.
+    """
+    names = {
+        str(path.relative_to(folder)): path
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / "manifest.json"
+    }
+    return {
+        name: known.get(name) or {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for name, path in names.items()
     }
 
 
@@ -107,8 +138,9 @@ def require_in_range(name: str, tensor: torch.Tensor, dtype: str) -> None:
 
     if not tensor.is_floating_point():
         return
-    # One pass: NaN and infinity both survive the maximum.
-    peak = tensor.detach().abs().max().float().item() if tensor.numel() else 0.0
+    # One pass, and no copy: NaN survives in both.
+    low, high = (bound.float().item() for bound in tensor.detach().aminmax()) if tensor.numel() else (0, 0)
+    peak = max(-low, high)
     limit = torch.finfo(getattr(torch, dtype)).max
     if not peak <= limit:
         raise UserError(

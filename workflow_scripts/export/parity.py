@@ -26,6 +26,7 @@ from .turbomind_folder import TurboMindFolder
 from .turbomind_proof import compare_logits
 
 # Forms of serving that may differ from training: when, and why.
+_LMDEPLOY = ("own system message", "silent", "tool_calls")
 _OWN_SYSTEM = (
     "lmdeploy puts a system message of its own before a conversation that has none; serve with meta_instruction: null, "
     "or send a system message"
@@ -33,6 +34,14 @@ _OWN_SYSTEM = (
 _TOOL_CALLS = (
     "lmdeploy writes a call that comes back as OpenAI's tool_calls without the line break after <|action_end|>; send "
     "the assistant's text back as it was generated"
+)
+_ONE_BOS = (
+    "this base's BOS is the token that begins a turn, so training's ids begin with two of it, and lmdeploy takes one of "
+    "two equal BOS away"
+)
+_OPENAI_TOOLS = (
+    "a server writes JSON anew, with its own spaces, and puts the list of tools behind the system messages; the data's "
+    "differ in this prompt"
 )
 
 
@@ -72,17 +81,22 @@ def compare_models(
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
     trained_config, hf_config = config(base), config(hf)
-    trained_config.vocab_size = state[_embedding(state)].shape[0]
+    embedding = state[_embedding(state)]
+    trained_config.vocab_size = embedding.shape[0]
     weights = SafetensorsFolder(hf)
     dtype = weights[next(iter(weights))].dtype
     exact = rounded = transformers_logits(trained_config, state, ids)[real]
-    if any(tensor.dtype != dtype for tensor in state.values()):
+    if embedding.dtype != dtype:
         rounded = transformers_logits(trained_config, state, ids, dtype)[real]
     ours = transformers_logits(hf_config, weights, ids)[real]
+    # Rows of the vocabulary that no token has may be left out of the folder.
+    rounded, exact = (logits[:, : ours.shape[-1]] for logits in (rounded, exact))
     rows = [_row("Hugging Face", "checkpoint", dtype, rounded, ours, exact)]
     if turbomind is not None:
         folder = TurboMindFolder(turbomind)
-        rounded = transformers_logits(hf_config, weights, ids, folder.dtype)[real]
+        rounded = ours
+        if folder.dtype != dtype:
+            rounded = transformers_logits(hf_config, weights, ids, folder.dtype)[real]
         theirs = turbomind_logits(folder, ids)[real]
         rows.append(_row("TurboMind", "Hugging Face", folder.dtype, rounded, theirs, ours))
     return rows
@@ -90,7 +104,7 @@ def compare_models(
 
 def trained_weights(
     config, checkpoint: Path, record: dict[str, Any], trust_remote_code: bool = False
-) -> dict[str, torch.Tensor]:
+) -> Mapping[str, torch.Tensor]:
     """Returns all weights of a trained model. Those of a LoRA run are added up here, by hand and not by peft.
 
     Args:
@@ -143,12 +157,20 @@ def compare_ids(
                 continue
             at = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), 0)
             at = at or min(len(wanted), len(found)) * (wanted[:1] == found[:1])
-            pieces = (decode(ids[at : at + 24], skip_special_tokens=False) for ids in (wanted, found))
+            pieces = [decode(ids[at : at + 24], skip_special_tokens=False) for ids in (wanted, found)]
+            reasons = []
+            if reading["form"] in _LMDEPLOY and wanted[0] == wanted[1] and found[:2] != wanted[:2]:
+                reasons, wanted = [_ONE_BOS], wanted[1:]
+            if wanted != found:
+                reasons.append(_explanation(reading["form"], prompts[number - 1]))
             differences.append(
-                {"prompt": number, "at": at, **dict(zip(("training", "reader"), pieces, strict=True))}
+                {
+                    "prompt": number,
+                    "at": at,
+                    **dict(zip(("training", "reader"), pieces, strict=True)),
+                    "why": None if None in reasons else "; ".join(reasons),
+                }
             )
-        for difference in differences:
-            difference["why"] = _explanation(reading["form"], prompts[difference["prompt"] - 1])
         rows.append(
             {
                 "reader": reading["reader"],
@@ -187,6 +209,8 @@ def require_agreement(rows: list[dict[str, Any]]) -> None:
 def _explanation(form: str, prompt: list[dict]) -> str | None:
     if form == "own system message" and prompt[0]["role"] != "system":
         return _OWN_SYSTEM
+    if form == "openai" and any(message.get("name") == "plugin" for message in prompt):
+        return _OPENAI_TOOLS
     if form == "tool_calls" and any(message["role"] == "tool" for message in prompt):
         return _TOOL_CALLS
     return None

@@ -29,19 +29,25 @@ def parity_prompts(own: Path | None) -> list[list[dict[str, Any]]]:
     return read_prompts(PROMPTS) + (read_prompts(own) if own else [])
 
 
-def read_with_transformers(folder: Path, prompts: list[list[Message]]) -> dict[str, Any]:
-    """Returns the ids of each prompt by `apply_chat_template` of the folder's tokenizer."""
+def read_with_transformers(
+    folder: Path, prompts: list[list[Message]], openai: bool = False
+) -> dict[str, Any]:
+    """Returns the ids of each prompt by `apply_chat_template` of the folder's tokenizer.
+
+    With `openai` the plugins, their calls and results come in OpenAI's form, as servers get them.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    requests = [openai_request(prompt) if openai else (prompt, None) for prompt in prompts]
     # The template writes BOS itself. Text first: what `tokenize=True` returns differs between transformers 4 and 5.
     texts = [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        for prompt in prompts
+        tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+        for messages, tools in requests
     ]
     return {
-        "reader": f"transformers {importlib.metadata.version('transformers')}",
-        "form": "plain",
+        "reader": f"transformers {importlib.metadata.version('transformers')}" + ", OpenAI's tools" * openai,
+        "form": "openai" if openai else "plain",
         "ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
     }
 
@@ -76,7 +82,7 @@ def read_with_lmdeploy(
         }
         for form, words, writer, messages in (
             ("own system message", "", plain, raw),
-            ("plain", ", meta_instruction: null", silent, raw),
+            ("silent", ", meta_instruction: null", silent, raw),
             ("tool_calls", ", meta_instruction: null, OpenAI's tool_calls", silent, calls),
         )
     ]
@@ -103,6 +109,21 @@ def served_messages(prompt: list[Message], template: ChatTemplate) -> list[dict[
         if calls:
             served[-1]["tool_calls"] = calls
     return served
+
+
+def openai_request(prompt: list[Message]) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Returns the messages and the tools of a request that says what a conversation in the ftdp format says."""
+    messages: list[dict[str, Any]] = []
+    tools = None
+    for message in openai_messages(prompt):
+        plugin = message.get("name") == "plugin"
+        if plugin and message["role"] == "system":
+            tools = [{"type": "function", "function": each} for each in json.loads(message["content"])]
+        elif plugin and message["role"] == "environment":
+            messages.append({"role": "tool", "tool_call_id": "call", "content": message["content"]})
+        else:
+            messages.append(message)
+    return messages, tools
 
 
 def openai_messages(prompt: list[Message]) -> list[dict[str, Any]]:

@@ -9,13 +9,18 @@ def jinja_template(template: ChatTemplate) -> str:
     """Returns the Jinja template that renders what `ChatTemplate.render` does, BOS first where the template has one.
 
     It says nothing of bad input: the messages are those that `ChatTemplate.turns` accepts. Every list of messages
-    that training would refuse renders to something all the same.
+    that training would refuse renders to something all the same. Where the template has plugins, OpenAI's `tools`,
+    `tool_calls` and results of tools are rendered as the messages that training has for them.
     """
     opens = {each for role in template.roles.values() for each in _targets(role)}
     named = any(_uses_names(role) for role in template.roles.values())
     lines = ["{{ bos_token }}"] if template.bos else []
     # What the open turn still needs, whose it is, and what the next turn of a role begins with.
-    lines += ["{% set ns = namespace(role='', end='', waiting='') %}", "{% for message in messages %}"]
+    source = "messages"
+    if reads_openai_tools(template):
+        lines += _OPENAI
+        source = "given.all"
+    lines += ["{% set ns = namespace(role='', end='', waiting='') %}", f"{{% for message in {source} %}}"]
     if named:
         lines.append("{% set name = message['name'] if message['name'] is defined else none %}")
     for place, role in enumerate(template.roles.values()):
@@ -36,6 +41,45 @@ def jinja_template(template: ChatTemplate) -> str:
         f"{{% if add_generation_prompt %}}{{{{ {prompt} }}}}{{% endif %}}",
     ]
     return "".join(lines)
+
+
+def reads_openai_tools(template: ChatTemplate) -> bool:
+    """Tells whether the Jinja template understands OpenAI's form of tools: where the format has plugins."""
+    roles = template.roles
+    has_roles = {"system", "tool", "environment"} <= roles.keys()
+    return has_roles and "plugin" in template.names and roles["tool"].named is not None
+
+
+# Puts into `given.all` the messages, with plugins as training names them.
+_OPENAI = (
+    "{% set given = namespace(all=[], told=not tools) %}",
+    "{% set known = namespace(plugins=[]) %}",
+    "{% for tool in tools or [] %}",
+    "{% set known.plugins = known.plugins + [tool['function'] if tool['function'] is defined else tool] %}",
+    "{% endfor %}",
+    "{% for message in messages %}",
+    "{% if not given.told and message['role'] != 'system' %}",
+    "{% set given.told = true %}",
+    "{% set given.all = given.all + [{'role': 'system', 'name': 'plugin', 'content': known.plugins | tojson}] %}",
+    "{% endif %}",
+    "{% if message['role'] == 'tool' and message['tool_call_id'] is defined %}",
+    "{% set given.all = given.all + [{'role': 'environment', 'name': 'plugin', 'content': message['content']}] %}",
+    "{% elif message['tool_calls'] %}",
+    "{% if message['content'] %}",
+    "{% set given.all = given.all + [{'role': 'assistant', 'content': message['content']}] %}",
+    "{% endif %}",
+    "{% for call in message['tool_calls'] %}",
+    "{% set function = call['function'] if call['function'] is defined else call %}",
+    "{% set arguments = function['arguments'] %}",
+    "{% set arguments = arguments if arguments is string else arguments | tojson %}",
+    "{% set body = '{\"name\": ' + function['name'] | tojson + ', \"parameters\": ' + arguments + '}' %}",
+    "{% set given.all = given.all + [{'role': 'tool', 'name': 'plugin', 'content': body}] %}",
+    "{% endfor %}",
+    "{% else %}",
+    "{% set given.all = given.all + [message] %}",
+    "{% endif %}",
+    "{% endfor %}",
+)
 
 
 def _message(template: ChatTemplate, role: Role, opens: set[str]) -> list[str]:

@@ -18,6 +18,7 @@ from common.cli import UserError
 from ftdp.chat_template import ChatTemplate, Role
 
 DEFAULT_TEMPLATE = "internlm2_chat"
+TEMPLATE_FILE = "chat_template.yaml"  # beside a tokenizer and a model
 _FOLDER = Path(__file__).parent / "templates"
 _KEYS = {
     "description": str,

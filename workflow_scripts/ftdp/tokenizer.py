@@ -23,9 +23,8 @@ from common.cli import UserError
 from common.files import sha256_file, write_json, write_text
 from ftdp.chat_template import ChatTemplate
 from ftdp.jinja_template import jinja_template
-from ftdp.template_file import load_template, parse_template
+from ftdp.template_file import TEMPLATE_FILE, load_template, parse_template
 
-TEMPLATE_FILE = "chat_template.yaml"
 _EXTEND = "run extend_tokenizer.py and pass the folder that it writes"
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")

@@ -23,6 +23,7 @@ import torch
 
 from common.cli import UserError
 from common.files import fsync_path, read_json, sha256_file, write_json, write_text
+from sft.stored_tensors import StoredTensors, open_saved, stored_tensor
 from sft.zero_state import read_zero_state_dict
 
 MARKER = "COMPLETE.json"
@@ -32,33 +33,40 @@ WEIGHTS_ONLY = "weights.pt"
 _NAME = re.compile(r"iter_(\d+)\.pth")
 
 
-def read_state_dict(pth: str | os.PathLike) -> dict[str, torch.Tensor]:
+def read_state_dict(pth: str | os.PathLike, verify: bool = True) -> StoredTensors:
     """Returns the trained weights of a checkpoint by the names that transformers gives them.
 
     Reads every ZeRO stage (fp32, from the optimizer's copies) and weights-only checkpoints (training dtype), also a
-    single file `{"state_dict": ...}`. Nothing is unpickled but tensors and plain values.
+    single file `{"state_dict": ...}`. Nothing is unpickled but tensors and plain values, and a tensor is read when it
+    is asked for.
 
     Args:
         pth: An `iter_N.pth` folder or file.
+        verify: Reads every byte first and compares it with the marker.
 
     Raises:
         UserError: It is not a whole checkpoint.
     """
     pth = Path(pth)
     if pth.is_dir():
-        if (pth / MARKER).is_file() and not (is_whole(pth) and is_intact(pth)):
+        if (pth / MARKER).is_file() and not (is_whole(pth) and (not verify or is_intact(pth))):
             raise UserError(
                 f"{pth} is torn or corrupt: files differ from its {MARKER}",
                 fix="delete it and train again: training goes on from the checkpoint before it",
             )
         weights = pth / WEIGHTS_ONLY
-        state = _load(weights)["state_dict"] if weights.is_file() else read_zero_state_dict(pth)
+        state = _open_file(weights) if weights.is_file() else read_zero_state_dict(pth)
     elif pth.is_file():
-        content = _load(pth)
-        state = content.get("state_dict", content)
+        state = _open_file(pth)
     else:
         raise UserError(f"{pth} does not exist", expected="an iter_N.pth folder of a training run")
-    return {name.removeprefix("llm."): tensor.detach() for name, tensor in state.items()}
+    return StoredTensors({name.removeprefix("llm."): tensor for name, tensor in state.stored.items()})
+
+
+def _open_file(path: Path) -> StoredTensors:
+    content, file = open_saved(path)
+    state = content.get("state_dict", content)
+    return StoredTensors({name: stored_tensor(fake, file) for name, fake in state.items()})
 
 
 def _load(file: Path) -> dict:

@@ -23,6 +23,7 @@ from sft.checkpoints import is_last, is_resumable, list_checkpoints, read_state_
 from sft.identity import differences, run_identity
 from sft.metrics_file import METRICS
 from sft.run_lock import STALE, Held, RunLock
+from sft.weights_digest import weights_digest
 
 IDENTITY = "identity.json"
 FINISHED = "finished.json"
@@ -191,20 +192,6 @@ def write_manifest(plan: Plan, manifest: Path) -> None:
     record = read_json(plan.folder / FINISHED)
     folder = os.path.relpath(plan.folder, manifest.resolve().parent)
     write_json(manifest, {**record, "run_folder": folder, "checkpoint": f"{folder}/{record['checkpoint']}"})
-
-
-def weights_digest(state: dict) -> str:
-    """Returns the SHA-256 of weights: names, dtypes, shapes and bytes, in the order of the names."""
-    import hashlib
-
-    import torch
-
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""Reads the fp32 weights out of a DeepSpeed checkpoint of any ZeRO stage and world size.
+"""Finds the fp32 weights in a DeepSpeed checkpoint of any ZeRO stage and world size.
 
 DeepSpeed's own `zero_to_fp32` unpickles the files without restriction; here `weights_only=True` and a list of the
 few harmless types that DeepSpeed stores. The layout is that of DeepSpeed 0.19 (`deepspeed/utils/zero_to_fp32.py`).
@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from common.cli import UserError
+from sft.stored_tensors import Piece, StoredTensor, StoredTensors, cut, open_saved, stored_tensor
 
 
-def read_zero_state_dict(folder: Path) -> dict[str, torch.Tensor]:
-    """Returns the weights by their names in the trained module.
+def read_zero_state_dict(folder: Path) -> StoredTensors:
+    """Returns the weights by their names in the trained module; each is read when it is asked for.
 
     Args:
         folder: A folder with `*_model_states.pt` and, above stage 0, `*_optim_states.pt`.
@@ -30,23 +32,25 @@ def read_zero_state_dict(folder: Path) -> dict[str, torch.Tensor]:
         raise UserError(
             f"{folder} holds no checkpoint", expected="mp_rank_00_model_states.pt or zero_pp_rank_*.pt"
         )
-    model = _load(model_files[0])
+    model, file = open_saved(model_files[0], _STORED_TYPES)
+    module = model["module"]
     if not optimizer_files:
-        return dict(model["module"])
+        return StoredTensors({name: stored_tensor(fake, file) for name, fake in module.items()})
     shapes = model["param_shapes"]
     if any(model.get("frozen_param_shapes") or {}):
         raise UserError(
             f"{folder} has frozen parameters", expected="a checkpoint of full-parameter fine-tuning"
         )
-    parts = [_load(file)["optimizer_state_dict"] for file in optimizer_files]
-    if int(parts[0]["zero_stage"]) == 3:
-        state = _join_stage_3(parts, shapes)
-    else:
-        state = _join_stage_1_2(parts, shapes)
+    ranks = []
+    for path in optimizer_files:
+        content, opened = open_saved(path, _STORED_TYPES)
+        ranks.append((content["optimizer_state_dict"], opened))
+    join = _join_stage_3 if int(ranks[0][0]["zero_stage"]) == 3 else _join_stage_1_2
+    stored = join(ranks, shapes)
     # Buffers and tied weights are not among the optimizer's parameters.
-    state.update({name: model["module"][name] for name in model.get("buffer_names") or []})
-    state.update({alias: state[name] for alias, name in _pairs(model.get("shared_params"))})
-    return state
+    stored |= {name: stored_tensor(module[name], file) for name in model.get("buffer_names") or []}
+    stored |= {alias: stored[name] for alias, name in _pairs(model.get("shared_params"))}
+    return StoredTensors(stored)
 
 
 def _pairs(shared) -> list[tuple[str, str]]:
@@ -70,34 +74,33 @@ _STORED_TYPES = [
 ]
 
 
-def _load(file: Path) -> dict:
-    with torch.serialization.safe_globals(_STORED_TYPES):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+def _vector(tensors: list[torch.Tensor], file: BinaryIO) -> list[Piece]:
+    return [piece for tensor in tensors for piece in stored_tensor(tensor, file).pieces]
 
 
-def _join_stage_1_2(parts: list[dict], shapes: list[dict]) -> dict[str, torch.Tensor]:
+def _join_stage_1_2(ranks: list[tuple[dict, BinaryIO]], shapes: list[dict]) -> dict[str, StoredTensor]:
     """Each group of parameters is one flat vector, cut into one piece a rank, padded at its end."""
-    state = {}
+    stored = {}
     for group, group_shapes in enumerate(shapes):
-        pieces = [part["single_partition_of_fp32_groups"][group] for part in parts]
-        flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        flat = [
+            piece
+            for state, file in ranks
+            for piece in _vector([state["single_partition_of_fp32_groups"][group]], file)
+        ]
         offset = 0
         for name, shape in group_shapes.items():
-            state[name] = flat[offset : offset + shape.numel()].view(shape)
+            stored[name] = StoredTensor(shape, cut(flat, offset, shape.numel()))
             offset += shape.numel()
-    return state
+    return stored
 
 
-def _join_stage_3(parts: list[dict], shapes: list[dict]) -> dict[str, torch.Tensor]:
+def _join_stage_3(ranks: list[tuple[dict, BinaryIO]], shapes: list[dict]) -> dict[str, StoredTensor]:
     """Each parameter is cut into one piece a rank, padded at its end; a rank's pieces lie end to end."""
-    flats = []
-    for part in parts:
-        groups = part["fp32_flat_groups"]
-        flats.append(groups[0] if len(groups) == 1 else torch.cat(list(groups)))
-    state, offset = {}, 0
+    flats = [_vector(state["fp32_flat_groups"], file) for state, file in ranks]
+    stored, offset = {}, 0
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
-        piece = math.ceil(shape.numel() / len(parts))
-        whole = torch.cat([flat[offset : offset + piece] for flat in flats])
-        state[name] = whole[: shape.numel()].view(shape)
-        offset += piece
-    return state
+        size = math.ceil(shape.numel() / len(ranks))
+        parts = [piece for flat in flats for piece in cut(flat, offset, size)]
+        stored[name] = StoredTensor(shape, cut(parts, 0, shape.numel()))
+        offset += size
+    return stored

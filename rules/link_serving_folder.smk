@@ -1,0 +1,31 @@
+"""
+REQUIRED INPUT  {run}/hf/, of runs with `turbomind.mode: direct`
+OUTPUT          {run}/turbomind/: the folder that lmdeploy 0.10 and later serve, and serve.txt, the command
+"""
+
+
+rule link_serving_folder:
+    input:
+        HF,
+    output:
+        directory(TURBOMIND),
+    log:
+        f"{LOGS}/link_serving_folder/{{run}}.log",
+    benchmark:
+        f"{BENCHMARKS}/link_serving_folder/{{run}}.tsv"
+    wildcard_constraints:
+        run=runs_in_mode("direct"),
+    conda:
+        "../envs/snaketune.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    params:
+        options=lambda wildcards: flags(
+            **{key: RUNS[wildcards.run]["turbomind"][key] for key in ("model_name", "tp")}
+        ),
+    message:
+        "Make the serving folder of run {wildcards.run}"
+    shell:
+        'python "$SCRIPTS"/link_serving_folder.py {input:q} {output:q} {params.options} 2>&1 | tee {log:q}'

@@ -1,0 +1,54 @@
+"""The folder for lmdeploy >= 0.10: the same weights, and a Mistral that its TurboMind engine takes as a Llama."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from common.files import read_json, sha256_file
+from export.serving_folder import as_llama
+from export_models import extend_tokenizer, write_base, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory, tiny_tokenizer_dir):
+    """Hugging Face folder of a tuned Mistral without a window."""
+    from export.hf import convert
+
+    root = tmp_path_factory.mktemp("direct")
+    extend_tokenizer(tiny_tokenizer_dir, root / "tokenizer")
+    base = write_base(root / "base", tiny_tokenizer_dir, sliding_window=None)
+    config, checkpoint, _ = write_checkpoint(base, root / "tokenizer", root / "run")
+    convert(config, checkpoint, root / "hf")
+    return root / "hf"
+
+
+def test_a_mistral_is_served_as_the_llama_that_computes_the_same(hf, tmp_path, run_script):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run_script("link_serving_folder.py", hf, tmp_path / "served", "--model-name", "mine", "--tp", 2)
+    served = tmp_path / "served"
+    ids = AutoTokenizer.from_pretrained(served)("<|im_start|>user\nHello", return_tensors="pt").input_ids
+    with torch.no_grad():
+        trained, linked = (
+            AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids=ids).logits
+            for folder in (hf, served)
+        )
+    assert read_json(hf / "config.json")["model_type"] == "mistral"
+    assert read_json(served / "config.json")["model_type"] == "llama"
+    torch.testing.assert_close(linked, trained, atol=1e-6, rtol=0)
+    assert (served / "model.safetensors").samefile(hf / "model.safetensors")
+    command = (served / "serve.txt").read_text()
+    assert command.startswith("lmdeploy serve api_server ") and "--backend turbomind --tp 2" in command
+    assert "--model-name mine" in command and "--tool-call-parser internlm" in command
+    files = read_json(served / "manifest.json")["files"]
+    assert set(files) == {path.name for path in served.iterdir()} - {"manifest.json"}
+    assert all(sha256_file(served / name) == entry["sha256"] for name, entry in files.items())
+
+
+def test_a_window_stays_a_mistral_and_runs_on_the_other_engine():
+    from serving.commands import lmdeploy_command
+
+    config = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4096}
+    assert as_llama(config) == config
+    assert "--backend pytorch" in lmdeploy_command("served", "mine", "MistralForCausalLM")

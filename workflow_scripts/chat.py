@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""Talks to a tuned model in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from common.cli import run
+from ftdp.encode import CONTROL_TOKENS, MASKS
+
+
+def main() -> None:
+    """Reads a line, prints the answer while it is made, and carries out what the model calls."""
+    parser = argparse.ArgumentParser(
+        description="Talk to a tuned model, on a CPU or a GPU: a line of the standard input is a turn, an empty line or "
+        "the end of the input ends it. The model is told of one plugin, a calculator, and gets the results of its calls.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, help="Hugging Face folder, such as results/demo/hf")
+    parser.add_argument("--system", help="a system message")
+    parser.add_argument("--no-plugins", action="store_true", help="tell the model of no plugin")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token each time"
+    )
+    parser.add_argument("--mask", choices=MASKS, default="compat", help="as in the training")
+    parser.add_argument(
+        "--control-tokens", choices=CONTROL_TOKENS, default="literal", help="as in the training"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+        help="auto: bfloat16 on a GPU, float32 on a CPU",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
+    args = parser.parse_args()
+
+    from evaluation.models import load_for_evaluation
+    from ftdp.tokenizer import load_tokenizer
+    from serving import calculator
+    from serving.conversation import Conversation
+    from serving.streaming import StreamedAnswers
+
+    tokenizer = load_tokenizer(args.model)
+    model = load_for_evaluation(
+        str(args.model),
+        str(args.model),
+        tokenizer,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
+    options = {"mask": args.mask, "control_tokens": args.control_tokens}
+    answers = StreamedAnswers(model, tokenizer, args.max_new_tokens, args.temperature, **options)
+    has_tools = {"tool", "environment"} <= tokenizer.template.roles.keys() and not args.no_plugins
+    plugins = {calculator.NAME: calculator.call} if has_tools else {}
+    described = [calculator.DESCRIPTION] if has_tools else []
+    conversation = Conversation(tokenizer, answers, plugins, described, args.system)
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        conversation.say(line)
+
+
+if __name__ == "__main__":
+    run(main)

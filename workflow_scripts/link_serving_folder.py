@@ -1,0 +1,40 @@
+#!/usr/bin/env python3
+"""Makes the folder that lmdeploy 0.10 and later serve, from a Hugging Face folder, without converting anything."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import run
+
+
+def main() -> None:
+    """Parses the command line and makes the folder."""
+    parser = argparse.ArgumentParser(
+        description="Make a serving folder for lmdeploy >= 0.10, which loads Hugging Face folders: the same weight files "
+        "(hard links), a config that its TurboMind engine takes where there is one, and the command in serve.txt.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, help="Hugging Face folder")
+    parser.add_argument("dst", type=Path, help="folder to make; replaced as a whole if it exists")
+    parser.add_argument(
+        "--model-name", default="internlm2-chat-7b", help="name under which the model is served"
+    )
+    parser.add_argument("--tp", type=int, default=1, help="GPUs that share the model")
+    parser.add_argument("--session-len", type=int, help="longest context; without it the model's own")
+    args = parser.parse_args()
+
+    from export.serving_folder import make_serving_folder
+
+    manifest = make_serving_folder(
+        args.model, args.dst, model_name=args.model_name, tp=args.tp, session_len=args.session_len
+    )
+    print(
+        f"wrote {args.dst}: {manifest['architecture']} (trained as {manifest['trained_architecture']}), "
+        f"{manifest['dtype']}, {len(manifest['files'])} files"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

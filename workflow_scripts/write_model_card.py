@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Writes a run's complete model card, and the commands that serve its model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import run
+from common.files import read_json, write_json, write_text
+
+
+def main() -> None:
+    """Parses the command line, writes the files, prints the commands."""
+    parser = argparse.ArgumentParser(
+        description="Write the model card of a run with its evaluation and its parity gate, and the commands that serve "
+        "the model with lmdeploy, vLLM and SGLang, which are printed too.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, help="training config")
+    parser.add_argument("train_manifest", type=Path, help="train.json of the run")
+    parser.add_argument("hf", type=Path, help="Hugging Face folder")
+    parser.add_argument(
+        "--evaluations", type=Path, nargs="*", default=[], help="evaluate_model.py's JSON files"
+    )
+    parser.add_argument("--parity", type=Path, help="parity.json of the run")
+    parser.add_argument("--turbomind", type=Path, help="folder that lmdeploy 0.9.2.post1 serves, converted")
+    parser.add_argument("--direct", type=Path, help="folder that lmdeploy 0.10 and later serve")
+    parser.add_argument("--chat-template", default="internlm2", help="lmdeploy's template, for --turbomind")
+    parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument("--commands", type=Path, required=True, help="text file to write")
+    args = parser.parse_args()
+
+    from export.hf import run_identity_fields
+    from export.model_card import model_card, tokenized_folder
+    from serving import commands
+    from sft import config as training
+
+    config = training.load_config(args.config)
+    record, hf = read_json(args.train_manifest), read_json(args.hf / "manifest.json")
+    card = model_card(
+        training.model_path(config),
+        hf,
+        record,
+        run_identity_fields(args.train_manifest.parent / record["checkpoint"]),
+        tokenized_folder(training.plan_path(config), training.train_folder(config)),
+        str(args.hf),
+        [read_json(path) for path in args.evaluations],
+        read_json(args.parity) if args.parity else None,
+    )
+    write_text(args.output, card)
+    text = serving_text(args, hf, commands)
+    write_text(args.commands, text)
+    print(text, end="")
+
+
+def serving_text(args: argparse.Namespace, hf: dict, commands) -> str:
+    """Returns the commands, each below a line that says what it is for."""
+    template = (hf.get("chat_template") or {}).get("name", "internlm2_chat")
+    name = (
+        read_json((args.turbomind or args.direct) / "manifest.json") if args.turbomind or args.direct else {}
+    )
+    served, tp = name.get("model_name", "tuned"), name.get("tp", 1)
+    parts = {}
+    if args.turbomind:
+        chat_template = args.commands.with_name("lmdeploy_chat_template.json")
+        write_json(chat_template, commands.chat_template_config(args.chat_template))
+        parts["lmdeploy 0.9.2.post1"] = commands.converted_command(args.turbomind, served, chat_template, tp)
+    if args.direct:
+        parts["lmdeploy 0.10 and later"] = (args.direct / "serve.txt").read_text(encoding="utf-8").strip()
+    else:
+        newer = commands.lmdeploy_command(args.hf, served, hf["architecture"], tp, template=template)
+        parts["lmdeploy 0.10 and later"] = newer
+    parts["vLLM"] = commands.vllm_command(args.hf, served, tp, template)
+    parts["SGLang"] = commands.sglang_command(args.hf, served, tp)
+    parts["a terminal, on a CPU too"] = f"python workflow_scripts/chat.py {args.hf}"
+    return "".join(f"# {what}\n{command}\n" for what, command in parts.items())
+
+
+if __name__ == "__main__":
+    run(main)
