@@ -17,7 +17,7 @@ import yaml
 from cluster import SlurmCluster
 
 STEPS = 12  # of every training
-PATIENCE = 1200  # seconds; on a quiet machine nothing takes a tenth of it
+PATIENCE = 300  # seconds; on a quiet machine nothing takes a third of it
 
 
 @dataclass

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from drill_project import PATIENCE, STEPS, wait_until
 
-pytestmark = pytest.mark.timeout(3600)  # a busy machine may take ten times as long as a quiet one
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the cluster and what all trainings share
 
 
 @pytest.fixture(scope="session")

@@ -38,10 +38,7 @@ class Oracle:
 
         self.texts, self.size = texts, vocab_size
         self.config = LlamaConfig(num_hidden_layers=1)  # says how many layers the cache has
-        self.weight = torch.zeros(1)
-
-    def get_input_embeddings(self):
-        return self
+        self.device = torch.device("cpu")
 
     def forward(self, input_ids, attention_mask, position_ids, past_key_values, use_cache):
         told, _ = past_key_values.update(*[input_ids[:, None, :, None].double()] * 2, 0)

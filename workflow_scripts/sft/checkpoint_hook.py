@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from common.cli import UserError
 from sft.checkpoints import prune_checkpoints, remove_leftovers, write_checkpoint
 from sft.nonfinite import weights_are_finite
 from sft.progress_line import say
+
+_FULL = 1 << 20  # bytes free: a disk is full
 
 
 class CheckpointHook(Hook):
@@ -65,6 +68,8 @@ class CheckpointHook(Hook):
                 runner.model.model, folder, step, runner.max_iters, state, self.save_optimizer
             )
         except BaseException:
+            if shutil.disk_usage(folder).free < _FULL:  # torch's own message does not say so
+                print(f"No space left to save step {step} in {folder}: free some", flush=True)
             if is_main_process():
                 remove_leftovers(folder)  # the disk may be full, and the next start needs a few kilobytes
             raise
