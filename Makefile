@@ -109,7 +109,8 @@ slurm-programs:
 	@export PATH="$$PATH:/usr/sbin:/sbin"; \
 	if command -v sbatch >/dev/null && command -v munged >/dev/null && command -v slurmctld >/dev/null && command -v slurmd >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES) >/dev/null; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES) >/dev/null \
+		|| echo "Slurm could not be installed: its tests are skipped"; \
 	else echo "no Slurm here, and no root with apt to install it: its tests are skipped (apt-get install $(SLURM_PACKAGES))"; fi
 
 lint: $(VENV)/.dev
