@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Collection
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_LOCKED = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[^]]*\])?==([^\s;]+)")
+from common.packages import installed_versions, read_pins
+
 _LABELS = ("", ".base", ".tuned")
 
 
@@ -49,17 +48,17 @@ def locked_packages(lock: Path) -> list[dict[str, Any]]:
     Returns:
         Mappings `name`, `locked`, `installed` (None: not at all), `same` (a local part such as +cpu aside).
     """
-    result = []
-    for line in lock.read_text(encoding="utf-8").splitlines():
-        if match := _LOCKED.match(line):
-            name, locked = match.groups()
-            try:
-                installed = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                installed = None
-            same = installed is not None and installed.partition("+")[0] == locked.partition("+")[0]
-            result.append({"name": name, "locked": locked, "installed": installed, "same": same})
-    return result
+    pins = read_pins(lock)
+    installed = installed_versions(pins)
+    return [
+        {
+            "name": name,
+            "locked": locked,
+            "installed": installed[name],
+            "same": (installed[name] or "").partition("+")[0] == locked.partition("+")[0],
+        }
+        for name, locked in pins.items()
+    ]
 
 
 def _row(stage: str, jobs: list[dict[str, str]], gpus: int) -> dict[str, Any]:

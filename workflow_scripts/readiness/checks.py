@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
+from common.packages import installed_versions, read_pins
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,10 @@ def attempt(name: str, check: Callable[[], Check]) -> Check:
         return Check(name, False, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def read_pins(lock: Path) -> dict[str, str]:
-    """Returns package -> version of a file of `name==version` lines."""
-    lines = lock.read_text(encoding="utf-8").splitlines()
-    return dict(line.strip().split("==", 1) for line in lines if "==" in line and not line.startswith("#"))
-
-
 def check_versions(lock: Path) -> Check:
     """Compares this interpreter's packages with a lock file; the build (`+cu128`) does not count."""
     pins = read_pins(lock)
-    found = {}
-    for name in pins:
-        try:
-            found[name] = importlib.metadata.version(name).split("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
+    found = {name: version and version.split("+")[0] for name, version in installed_versions(pins).items()}
     return compare_versions("packages", lock, pins, found, platform.python_version(), sys.executable)
 
 

@@ -14,19 +14,11 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TOKENIZED = 2.5
 
 
-def _empty_model(model_path: str, trust_remote_code: bool):
-    """The model without memory for its weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-
-
 def embedding_rows(model_path: str, trust_remote_code: bool = False) -> int:
     """Returns the rows of a model's embedding."""
-    return _empty_model(model_path, trust_remote_code).get_input_embeddings().weight.shape[0]
+    from export.hf_weights import empty_model
+
+    return empty_model(model_path, trust_remote_code).get_input_embeddings().weight.shape[0]
 
 
 def count_parameters(
@@ -38,7 +30,9 @@ def count_parameters(
     """
     from torch import nn
 
-    model = _empty_model(model_path, trust_remote_code)
+    from export.hf_weights import empty_model
+
+    model = empty_model(model_path, trust_remote_code)
     weights = sum(parameter.numel() for parameter in model.parameters())
     if lora_rank is None:
         return weights, weights
