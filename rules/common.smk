@@ -51,7 +51,7 @@ from common.files import sha256_json
 from common.fingerprints import FingerprintCache
 from common.plan_table import planned_job, render_plan
 from ftdp.layout import find_datasets
-from ftdp.pack_format import PLAN_ARRAYS, PLAN_FORMAT
+from ftdp.pack_format import PLAN_ARRAYS, PLAN_FORMAT, check_weights, own_weights
 from ftdp.planning import MEGABYTE, TOKENIZED_FORMAT, file_sizes, plan_datasets, plan_parts
 from ftdp.template_file import template_path
 from settings.load import load_schema, load_settings
@@ -185,7 +185,10 @@ def data_key(run):
 
 def pack_spec(run):
     """Everything that decides a run's pack plan, but for the data."""
-    return RUNS[run]["packing"] | {"max_length": RUNS[run]["train"]["max_length"], "format": PLAN_FORMAT}
+    packing = {key: value for key, value in RUNS[run]["packing"].items() if key != "weights"}
+    weights = own_weights(RUNS[run]["packing"]["weights"])
+    spec = packing | {"max_length": RUNS[run]["train"]["max_length"], "format": PLAN_FORMAT}
+    return spec | ({"weights": weights} if weights else {})
 
 
 def pack_key(run):
@@ -235,6 +238,9 @@ try:
     DATASETS = {
         key: list_datasets(spec["processed_dir"], spec["datasets"]) for key, spec in DATA_SPECS.items()
     }
+    for run in RUNS:
+        packing = RUNS[run]["packing"]
+        check_weights(packing["weights"], DATASETS[data_key(run)], packing["mode"])
     SIZES = {key: file_sizes(datasets) for key, datasets in DATASETS.items()}
     OWN_HELDOUT = {
         run: list_datasets(RUNS[run]["heldout"]["processed_dir"], None)

@@ -112,6 +112,7 @@ def plan_flags(wildcards):
         train_folder=TRAIN_FOLDER.format(data=data),
         processed_dir=DATA_SPECS[data]["processed_dir"],
         output=PACK.format(data=data, pack=wildcards.pack),
+        weight=[f"{name}={weight!r}" for name, weight in pack.get("weights", {}).items()] or None,
         **{key: pack[key] for key in ("mode", "seed", "max_length")},
     )
 

@@ -53,6 +53,8 @@ def describe(found: dict, global_batch: int) -> str:
         f" {counts['with_others']:,} in a row with other documents, {counts['at_another_step']:,} at another step of epoch 0"
         f" (steps of {global_batch:,} {'row' if global_batch == 1 else 'rows'})"
     )
+    if counts["more_or_less_often"]:
+        lines.append(f"more or less often an epoch: {counts['more_or_less_often']:,} of those in both")
     if found["moved"]:
         shown = f"the first {len(found['moved']):,} of " if len(found["moved"]) < counts["moved"] else ""
         lines.append(f"moved: {shown}{counts['moved']:,}, from A -> to B")

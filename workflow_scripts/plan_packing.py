@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import run
+from common.cli import UserError, run
 from common.fingerprints import FingerprintCache
 from ftdp.bin_digests import bin_digests
 from ftdp.data_order import find_train_folder, list_train_files, read_data_order
@@ -44,6 +44,14 @@ def parse_args() -> argparse.Namespace:
         default=1,
         help="epochs whose order of rows is written down; others follow from the seed",
     )
+    add(
+        "--weight",
+        nargs="+",
+        default=[],
+        metavar="DATASET=NUMBER",
+        help="how often the documents of a dataset are seen an epoch: 0 leaves it out, 2.5 shows each twice and half of "
+        "them once more; without it once",
+    )
     add("--min-length", type=int, default=0, help="leave out documents with fewer tokens")
     add(
         "--processed-dir",
@@ -56,6 +64,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    weights = read_weights(args.weight)
     train_folder = find_train_folder(args.train_folder)
     names = read_data_order(args.data_order) if args.data_order else list_train_files(train_folder)
     cache = FingerprintCache(args.output.parent / ".digests.json")
@@ -73,6 +82,7 @@ def main() -> None:
         bin_sha256=digests,
         made_with=made,
         processed_dir=args.processed_dir,
+        weights=weights,
     )
     manifest = plan.write(args.output)
     totals = manifest["totals"]
@@ -98,6 +108,24 @@ def main() -> None:
     )
     print(f"  cut      {cut['documents']:,} documents, into {cut['pieces']:,} pieces")
     print(f"  dropped  {'; '.join(lost) or 'nothing'}")
+    for name, each in totals.get("mixture", {}).items():
+        seen, out = each["seen"], each["left_out"]
+        print(
+            f"  weight   {each['weight']:g} of {name}: {seen['documents']:,} times one of {each['documents']:,} documents,"
+            f" {seen['tokens']:,} tokens; {out['documents']:,} documents, {out['tokens']:,} tokens left out"
+        )
+
+
+def read_weights(words: list[str]) -> dict[str, float]:
+    """Returns the weights of datasets, given as `name=number`."""
+    weights = {}
+    for word in words:
+        name, _, number = word.rpartition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            raise UserError("--weight cannot be read", found=word, expected="DATASET=NUMBER") from None
+    return weights
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -110,6 +111,98 @@ def test_a_mistake_is_one_clear_error(config, schema, path, value, words):
         load_settings(change(config, path, value), schema)
     for word in words:
         assert word in str(caught.value)
+
+
+def with_datasets(config, *names):
+    for name in names:
+        file = Path("data") / name / "processed" / "x" / f"{name}.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text("[]\n")
+    return config
+
+
+def test_a_matrix_becomes_ordinary_runs(config, schema):
+    config["train"] = {"lora": {"rank": 4, "alpha": 8}}
+    config["runs"] = {
+        "one": {},
+        "sweep": {
+            "train": {"max_steps": 7},
+            "matrix": {"train.lr": [1e-5, 4e-5], "train.zero_stage": [1, 2], "train.lora.rank": [2]},
+        },
+        "mix": {"matrix": {"packing.weights": [None, {"a": 2, "b": 0.5}], "train.offload": ["none"]}},
+    }
+    runs = load_settings(config, schema).runs
+    assert list(runs) == [
+        "one",
+        "sweep-lr1e-05-zero_stage1-rank2",
+        "sweep-lr1e-05-zero_stage2-rank2",
+        "sweep-lr4e-05-zero_stage1-rank2",
+        "sweep-lr4e-05-zero_stage2-rank2",
+        "mix-weights_none-offload_none",
+        "mix-weights_a2_b0.5-offload_none",
+    ]
+    run = runs["sweep-lr4e-05-zero_stage1-rank2"]["train"]
+    assert (run["lr"], run["zero_stage"], run["max_steps"]) == (4e-5, 1, 7)
+    assert run["lora"] == {"rank": 2, "alpha": 8} and runs["one"]["train"]["lora"]["rank"] == 4
+    assert runs["mix-weights_a2_b0.5-offload_none"]["packing"]["weights"] == {"a": 2, "b": 0.5}
+
+
+def test_each_dataset_is_left_out_once(config, schema):
+    with_datasets(config, "a", "b", "c d")
+    config["packing"] = {"weights": {"a": 2}}
+    config["runs"] = {"ablate": {"leave_one_out": "datasets", "matrix": {"train.seed": [1, 2]}}}
+    runs = load_settings(config, schema).runs
+    assert len(runs) == 8 and list(runs)[::2] == [
+        f"ablate-{name}-seed1" for name in ("all", "without-a", "without-b", "without-c-d")
+    ]
+    weights = {name: run["packing"]["weights"] for name, run in runs.items() if name.endswith("seed2")}
+    assert list(weights.values()) == [{"a": 2}, {"a": 0}, {"a": 2, "b": 0}, {"a": 2, "c d": 0}]
+    config["runs"]["ablate"]["leave_one_out"] = ["b"]
+    assert [name for name in load_settings(config, schema).runs if "without" in name] == [
+        "ablate-without-b-seed1",
+        "ablate-without-b-seed2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        ({"s": {"matrix": {"train.l_r": [1]}}}, "unknown key runs.s.matrix.train.l_r"),
+        ({"s": {"matrix": {"trian.lr": [1]}}}, "unknown key runs.s.matrix.trian.lr(.|\n)*'train'"),
+        ({"s": {"matrix": {"train.lora.rnk": [1]}}}, "unknown key runs.s.matrix.train.lora.rnk(.|\n)*'rank'"),
+        ({"s": {"matrix": {"train.lr": []}}}, "runs.s.matrix.train.lr has a wrong value"),
+        ({"s": {"matrix": {"train.lr": 1e-5}}}, "runs.s.matrix.train.lr has a wrong value(.|\n)*array"),
+        ({"s": {"matrix": {"train.lr": ["1e-5"]}}}, "runs.s-lr_1e-5.train.lr has a wrong value(.|\n)*1.0e-5"),
+        ({"s": {"matrix": {"train.lr": [1, 1.0]}}}, "two runs have the name s-lr1"),
+        ({"s": {"matrix": {"train.seed": [1]}}, "s-seed1": {}}, "two runs have the name s-seed1"),
+        ({"s": {"matrix": {"train.seed": list(range(65))}}}, "runs.s stands for 65 runs"),
+        (
+            {"s": {"train": {"seed": 3}, "matrix": {"train.seed": [1]}}},
+            "train.seed has a value beside its list",
+        ),
+        (
+            {"s": {"matrix": {"packing.weights": [{}], "packing.weights.a": [1]}}},
+            "packing.weights.a has a value beside its list",
+        ),
+        ({"s": {"leave_one_out": ["d"]}}, "unknown key runs.s.leave_one_out.d"),
+        ({"s": {"leave_one_out": "all"}}, "runs.s.leave_one_out has a wrong value"),
+        ({"s": {"data": {"datasets": ["a"]}, "leave_one_out": "datasets"}}, "leave nothing to train on"),
+        ({"s": {"matrx": {"train.seed": [1]}}}, "unknown key runs.s.matrx(.|\n)*'matrix'"),
+    ],
+)
+def test_a_mistake_in_several_runs_is_one_clear_error(config, schema, runs, words):
+    with_datasets(config, "a", "b")
+    with pytest.raises(UserError, match=words):
+        load_settings(config | {"runs": runs}, schema)
+
+
+def test_what_is_compared(config, schema):
+    config["runs"] = {"one": {}, "s": {"matrix": {"train.seed": [1, 2]}}}
+    assert load_settings(config, schema).compared == ["one", "s-seed1", "s-seed2"]
+    config["compare"] = {"runs": ["s", "one"], "baseline": "s-seed2"}
+    assert load_settings(config, schema).compared == ["s-seed2", "s-seed1", "one"]
+    with pytest.raises(UserError, match=r"unknown key compare\.baseline\.s"):
+        load_settings(config | {"compare": {"baseline": "s"}}, schema)
 
 
 def test_a_missing_required_key_is_named(config, schema):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ftdp.mixture import scatter
 from ftdp.pack_plan import PackPlan, open_plan
 
 
@@ -16,6 +17,7 @@ class _Placed(NamedTuple):
     Attributes:
         document: The file's number in the names of both plans, and the sample.
         span: First token, and the token after the last.
+        copy: Which of the same stretches of the plan, from 0: with weights a document may be there several times.
         row: The row.
         step: The optimizer step of the first epoch that trains on the row, from 1.
         company: A digest of all slices of the row.
@@ -23,6 +25,7 @@ class _Placed(NamedTuple):
 
     document: np.ndarray
     span: np.ndarray
+    copy: np.ndarray
     row: np.ndarray
     step: np.ndarray
     company: np.ndarray
@@ -42,8 +45,8 @@ def diff_plans(
     Returns:
         `same` (the plans are the same), `settings` (what differs, old and new), `files` (`only_a`, `only_b`, `changed`),
         `documents` (counts, see below) and `moved`, a list of the first of them with rows and steps.
-        Counts: `only_a`, `only_b`, `both`; of these `cut_otherwise`; of the stretches that both have
-        `with_others` in their row, `at_another_step`, and `moved`, which are either.
+        Counts: `only_a`, `only_b`, `both`; of these `cut_otherwise` and `more_or_less_often`; of the stretches that both
+        have `with_others` in their row, `at_another_step`, and `moved`, which are either.
 
     Raises:
         UserError: One is no plan.
@@ -58,11 +61,17 @@ def diff_plans(
     ours, theirs = _common(first, second)
     documents = [np.unique(each.document) for each in placed]
     both = np.intersect1d(*documents, assume_unique=True)
-    whole = [
+    alone = [
         np.isin(each.document, both) & ~np.isin(np.arange(len(each.document)), common)
         for each, common in ((first, ours), (second, theirs))
     ]
-    otherwise = np.union1d(first.document[whole[0]], second.document[whole[1]])
+    # The first of several copies finds its like wherever the document is cut alike.
+    otherwise = np.unique(
+        np.concatenate(
+            [each.document[one & (each.copy == 0)] for each, one in zip(placed, alone, strict=True)]
+        )
+    )
+    often = [_times(each, both) for each in placed]
     with_others = first.company[ours] != second.company[theirs]
     elsewhere = first.step[ours] != second.step[theirs]
     moved = np.flatnonzero(with_others | elsewhere)
@@ -70,9 +79,9 @@ def diff_plans(
     return {
         "same": False,
         "settings": {
-            key: [plans[0].settings[key], plans[1].settings[key]]
-            for key in plans[0].settings
-            if plans[0].settings[key] != plans[1].settings[key]
+            key: [plan.settings.get(key) for plan in plans]
+            for key in plans[0].settings | plans[1].settings
+            if plans[0].settings.get(key) != plans[1].settings.get(key)
         },
         "files": {
             "only_a": [name for name in names if name not in digests[1]],
@@ -84,6 +93,7 @@ def diff_plans(
             "only_b": len(documents[1]) - len(both),
             "both": len(both),
             "cut_otherwise": len(otherwise),
+            "more_or_less_often": int((often[0] != often[1]).sum()),
             "with_others": int(with_others.sum()),
             "at_another_step": int(elsewhere.sum()),
             "moved": len(moved),
@@ -108,22 +118,31 @@ def _place(plan: PackPlan, names: list[str], global_batch: int) -> _Placed:
     row = np.repeat(np.arange(len(plan)), np.diff(plan.rows))
     entry = np.empty(len(plan), dtype=np.int64)
     entry[plan.order(0)] = np.arange(len(plan))
-    company = np.add.reduceat(_mix(document) ^ _mix(span + 1), plan.rows[:-1])
-    return _Placed(document, span, row, entry[row] // global_batch + 1, company[row])
+    company = np.add.reduceat(scatter(document) ^ scatter(span + 1), plan.rows[:-1])
+    step = entry[row] // global_batch + 1
+    return _Placed(document, span, _copy_numbers(document, span), row, step, company[row])
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """Scatters int64 values over 64 bits (the finaliser of splitmix64)."""
-    bits = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
-    return bits ^ (bits >> np.uint64(31))
+def _copy_numbers(document: np.ndarray, span: np.ndarray) -> np.ndarray:
+    order = np.lexsort((span, document))  # stable: copies stay in the order of the rows
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (np.diff(document[order]) != 0) | (np.diff(span[order]) != 0)
+    begins = np.flatnonzero(new)
+    numbers = np.empty(len(order), dtype=np.int64)
+    numbers[order] = np.arange(len(order)) - np.repeat(begins, np.diff(begins, append=len(order)))
+    return numbers
+
+
+def _times(placed: _Placed, documents: np.ndarray) -> np.ndarray:
+    """Returns how often each document is in a plan: a copy has one stretch with its first token."""
+    begins = placed.document[placed.span >> 32 == 0]
+    begins = begins[np.isin(begins, documents)]
+    return np.bincount(np.searchsorted(documents, begins), minlength=len(documents))
 
 
 def _common(first: _Placed, second: _Placed) -> tuple[np.ndarray, np.ndarray]:
     """Returns the numbers, in both plans, of the stretches that both have."""
-    document = np.concatenate([first.document, second.document])
-    span = np.concatenate([first.span, second.span])
-    order = np.lexsort((span, document))
-    same = (np.diff(document[order]) == 0) & (np.diff(span[order]) == 0)
+    document, span, copy = (np.concatenate(pair) for pair in list(zip(first, second, strict=True))[:3])
+    order = np.lexsort((copy, span, document))
+    same = (np.diff(document[order]) == 0) & (np.diff(span[order]) == 0) & (np.diff(copy[order]) == 0)
     return order[:-1][same], order[1:][same] - len(first.document)

@@ -70,6 +70,7 @@ class PackPlan:
         totals: What was counted: `documents`, `tokens`, `rows`, `waste`, `cut` and `dropped`, see docs/packing.md.
         processed_dir: The folder of the JSONL files, if it was given: only for traces.
         made_with: Tokenizer, template and options of the files, see ftdp/made_with.py; None if nobody can tell.
+        weights: How often the documents of a dataset are seen an epoch, where that is not once.
     """
 
     mode: str
@@ -83,6 +84,7 @@ class PackPlan:
     totals: dict[str, Any] = field(default_factory=dict)
     processed_dir: Path | None = None
     made_with: dict[str, Any] | None = None
+    weights: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Rows of an epoch."""
@@ -106,7 +108,8 @@ class PackPlan:
     @property
     def settings(self) -> dict[str, Any]:
         """What the plan was made with, apart from the data."""
-        return {"mode": self.mode, "seed": self.seed, "max_length": self.max_length}
+        own = {"weights": self.weights} if self.weights else {}
+        return {"mode": self.mode, "seed": self.seed, "max_length": self.max_length, **own}
 
     def sha256(self) -> str:
         """Returns the digest of all that decides what is trained on, and in which order: no path is part of it."""
@@ -203,6 +206,7 @@ def open_plan(folder: str | os.PathLike, train_folder: str | os.PathLike | None 
         *arrays,
         totals=manifest["totals"],
         processed_dir=processed and Path(os.path.normpath(folder / processed)),
+        weights=manifest.get("weights", {}),
     )
     for file in plan.files:
         _look_up(plan.train_folder / file["name"], file["bin_bytes"])

@@ -4,20 +4,25 @@
   documents shuffled, laid end to end and cut every `max_length` tokens; what is left at the end of a file is dropped.
 * `best_fit` packs the documents of all files together (ftdp/best_fit.py). No document that fits into a row is cut, and
   none is dropped.
+
+With weights, documents of a dataset are seen more or less often an epoch (ftdp/mixture.py): every copy is packed like a
+document of its own.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.cli import UserError
 from ftdp.best_fit import assign_rows
 from ftdp.data_order import list_train_files, read_data_order
+from ftdp.mixture import copies_per_epoch, dataset_of
+from ftdp.pack_format import check_weights, own_weights
 from ftdp.pack_plan import MODES, SEED, SLICE, PackPlan, join_rows, open_plan, shuffled_rows
 from ftdp.packing import read_meta
 
@@ -71,6 +76,7 @@ def make_plan(
     bin_sha256: Sequence[str] | None = None,
     processed_dir: str | os.PathLike | None = None,
     made_with: dict | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> PackPlan:
     """Plans the packing of `.bin` files.
 
@@ -86,9 +92,10 @@ def make_plan(
         bin_sha256: The digest of each file.
         processed_dir: The folder of the JSONL files, for traces.
         made_with: What the files were made with, to be written down.
+        weights: How often the documents of a dataset are seen an epoch; 1 for those not named. In mode xtuner 0 or 1.
 
     Raises:
-        UserError: A file is missing or broken, or no row can be filled.
+        UserError: A file is missing or broken, a weight cannot be used, or no row can be filled.
     """
     if mode not in MODES:
         raise UserError("the packing mode cannot be used", found=mode, expected=" or ".join(MODES))
@@ -102,8 +109,19 @@ def make_plan(
     ]
     if mode == "best_fit":
         files.sort(key=lambda file: file["name"])
+    check_weights(weights, {dataset_of(name) for name in names}, mode)
+    weights = own_weights(weights)
     documents = _read_documents(train_folder, files)
-    kept = np.flatnonzero(documents.length >= max(min_length, 1))
+    long_enough = np.flatnonzero(documents.length >= max(min_length, 1))
+    copies = np.zeros(len(documents.length), dtype=np.int64)
+    copies[long_enough] = copies_per_epoch(
+        documents.file[long_enough],
+        documents.sample[long_enough],
+        [file["name"] for file in files],
+        weights,
+        seed,
+    )
+    kept = np.repeat(np.arange(len(copies)), copies)
     if not len(kept):
         raise UserError(
             f"{train_folder}: there is no document to pack",
@@ -124,9 +142,11 @@ def make_plan(
         pieces.rows,
         _records(documents, pieces),
         _orders(len(pieces.rows) - 1, seed, epochs),
-        totals=_count(documents, pieces, max_length, min_length),
+        totals=_count(documents, pieces, max_length, min_length, copies)
+        | (_count_mixture(documents, copies, files, weights, min_length) if weights else {}),
         processed_dir=processed_dir and Path(processed_dir),
         made_with=made_with,
+        weights=weights,
     )
 
 
@@ -232,15 +252,20 @@ def _orders(rows: int, seed: int, epochs: int) -> np.ndarray:
     return orders
 
 
-def _count(documents: Documents, pieces: Pieces, max_length: int, min_length: int) -> dict:
-    """Every document and every token is in a row or under `dropped`."""
+def _count(
+    documents: Documents, pieces: Pieces, max_length: int, min_length: int, copies: np.ndarray
+) -> dict[str, Any]:
+    """Every document and every token is in a row or under `dropped`, or left out by its dataset's weight."""
     rows, sizes = len(pieces.rows) - 1, pieces.stop - pieces.start
     placed = np.bincount(pieces.document, weights=sizes, minlength=len(documents.length)).astype(np.int64)
     cut = sizes < documents.length[pieces.document]
     short = documents.length < max(min_length, 1)
-    lost = np.where(short, 0, documents.length - placed)
+    lost = documents.length * copies - placed
     waste = rows * max_length - int(sizes.sum())
-    reasons = {"too_short": (short, documents.length[short]), "end_of_file": ((placed == 0) & ~short, lost)}
+    reasons = {
+        "too_short": (short, documents.length[short]),
+        "end_of_file": ((placed == 0) & (copies > 0), lost),
+    }
     return {
         "documents": len(documents.length),
         "tokens": int(documents.length.sum()),
@@ -254,6 +279,32 @@ def _count(documents: Documents, pieces: Pieces, max_length: int, min_length: in
             for reason, (which, tokens) in reasons.items()
         },
     }
+
+
+def _count_mixture(
+    documents: Documents,
+    copies: np.ndarray,
+    files: list[dict],
+    weights: Mapping[str, float],
+    min_length: int,
+) -> dict[str, Any]:
+    """Counts what weights change, by dataset. Packed, dropped and left out are all tokens and those repeated."""
+    by_file = np.array([dataset_of(file["name"]) for file in files])[documents.file]
+    usable = documents.length >= max(min_length, 1)
+    mixture = {}
+    for dataset in np.unique(by_file).tolist():
+        mine = (by_file == dataset) & usable
+        lengths, times = documents.length[mine], copies[mine]
+        extra, out = np.maximum(times - 1, 0), times == 0
+        mixture[dataset] = {
+            "weight": weights.get(dataset, 1.0),
+            "documents": len(lengths),
+            "tokens": int(lengths.sum()),
+            "seen": {"documents": int(times.sum()), "tokens": int((times * lengths).sum())},
+            "repeated": {"documents": int(extra.sum()), "tokens": int((extra * lengths).sum())},
+            "left_out": {"documents": int(out.sum()), "tokens": int(lengths[out].sum())},
+        }
+    return {"mixture": mixture}
 
 
 def _no_row(train_folder: Path, files: list[dict], max_length: int) -> UserError:

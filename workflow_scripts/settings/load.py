@@ -6,7 +6,7 @@ Order of precedence: a run's own keys, the shared sections beside `runs:`, the s
 from __future__ import annotations
 
 import copy
-import difflib
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,32 +17,25 @@ import yaml
 
 from common.cli import UserError
 from ftdp.template_file import check_mask, load_template
-
-SECTIONS = (
-    "model",
-    "tokenizer",
-    "data",
-    "tokenize",
-    "heldout",
-    "packing",
-    "train",
-    "cluster",
-    "hf",
-    "turbomind",
-    "parity",
-    "evaluate",
-    "tool_calls",
-    "forecast",
-)
+from settings.expand import SPREADS, expand_runs, runs_of_entries
+from settings.keys import SECTIONS, unknown_key
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The whole configuration: `results_dir`, `environments` and, by name, each run's merged sections."""
+    """The whole configuration.
+
+    Attributes:
+        results_dir: Folder of everything that is made.
+        environments: Interpreters.
+        runs: By name, each run's merged sections.
+        compared: Names of the runs that `compare` lays side by side, the baseline first.
+    """
 
     results_dir: str
     environments: dict[str, Any]
     runs: dict[str, dict[str, Any]]
+    compared: list[str]
 
 
 def load_schema(path: str | Path) -> dict:
@@ -61,12 +54,11 @@ def load_settings(config: dict, schema: dict) -> Settings:
     properties = schema["properties"]
     environments = _defaults(properties["environments"]) | (config.get("environments") or {})
     runs = {}
-    for name, overrides in config["runs"].items():
-        overrides = overrides or {}
+    for name, overrides in expand_runs(config, schema).items():
         prefix = f"runs.{name}."
         for key in overrides:
             if key not in SECTIONS:
-                raise _unknown_key(prefix + key, key, SECTIONS)
+                raise unknown_key(prefix + key, key, (*SECTIONS, *SPREADS))
         merged = {
             section: _defaults(properties[section]) | shared[section] | (overrides.get(section) or {})
             for section in SECTIONS
@@ -79,7 +71,22 @@ def load_settings(config: dict, schema: dict) -> Settings:
             _check_paths(merged[section], properties[section], section)
         _check_run(merged, name)
         runs[name] = merged
-    return Settings(config.get("results_dir", properties["results_dir"]["default"]), environments, runs)
+    results_dir = config.get("results_dir", properties["results_dir"]["default"])
+    return Settings(results_dir, environments, runs, _compared(config, schema))
+
+
+def _compared(config: dict, schema: dict) -> list[str]:
+    settings = config.get("compare") or {}
+    entries = runs_of_entries(config, schema)
+    runs = {run: [run] for run in itertools.chain(*entries.values())}
+    known = runs | entries
+    for key, names in (("runs", settings.get("runs") or []), ("baseline", [settings.get("baseline")])):
+        for name in names:
+            if name is not None and name not in (known if key == "runs" else runs):
+                raise unknown_key(f"compare.{key}.{name}", name, known if key == "runs" else runs)
+    chosen = dict.fromkeys(itertools.chain(*(known[name] for name in settings.get("runs") or entries)))
+    baseline = settings.get("baseline") or next(iter(chosen))
+    return [baseline, *(run for run in chosen if run != baseline)]
 
 
 def _defaults(section: dict) -> dict:
@@ -110,7 +117,7 @@ def _explain(error: jsonschema.ValidationError, where: str) -> UserError:
     if error.validator == "additionalProperties":
         known = error.schema["properties"]
         unknown = next(name for name in error.instance if name not in known)
-        return _unknown_key(f"{key}.{unknown}" if key else unknown, unknown, known)
+        return unknown_key(f"{key}.{unknown}" if key else unknown, unknown, known)
     if error.validator == "required":
         missing = next(name for name in error.validator_value if name not in error.instance)
         full = f"{key}.{missing}" if key else missing
@@ -119,7 +126,7 @@ def _explain(error: jsonschema.ValidationError, where: str) -> UserError:
     if error.validator in ("pattern", "not") and "propertyNames" in error.absolute_schema_path:
         return UserError(
             f"config: the run name {error.instance!r} cannot be used",
-            expected="letters, digits, '_', '.', '-', first a letter or digit; not shared, logs or benchmarks",
+            expected="letters, digits, '_', '.', '-', first a letter or digit; not shared, logs, benchmarks or compare",
             fix="rename the run under `runs:`",
         )
     expected, fix = _expected(error), None
@@ -167,12 +174,6 @@ def _number_in_a_string(value: Any) -> str | None:
         return None
     mantissa, e, exponent = value.lower().partition("e")
     return f"{mantissa if '.' in mantissa else mantissa + '.0'}{e}{exponent}" if e else value
-
-
-def _unknown_key(full: str, key: str, known) -> UserError:
-    near = difflib.get_close_matches(key, list(known), n=1)
-    fix = f"did you mean {near[0]!r}?" if near else "remove it; docs/config.md lists every key"
-    return UserError(f"config: unknown key {full}", expected="one of " + ", ".join(known), fix=fix)
 
 
 def _check_paths(section: dict, schema: dict, name: str) -> None:
