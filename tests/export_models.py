@@ -12,7 +12,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def converter_python() -> str:
-    """The Python of the TurboMind converter's environment (lmdeploy 0.9.2.post1, transformers 4.55)."""
+    """The Python of the TurboMind converter's environment (lmdeploy 0.9.2.post1, transformers 4.57)."""
     named = os.environ.get("SNAKETUNE_TURBOMIND_PYTHON")
     path = Path(named) if named else REPO / ".venv-turbomind" / "bin" / "python"
     if not path.is_file():

@@ -86,7 +86,7 @@ def test_transformers_5_reads_the_model_that_was_in_memory(converted, name):
 
 
 def test_transformers_4_reads_the_same_model(converted, tmp_path):
-    """Token ids, logits, rope and dtype in transformers 4.55, in one process of the converter's environment."""
+    """Token ids, logits, rope and dtype in transformers 4.57, in one process of the converter's environment."""
     script = tmp_path / "read.py"
     script.write_text(
         "import json, sys, torch, transformers\n"

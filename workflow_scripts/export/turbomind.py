@@ -1,6 +1,6 @@
 """Hugging Face folder -> TurboMind workspace, with lmdeploy 0.9.2's own converter.
 
-lmdeploy 0.9.2.post1 is the last release that has one. Runs in the converter's environment (transformers 4.55,
+lmdeploy 0.9.2.post1 is the last release that has one. Runs in the converter's environment (transformers 4.57,
 numpy 1, lmdeploy): nothing here may need transformers 5 or mmengine's runner.
 
 The converter moves numbers about and writes raw files; it needs a GPU for nothing, but its package imports the
