@@ -27,6 +27,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+# As internlm2-chat-7b has it; lmdeploy's reader knows heads of size 128 only.
+INTERNLM2 = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 512,
+    "head_dim": 128,
+    "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
+}
 # name: (kind of model, its settings, tp, dtype)
 FAMILIES = {
     "mistral": ("mistral", {}, 1, "float16"),
@@ -46,7 +54,22 @@ FAMILIES = {
         "bfloat16",
     ),
     "qwen3": ("qwen3", {}, 1, "bfloat16"),
+    "internlm2": ("internlm2", INTERNLM2, 1, "float16"),
+    "internlm2 tp 2": ("internlm2", INTERNLM2, 2, "bfloat16"),
 }
+# Every number of GPUs for the families that are trained most, the two types in turn; 4 KV heads on 8 GPUs are copied.
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 512, "intermediate_size": 64}
+MATRIX = {
+    f"{family} tp {tp} {dtype}": (kind, HEADS | settings, tp, dtype)
+    for family, kind, settings, dtypes in (
+        ("mistral", "mistral", {}, ("float16", "bfloat16")),
+        ("llama untied", "llama", {}, ("bfloat16", "float16")),
+        ("llama tied", "llama", {"tie_word_embeddings": True}, ("float16", "bfloat16")),
+        ("qwen2", "qwen2", {}, ("bfloat16", "float16")),
+    )
+    for tp, dtype in zip((1, 2, 4, 8), dtypes * 2, strict=True)
+}
+FAMILIES |= MATRIX
 _DRIVER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -63,23 +86,69 @@ def converted(tmp_path_factory, tiny_tokenizer_dir) -> dict[str, tuple[Path, Pat
     from transformers import AutoModelForCausalLM
 
     python = converter_python()
-    root, jobs, folders = tmp_path_factory.mktemp("proof"), [], {}
-    for number, (name, (kind, settings, tp, dtype)) in enumerate(FAMILIES.items()):
-        base = write_base(root / f"base{number}", tiny_tokenizer_dir, kind, **settings)
-        model = AutoModelForCausalLM.from_pretrained(base)
+    root, jobs, folders, models = tmp_path_factory.mktemp("proof"), [], {}, {}
+
+    def write_model(kind: str, settings: dict) -> Path:
+        hf = root / f"hf{len(models)}"
+        write_base(hf, tiny_tokenizer_dir, "llama" if kind == "internlm2" else kind, **settings)
+        model = AutoModelForCausalLM.from_pretrained(hf)
         with torch.no_grad():  # biases and norms start as 0 and 1, which hides a mistake
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(0.1 * torch.randn(parameter.shape))
-        hf, dst = root / f"hf{number}", root / f"tm{number}"
-        shutil.copytree(base, hf)
         save_model(model, hf, "float32")
+        if kind == "internlm2":
+            shutil.copytree(hf, hf.with_name("llama"))
+            make_internlm2(hf)
+        return hf
+
+    for number, (name, (kind, settings, tp, dtype)) in enumerate(FAMILIES.items()):
+        key = kind, json.dumps(settings)
+        if key not in models:
+            models[key] = write_model(kind, settings)
+        hf, dst = models[key], root / f"tm{number}"
         jobs.append({"hf": str(hf), "dst": str(dst), "tp": tp, "dtype": dtype})
         folders[name] = hf, dst
     command = [python, "-c", _DRIVER, str(REPO / "workflow_scripts"), json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return folders
+
+
+def make_internlm2(folder: Path) -> None:
+    """Turns a Llama's folder into InternLM2's: other names, and q, k and v of each KV head one below the other."""
+    from safetensors.torch import load_file, save_file
+
+    llama, result = load_file(folder / "model.safetensors"), {}
+    size, group = 128, 2
+    names = {
+        "model.embed_tokens": "model.tok_embeddings",
+        "lm_head": "output",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+        "post_attention_layernorm": "ffn_norm",
+        "input_layernorm": "attention_norm",
+    }
+    for name, tensor in llama.items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        if "_proj" not in name:
+            result[name] = tensor
+    for layer in range(2):
+        q, k, v = (llama[f"model.layers.{layer}.self_attn.{letter}_proj.weight"] for letter in "qkv")
+        blocks = []
+        for head in range(2):
+            blocks += [q[head * group * size : (head + 1) * group * size]]
+            blocks += [each[head * size : (head + 1) * size] for each in (k, v)]
+        result[f"model.layers.{layer}.attention.wqkv.weight"] = torch.cat(blocks)
+    save_file(result, folder / "model.safetensors", {"format": "pt"})
+    config = read_json(folder / "config.json")
+    for name in ("rope_parameters", "head_dim", "attention_bias", "mlp_bias", "dtype"):
+        config.pop(name, None)
+    config |= {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2", "bias": False}
+    write_json(folder / "config.json", config | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
 
 
 @pytest.fixture
@@ -103,11 +172,30 @@ def test_what_lmdeploy_writes_is_proved(converted, name):
     assert proof["forward"]["top1_agreement"] == 1.0
 
 
+def test_internlm2_computes_what_the_llama_of_its_parts_computes(converted):
+    from transformers import AutoModelForCausalLM
+
+    from export.reference_forward import turbomind_logits
+    from export.turbomind_folder import TurboMindFolder
+
+    hf, turbomind = converted["internlm2"]
+    ids = torch.arange(40)[None] * 7
+    llama = AutoModelForCausalLM.from_pretrained(hf.with_name("llama")).eval()
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            parameter.copy_(parameter.half())
+        expected = llama(input_ids=ids, use_cache=False).logits
+    found = turbomind_logits(TurboMindFolder(turbomind), ids)
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
 def read_tensor_names(hf: Path) -> set[str]:
     from safetensors import safe_open
 
     with safe_open(hf / "model.safetensors", "pt") as file:
         names = set(file.keys())
+    if "output.weight" in names:  # InternLM2: three tensors of one `wqkv`, in two layers
+        return names | {"1", "2", "3", "4"}
     # A tied head is stored once and written twice.
     return names if "lm_head.weight" in names else names | {"lm_head.weight"}
 

@@ -7,7 +7,7 @@ pass straight from the engine's matrices, in its rotary layout, must give the lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from common.cli import UserError
 from common.files import read_json
 from common.progress import Progress
 
+from . import internlm2
 from .hf_config import rope_of
 from .hf_folder import require_model_folder
 from .reference_forward import transformers_logits, turbomind_logits
@@ -24,7 +25,13 @@ from .safetensors_reader import SafetensorsFolder
 from .turbomind_config import shared_settings
 from .turbomind_folder import TurboMindFolder, same_bits
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    internlm2.ARCHITECTURE,
+)
 # Two fp32 evaluations of one function; what differs is the order of sums.
 LARGEST_DIFFERENCE = 1e-4
 TOKENS = 64
@@ -54,7 +61,10 @@ def prove(hf: Path, turbomind: Path, forward: bool = True) -> dict[str, Any]:
             expected=", ".join(ARCHITECTURES),
             fix="set turbomind.proof: false, and compare the served model's answers yourself",
         )
-    folder, weights = TurboMindFolder(turbomind), SafetensorsFolder(hf)
+    folder = TurboMindFolder(turbomind)
+    weights: Mapping[str, torch.Tensor] = SafetensorsFolder(hf)
+    if architecture == internlm2.ARCHITECTURE:
+        weights, hf_config = internlm2.LlamaWeights(weights, hf_config), internlm2.llama_config(hf_config)
     config = compare_config(hf_config, folder)
     tensors = compare_weights(weights, folder, hf_config)
     return {
@@ -65,19 +75,22 @@ def prove(hf: Path, turbomind: Path, forward: bool = True) -> dict[str, Any]:
         "tensors": tensors,
         "weights_bytes": sum((folder.weights / name).stat().st_size for name in folder.read),
         "config": config,
-    } | ({"forward": _compare_forward(hf, weights, folder)} if forward else {})
+    } | ({"forward": _compare_forward(hf_config, weights, folder)} if forward else {})
 
 
-def _compare_forward(hf: Path, weights: SafetensorsFolder, folder: TurboMindFolder) -> dict[str, Any]:
+def _compare_forward(
+    hf_config: dict[str, Any], weights: Mapping[str, torch.Tensor], folder: TurboMindFolder
+) -> dict[str, Any]:
     from transformers import AutoConfig
 
     ids = torch.randint(folder.vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    expected = transformers_logits(AutoConfig.from_pretrained(hf), weights, ids, folder.dtype)
+    config = AutoConfig.for_model(**hf_config)
+    expected = transformers_logits(config, weights, ids, folder.dtype)
     found = turbomind_logits(folder, ids)
     return {"tokens": TOKENS, **compare_logits(expected, found, "TurboMind", "the Hugging Face folder")}
 
 
-def compare_weights(weights: SafetensorsFolder, folder: TurboMindFolder, hf_config: dict) -> int:
+def compare_weights(weights: Mapping[str, torch.Tensor], folder: TurboMindFolder, hf_config: dict) -> int:
     """Compares every weight bit for bit, in the workspace's dtype, and returns how many there are.
 
     Raises:
