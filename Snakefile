@@ -19,7 +19,6 @@ if not workflow.overwrite_configfiles:
 
 include: "rules/common.smk"
 include: "rules/functions.smk"
-include: "rules/slurm_status.smk"
 include: "rules/preflight.smk"
 include: "rules/extend_tokenizer.smk"
 include: "rules/tokenize_dataset.smk"
@@ -36,6 +35,7 @@ include: "rules/evaluate_model.smk"
 include: "rules/evaluate_tool_calls.smk"
 include: "rules/write_model_card.smk"
 include: "rules/render_report.smk"
+include: "rules/adapt_snakemake.smk"
 
 
 # The stage targets, and rules of a few seconds: on a cluster they run where Snakemake runs.
@@ -43,6 +43,7 @@ localrules:
     all,
     begin_preflight,
     preflight,
+    pass_preflight,
     tokenize,
     plan,
     train,

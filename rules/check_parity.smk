@@ -14,7 +14,7 @@ rule encode_prompts:
     output:
         READINGS,
     log:
-        f"{LOGS}/encode_prompts/{{run}}.log",
+        f"{RUN_LOGS}/encode_prompts.log",
     benchmark:
         f"{BENCHMARKS}/encode_prompts/{{run}}.tsv"
     conda:
@@ -32,7 +32,7 @@ rule encode_prompts:
     message:
         "Encode fixed prompts as they are served: run {wildcards.run}"
     shell:
-        '"$TURBOMIND_PYTHON" "$SCRIPTS"/encode_prompts.py {input.model:q} --output {output:q} {params.options} 2>&1 | tee {log:q}'
+        '"$TURBOMIND_PYTHON" "$SCRIPTS"/encode_prompts.py {input.model:q} --output {output:q} {params.options} 2>&1 | keep_log {log:q}'
 
 
 rule check_parity:
@@ -51,7 +51,7 @@ rule check_parity:
             labels={"run": "{run}"},
         ),
     log:
-        f"{LOGS}/check_parity/{{run}}.log",
+        f"{RUN_LOGS}/check_parity.log",
     benchmark:
         f"{BENCHMARKS}/check_parity/{{run}}.tsv"
     conda:
@@ -66,4 +66,4 @@ rule check_parity:
         "Check that the conversions of run {wildcards.run} say what the checkpoint says"
     shell:
         'python "$SCRIPTS"/check_parity.py {input.config:q} {input.checkpoint:q} {input.hf:q} --output {output:q}'
-        " {params.options} 2>&1 | tee {log:q}"
+        " {params.options} 2>&1 | keep_log {log:q}"

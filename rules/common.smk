@@ -14,10 +14,10 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     shared/data/{data}/data_order.txt
     shared/data/{data}/packs/{pack}/plan.json              the pack plan: rows.npy, slices.npy and order.npy beside it
     shared/preflight/report.{json,txt}                     what `snakemake preflight` found (undeclared)
+    shared/preflight/passed.json                           it passed: what trainings may wait for
     {run}/config.json                                      the run's complete settings
     {run}/train_config.py                                  the mmengine config
     {run}/checkpoints/<identity>/                          run folders (undeclared, so retries keep them)
-    {run}/checkpoints/logs/<UTC time>-<job>.log            the log of every attempt (undeclared, likewise)
     {run}/train.json                                       what was trained (manifest, last)
     {run}/run_plan.json                                    what the run will take
     {run}/hf/    {run}/turbomind/                          the model
@@ -27,7 +27,9 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     {run}/evaluation/tool_calls.{label}.json               the same models, where held-out conversations call tools
     {run}/model_card.md    {run}/serve.txt                 what it was made from and how it does; how it is served
     {run}/report.html
-    logs/<rule>/...    benchmarks/<rule>/...
+    {run}/logs/<rule>.log    logs/<rule>/...               what a rule's last attempt said; beside it, in a folder of the
+                                                           log's name, <UTC time>-<job>.log of every one (undeclared)
+    benchmarks/<rule>/...
 
 {tokenizer}, {data} and {pack} are made of a readable name and a digest of the settings that decide their content, so
 runs that agree on these settings share the files. A stage's rule, script, log and benchmark have one name.
@@ -75,10 +77,10 @@ DATA_ORDER = f"{DATA}/data_order.txt"
 PACK = f"{DATA}/packs/{{pack}}"
 PACK_PLAN = f"{PACK}/plan.json"
 PREFLIGHT = f"{RESULTS}/shared/preflight"
+PREFLIGHT_PASSED = f"{PREFLIGHT}/passed.json"
 RUN_CONFIG = f"{RESULTS}/{{run}}/config.json"
 TRAIN_CONFIG = f"{RESULTS}/{{run}}/train_config.py"
 CHECKPOINTS = f"{RESULTS}/{{run}}/checkpoints"
-ATTEMPT_LOGS = f"{CHECKPOINTS}/logs"
 RUN_PLAN = f"{RESULTS}/{{run}}/run_plan.json"
 TRAIN_MANIFEST = f"{RESULTS}/{{run}}/train.json"
 HF = f"{RESULTS}/{{run}}/hf"
@@ -91,6 +93,7 @@ EVALUATION = f"{RESULTS}/{{run}}/evaluation/{{label}}.json"
 TOOL_CALLS = f"{RESULTS}/{{run}}/evaluation/tool_calls.{{label}}.json"
 REPORT = f"{RESULTS}/{{run}}/report.html"
 LOGS = f"{RESULTS}/logs"
+RUN_LOGS = f"{RESULTS}/{{run}}/logs"
 BENCHMARKS = f"{RESULTS}/benchmarks"
 
 # Commands find their interpreter and scripts through the prefix of every shell command, which is not tracked: where
@@ -108,6 +111,12 @@ if not USES_CONDA:
 if not any(run["model"]["hub"] for run in RUNS.values()):
     # Only a config that names a hub model lets a job use the network.
     PREFIX.append("export HF_HUB_OFFLINE=1")
+# The end of every rule's pipe: what it says goes to its log, which Snakemake deletes before another attempt, and to a
+# file that stays. On a signal it stays to the last word.
+PREFIX.append(
+    "keep_log() {{ local kept=${{1%.log}}; mkdir -p \"$kept\"; trap '' INT TERM USR1;"
+    ' exec tee "$1" "$kept/$(date -u +%Y%m%dT%H%M%SZ)-${{SLURM_JOB_ID:-$$}}.log"; }}'
+)
 shell.prefix("; ".join(PREFIX) + "; ")
 
 CONVERTED = [

@@ -12,7 +12,7 @@ rule convert_hf_to_turbomind:
     output:
         directory(TURBOMIND),
     log:
-        f"{LOGS}/convert_hf_to_turbomind/{{run}}.log",
+        f"{RUN_LOGS}/convert_hf_to_turbomind.log",
     benchmark:
         f"{BENCHMARKS}/convert_hf_to_turbomind/{{run}}.tsv"
     wildcard_constraints:
@@ -31,4 +31,4 @@ rule convert_hf_to_turbomind:
     message:
         "Convert run {wildcards.run} to TurboMind"
     shell:
-        '"$TURBOMIND_PYTHON" "$SCRIPTS"/convert_hf_to_turbomind.py {params.model_name:q} {input:q} --dst-path {output:q} {params.options} 2>&1 | tee {log:q}'
+        '"$TURBOMIND_PYTHON" "$SCRIPTS"/convert_hf_to_turbomind.py {params.model_name:q} {input:q} --dst-path {output:q} {params.options} 2>&1 | keep_log {log:q}'

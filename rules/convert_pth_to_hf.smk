@@ -11,7 +11,7 @@ rule convert_pth_to_hf:
     output:
         directory(HF),
     log:
-        f"{LOGS}/convert_pth_to_hf/{{run}}.log",
+        f"{RUN_LOGS}/convert_pth_to_hf.log",
     benchmark:
         f"{BENCHMARKS}/convert_pth_to_hf/{{run}}.tsv"
     conda:
@@ -27,4 +27,4 @@ rule convert_pth_to_hf:
     message:
         "Convert the checkpoint of run {wildcards.run} to Hugging Face"
     shell:
-        'python "$SCRIPTS"/convert_pth_to_hf.py {input.config:q} {input.manifest:q} {output:q} {params.options} 2>&1 | tee {log:q}'
+        'python "$SCRIPTS"/convert_pth_to_hf.py {input.config:q} {input.manifest:q} {output:q} {params.options} 2>&1 | keep_log {log:q}'

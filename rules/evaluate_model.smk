@@ -19,7 +19,7 @@ rule evaluate_model:
             labels={"run": "{run}", "model": "{label}"},
         ),
     log:
-        f"{LOGS}/evaluate_model/{{run}}.{{label}}.log",
+        f"{RUN_LOGS}/evaluate_model.{{label}}.log",
     benchmark:
         f"{BENCHMARKS}/evaluate_model/{{run}}.{{label}}.tsv"
     conda:
@@ -39,4 +39,4 @@ rule evaluate_model:
         "Evaluate the {wildcards.label} model of run {wildcards.run}"
     shell:
         'python "$SCRIPTS"/evaluate_model.py --model {params.model:q} --tokenizer-path {input.tokenizer:q}'
-        " --heldout-dir {params.heldout_dir:q} --output {output:q} {params.options} 2>&1 | tee {log:q}"
+        " --heldout-dir {params.heldout_dir:q} --output {output:q} {params.options} 2>&1 | keep_log {log:q}"

@@ -20,7 +20,7 @@ rule evaluate_tool_calls:
             labels={"run": "{run}", "model": "{label}"},
         ),
     log:
-        f"{LOGS}/evaluate_tool_calls/{{run}}.{{label}}.log",
+        f"{RUN_LOGS}/evaluate_tool_calls.{{label}}.log",
     benchmark:
         f"{BENCHMARKS}/evaluate_tool_calls/{{run}}.{{label}}.tsv"
     conda:
@@ -40,4 +40,4 @@ rule evaluate_tool_calls:
         "Ask the {wildcards.label} model of run {wildcards.run} where held-out conversations call tools"
     shell:
         'python "$SCRIPTS"/evaluate_tool_calls.py --model {params.model:q} --tokenizer-path {input.tokenizer:q}'
-        " --heldout-dir {params.heldout_dir:q} --output {output:q} {params.options} 2>&1 | tee {log:q}"
+        " --heldout-dir {params.heldout_dir:q} --output {output:q} {params.options} 2>&1 | keep_log {log:q}"

@@ -28,4 +28,4 @@ rule extend_tokenizer:
         "Extend the tokenizer {params.base} by the chat template's tokens"
     shell:
         'python "$SCRIPTS"/extend_tokenizer.py --tokenizer-path {params.base:q} {params.options}'
-        " --tokenizer-w-special-tokens-save-dir {output:q} 2>&1 | tee {log:q}"
+        " --tokenizer-w-special-tokens-save-dir {output:q} 2>&1 | keep_log {log:q}"

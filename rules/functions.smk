@@ -333,6 +333,11 @@ def parity_gate(wildcards):
     return PARITY.format(run=wildcards.run) if gated else []
 
 
+def preflight_gate(wildcards):
+    """The gate before a training, where the config asks for it; that it was passed again is no reason to train again."""
+    return ancient(PREFLIGHT_PASSED) if RUNS[wildcards.run]["preflight"]["required"] else []
+
+
 def preflight_settings(wildcards):
     """What preflight.py looks at, as JSON."""
     runs = []

@@ -10,7 +10,7 @@ rule link_serving_folder:
     output:
         directory(TURBOMIND),
     log:
-        f"{LOGS}/link_serving_folder/{{run}}.log",
+        f"{RUN_LOGS}/link_serving_folder.log",
     benchmark:
         f"{BENCHMARKS}/link_serving_folder/{{run}}.tsv"
     wildcard_constraints:
@@ -28,4 +28,4 @@ rule link_serving_folder:
     message:
         "Make the serving folder of run {wildcards.run}"
     shell:
-        'python "$SCRIPTS"/link_serving_folder.py {input:q} {output:q} {params.options} 2>&1 | tee {log:q}'
+        'python "$SCRIPTS"/link_serving_folder.py {input:q} {output:q} {params.options} 2>&1 | keep_log {log:q}'

@@ -27,4 +27,4 @@ rule plan_packing:
     message:
         "Plan the packing: {wildcards.pack}"
     shell:
-        'python "$SCRIPTS"/plan_packing.py {params.options} --data-order {input.data_order:q} 2>&1 | tee {log:q}'
+        'python "$SCRIPTS"/plan_packing.py {params.options} --data-order {input.data_order:q} 2>&1 | keep_log {log:q}'

@@ -12,7 +12,7 @@ rule plan_run:
     output:
         RUN_PLAN,
     log:
-        f"{LOGS}/plan_run/{{run}}.log",
+        f"{RUN_LOGS}/plan_run.log",
     benchmark:
         f"{BENCHMARKS}/plan_run/{{run}}.tsv"
     conda:
@@ -28,4 +28,4 @@ rule plan_run:
         "Plan what run {wildcards.run} will take"
     shell:
         'python "$SCRIPTS"/plan_run.py --config {input.config:q} --plan {params.folder:q}'
-        " --tokenizer-path {input.tokenizer:q} --output {output:q} {params.options} 2>&1 | tee {log:q}"
+        " --tokenizer-path {input.tokenizer:q} --output {output:q} {params.options} 2>&1 | keep_log {log:q}"

@@ -1,8 +1,9 @@
 """
 REQUIRED INPUT  the settings; nothing is made before
 OUTPUT          shared/preflight/report.json and report.txt (undeclared): what was looked at, pass or what to do
+                shared/preflight/passed.json: it passed; trainings wait for it with `preflight.required`
 
-Each `snakemake preflight` looks again: its files are temporary, and nothing depends on them.
+Each `snakemake preflight` looks again: its files are temporary.
 """
 
 
@@ -21,10 +22,11 @@ rule begin_preflight:
         runtime=5,
     params:
         folder=lambda wildcards, output: str(Path(output[0]).parent),
+        settings=preflight_settings,
     message:
         "Write a word here for the nodes to read"
     shell:
-        'python "$SCRIPTS"/preflight.py begin --folder {params.folder:q} 2>&1 | tee {log:q}'
+        'python "$SCRIPTS"/preflight.py begin --folder {params.folder:q} --settings {params.settings:q} 2>&1 | keep_log {log:q}'
 
 
 rule probe_partition:
@@ -61,7 +63,7 @@ rule probe_partition:
     shell:
         'python "$SCRIPTS"/preflight.py probe --folder {params.folder:q} --envs {params.envs:q}'
         " --settings {params.settings:q} --launcher {resources.launcher} --nodes {resources.nodes}"
-        " --gpus-per-node {resources.gpus_per_node} 2>&1 | tee {log:q}"
+        " --gpus-per-node {resources.gpus_per_node} 2>&1 | keep_log {log:q}"
 
 
 rule preflight:
@@ -82,4 +84,15 @@ rule preflight:
     message:
         "Pass, or what to do"
     shell:
-        'python "$SCRIPTS"/preflight.py report --folder {params.folder:q} 2>&1 | tee {log:q}'
+        'python "$SCRIPTS"/preflight.py report --folder {params.folder:q} 2>&1 | keep_log {log:q}'
+
+
+# The same before a training that asks for it: once, and again when what it looks at is another.
+use rule preflight as pass_preflight with:
+    output:
+        PREFLIGHT_PASSED,
+    log:
+        f"{LOGS}/pass_preflight.log",
+    params:
+        folder=lambda wildcards, input: str(Path(input[0]).parent),
+        settings=preflight_settings,

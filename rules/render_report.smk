@@ -8,7 +8,7 @@ rule write_run_config:
     output:
         RUN_CONFIG,
     log:
-        f"{LOGS}/write_run_config/{{run}}.log",
+        f"{RUN_LOGS}/write_run_config.log",
     benchmark:
         f"{BENCHMARKS}/write_run_config/{{run}}.tsv"
     conda:
@@ -22,7 +22,7 @@ rule write_run_config:
     message:
         "Write down the settings of run {wildcards.run}"
     shell:
-        'python "$SCRIPTS"/write_run_config.py --output {output:q} --settings {params.settings:q} 2>&1 | tee {log:q}'
+        'python "$SCRIPTS"/write_run_config.py --output {output:q} --settings {params.settings:q} 2>&1 | keep_log {log:q}'
 
 
 rule render_report:
@@ -50,7 +50,7 @@ rule render_report:
             labels={"run": "{run}"},
         ),
     log:
-        f"{LOGS}/render_report/{{run}}.log",
+        f"{RUN_LOGS}/render_report.log",
     benchmark:
         f"{BENCHMARKS}/render_report/{{run}}.tsv"
     conda:
@@ -67,4 +67,4 @@ rule render_report:
         'python "$SCRIPTS"/render_report.py --output {output:q} --run {wildcards.run:q} --config {input.config:q}'
         " --train-manifest {input.train:q} --dataset-manifests {input.data:q}"
         " --base-evaluation {input.base:q} --tuned-evaluation {input.tuned:q} --plan {input.plan:q} --run-plan {input.run_plan:q}"
-        ' --tokenizer-path {input.tokenizer:q} --lock "$SCRIPTS"/../envs/snaketune.txt {params.options} 2>&1 | tee {log:q}'
+        ' --tokenizer-path {input.tokenizer:q} --lock "$SCRIPTS"/../envs/snaketune.txt {params.options} 2>&1 | keep_log {log:q}'

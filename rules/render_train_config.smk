@@ -10,7 +10,7 @@ rule render_train_config:
     output:
         TRAIN_CONFIG,
     log:
-        f"{LOGS}/render_train_config/{{run}}.log",
+        f"{RUN_LOGS}/render_train_config.log",
     benchmark:
         f"{BENCHMARKS}/render_train_config/{{run}}.tsv"
     conda:
@@ -24,4 +24,4 @@ rule render_train_config:
     message:
         "Render the training config of run {wildcards.run}"
     shell:
-        'python "$SCRIPTS"/render_train_config.py --output {output:q} {params.options} 2>&1 | tee {log:q}'
+        'python "$SCRIPTS"/render_train_config.py --output {output:q} {params.options} 2>&1 | keep_log {log:q}'

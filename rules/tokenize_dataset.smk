@@ -32,7 +32,7 @@ rule split_heldout:
         "Set held-out conversations aside: {wildcards.part}"
     shell:
         'python "$SCRIPTS"/split_heldout.py {params.options} --part {wildcards.part} --manifest {output:q}'
-        " 2>&1 | tee {log:q}"
+        " 2>&1 | keep_log {log:q}"
 
 
 rule tokenize_dataset:
@@ -62,7 +62,7 @@ rule tokenize_dataset:
     shell:
         'python "$SCRIPTS"/tokenize_dataset.py {params.options} --tokenizer-path {input.tokenizer:q}'
         " --part {wildcards.part} --marker {output:q} --shard-mb {resources.shard_mb} --batch-mb {resources.batch_mb}"
-        " --threads {threads} 2>&1 | tee {log:q}"
+        " --threads {threads} 2>&1 | keep_log {log:q}"
 
 
 rule merge_tokenized:
@@ -87,4 +87,4 @@ rule merge_tokenized:
         "Join the tokenised parts and write the manifests"
     shell:
         'python "$SCRIPTS"/tokenize_dataset.py {params.options} --tokenizer-path {input.tokenizer:q}'
-        " --merge --index {output:q} --prune 2>&1 | tee {log:q}"
+        " --merge --index {output:q} --prune 2>&1 | keep_log {log:q}"

@@ -1,7 +1,6 @@
 """
 REQUIRED INPUT  the training config, the extended tokenizer, the tokenised data and their pack plan
-OUTPUT          {run}/train.json, written last; the checkpoints it names lie in {run}/checkpoints/<identity>/, the log
-                of every attempt in {run}/checkpoints/logs/
+OUTPUT          {run}/train.json, written last; the checkpoints it names lie in {run}/checkpoints/<identity>/
 
 Checkpoints are not declared: Snakemake deletes declared outputs before every attempt. Started again, the script
 goes on from the newest whole checkpoint of the same identity (model, data, hyperparameters), or finds that the
@@ -16,10 +15,11 @@ rule train_model:
         plan=path_of(PACK_PLAN),
         data=path_of(TOKENIZED),
         watched=watched_inputs,
+        preflight=preflight_gate,
     output:
         TRAIN_MANIFEST,
     log:
-        f"{LOGS}/train_model/{{run}}.log",
+        f"{RUN_LOGS}/train_model.log",
     benchmark:
         f"{BENCHMARKS}/train_model/{{run}}.tsv"
     # Attempts go on where the last one stopped, at its time limit or preempted; a guard refuses those without progress.
@@ -32,6 +32,7 @@ rule train_model:
     resources:
         mem_mb=train_memory,
         runtime=cluster_of("runtime"),
+        lock_wait=cluster_of("lock_wait"),
         launcher="none",
         nodes=cluster_of("nodes"),
         tasks=train_tasks(per_node=False),
@@ -43,14 +44,12 @@ rule train_model:
         mpi=train_mpi,
     params:
         runs_dir=path_of(CHECKPOINTS),
-        logs=path_of(ATTEMPT_LOGS),
         options=train_flags,
         model_digest=model_digest,
     message:
         "Train run {wildcards.run}"
     shell:
-        'mkdir -p {params.logs:q}; attempt={params.logs:q}/"$(date -u +%Y%m%dT%H%M%SZ)-${{SLURM_JOB_ID:-$$}}.log"; '
         'python "$SCRIPTS"/train_model.py {input.config:q} --runs-dir {params.runs_dir:q} --manifest {output:q}'
-        " --time-limit {resources.runtime} {params.options} --launcher {resources.launcher} --nodes {resources.nodes}"
+        " --time-limit {resources.runtime} --lock-wait {resources.lock_wait} {params.options} --launcher {resources.launcher} --nodes {resources.nodes}"
         " --cpus-per-process {resources.cpus_per_task} --gpus-per-node {resources.gpus_per_node}"
-        " 2>&1 | (trap '' INT TERM USR1; exec tee {log:q} \"$attempt\")"
+        " 2>&1 | keep_log {log:q}"

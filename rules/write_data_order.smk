@@ -26,4 +26,4 @@ rule write_data_order:
         "Write the order of the training files"
     shell:
         'python "$SCRIPTS"/write_data_order.py --data-folder {params.train_folder:q} --save-folder {params.save_folder:q}'
-        " --file-type .bin 2>&1 | tee {log:q}"
+        " --file-type .bin 2>&1 | keep_log {log:q}"

@@ -17,7 +17,7 @@ rule write_model_card:
         card=MODEL_CARD,
         commands=SERVE,
     log:
-        f"{LOGS}/write_model_card/{{run}}.log",
+        f"{RUN_LOGS}/write_model_card.log",
     benchmark:
         f"{BENCHMARKS}/write_model_card/{{run}}.tsv"
     conda:
@@ -32,4 +32,4 @@ rule write_model_card:
         "Write the model card of run {wildcards.run}"
     shell:
         'python "$SCRIPTS"/write_model_card.py {input.config:q} {input.train:q} {input.hf:q} --output {output.card:q}'
-        " --commands {output.commands:q} {params.options} 2>&1 | tee {log:q}"
+        " --commands {output.commands:q} {params.options} 2>&1 | keep_log {log:q}"

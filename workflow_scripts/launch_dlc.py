@@ -1,4 +1,4 @@
-"""Starts this pod's ranks of a training in a PyTorchJob: Aliyun DLC, or Kubernetes with Kubeflow.
+"""Starts this pod's ranks of a training, or of preflight, in a PyTorchJob: Aliyun DLC, or Kubernetes with Kubeflow.
 
 Every pod runs the same command; its place comes from the environment alone: WORLD_SIZE (number of pods), RANK (index
 of this pod), MASTER_ADDR, MASTER_PORT, and KUBERNETES_CONTAINER_RESOURCE_GPU (ranks in each pod). The guide's
@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         help=f"ranks in each pod (default: {GPUS}, and one where that is 0)",
     )
-    parser.add_argument("script", choices=["train_model.py"], help="what each rank runs")
+    parser.add_argument("script", choices=["train_model.py", "preflight.py"], help="what each rank runs")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     return parser.parse_args()
 

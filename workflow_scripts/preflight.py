@@ -2,7 +2,7 @@
 
 Three steps, all on `--folder`, below results_dir: `begin` where the workflow is controlled writes a random word; `probe` in
 a job on the partition reads it, looks at packages, GPUs, network, disk and tokenizers, and answers; `report` reads the
-answers where it began, writes report.json and report.txt, and ends with code 1 when something is to be done.
+answers where it began, writes report.json and report.txt, and passed.json or ends with code 1 when something is to be done.
 `snakemake preflight` runs all three.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from common.cli import UserError, run
 from common.files import read_json, write_json, write_text
 
-NONCE, ANSWERS = "nonce.json", "answers"
+NONCE, ANSWERS, PASSED = "nonce.json", "answers", "passed.json"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,8 +31,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("step", choices=["begin", "probe", "report"], help="see above")
     parser.add_argument("--folder", type=Path, required=True, help="where word, answers and report are")
+    parser.add_argument(
+        "--settings",
+        type=json.loads,
+        help="for begin or probe, JSON: `runs`, `jsonl_bytes`, `turbomind_python` (default of probe: those of begin)",
+    )
     probe = parser.add_argument_group("for probe")
-    probe.add_argument("--settings", type=json.loads, help="JSON: `runs`, `jsonl_bytes`, `turbomind_python`")
     probe.add_argument("--envs", type=Path, help="folder of the lock files")
     probe.add_argument(
         "--launcher",
@@ -50,10 +54,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def begin(folder: Path) -> None:
-    """Writes the word, and forgets the last report."""
+def begin(folder: Path, settings: dict | None) -> None:
+    """Writes the word and what is to be looked at, and forgets the last report."""
     shutil.rmtree(folder, ignore_errors=True)
-    write_json(folder / NONCE, {"nonce": secrets.token_hex(16), "host": platform.node()})
+    word = {"nonce": secrets.token_hex(16), "host": platform.node(), "settings": settings}
+    write_json(folder / NONCE, word)
 
 
 def probe(arguments: argparse.Namespace) -> int:
@@ -154,18 +159,28 @@ def report(folder: Path) -> int:
     print(text, end="", flush=True)
     (folder / NONCE).unlink()
     shutil.rmtree(folder / ANSWERS, ignore_errors=True)
-    return 0 if all(check.passed for check in checks) else 1
+    if not all(check.passed for check in checks):
+        return 1
+    write_json(folder / PASSED, {"host": nonce["host"], "settings": nonce["settings"]})
+    return 0
 
 
 def main() -> int | None:
     """Runs one step."""
     arguments = parse_arguments()
     if arguments.step == "begin":
-        return begin(arguments.folder)
+        return begin(arguments.folder, arguments.settings)
     if arguments.step == "report":
         return report(arguments.folder)
+    nonce = arguments.folder / NONCE
+    if arguments.settings is None and nonce.is_file():
+        arguments.settings = read_json(nonce)["settings"]
     if arguments.settings is None or arguments.envs is None:
-        raise UserError("probe needs --settings and --envs", fix="see the rule probe_partition")
+        raise UserError(
+            "probe needs --settings and --envs",
+            found=f"settings neither here nor in {nonce}",
+            fix="see the rules begin_preflight and probe_partition, or for pods docs/dlc.md",
+        )
     return probe(arguments)
 
 

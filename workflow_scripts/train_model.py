@@ -70,6 +70,14 @@ def parse_arguments() -> argparse.Namespace:
         help="save and end with code 75 before this much time has passed since the start (default: none)",
     )
     parser.add_argument(
+        "--lock-wait",
+        type=float,
+        default=float("inf"),
+        metavar="MINUTES",
+        help="while another trainer works in the run folder, end with code 75 after this much time (default: wait for it, "
+        "or until the time limit)",
+    )
+    parser.add_argument(
         "--ignore-guard",
         action="store_true",
         help="start although the last attempts all crashed at the same step",
@@ -122,7 +130,8 @@ def main() -> int | None:
         processes = count_processes(arguments.processes, arguments.gpus_per_node if by_srun else None)
         ranks = processes * (arguments.nodes if by_srun else 1)
         plan = plan_run(config, work_dir, runs_dir, ranks, announce=False)
-        if wait_until_free(plan.folder, StopRequest(arguments.time_limit).deadline):
+        deadline = min(StopRequest(arguments.time_limit).deadline, time.time() + 60 * arguments.lock_wait)
+        if wait_until_free(plan.folder, deadline):
             plan = plan_run(config, work_dir, runs_dir, ranks, announce=False)
         if plan.finished:
             if arguments.manifest:

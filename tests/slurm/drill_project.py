@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import yaml
@@ -93,8 +95,18 @@ class SlurmProject:
         """The Slurm jobs of a run's attempts, oldest first."""
         return [log.stem.split("-")[1] for log in self._logs(run)]
 
+    def times(self, run: str) -> tuple[datetime, datetime]:
+        """When a run's first job ended, and when its second was submitted."""
+        first, second = self.attempt_jobs(run)[:2]
+        said = [self.cluster.run("scontrol", "show", "job", job).stdout for job in (first, second)]
+        stamps = [
+            re.search(f"{key}=(\\S+)", text)[1]
+            for key, text in zip(("EndTime", "SubmitTime"), said, strict=True)
+        ]
+        return tuple(map(datetime.fromisoformat, stamps))
+
     def _logs(self, run: str) -> list[Path]:
-        return sorted((self.folder / "results" / run / "checkpoints" / "logs").glob("*.log"))
+        return sorted((self.folder / "results" / run / "logs" / "train_model").glob("*.log"))
 
     def wait_for_step(self, running: subprocess.Popen, run: str, step: int, attempt: int = 1) -> None:
         """Waits until an attempt of a run has done a step."""

@@ -10,6 +10,8 @@ import subprocess
 import pytest
 from drill_project import PATIENCE, STEPS, wait_until
 
+from pods import exit_codes, start_pods
+
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the cluster and what all trainings share
 
 
@@ -52,6 +54,18 @@ def test_two_nodes_train_as_two_ranks_here(project, time_limited, whole_2):
     assert project.result("local") == whole_2
 
 
+def test_two_pods_train_as_two_nodes(project, whole_2):
+    """The same training without Slurm, as launch_dlc.py starts it."""
+    folder = project.folder / "results" / "pods"
+    folder.mkdir()
+    command = ["train_model.py", project.folder / "results/whole_2/train_config.py"]
+    command += ["--runs-dir", folder / "checkpoints", "--manifest", folder / "train.json"]
+    own = {"PYTHONPATH": project.code / "tests", "TEST_SLOW": 0}
+    pods = start_pods(folder / "pods.log", *command, cwd=project.folder, **own)
+    assert exit_codes(pods) == [0, 0], (folder / "pods.log").read_text()[-3000:]
+    assert project.result("pods") == whole_2
+
+
 def test_a_rank_is_killed(project, whole_2):
     with project.training("rank") as running:
         project.wait_for_step(running, "rank", 4)
@@ -59,7 +73,11 @@ def test_a_rank_is_killed(project, whole_2):
     assert project.result("rank") == whole_2
     first, second = project.attempts("rank")
     assert "Killed" in first and continued_from(second) == 3
-    assert f"Step 4/{STEPS}" in project.said(), "the failed attempt's log is shown"
+    log = re.search(r"Last 20 of \d+ lines of (results/rank/logs/train_model/\S+\.log):\n", project.said())
+    assert (project.folder / log[1]).read_text() == first
+    assert project.said()[log.end() :].startswith(
+        "".join(f"    {line}\n" for line in first.splitlines()[-20:])
+    )
 
 
 def test_a_cancelled_job_is_submitted_again(project, whole):
@@ -77,6 +95,8 @@ def test_the_time_limit_costs_no_step(project, time_limited, whole):
     attempts = project.attempts("walltime")
     stopped = re.search(r"Stopped after step (\d+) of 12 \(the time limit is near\)", attempts[0])
     assert continued_from(attempts[1]) == int(stopped[1])
+    ended, submitted = project.times("walltime")
+    assert 0 <= (submitted - ended).total_seconds() < 30, "Slurm is asked every 20 seconds"
 
 
 def preempt(project) -> None:
@@ -158,7 +178,8 @@ def test_two_at_once(project, whole):
         assert other.wait(timeout=PATIENCE) == 0, project.said()[-6000:]
     assert project.result("twice") == whole
     assert {line["attempt"] for line in project.metrics("twice")} == {1}
-    assert sum("Another trainer works" in log for log in project.attempts("twice")) == 1
+    logs = project.attempts("twice")
+    assert any("this one may not wait longer" in log for log in logs) and "Finished before" in logs[-1]
 
 
 def test_the_disk_is_full_while_saving(project, whole):

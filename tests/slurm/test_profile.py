@@ -10,11 +10,13 @@ def test_the_site_file_decides_constraint_and_partition(project):
     (project.folder / "partitions.yaml").write_text(yaml.safe_dump({"partitions": partitions}))
     site = {
         "default-resources": {"constraint": "local"},
-        "slurm-partition-config": str(project.folder / "partitions.yaml"),
+        "slurm-partition-config": "partitions.yaml",  # beside the site file
     }
     (project.folder / "site.yaml").write_text(yaml.safe_dump(site))
     try:
-        running = project.start("--until", "split_heldout", "--", "evaluate")
+        running = project.start(
+            "--set-threads", "split_heldout=4", "--until", "split_heldout", "--", "evaluate"
+        )
         assert running.wait(timeout=300) == 0, project.said()[-6000:]
     finally:
         (project.folder / "site.yaml").unlink()
@@ -22,3 +24,4 @@ def test_the_site_file_decides_constraint_and_partition(project):
     said = project.cluster.run("scontrol", "show", "job", newest).stdout
     assert "Partition=urgent" in said and "Features=local" in said
     assert "TimeLimit=02:00:00" in said, "the rule's own"
+    assert "NumCPUs=4" in said, "however few cores the host has that submits it"

@@ -3,56 +3,26 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 import tiny_run
-from sft.launch import free_port
+from pods import exit_codes, start_pods
 from sft.pods import DEFAULTS, set_network_defaults
 
-SCRIPT = Path(__file__).parents[2] / "workflow_scripts" / "launch_dlc.py"
 FLAGS = ("--max-steps", 12, "--save-steps", 4, "--lr", 5e-3)
 POD = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-
-
-def start_pods(config: Path, work_dir: Path) -> list[subprocess.Popen]:
-    """Starts two pods of one rank; each has nothing but its environment to tell it who it is."""
-    port, pods = free_port(), []
-    for index in range(2):
-        own = {"WORLD_SIZE": 2, "RANK": index, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        own |= {"KUBERNETES_CONTAINER_RESOURCE_GPU": 0, "OMP_NUM_THREADS": 1}
-        environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-        command = [sys.executable, SCRIPT, "train_model.py", config, "--work-dir", work_dir]
-        with open(work_dir.with_name(f"{work_dir.name}.log"), "ab") as log:
-            pods.append(
-                subprocess.Popen(
-                    [*map(str, command)], env=environment, stdout=log, stderr=log, start_new_session=True
-                )
-            )
-    return pods
-
-
-def codes(pods: list[subprocess.Popen]) -> list[int]:
-    try:
-        return [pod.wait(timeout=300) for pod in pods]
-    finally:
-        for pod in pods:
-            if pod.poll() is None:
-                os.killpg(pod.pid, signal.SIGKILL)
 
 
 def test_two_pods_stopped_and_started_again_train_to_what_one_machine_trains(tmp_path):
     world = tiny_run.make_world(tmp_path, documents=60)
     config, folder = tiny_run.render(world, "run.py", *FLAGS), world / "pods"
-    pods = start_pods(config, folder)
+    log, command = world / "pods.log", ("train_model.py", config, "--work-dir", folder)
+    pods = start_pods(log, *command)
     tiny_run.wait_for_step(pods[0], folder, 6)
     pods[1].terminate()  # one pod is told to go: both save and end
-    assert codes(pods) == [75, 75], tiny_run.log(folder)[-3000:]
-    assert codes(start_pods(config, folder)) == [0, 0], tiny_run.log(folder)[-3000:]
+    assert exit_codes(pods) == [75, 75], tiny_run.log(folder)[-3000:]
+    assert exit_codes(start_pods(log, *command)) == [0, 0], tiny_run.log(folder)[-3000:]
     tiny_run.train(config, world / "one", processes=2)
     assert tiny_run.curve(folder) == tiny_run.curve(world / "one")
     assert tiny_run.weights_sha256(folder) == tiny_run.weights_sha256(world / "one")

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from pods import exit_codes, start_pods
 from readiness.checks import check_gpus
 from readiness.ranks import check_all_reduce, check_shared_files
 from sft.launch import free_port
@@ -79,6 +80,7 @@ def test_everything_that_can_be_wrong_on_one_machine_is_told(
     assert "2 tokens" in checks["tokenizer of other"]["found"]
     assert "made from another base" in checks["tokenizer of made"]["found"]
     assert "GB/s" in checks["all-reduce"]["found"]
+    assert not (folder / "passed.json").exists()
     assert "6 of 10 checks failed" in done.stdout and "to do" in done.stdout
     assert done.stdout == (folder / "report.txt").read_text()
     again = run_script("preflight.py", "report", "--folder", folder, check=False)
@@ -108,6 +110,19 @@ def test_a_rank_with_another_file_system_is_missed(run_script, settings, tmp_pat
     done = run_script("preflight.py", "report", "--folder", mine, check=False)
     assert done.returncode == 1
     assert "no answer from rank 1 of 2" in done.stdout and "at the same path" in done.stdout
+
+
+def test_pods_look_at_what_begin_was_told(run_script, settings, tmp_path, repo_root):
+    folder = tmp_path / "preflight"
+    run_script("preflight.py", "begin", "--folder", folder, "--settings", json.dumps(settings))
+    log = tmp_path / "pods.log"
+    pods = start_pods(log, "preflight.py", "probe", "--folder", folder, "--envs", repo_root / "envs")
+    assert exit_codes(pods) == [0, 0], log.read_text()[-3000:]
+    run_script("preflight.py", "report", "--folder", folder)
+    report = json.loads((folder / "report.json").read_text())
+    found = {check["name"]: check["found"] for check in report}
+    assert found["all-reduce"].startswith("gloo, 2 ranks: ") and "tokenizer of demo" in found
+    assert (folder / "passed.json").is_file()
 
 
 def test_a_rank_that_reads_another_word_is_named():

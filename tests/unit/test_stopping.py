@@ -15,6 +15,7 @@ from torch import distributed
 
 from common.cli import UserError
 from sft.guard import begin_attempt, check_guard, clear_guard, record_crash
+from sft.launch import free_port
 from sft.stopping import StopRequest
 
 
@@ -130,3 +131,35 @@ def test_guard(tmp_path, monkeypatch):
         attempt(tmp_path, 5, 0)
     with pytest.raises(UserError, match="after step 5"):
         check_guard(tmp_path, metrics)
+
+
+_LOSES_A_RANK = """
+import os, sys
+from pathlib import Path
+import torch
+from torch import distributed
+from sft.launch import free_port
+from sft.guard import record_crash
+
+distributed.init_process_group("gloo")
+if os.environ["RANK"] == "1":
+    os._exit(9)
+try:
+    distributed.all_reduce(torch.ones(4))
+except RuntimeError as error:
+    record_crash(Path(sys.argv[1]), error)
+    sys.exit(3)
+"""
+
+
+def test_a_rank_that_only_misses_another_names_no_cause(tmp_path, repo_root):
+    own = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    own["PYTHONPATH"] = str(repo_root / "workflow_scripts")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _LOSES_A_RANK, str(tmp_path)], env={**os.environ, **own, "RANK": rank}
+        )
+        for rank in "01"
+    ]
+    assert [rank.wait(timeout=60) for rank in ranks] == [3, 9]
+    assert list(tmp_path.iterdir()) == []

@@ -26,6 +26,14 @@ def test_preflight_passes_and_looks_again_each_time(finished):
     assert finished.planned() == {}
 
 
+def test_a_training_waits_for_preflight_where_the_config_asks_for_it(make_project):
+    project = make_project("gated")
+    assert "pass_preflight" not in project.planned("train")
+    project.configure(preflight={"required": True})
+    planned = project.planned("train")
+    assert planned["begin_preflight"] == planned["probe_partition"] == planned["pass_preflight"] == 1
+
+
 def test_the_expected_sizes_are_those_on_the_disk(finished):
     run = {"model": finished.config["model"]["path"], "trust_remote_code": False, "dtype": "float32"}
     run |= {"hf_dtype": "float32", "zero_stage": 2, "save_optimizer": True, "save_total_limit": 2}

@@ -14,6 +14,7 @@ SECTIONS = (
     "tokenize",
     "heldout",
     "packing",
+    "preflight",
     "train",
     "cluster",
     "hf",

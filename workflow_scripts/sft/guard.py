@@ -19,6 +19,8 @@ GUARD = "guard.json"
 # Attempts in a row that may end at one step. A traceback comes again; without one the process was killed from outside:
 # by want of memory, which comes again too, or by a node that failed, for which a third attempt is worth it.
 _WITH_TRACEBACK, _WITHOUT = 2, 3
+# What gloo and NCCL say to the ranks that miss another one: no cause of its own. The rank may be one of another pod.
+_ANOTHER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
 
 
 def check_guard(folder: Path, metrics: Path) -> None:
@@ -66,7 +68,9 @@ def clear_guard(folder: Path) -> None:
 
 
 def record_crash(folder: Path, error: BaseException) -> None:
-    """Writes the traceback of this rank's end where the next start finds it."""
+    """Writes the traceback of this rank's end where the next start finds it, unless it only missed another rank."""
+    if any(words in str(error) for words in _ANOTHER_IS_GONE):
+        return
     text = "".join(traceback.format_exception(error))
     with suppress(OSError, UserError):  # a full disk: the error itself says so
         write_text(folder / f"crash_rank_{os.environ['RANK']}.txt", text)

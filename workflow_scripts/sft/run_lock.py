@@ -137,10 +137,10 @@ def wait_until_free(folder: Path, deadline: float) -> bool:
 
     Args:
         folder: The run folder.
-        deadline: When this job's time is over, in seconds since 1970.
+        deadline: When to give it up, in seconds since 1970.
 
     Raises:
-        SystemExit: The time is over; the code asks for another attempt.
+        SystemExit: Given up; the code asks for another attempt.
     """
     told = False
     while (owner := read_owner(folder)) is not None and is_alive(folder, owner):
@@ -149,7 +149,8 @@ def wait_until_free(folder: Path, deadline: float) -> bool:
             told = True
         if time.time() > deadline:
             print(
-                "It goes on, and the time limit of this one is near; start again to wait for it.", flush=True
+                "It goes on, and this one may not wait longer (its time limit, or --lock-wait); start again to wait.",
+                flush=True,
             )
             raise SystemExit(EXIT_GO_ON)
         time.sleep(2)

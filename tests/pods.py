@@ -1,0 +1,46 @@
+"""Two pods of a PyTorchJob, played by two processes on this host."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from sft.launch import free_port
+
+LAUNCHER = Path(__file__).parents[1] / "workflow_scripts" / "launch_dlc.py"
+
+
+def start_pods(
+    log: Path, *command: object, cwd: Path | None = None, **variables: object
+) -> list[subprocess.Popen]:
+    """Starts two pods of one rank; each has nothing but its environment to tell it who it is."""
+    port, pods = free_port(), []
+    for index in range(2):
+        own = {"WORLD_SIZE": 2, "RANK": index, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}
+        own |= {"KUBERNETES_CONTAINER_RESOURCE_GPU": 0, "OMP_NUM_THREADS": 1}
+        environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
+        with open(log, "ab") as output:
+            pods.append(
+                subprocess.Popen(
+                    [sys.executable, str(LAUNCHER), *map(str, command)],
+                    env=environment,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    cwd=cwd,
+                )
+            )
+    return pods
+
+
+def exit_codes(pods: list[subprocess.Popen]) -> list[int]:
+    """Waits for the pods; none outlives this call."""
+    try:
+        return [pod.wait(timeout=300) for pod in pods]
+    finally:
+        for pod in pods:
+            if pod.poll() is None:
+                os.killpg(pod.pid, signal.SIGKILL)
