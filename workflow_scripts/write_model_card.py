@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def serving_text(args: argparse.Namespace, hf: dict, commands) -> str:
-    """Returns the commands, each below a line that says what it is for."""
+    """Returns the commands, each below a line that says what it is for, and where an answer ends."""
     template = (hf.get("chat_template") or {}).get("name", "internlm2_chat")
     name = (
         read_json((args.turbomind or args.direct) / "manifest.json") if args.turbomind or args.direct else {}
@@ -72,9 +72,12 @@ def serving_text(args: argparse.Namespace, hf: dict, commands) -> str:
         newer = commands.lmdeploy_command(args.hf, served, hf["architecture"], tp, template=template)
         parts["lmdeploy 0.10 and later"] = newer
     parts["vLLM"] = commands.vllm_command(args.hf, served, tp, template)
-    parts["SGLang"] = commands.sglang_command(args.hf, served, tp)
+    parts["SGLang (none of its parsers reads these tool calls: they stay in the text of an answer)"] = (
+        commands.sglang_command(args.hf, served, tp)
+    )
     parts["a terminal, on a CPU too"] = f"python workflow_scripts/chat.py {args.hf}"
-    return "".join(f"# {what}\n{command}\n" for what, command in parts.items())
+    text = f"# An answer ends at {commands.stop_tokens(args.hf)}; each server takes this from generation_config.json.\n"
+    return text + "".join(f"\n# {what}\n{command}\n" for what, command in parts.items())
 
 
 if __name__ == "__main__":

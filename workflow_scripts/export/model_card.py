@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def model_card(
     template = (hf.get("chat_template") or {}).get("name", "internlm2_chat")
     lines = [
         "---",
-        f"base_model: {name}",
+        f"base_model: {json.dumps(name)}",
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "---",
@@ -80,9 +81,9 @@ def model_card(
     ]
     if record:
         lines += [
-            f"{record['steps']:,} steps of {record['global_batch']} rows, {record['epochs']:.3g} epochs, "
-            f"{record['tokens']:,} tokens; ZeRO-{record['zero_stage']} on {record['world_size']} ranks; last loss "
-            f"{record['final_loss']:.4f}.",
+            f"Steps: {record['steps']:,}, each of {record['global_batch']} packed row(s); epochs: "
+            f"{record['epochs']:.3g}; tokens: {record['tokens']:,}; ZeRO-{record['zero_stage']} on "
+            f"{record['world_size']} rank(s); last loss: {record['final_loss']:.4f}.",
             "",
         ]
     shown = {

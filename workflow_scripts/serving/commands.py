@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from common.files import read_json
+
 # lmdeploy >= 0.14, lmdeploy/turbomind/supported_models.py. What is not on the list runs on its PyTorch engine.
 TURBOMIND_ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -19,6 +21,15 @@ TURBOMIND_ARCHITECTURES = (
 )
 # The only shipped template whose tool calls these servers read by themselves.
 _PARSED = "internlm2_chat"
+
+
+def stop_tokens(folder: Path) -> str:
+    """Returns the tokens that end an answer by a model folder's generation_config.json, with their ids."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = read_json(folder / "generation_config.json")["eos_token_id"]
+    return " or ".join(f"{tokenizer.id_to_token(each)} ({each})" for each in ids)
 
 
 def lmdeploy_command(
