@@ -87,11 +87,10 @@ class _Kept(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A line of a `.bin` file, and how many tokens it has and trains on."""
+    """A line of a `.bin` file, and how many tokens it has."""
 
     data: bytes
     tokens: int
-    trained: int
     truncated: bool
 
 
@@ -132,7 +131,7 @@ class BlockTokenizer:
             np.array([len(line.data) for line in lines], dtype=np.int64),
             np.array([line.tokens for line in lines], dtype=np.int64),
             heldout,
-            sum(line.trained for line in lines),
+            sum(line.tokens for line in lines) - _count_untrained(data),
             sum(line.truncated for line in lines),
             block.size,
             counts=self._encoder.take_counts() | {"quarantined": len(bad)},
@@ -201,10 +200,13 @@ def _line(data: bytes, max_length: int) -> _Line:
     if truncated:
         data = b", ".join(data.split(b", ", max_length)[:max_length]) + b"]}\n"
         tokens = max_length
-    # Untrained is what has a sign, and id 0, but for -0 (see `ftdp.piece`).
+    return _Line(data, tokens, truncated)
+
+
+def _count_untrained(data: bytes) -> int:
+    """Returns how many ids of lines of a `.bin` file are not trained on: what has a sign, and id 0, but for -0."""
     zeros = data.count(b" 0,") + data.count(b" 0]") + data.count(b"[0")
-    untrained = data.count(b"-") - data.count(b"-0") + zeros
-    return _Line(data, tokens, tokens - untrained, truncated)
+    return data.count(b"-") - data.count(b"-0") + zeros
 
 
 def _line_of_pieces(pieces: list[Piece], max_length: int, exact: bool) -> _Line:
@@ -214,9 +216,7 @@ def _line_of_pieces(pieces: list[Piece], max_length: int, exact: bool) -> _Line:
         pieces = _cut(pieces, max_length)
         tokens = max_length
     data = b", ".join(filter(None, [piece.write(exact) for piece in pieces]))
-    # Id 0: see `ftdp.piece`.
-    trained = sum(len(piece.ids) - (0 if exact else piece.ids.count(0)) for piece in pieces if piece.trained)
-    return _Line(b'{"tokens": [' + data + b"]}\n", tokens, trained, truncated)
+    return _Line(b'{"tokens": [' + data + b"]}\n", tokens, truncated)
 
 
 def _cut(pieces: list[Piece], max_length: int) -> list[Piece]:

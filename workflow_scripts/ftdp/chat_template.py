@@ -295,6 +295,8 @@ def _loss(index: int, message: dict) -> bool:
 
 
 def _content_trained(index: int, role: Role, message: dict) -> bool:
+    if "loss" not in message and "type" not in message and "current" in role.types:
+        return role.types["current"]  # as most messages are
     loss = _loss(index, message)
     kind = message.get("type", "current")
     table = role.types if loss else _TRAINED_WITHOUT_LOSS

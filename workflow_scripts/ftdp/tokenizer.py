@@ -310,8 +310,7 @@ def save_tokenizer(folder: str | os.PathLike, text: str, extended: ExtendedToken
         "model_max_length": 1000000000000000019884624838656,
         "chat_template": jinja_template(extended.template),
     }
-    pre_tokenizer = orjson.loads(text).get("pre_tokenizer") or {}
-    if pre_tokenizer.get("add_prefix_space"):
+    if "add_prefix_space" in text and (orjson.loads(text).get("pre_tokenizer") or {}).get("add_prefix_space"):
         # transformers 4 would switch it off where the config does not ask for it.
         config["add_prefix_space"] = True
     (folder / "manifest.json").unlink(missing_ok=True)
