@@ -4,6 +4,7 @@
 #   snakemake --configfile my.yaml     the same for a config of your own, in place of config.yaml
 #   snakemake preflight                is the machine, or the partition, ready? A minute, before anything expensive
 #   snakemake train | hf | evaluate    up to a stage, for every run (all stage targets stand below)
+#   snakemake compare                  all runs side by side
 #   snakemake results/demo/hf          one file or folder, and only what it needs
 #
 # The stages and their order: docs/workflow.md. The grammar of all paths: rules/common.smk.
@@ -35,6 +36,7 @@ include: "rules/evaluate_model.smk"
 include: "rules/evaluate_tool_calls.smk"
 include: "rules/write_model_card.smk"
 include: "rules/render_report.smk"
+include: "rules/compare_runs.smk"
 include: "rules/adapt_snakemake.smk"
 
 
@@ -53,11 +55,13 @@ localrules:
     evaluate,
     serve,
     report,
+    compare,
     extend_tokenizer,
     write_data_order,
     render_train_config,
     write_run_config,
     render_report,
+    compare_runs,
 
 
 rule all:
@@ -115,6 +119,11 @@ rule serve:
 rule report:
     input:
         expand(REPORT, run=RUNS),
+
+
+rule compare:
+    input:
+        compared_page,
 
 
 atexit.register(print_plan)

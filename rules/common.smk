@@ -27,6 +27,7 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     {run}/evaluation/tool_calls.{label}.json               the same models, where held-out conversations call tools
     {run}/model_card.md    {run}/serve.txt                 what it was made from and how it does; how it is served
     {run}/report.html
+    compare/report.html    compare/comparison.json         the runs side by side, and every figure of that page
     {run}/logs/<rule>.log    logs/<rule>/...               what a rule's last attempt said; beside it, in a folder of the
                                                            log's name, <UTC time>-<job>.log of every one (undeclared)
     benchmarks/<rule>/...
@@ -65,6 +66,7 @@ except UserError as error:
 
 WORKDIR = Path.cwd()  # Snakemake leaves --directory before what is registered for its exit
 RUNS = SETTINGS.runs
+COMPARED = SETTINGS.compared
 RESULTS = SETTINGS.results_dir.rstrip("/")
 
 TOKENIZER = f"{RESULTS}/shared/tokenizer/{{tokenizer}}"
@@ -92,6 +94,8 @@ PARITY = f"{RESULTS}/{{run}}/parity.json"
 EVALUATION = f"{RESULTS}/{{run}}/evaluation/{{label}}.json"
 TOOL_CALLS = f"{RESULTS}/{{run}}/evaluation/tool_calls.{{label}}.json"
 REPORT = f"{RESULTS}/{{run}}/report.html"
+COMPARE_PAGE = f"{RESULTS}/compare/report.html"
+COMPARE_FIGURES = f"{RESULTS}/compare/comparison.json"
 LOGS = f"{RESULTS}/logs"
 RUN_LOGS = f"{RESULTS}/{{run}}/logs"
 BENCHMARKS = f"{RESULTS}/benchmarks"

@@ -311,6 +311,24 @@ def report_flags(wildcards, input):
     )
 
 
+def compare_flags():
+    """The arguments of compare_runs.py: the runs' folders, the baseline first, and what the runs share."""
+    folders = [shlex.quote(str(Path(RUN_CONFIG.format(run=run)).parent)) for run in COMPARED]
+    shared = dict.fromkeys(key(run) for key in (data_key, tokenizer_key) for run in COMPARED)
+    return " ".join([*folders, flags(benchmarks=BENCHMARKS, shared_names=list(shared))])
+
+
+def compared_page(wildcards):
+    """The page that lays runs side by side, if there are two."""
+    if len(COMPARED) < 2:
+        raise WorkflowError(
+            "config: there is only one run to compare\n"
+            f"  found:    {COMPARED[0]}\n"
+            "  to fix:   add runs under `runs:`, or name more of them in compare.runs; see docs/runs.md"
+        )
+    return COMPARE_PAGE
+
+
 def has_parity(wildcards):
     return RUNS[wildcards.run]["parity"]["enabled"]
 

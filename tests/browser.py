@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+MINUS = "\N{MINUS SIGN}"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -108,3 +109,14 @@ def open_browser(profile: Path):
             finally:
                 process.terminate()
                 process.wait(30)
+
+
+def cells(browser, selector):
+    """The visible text of each row's cells."""
+    rows = f"[...document.querySelectorAll({json.dumps(selector)})]"
+    return browser.evaluate(f"{rows}.map(row => [...row.cells].map(cell => cell.innerText.trim()))")
+
+
+def percent(value, sign=""):
+    """A share as the pages write it."""
+    return "n/a" if value is None else f"{100 * value:{sign}.1f}%".replace("-", MINUS)

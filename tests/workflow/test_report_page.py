@@ -6,11 +6,9 @@ import json
 
 import pytest
 
-from browser import open_browser
+from browser import cells, open_browser, percent
 from common.files import read_json
 from evaluation.tool_call_tables import comparison_rows
-
-MINUS = "\N{MINUS SIGN}"
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +19,6 @@ def page(finished, tmp_path_factory):
         browser.look(1200)
         browser.open(run / "report.html")
         yield browser, run
-
-
-def cells(browser, selector):
-    """The visible text of each row's cells."""
-    rows = f"[...document.querySelectorAll({json.dumps(selector)})]"
-    return browser.evaluate(f"{rows}.map(row => [...row.cells].map(cell => cell.innerText.trim()))")
-
-
-def percent(value, sign=""):
-    return "n/a" if value is None else f"{100 * value:{sign}.1f}%".replace("-", MINUS)
 
 
 def test_the_page_is_small_and_asks_nobody(page):

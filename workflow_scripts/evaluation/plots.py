@@ -12,6 +12,9 @@ from .report_words import translated_labels
 # Stand-in colours: matplotlib wants real ones, the page's style sheet knows the right ones.
 _INK, _GRID, _SERIES, _FAINT = "#010203", "#010204", "#010205", "#010206"
 _CSS = {_INK: "var(--muted)", _GRID: "var(--line)", _SERIES: "var(--series)", _FAINT: "var(--faint)"}
+_RUNS = [f"#0102{place:02x}" for place in range(16, 24)]
+_CSS |= {colour: f"var(--run{place})" for place, colour in enumerate(_RUNS)}
+_DASHES = ("-", "--", ":")
 _MAX_POINTS = 2000
 
 
@@ -43,6 +46,39 @@ def loss_curve(metrics: list[dict], evals: Sequence[dict] = ()) -> str:
     first = min([metrics[0]["step"], *(record["step"] for record in evals)]) if metrics else 0
     _share_steps(metrics, first, (loss, rate))
     return _svg(figure, (loss, rate), "Training loss and learning rate by optimizer step")
+
+
+def run_curves(runs: Sequence[list[dict]], key: str) -> str:
+    """Returns the training losses of several runs over each other, smoothed, as `<svg>`.
+
+    Args:
+        runs: The records of `metrics.jsonl` of each run, in the order of their colours.
+        key: What stands below: `step`, or `tokens`, those seen so far.
+    """
+    from matplotlib.ticker import EngFormatter
+
+    figure = _figure(5, 3)
+    axes = figure.subplots()
+    for place, metrics in reversed(list(enumerate(runs))):  # the first run lies on top
+        seen, points = 0, []
+        for record in metrics:
+            seen += record["tokens"]
+            if record["loss"] is not None:
+                points.append((seen if key == "tokens" else record["step"], record["loss"]))
+        if not points:
+            continue
+        below, losses = (_thin(list(column)) for column in zip(*points, strict=True))
+        axes.plot(
+            below,
+            _smoothed(losses) if len(losses) >= 20 else losses,
+            color=_RUNS[place % len(_RUNS)],
+            linestyle=_DASHES[place // len(_RUNS) % len(_DASHES)],
+            linewidth=1.6,
+        )
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("optimizer step" if key == "step" else "tokens")
+    axes.set_ylabel("loss (nats per token)")
+    return _svg(figure, (axes,), f"Training loss of all runs by {key}")
 
 
 def speed_curve(metrics: list[dict]) -> str:

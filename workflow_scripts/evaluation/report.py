@@ -14,11 +14,10 @@ from common.files import read_json
 from .cost import locked_packages, read_cost
 from .data_summary import Dataset, data_summary, load_dataset
 from .mask_samples import mask_samples
+from .page import page_template
 from .plots import attempts, length_histogram, loss_curve, speed_curve
-from .report_words import METRICS, ROLES, STAGES, Words, translated
+from .report_words import Words
 from .tool_call_report import tool_call_summary
-
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,6 @@ def render(
     Raises:
         UserError: When the two evaluations are not about the same conversations.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     if base["heldout_sha256"] != tuned["heldout_sha256"]:
@@ -170,21 +168,10 @@ def render(
             found=f"{base['heldout_sha256'][:12]} and {tuned['heldout_sha256'][:12]}",
             fix="run evaluate_model.py for both with the same --heldout-dir",
         )
-    page = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page.filters.update(
-        number=_number, fixed=_fixed, percent=_percent, share=_share, value=_value, duration=_duration
-    )
-    page.globals.update(t=translated, metrics=METRICS, roles=ROLES, stages=STAGES)
     data = data_summary(datasets)
     both = base_tool_calls is not None and tuned_tool_calls is not None
-    return page.get_template("report.html.j2").render(
-        run=run,
+    return page_template("report.html.j2").render(
+        title=run,
         config=config,
         train=train,
         base=base,
@@ -311,44 +298,3 @@ def _versions(train, hf, turbomind) -> list[tuple[Words, dict[str, Any]]]:
         (("versions, TurboMind conversion", "版本：转换为 TurboMind"), turbomind),
     ]
     return [(name, manifest["versions"]) for name, manifest in stages if manifest]
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "n/a"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
-
-
-def _fixed(value: float | None, digits: int = 4, sign: bool = False) -> str:
-    if value is None:
-        return "n/a"
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
-def _share(value: float | None, sign: bool = False) -> str:
-    """A share as a percentage; a difference of two with its sign."""
-    if value is None:
-        return "n/a"
-    return f"{100 * value:{'+' if sign else ''}.1f}%".replace("-", "\N{MINUS SIGN}")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _value(value: Any) -> str:
-    """A setting as one would write it in YAML."""
-    if value is None:
-        return "not set"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, bool | list | dict) else str(value)

@@ -35,6 +35,10 @@ STAGES: dict[str, Words] = {
     "tool": ("the tool is not offered", "工具不在列"),
     "arguments": ("arguments do not fit the schema", "参数不符合 schema"),
 }
+EVALUATIONS: dict[str, Words] = {
+    "heldout": ("the held-out loss", "留出 loss"),
+    "tool_calls": ("the evaluation of tool calls", "工具调用评测"),
+}
 # What stands in the plots.
 LABELS: dict[str, str] = {
     "loss (nats per token)": "loss（nats/token）",

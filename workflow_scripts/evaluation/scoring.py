@@ -60,22 +60,31 @@ def score(model, samples: list[Sample], pad_id: int, batch_tokens: int = 2048) -
         batch_tokens: Ids of a padded batch.
 
     Returns:
-        {"loss", "perplexity", "trained_tokens", "samples", "truncated", "datasets": {name: the same five}}
+        {"loss", "perplexity", "trained_tokens", "samples", "truncated", "datasets": {name: the same five},
+        "conversations": {name of a dataset: [[nats, trained tokens], ...] in the order of its samples}}
     """
+    nats: dict[int, float] = {}
     sums = dict.fromkeys(sorted({sample.dataset for sample in samples}), 0.0)
     progress = Progress("tokens", sum(len(sample.ids) for sample in samples))
     for batch in batches_by_length(samples, batch_tokens):
-        add_losses(sums, model, batch, pad_id)
+        own = add_losses(sums, model, batch, pad_id)
+        nats.update(zip(map(id, batch), own, strict=True))
         progress.add("held-out loss", tokens=sum(len(sample.ids) for sample in batch))
     print(f"held-out loss: {progress.finish()}", flush=True)
-    return summarise(sums, samples)
+    conversations: dict[str, list[list[float]]] = {name: [] for name in sums}
+    for sample in samples:
+        conversations[sample.dataset].append([nats[id(sample)], sample.targets])
+    return summarise(sums, samples) | {"conversations": conversations}
 
 
-def add_losses(sums: dict[str, float], model, batch: list[Sample], pad_id: int) -> None:
-    """Adds the losses of a batch, in nats, to the sums by dataset."""
+def add_losses(sums: dict[str, float], model, batch: list[Sample], pad_id: int) -> list[float]:
+    """Adds the losses of a batch, in nats, to the sums by dataset, and returns each sample's."""
+    own = []
     for sample, losses in zip(batch, token_losses(model, batch, pad_id), strict=True):
         # fp64: the sum must not depend on how many tokens there are.
-        sums[sample.dataset] += losses.double().sum().item()
+        own.append(losses.double().sum().item())
+        sums[sample.dataset] += own[-1]
+    return own
 
 
 def summarise(sums: dict[str, float], samples: list[Sample]) -> dict[str, Any]:

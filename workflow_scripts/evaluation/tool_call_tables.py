@@ -110,22 +110,30 @@ def _head(scope: Scope, ratios: Ratios, counts: Sequence[int], place: int) -> di
     }
 
 
-def _check_pair(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> None:
+def differing(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[str]:
+    """Returns what keeps two evaluations from being compared: the keys of the conversations and options that differ."""
     same = (
         "heldout_sha256",
         "tokenizer_sha256",
+        "template",
+        "mask",
+        "control_tokens",
         "selection",
+        "max_samples",
         "max_new_tokens",
         "max_length",
         "plain_text_sha256",
     )
-    for key in same:
-        if base[key] != tuned[key]:
-            raise UserError(
-                f"the two evaluations of tool calls do not compare: {key} differs",
-                found=f"{base[key]} and {tuned[key]}",
-                fix="run evaluate_tool_calls.py for both models with the same options and the same conversations",
-            )
+    return [key for key in same if base.get(key) != tuned.get(key)]
+
+
+def _check_pair(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> None:
+    for key in differing(base, tuned)[:1]:
+        raise UserError(
+            f"the two evaluations of tool calls do not compare: {key} differs",
+            found=f"{base[key]} and {tuned[key]}",
+            fix="run evaluate_tool_calls.py for both models with the same options and the same conversations",
+        )
 
 
 # Points, losses and blocks of plain text: each kind of evidence has conversations (or blocks) of its own to draw from.

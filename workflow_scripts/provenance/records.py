@@ -59,9 +59,11 @@ def lineage(path: Path) -> Record:
             return _Run(results, parts[0]).record(parts[1:])
         if parts[0] == "shared" and (results / "shared" / "tokenizer").is_dir():
             return _shared(results, parts[1:], path)
+        if parts[0] == "compare" and (results / "compare" / "comparison.json").is_file():
+            return _comparison(results)
     raise UserError(
         f"{path} is no result of the workflow",
-        expected="a file below <results_dir>/<run>/, or a tokenizer, manifest or pack plan below <results_dir>/shared/",
+        expected="a file below <results_dir>/<run>/ or <results_dir>/compare/, or a tokenizer, manifest or pack plan below <results_dir>/shared/",
     )
 
 
@@ -77,6 +79,16 @@ def run_records(results: Path) -> dict[str, Record]:
             f"{results} holds no finished run", expected="<results_dir>/<run>/report.html of the workflow"
         )
     return runs
+
+
+def _comparison(results: Path) -> Record:
+    figures = read_json(results / "compare" / "comparison.json")
+    record = Record("comparison", results / "compare" / "report.html", [("baseline", figures["baseline"])])
+    for each in figures["runs"]:
+        run = _Run(results, each["run"])
+        record.checks += [_file(run.folder / name, digest) for name, digest in each["files"].items()]
+        record.sources += [run.evaluation(Path(name).name) for name in each["files"]]
+    return record
 
 
 def _shared(results: Path, parts: tuple[str, ...], path: Path) -> Record:
@@ -287,6 +299,7 @@ def _plan(folder: Path) -> Record:
             f"{totals['rows']:,} of {manifest['max_length']:,} tokens, {manifest['mode']}, seed {manifest['seed']}",
         ),
         ("tokens", f"{totals['packed_tokens']:,} of {totals['tokens']:,}"),
+        *([("weights", _joined(manifest["weights"]))] if "weights" in manifest else []),
     ]
     processed = manifest["processed_dir"]
     processed = Path(os.path.normpath(folder / processed)) if processed else None

@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Lays finished runs side by side on one HTML page, with differences to the first and their intervals."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import run
+from common.files import write_json, write_text
+
+
+def main() -> None:
+    """Parses the command line, compares, and writes a page and the figures on it."""
+    parser = argparse.ArgumentParser(
+        description="Compare finished runs on one HTML page without outside parts, in English and Chinese: loss curves over "
+        "each other; held-out loss and tool calls with paired differences to the first run and 95% intervals; the "
+        "settings that differ; the cost."
+    )
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        help="folders of the runs, such as results/demo; the first is the baseline",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="JSON file to write: every figure of the page"
+    )
+    parser.add_argument(
+        "--benchmarks", type=Path, help="folder of Snakemake's benchmark files; shows the cost"
+    )
+    parser.add_argument(
+        "--shared-names",
+        nargs="+",
+        default=(),
+        help="names of the data and tokenizers there, which runs share",
+    )
+    args = parser.parse_args()
+
+    from evaluation.comparison_page import render_comparison
+    from evaluation.run_comparison import compare, read_run
+
+    runs = [read_run(folder) for folder in args.runs]
+    comparison = compare(runs, args.benchmarks, args.shared_names)
+    page = render_comparison(comparison, [each.metrics for each in runs])
+    write_json(args.json, comparison)
+    write_text(args.output, page)
+    for each in comparison["refused"]:
+        print(
+            f"notice: {each['run']}: {each['evaluation']} is not compared, {', '.join(each['differs'])} differ"
+        )
+    print(
+        f"wrote {args.output} ({len(page) // 1024} KiB), {len(runs)} runs, baseline {comparison['baseline']}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
