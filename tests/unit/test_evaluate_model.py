@@ -97,6 +97,11 @@ def test_loss_equals_a_plain_loop(setting):
             assert result["datasets"][name]["trained_tokens"] == count
             assert result["datasets"][name]["loss"] == pytest.approx(total / count, abs=1e-5)
             assert result["datasets"][name]["samples"] == len(DATASETS[name])
+            own = result["conversations"][name]
+            assert sum(nats for nats, _ in own) == pytest.approx(total, rel=1e-5) and len(own) == len(
+                DATASETS[name]
+            )
+            assert own[-1] == pytest.approx(_reference(hf, tokenizer, DATASETS[name][-1:]), rel=1e-5)
         total, count = map(sum, zip(*sums.values(), strict=True))
         assert result["trained_tokens"] == count
         assert result["loss"] == pytest.approx(total / count, abs=1e-5)

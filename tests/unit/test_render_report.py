@@ -186,6 +186,18 @@ def test_few_steps_no_stages_and_no_prompts(parts):
     assert Page(render(**parts)).tags.count("svg") == 1
 
 
+def test_a_mixture_is_told(parts):
+    from evaluation.report import render
+
+    count = {"documents": 7, "tokens": 70}
+    mixture = {EVIL: {"weight": 1.5, "documents": 1234, "seen": {"documents": 1851, "tokens": 9999}}}
+    totals = {"rows": 2, "least_rows": 2, "packed_tokens": 70, "tokens": 70, "dropped": {"too_short": count}}
+    totals |= {"waste": {"tokens": 0, "share": 0}, "cut": {"documents": 0, "pieces": 0}, "mixture": mixture}
+    plan = {"mode": "best_fit", "max_length": 64, "totals": totals}
+    text = Page(render(**parts, plan=plan)).text
+    assert f"an epoch sees documents of {EVIL} (weight 1.5)" in text and "1,851 / 1,234 (9,999 token)" in text
+
+
 def test_different_heldout_sets_are_refused(parts):
     from evaluation.report import render
 

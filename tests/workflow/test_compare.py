@@ -91,7 +91,7 @@ def test_the_figures_are_those_of_the_runs(page, results):
         assert base.split("\n")[0] == percent(expected[0][metric]["base"].value)
         for cell, rows in zip(others, expected, strict=True):
             value, change = rows[metric]["tuned"], rows[metric]["difference"]
-            words = [percent(value.value), percent(change.value, "+")]
+            words = [percent(value.value)] + ([] if change.value is None else [percent(change.value, "+")])
             if change.low is not None:
                 words.append(f"{percent(change.low, '+')} … {percent(change.high, '+')}")
             assert cell.split("\n") == words, metric

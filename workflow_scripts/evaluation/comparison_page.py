@@ -28,7 +28,7 @@ def render_comparison(comparison: Mapping[str, Any], metrics: Sequence[list[dict
         title=f"{len(comparison['runs'])} runs",
         comparison=comparison,
         names=[run["run"] for run in comparison["runs"]],
-        first={kind: found[0]["rows"] for kind, found in tables.items() if found},
+        first={kind: found[0]["rows"] if found else [] for kind, found in tables.items()},
         tables=tables,
         evaluations=EVALUATIONS,
         curves=curves if any(metrics) else [],

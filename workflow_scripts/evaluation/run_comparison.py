@@ -124,7 +124,9 @@ def _heldout_table(runs: Sequence[RunResults], refused: list[dict[str, Any]]) ->
     for run in runs:
         differs = [key for key in _HELDOUT_SAME if base.heldout.get(key) != run.heldout.get(key)]
         before, after = base.heldout.get("conversations"), run.heldout.get("conversations")
-        if not differs and before and after and _tokens(before) != _tokens(after):
+        if not differs and not (before and after):
+            differs = ["conversations"]  # evaluated by a version that did not write them down
+        elif not differs and _tokens(before) != _tokens(after):
             differs = ["max_samples"]
         if differs:
             refused.append({"run": run.name, "evaluation": "heldout", "differs": differs})
@@ -135,7 +137,7 @@ def _heldout_table(runs: Sequence[RunResults], refused: list[dict[str, Any]]) ->
             value, change = Interval(measured["loss"], None, None), None
             if after:
                 value = intervals(_loss_ratios(after, name))["loss"]
-            if not differs and run is not base and before and after:
+            if not differs and run is not base:
                 _, _, change = compared(_loss_ratios(before, name), _loss_ratios(after, name))["loss"]
             rows[name][run.name] = _cell(value, change, measured["trained_tokens"])
     return _table("heldout", "all", "", rows)
