@@ -13,7 +13,7 @@ from cluster import SlurmCluster, missing_programs
 from drill_project import STEPS, SlurmProject
 
 ON_TWO_NODES = ["whole_2", "rank"]
-ON_ONE = ["whole", "scancel", "preempted", "not_requeued", "node", "slurmctld", "controller", "disk"]
+ON_ONE = ["whole", "scancel", "preempted", "not_requeued", "node", "slurmctld", "controller", "disk", "twice"]
 _GREETINGS = [
     "hello",
     "how are you",
@@ -70,7 +70,6 @@ def project(cluster, repo_root, tiny_model_dir, write_processed, tmp_path_factor
     config["train"]["config"] = "own.py"
     short = {"cluster": {"runtime": 2}}
     config["runs"] = dict.fromkeys(ON_TWO_NODES, {"cluster": {"nodes": 2}}) | dict.fromkeys(ON_ONE)
-    impatient = {"cluster": {"lock_wait": 0}}
-    config["runs"] |= {"walltime": short, "twice": impatient, "local": {"train": {"processes": 2}}}
+    config["runs"] |= {"walltime": short, "local": {"train": {"processes": 2}}}
     project.configure(config)
     return project
