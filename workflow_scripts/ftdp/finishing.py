@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,20 @@ class Finisher:
             if folder.name not in stems:
                 shutil.rmtree(folder, ignore_errors=True)
         remove_unfinished([*folders, quarantine])
-        target = manifest_path(self.store.root, dataset)
-        if target.parent.is_dir():
-            for path in target.parent.glob(f".{_escaped(target.name)}.*.tmp"):
-                path.unlink(missing_ok=True)
+        for path in self._unfinished_manifests.get(manifest_path(self.store.root, dataset).name, ()):
+            path.unlink(missing_ok=True)
+
+    @cached_property
+    def _unfinished_manifests(self) -> dict[str, list[Path]]:
+        """What killed jobs left half-written, by the name of the manifest that it was to be.
+
+        Looked for once: to list the folder for each of its thousands of datasets would take the square of the time.
+        """
+        found: dict[str, list[Path]] = {}
+        for path in (self.store.root / "manifests").glob(".*.*.tmp"):
+            name, _, _ = path.name[1:].rsplit(".", 2)
+            found.setdefault(name, []).append(path)
+        return found
 
     def _build_manifest(self, dataset: str, records: dict[Path, dict[str, Any]]) -> dict[str, Any]:
         identity = self.store.identity
@@ -269,7 +280,3 @@ def _holds(path: Path, value: Any) -> bool:
         return json.loads(path.read_text(encoding="utf-8")) == value
     except (OSError, ValueError):
         return False
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)

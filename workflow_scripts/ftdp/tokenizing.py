@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -39,6 +40,9 @@ from ftdp.ranges import RangeReader
 from ftdp.reading import Block
 from ftdp.tokenizer import ExtendedTokenizer
 from ftdp.workers import WorkerPool
+
+# Datasets that are merged at a time.
+_MERGING = 8
 
 
 def tokenize_datasets(
@@ -162,10 +166,15 @@ def merge_parts(
     if prune:
         for name in remove_other_datasets(tokenized_dir, set(chosen)):
             print(f"{name}: removed, it is no longer among the datasets", flush=True)
-    manifests = {}
-    for name, sources in chosen.items():
-        found = [chunk for source in sources for chunk in store.recorded(name, source)]
-        manifests[name] = finisher.finish(name, found)
+
+    def finish(name: str) -> dict[str, Any]:
+        return finisher.finish(
+            name, [chunk for source in chosen[name] for chunk in store.recorded(name, source)]
+        )
+
+    # Most of it is waiting for the disk to have each manifest.
+    with ThreadPoolExecutor(_MERGING) as pool:
+        manifests = dict(zip(chosen, pool.map(finish, chosen), strict=True))
     if index:
         write_index(index, manifests)
     return manifests
