@@ -15,7 +15,7 @@ from pathlib import Path
 
 ENVS = Path(__file__).resolve().parent
 PYTHON_VERSION = "3.11"
-CONDA = ("snaketune", "turbomind")
+CONDA = ("snaketune", "turbomind", "opencompass")
 
 
 def pins(name: str) -> list[str]:
@@ -87,6 +87,7 @@ def main() -> int:
         lock("snaketune")
         lock("dev", base="snaketune")
         lock("turbomind")
+        lock("opencompass")
     stale = [
         path
         for path, text in outputs().items()

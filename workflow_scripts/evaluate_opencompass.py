@@ -1,0 +1,38 @@
+#!/usr/bin/env python3
+"""Runs OpenCompass on a model and writes its scores as one JSON file. Runs in OpenCompass's environment."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import run
+from common.files import write_json
+
+
+def main() -> None:
+    """Parses the command line, runs OpenCompass and writes the scores."""
+    parser = argparse.ArgumentParser(
+        description="Run OpenCompass 0.5.4 with a config of render_eval_config.py, on this machine or through Slurm as the "
+        "config says, and write all scores to one JSON file. A task that fails is an error that names its log, which "
+        "OpenCompass itself does not make of it; the next run goes on with what is missing.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, help="config of render_eval_config.py")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument(
+        "--work-dir", type=Path, required=True, help="folder for predictions, logs and summaries"
+    )
+    parser.add_argument("--data-dir", type=Path, help="OpenCompass's folder `data`, with the datasets")
+    args = parser.parse_args()
+
+    from benchmark_suites.eval_run import evaluate
+
+    result = evaluate(args.config, args.work_dir, args.data_dir)
+    write_json(args.output, result)
+    for row in result["scores"]:
+        print(f"{row['group'] or 'average'}: {row['dataset']} {row['metric']} {row['score']:.2f}")
+
+
+if __name__ == "__main__":
+    run(main)
