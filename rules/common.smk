@@ -25,6 +25,9 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     {run}/parity.json                                      the conversions, proved
     {run}/evaluation/{label}.json                          label: base | tuned
     {run}/evaluation/tool_calls.{label}.json               the same models, where held-out conversations call tools
+    {run}/opencompass_config.py                            OpenCompass's config of the tuned model
+    {run}/opencompass/<identity>/                          its predictions and logs (undeclared, so retries keep them)
+    {run}/evaluation/opencompass.json                      the scores
     {run}/model_card.md    {run}/serve.txt                 what it was made from and how it does; how it is served
     {run}/report.html
     compare/report.html    compare/comparison.json         the runs side by side, and every figure of that page
@@ -93,6 +96,9 @@ SERVE = f"{RESULTS}/{{run}}/serve.txt"
 PARITY = f"{RESULTS}/{{run}}/parity.json"
 EVALUATION = f"{RESULTS}/{{run}}/evaluation/{{label}}.json"
 TOOL_CALLS = f"{RESULTS}/{{run}}/evaluation/tool_calls.{{label}}.json"
+EVAL_CONFIG = f"{RESULTS}/{{run}}/opencompass_config.py"
+OPENCOMPASS_WORK = f"{RESULTS}/{{run}}/opencompass"
+OPENCOMPASS = f"{RESULTS}/{{run}}/evaluation/opencompass.json"
 REPORT = f"{RESULTS}/{{run}}/report.html"
 COMPARE_PAGE = f"{RESULTS}/compare/report.html"
 COMPARE_FIGURES = f"{RESULTS}/compare/comparison.json"
@@ -102,13 +108,15 @@ BENCHMARKS = f"{RESULTS}/benchmarks"
 
 # Commands find their interpreter and scripts through the prefix of every shell command, which is not tracked: where
 # the checkout and its environments lie must not count as a change. Under `--sdm conda` the rule's own environment is
-# first on PATH; otherwise the environment of this Snakemake has everything but the TurboMind converter.
+# first on PATH; otherwise the environment of this Snakemake has everything but the TurboMind converter and OpenCompass.
 USES_CONDA = bool(workflow.deployment_settings.deployment_method)
 TURBOMIND_PYTHON = "python" if USES_CONDA else SETTINGS.environments["turbomind_python"]
+OPENCOMPASS_PYTHON = "python" if USES_CONDA else SETTINGS.environments["opencompass_python"]
 PREFIX = [
     "set -euo pipefail",
     f"export SCRIPTS={shlex.quote(str(REPO / 'workflow_scripts'))}",
     f"export TURBOMIND_PYTHON={shlex.quote(TURBOMIND_PYTHON)}",
+    f"export OPENCOMPASS_PYTHON={shlex.quote(OPENCOMPASS_PYTHON)}",
 ]
 if not USES_CONDA:
     PREFIX.append(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH")
@@ -132,6 +140,14 @@ if CONVERTED and not USES_CONDA:
             "config: environments.turbomind_python does not exist\n"
             f"  found:    {SETTINGS.environments['turbomind_python']}\n"
             "  to fix:   `make setup` makes it; or set turbomind.mode: direct, or turbomind.enabled: false"
+        )
+
+if any(run["opencompass"]["enabled"] for run in RUNS.values()) and not USES_CONDA:
+    if not Path(OPENCOMPASS_PYTHON).is_file():
+        raise WorkflowError(
+            "config: environments.opencompass_python does not exist\n"
+            f"  found:    {OPENCOMPASS_PYTHON}\n"
+            "  to fix:   `make setup-opencompass` makes it; or set opencompass.enabled: false"
         )
 
 FINGERPRINTS = FingerprintCache(f"{RESULTS}/shared/fingerprints.json")

@@ -264,6 +264,48 @@ def tool_calls_of(label):
     )
 
 
+def opencompass_of(wildcards):
+    """The scores of OpenCompass, where the run asks for them."""
+    return OPENCOMPASS.format(run=wildcards.run) if RUNS[wildcards.run]["opencompass"]["enabled"] else []
+
+
+def benchmarked_model(wildcards):
+    """The folder that OpenCompass loads."""
+    pattern = TURBOMIND if RUNS[wildcards.run]["opencompass"]["backend"] == "turbomind" else HF
+    return pattern.format(run=wildcards.run)
+
+
+def benchmark_gpus(wildcards):
+    """GPUs of one of OpenCompass's tasks."""
+    run = RUNS[wildcards.run]
+    return (
+        run["turbomind"]["tp"] if run["opencompass"]["backend"] == "turbomind" else run["opencompass"]["gpus"]
+    )
+
+
+def benchmark_gres(wildcards):
+    """GPUs of the job itself: none where OpenCompass asks Slurm for its own."""
+    gpus = benchmark_gpus(wildcards)
+    return f"gpu:{gpus}" if gpus and RUNS[wildcards.run]["opencompass"]["runner"] == "local" else ""
+
+
+def eval_config_flags(wildcards):
+    """The flags of render_eval_config.py."""
+    settings = RUNS[wildcards.run]["opencompass"]
+    other = ("enabled", "custom", "data_dir", "gpus", "groups")
+    return flags(
+        abbr=wildcards.run,
+        gpus=benchmark_gpus(wildcards),
+        groups=settings["groups"] or None,
+        custom=[f"{name}={path}" for name, path in settings["custom"].items()] or None,
+        **{key: settings[key] for key in settings if key not in other},
+    )
+
+
+def custom_set_digests(wildcards):
+    return [FINGERPRINTS.file(path) for path in RUNS[wildcards.run]["opencompass"]["custom"].values()]
+
+
 def has_turbomind(wildcards):
     return RUNS[wildcards.run]["turbomind"]["enabled"]
 
@@ -305,6 +347,7 @@ def report_flags(wildcards, input):
         turbomind_manifest=f"{input.turbomind}/manifest.json" if has_turbomind(wildcards) else None,
         base_tool_calls=input.get("base_tool_calls") or None,
         tuned_tool_calls=input.get("tuned_tool_calls") or None,
+        opencompass=input.get("opencompass") or None,
         parity=input.get("parity") or None,
         benchmarks=BENCHMARKS,
         benchmark_names=[run, data_key(run), tokenizer_key(run)],

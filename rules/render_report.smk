@@ -40,6 +40,7 @@ rule render_report:
         tuned=lambda wildcards: EVALUATION.format(run=wildcards.run, label="tuned"),
         base_tool_calls=tool_calls_of("base"),
         tuned_tool_calls=tool_calls_of("tuned"),
+        opencompass=opencompass_of,
         hf=HF,
         turbomind=lambda wildcards: TURBOMIND.format(run=wildcards.run) if has_turbomind(wildcards) else [],
     output:

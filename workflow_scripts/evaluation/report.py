@@ -32,6 +32,7 @@ class ReportFiles:
         base_evaluation, tuned_evaluation: JSON of evaluate_model.py.
         hf_manifest, turbomind_manifest: manifest.json of the folders.
         base_tool_calls, tuned_tool_calls: JSON of evaluate_tool_calls.py.
+        opencompass: JSON of evaluate_opencompass.py.
         plan: plan.json of the pack plan.
         run_plan: run_plan.json.
         parity: parity.json.
@@ -50,6 +51,7 @@ class ReportFiles:
     turbomind_manifest: Path | None = None
     base_tool_calls: Path | None = None
     tuned_tool_calls: Path | None = None
+    opencompass: Path | None = None
     plan: Path | None = None
     run_plan: Path | None = None
     parity: Path | None = None
@@ -103,6 +105,7 @@ def load_and_render(run: str, files: ReportFiles) -> str:
         read_metrics(evals) if evals.is_file() else (),
         base_tool_calls=optional(files.base_tool_calls),
         tuned_tool_calls=optional(files.tuned_tool_calls),
+        opencompass=optional(files.opencompass),
         plan=optional(files.plan),
         run_plan=optional(files.run_plan),
         parity=optional(files.parity),
@@ -128,6 +131,7 @@ def render(
     *,
     base_tool_calls: Mapping[str, Any] | None = None,
     tuned_tool_calls: Mapping[str, Any] | None = None,
+    opencompass: Mapping[str, Any] | None = None,
     plan: Mapping[str, Any] | None = None,
     run_plan: Mapping[str, Any] | None = None,
     parity: Mapping[str, Any] | None = None,
@@ -150,6 +154,7 @@ def render(
         evals: Records of `evals.jsonl`.
         base_tool_calls: What evaluate_tool_calls.py wrote about the base model.
         tuned_tool_calls: The same of the tuned model; both or neither.
+        opencompass: What evaluate_opencompass.py wrote.
         plan: `plan.json` of the pack plan.
         run_plan: `run_plan.json`.
         parity: `parity.json`.
@@ -178,6 +183,7 @@ def render(
         tuned=tuned,
         evaluation=_evaluation_rows(base, tuned),
         generations=_side_by_side(base, tuned),
+        opencompass=opencompass,
         tool_calls=tool_call_summary(base_tool_calls, tuned_tool_calls) if both else None,
         data=data,
         histograms=[

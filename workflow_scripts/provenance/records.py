@@ -139,6 +139,8 @@ class _Run:
     @cache  # noqa: B019 - lives as long as one command
     def evaluation(self, name: str) -> Record:
         path = self.folder / "evaluation" / name
+        if name == "opencompass.json":
+            return self._opencompass(path)
         result = read_json(path)
         facts = [(key, result[key]) for key in ("model", "dtype", "loss", "perplexity") if key in result]
         shown = ("recall", "precision", "well_formed", "exact", "loss.all", "loss.plain_text")
@@ -156,6 +158,32 @@ class _Run:
                 Check(f"the model that {path} is about", result["model_sha256"], _model(model.path))
             )
         return Record(f"evaluation, {result['label']} model", path, facts, checks, sources)
+
+    def _opencompass(self, path: Path) -> Record:
+        result = read_json(path)
+        config = self.folder / "opencompass_config.py"
+        facts = [("model", result["abbr"]), ("datasets", result["datasets"])]
+        facts += [
+            (f"{row['dataset']} {row['metric']}", row["score"])
+            for row in result["scores"]
+            if row["group"] in (None, "custom")
+        ]
+        facts.append(("versions", _joined(result["versions"])))
+        converted = Path(result["model"]).name == "turbomind"
+        model = self.turbomind() if converted else self.hf()
+        key = "hf_weights_sha256" if converted else "weights_sha256"
+        checks = [_file(config, result["config_sha256"])]
+        if result["model_weights_sha256"]:
+            manifest = model.path / "manifest.json"
+            checks.append(
+                Check(
+                    f"the model that {path} is about",
+                    result["model_weights_sha256"],
+                    lambda: read_json(manifest)[key],
+                )
+            )
+        source = Record("OpenCompass config", config, [("sha256", result["config_sha256"])])
+        return Record("evaluation by OpenCompass, tuned model", path, facts, checks, [model, source])
 
     @cache  # noqa: B019
     def parity(self) -> Record:

@@ -22,6 +22,7 @@ SECTIONS = (
     "parity",
     "evaluate",
     "tool_calls",
+    "opencompass",
     "forecast",
 )
 

@@ -237,3 +237,28 @@ def _check_run(run: dict, name: str) -> None:
             found="heldout.processed_dir is empty and heldout.share is 0",
             fix="set heldout.share (0.05 sets five lines in a hundred aside) or heldout.processed_dir",
         )
+    _check_opencompass(run, name)
+
+
+def _check_opencompass(run: dict, name: str) -> None:
+    settings = run["opencompass"]
+    if not settings["enabled"]:
+        return
+    for each, path in settings["custom"].items():
+        if not Path(path).is_file():
+            raise UserError(
+                f"config: opencompass.custom.{each} names a file that does not exist",
+                found=path,
+                expected=f"a JSONL file, absolute or relative to {Path.cwd()}",
+                fix="correct the path, or put the file there",
+            )
+    if not settings["groups"] and not settings["custom"]:
+        raise UserError(
+            f"config: run {name!r} has opencompass enabled, but nothing to ask",
+            fix="name groups in opencompass.groups, or sets of your own in opencompass.custom",
+        )
+    if settings["backend"] == "turbomind" and not run["turbomind"]["enabled"]:
+        raise UserError(
+            f"config: run {name!r} has opencompass.backend: turbomind, but turbomind.enabled: false",
+            fix="set turbomind.enabled: true, or opencompass.backend: hf",
+        )

@@ -1,0 +1,209 @@
+"""OpenCompass for real: the whole config loads, small sets are asked and scored, a failed task is an error that names
+its log, and the model gets the prompt that training used."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmark_suites.eval_config import EvalSettings, check_custom_set, render_eval_config
+from common.cli import UserError
+from common.files import read_json
+from export_models import extend_tokenizer, write_base
+from opencompass_env import opencompass_python, run_there
+
+HERE = Path(__file__).parent
+SUMS = [("What is 1 + 1?", "2"), ("What is 2 + 2?", "4"), ("你好", "你好")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_tokenizer_dir):
+    """(a tiny model that answers, with the extended tokenizer beside it; train.json)."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("benchmarked")
+    extend_tokenizer(tiny_tokenizer_dir, folder / "tokenizer")
+    hf = write_base(folder / "hf", folder / "tokenizer")
+    for path in (folder / "tokenizer").iterdir():
+        shutil.copy(path, hf)
+    # As a conversion leaves it: transformers 4 reads these two keys.
+    config = read_json(hf / "config.json") | {"torch_dtype": "float32", "rope_theta": 54321.0}
+    (hf / "config.json").write_text(json.dumps(config))
+    (hf / "manifest.json").write_text(json.dumps({"weights_sha256": "ab" * 32}))
+    (folder / "train.json").write_text(json.dumps({"checkpoint": "checkpoints/x/iter_7.pth"}))
+    return folder
+
+
+@pytest.fixture
+def render(model, tmp_path, run_script):
+    """Writes a config of the model and returns its path."""
+
+    def run(*args):
+        paths = ("--model", model / "hf", "--tokenizer-path", model / "tokenizer", "--abbr", "demo")
+        config = tmp_path / "config.py"
+        run_script(
+            *(
+                "render_eval_config.py",
+                "--output",
+                config,
+                *paths,
+                "--train-manifest",
+                model / "train.json",
+                *args,
+            )
+        )
+        return config
+
+    return run
+
+
+def write_set(path: Path, rows=SUMS) -> Path:
+    path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
+    return path
+
+
+def evaluate(repo_root, config, tmp_path):
+    script = repo_root / "workflow_scripts" / "evaluate_opencompass.py"
+    return run_there(script, config, "--output", tmp_path / "scores.json", "--work-dir", tmp_path / "work")
+
+
+def test_the_full_config_loads_and_gives_the_tasks_of_each_group_offline(render, tmp_path):
+    opencompass_python()
+    groups = ("base", "longtext", "math_agent", "cibench", "plugin_eval")
+    config = render("--groups", *groups, "--runner", "slurm", "--partition", "llmit2", "--quotatype", "auto")
+    code = """
+import json, sys
+from collections import Counter
+from pathlib import Path
+from benchmark_suites.eval_run import _MAIN, load_config
+path = Path(sys.argv[1])
+config = load_config(path)
+for stage in ("infer", "eval"):
+    assert config[stage].runner.partition == "llmit2" and config[stage].runner.quotatype == "auto"
+sys.argv = ["opencompass", str(path), "-w", "out", "-r", "run", "--dry-run"]
+exec(_MAIN)
+"""
+    done = run_there("-c", code, config, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = done.stdout + done.stderr
+    models = re.findall(r"Task \d+: \[(demo@iter_7[\w-]*)/", output)
+    half = len(models) // 2
+    assert models[:half] == models[half:]  # to answer, and to score
+    tasks = {name: models[:half].count(name) for name in dict.fromkeys(models[:half])}
+    # The agents stand before the base group, as in the guide.
+    assert list(tasks.items()) == [
+        ("demo@iter_7-longtext", 10),
+        ("demo@iter_7-math-react", 1),
+        ("demo@iter_7-cibench-react", 7),
+        ("demo@iter_7-plugin-eval", 4),
+        ("demo@iter_7", 59),
+    ]
+
+
+def test_own_sets_are_asked_and_a_task_that_fails_is_an_error_that_shows_its_log(render, repo_root, tmp_path):
+    opencompass_python()
+    good, bad = write_set(tmp_path / "good.jsonl"), write_set(tmp_path / "bad.jsonl")
+    options = ("--max-out-len", 4, "--max-seq-len", 128, "--datasets-per-task", 1)
+    config = render("--custom", f"good={good}", f"bad={bad}", *options)
+    bad.rename(tmp_path / "away.jsonl")
+    failed = evaluate(repo_root, config, tmp_path)
+    assert failed.returncode == 2
+    assert not (tmp_path / "scores.json").exists()
+    assert "1 of 2 datasets have no score" in failed.stderr and "demo@iter_7-custom/bad" in failed.stderr
+    (log,) = (tmp_path / "work").glob("*/run/logs/infer/demo@iter_7-custom/bad.out")
+    assert str(log) in failed.stderr
+    assert log.read_text().splitlines()[-1] in failed.stderr and "bad.jsonl" in failed.stderr
+    (prediction,) = (tmp_path / "work").glob("*/run/predictions/demo@iter_7-custom/good.json")
+    answered = prediction.stat().st_mtime_ns
+
+    # The answers that OpenCompass scores are the model's own, so an answer of the model's is right by definition.
+    said = read_json(prediction)["0"]["prediction"]
+    (tmp_path / "away.jsonl").rename(bad)
+    done = evaluate(repo_root, config, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert prediction.stat().st_mtime_ns == answered  # what was done is not done again
+    result = read_json(tmp_path / "scores.json")
+    assert [(row["group"], row["dataset"], row["metric"]) for row in result["scores"]] == [
+        ("custom", "good", "accuracy"),
+        ("custom", "bad", "accuracy"),
+    ]
+    right = sum(read_json(prediction)[str(n)]["prediction"] == answer for n, (_, answer) in enumerate(SUMS))
+    assert result["scores"][0]["score"] == pytest.approx(100 * right / len(SUMS), abs=0.01)
+    assert result["abbr"] == "demo@iter_7" and result["model_weights_sha256"] == "ab" * 32
+    assert result["versions"]["opencompass"] == "0.5.4"
+    assert read_json(prediction)["0"]["origin_prompt"] == (
+        "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert "<|im_end|>" not in said
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "What is 12 * 7?"}],
+    [{"role": "system", "content": "You are terse."}, {"role": "user", "content": " 你好\n\nhello "}],
+    [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "How are you?"},
+        {"role": "user", "content": "fine\n"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": '{"city": "Shanghai"}'},
+    ],
+]
+
+
+TEMPLATES = ("internlm2_chat", "chatml", "llama3", "mistral_instruct")
+
+
+def test_turbomind_gets_the_prompt_and_the_stop_words_of_training(tmp_path, tiny_tokenizer_dir, repo_root):
+    opencompass_python()
+    from ftdp.encode import BatchEncoder
+    from ftdp.piece import signed_ids
+
+    bases = {f"{name} tiny": tiny_tokenizer_dir for name in TEMPLATES}
+    mistral = repo_root / "resources" / "tiny-mistral"
+    if mistral.is_dir():  # a SentencePiece tokenizer, which puts a space before a text
+        bases |= {"internlm2_chat mistral": mistral, "mistral_instruct mistral": mistral}
+    tokenizers, talks = {}, {}
+    for case, base in bases.items():
+        folder, name = tmp_path / case, case.split()[0]
+        tokenizers[case] = extend_tokenizer(base, folder / "model", template=name)
+        (folder / "model" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        settings = EvalSettings(
+            model=folder / "model",
+            backend="turbomind",
+            abbr="demo",
+            iteration="iter_7",
+            custom={"set": write_set(folder / "set.jsonl")},
+            gpus=2,
+            max_seq_len=777,
+        )
+        (folder / "config.py").write_text(render_eval_config(settings, tokenizers[case]))
+        # Mistral's system text stands inside the user's turn, which OpenCompass cannot write.
+        talks[case] = [t for t in CONVERSATIONS if name != "mistral_instruct" or t[0]["role"] != "system"]
+        (folder / "talks.json").write_text(json.dumps(talks[case]))
+    done = run_there(HERE / "opencompass_prompts.py", *(tmp_path / case for case in bases))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case, tokenizer in tokenizers.items():
+        template = tokenizer.template
+        encoder = BatchEncoder(tokenizer, mask="exact")
+        given = read_json(tmp_path / case / "given.json")
+        for talk, got in zip(talks[case], given, strict=True):
+            assert got["inputs"] == [template.render(talk) + template.generation_prompt]
+            # An empty answer: what training has there is the token that ends it.
+            turns = encoder.turns([*talk, {"role": "assistant", "content": ""}])
+            (pieces,) = encoder.encode_turns([turns])
+            trained = [abs(token) for token in signed_ids(pieces)]
+            prompt, rest = trained[: len(got["ids"])], trained[len(got["ids"]) :]
+            assert got["ids"] == prompt and rest[0] == tokenizer.end_of_turn_id, (case, talk)
+            assert got["stop_words"] == [template.end_of_turn]
+            assert (got["session_len"], got["tp"]) == (777, 2)
+            assert got["path"] == str(tmp_path / case / "model")
+
+
+def test_a_bad_line_of_an_own_set_is_named(tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n{"question": "a", "answer": 2}\n')
+    with pytest.raises(UserError, match=r"set\.jsonl:2 is no question"):
+        check_custom_set("set", path)
