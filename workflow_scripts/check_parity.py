@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.cli import UserError, run
 from common.files import read_json, write_json
+from common.slurm import job_record
 from ftdp.encode import CONTROL_TOKENS, MASKS
 
 
@@ -65,7 +66,7 @@ def main() -> None:
     finally:
         print_ids(ids)
     print_logits(logits)
-    write_json(args.output, {"format": 1, "logits": logits, "ids": ids, "turbomind": proof})
+    write_json(args.output, {"format": 1, "logits": logits, "ids": ids, "turbomind": proof, **job_record()})
     require_agreement(ids)
     print("parity holds" + (f"; {proof['tensors']} tensors equal bit for bit" if proof else ""))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.cli import run
 from common.files import write_json
+from common.slurm import job_record
 from evaluation.arguments import add_model_arguments, label_of, load_model, model_sha256
 
 
@@ -69,6 +70,7 @@ def main() -> None:
             else [],
             "heldout_sha256": heldout_digest(args.heldout_dir),
             "tokenizer_sha256": tokenizer.sha256,
+            **job_record(),
         },
     )
     print(

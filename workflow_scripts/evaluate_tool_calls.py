@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.cli import run
 from common.files import sha256_file, write_json
+from common.slurm import job_record
 from evaluation.arguments import add_model_arguments, label_of, load_model, model_sha256
 
 
@@ -94,6 +95,7 @@ def main() -> None:
         "plain_text_sha256": sha256_file(args.plain_text) if args.plain_text else None,
         "heldout_sha256": heldout_digest(args.heldout_dir),
         "tokenizer_sha256": tokenizer.sha256,
+        **job_record(),
     }
     result["summary"] = summarize(result)
     write_json(args.output, result)

@@ -161,7 +161,7 @@ def test_dtype_shards_and_equal_bytes(converted, tmp_path):
     assert all(torch.equal(v.bfloat16(), loaded.state_dict()[n]) for n, v in model.state_dict().items())
 
 
-def test_auto_is_the_dtype_of_the_training(converted, tmp_path):
+def test_auto_is_the_dtype_of_the_training(converted, tmp_path, monkeypatch):
     """ZeRO keeps fp32 copies of a bf16 model: what the tensors are says nothing."""
     from export.checkpoint_source import find_checkpoint
     from export.hf import convert
@@ -171,8 +171,9 @@ def test_auto_is_the_dtype_of_the_training(converted, tmp_path):
     run.mkdir()
     (run / "iter_7.pth").write_bytes((folder.parent / "iter_7.pth").read_bytes())
     (run / "identity.json").write_text(json.dumps({"fields": {"dtype": "bfloat16"}}))
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
     manifest = convert(folder.parent / "train_config.py", run / "iter_7.pth", tmp_path / "hf")
-    assert manifest["dtype"] == "bfloat16"
+    assert manifest["dtype"] == "bfloat16" and manifest["slurm_job_id"] == "4711"
     record = {"checkpoint": "run/iter_7.pth", "weights_sha256": "0" * 64, "dtype": "float32"}
     (tmp_path / "train.json").write_text(json.dumps(record))
     assert find_checkpoint(tmp_path / "train.json") == (run / "iter_7.pth", record)

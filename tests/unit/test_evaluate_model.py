@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -275,8 +276,10 @@ def test_the_command_writes_what_the_library_measures(setting, tmp_path, run_scr
         *("evaluate_model.py", "--model", hf, "--tokenizer-path", tokenizer_dir, "--heldout-dir", heldout),
         *("--output", tmp_path / "out.json", "--prompts", tmp_path / "prompts.json", "--max-new-tokens", 4),
         *("--dtype", "float32"),
+        env={**os.environ, "SLURM_JOB_ID": "4711"},
     )
     result = read_json(tmp_path / "out.json")
+    assert result["slurm_job_id"] == "4711"
     model = load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
     expected = score(model, load_heldout(heldout, tokenizer, 2048), tokenizer.bos_token_id)
     assert result["loss"] == pytest.approx(expected["loss"], abs=1e-6)

@@ -15,6 +15,7 @@ from evaluation.data_summary import Dataset, load_dataset
 
 EVIL = "<script>alert('x')</script>&\"<img src=http://example.org/x.png onerror=alert(1)>"
 DIGEST = "ab" * 32
+MINUS = "\N{MINUS SIGN}"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
@@ -172,6 +173,21 @@ def test_the_page_says_what_the_files_say(parts):
     ):
         assert expected in text, expected
     assert render(**parts) == html
+
+
+def test_the_held_out_losses_have_intervals_on_the_same_draws(parts):
+    """Every conversation gained 2.25 nats a token, so the change is certain although the losses are not."""
+    from evaluation.report import render
+
+    losses = {"base": (2.5, 4.5), "tuned": (0.25, 2.25)}
+    for label, each in losses.items():
+        parts[label]["conversations"] = {EVIL: [[100 * loss, 100] for loss in each], "empty": []}
+    text = " ".join(Page(render(**parts)).text.split())
+    assert f"{MINUS}2.2500{MINUS}2.2500 … {MINUS}2.2500" in text
+    # Two conversations: both draws may be of the same one.
+    assert "3.50002.5000 … 4.5000" in text and "1.25000.2500 … 2.2500" in text
+    del parts["base"]["conversations"]
+    assert " … " not in "".join(Page(render(**parts)).text)
 
 
 def test_few_steps_no_stages_and_no_prompts(parts):

@@ -176,6 +176,22 @@ def test_a_page_of_many_datasets_draws_few(tokenized):
     assert len(summary["quarantine_files"][0]) == 20 and summary["quarantine_files"][1] == 180
 
 
+def test_the_cost_of_training_is_that_of_all_attempts(tmp_path):
+    from evaluation.cost import read_cost
+
+    for stage, seconds, cpu in (("train_model", 100.0, 360.0), ("evaluate_model", 50.0, 36.0)):
+        file = tmp_path / stage / "demo.tsv"
+        file.parent.mkdir()
+        file.write_text(f"s\tmax_rss\tcpu_time\n{seconds}\t900\t{cpu}\n")
+    last = {"seconds": 90.0, "core_seconds": 720.0, "ranks": 4}
+    killed = {"seconds": 3600.0, "core_seconds": 7200.0, "ranks": 2}
+    rows = {row["stage"]: row for row in read_cost(tmp_path, ["demo"], [killed, last], on_gpus=True)}
+    train, everything = rows["train_model"], rows[None]
+    assert train["jobs"] == 2 and train["seconds"] == 3700 and train["core_hours"] == pytest.approx(2.2)
+    assert train["gpu_hours"] == pytest.approx(2 + 4 * 100 / 3600)
+    assert everything["seconds"] == 3750 and everything["gpu_hours"] == train["gpu_hours"]
+
+
 def test_stats_that_are_missing(tmp_path):
     (tmp_path / "d.json").write_text("{}")
     with pytest.raises(UserError, match=r"d/stats\.json is missing"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def stop(config, work_dir, number: int, step: int, **options) -> int:
 
 
 def test_limit_signals_and_a_flipped_bit_change_nothing(world, config, whole):
-    folder = world / "stopped"
+    folder, began = world / "stopped", time.monotonic()
     said = train(config, folder, "--time-limit", 0.001, code=75)
     assert "Stopped after step 1 of 20 (the time limit is near)" in said
     assert [path.name for path in list_checkpoints(folder)] == ["iter_1.pth"]
@@ -65,6 +66,13 @@ def test_limit_signals_and_a_flipped_bit_change_nothing(world, config, whole):
     assert f"after step {before.name[5:-4]} (attempt 4)" in said
     assert curve(folder) == curve(whole) and len(curve(whole)) == STEPS
     assert weights_sha256(folder) == weights_sha256(whole)
+
+    elapsed = time.monotonic() - began
+    costs = json.loads((folder / "attempts.json").read_text())["costs"]
+    assert sorted(costs) == ["1", "2", "3", "4"] and {cost["ranks"] for cost in costs.values()} == {2}
+    assert elapsed / 2 < sum(cost["seconds"] for cost in costs.values()) < elapsed
+    # Each of the 8 processes imported torch and DeepSpeed.
+    assert all(cost["core_seconds"] > 4 for cost in costs.values())
 
 
 def test_a_crash_that_comes_again_is_not_tried_for_ever(world, config, whole):

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from common.files import read_json
+from common.files import read_json, write_json
 from kept import kept
 from provenance.records import lineage
 from provenance.tree import verify
@@ -42,6 +42,16 @@ def test_a_score_leads_back_to_the_conversations(finished, run_script):
         assert sha256(path) in tree, path
     for word in ("git_commit: ", "versions: ", "recall: ", "base model", "held-out conversations"):
         assert word in tree
+
+
+def test_the_slurm_jobs_of_conversion_and_evaluation_are_named(finished, run_script):
+    run = finished.folder / "results" / "demo"
+    score, manifest = run / "evaluation" / "tuned.json", run / "hf" / "manifest.json"
+    with kept(score), kept(manifest):
+        for path, job in ((score, "101"), (manifest, "102")):
+            write_json(path, {**read_json(path), "slurm_job_id": job})
+        tree = run_script("lineage.py", score).stdout
+    assert "Slurm job: 101" in tree and "Slurm job: 102" in tree
 
 
 def test_verifying_finds_each_change_and_nothing_else(finished):

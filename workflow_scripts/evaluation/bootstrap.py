@@ -8,6 +8,7 @@ two models is computed on the same draws: what makes a conversation hard for bot
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +42,13 @@ class Ratios:
     names: tuple[str, ...]
     above: np.ndarray
     below: np.ndarray
+
+
+def loss_ratios(conversations: Mapping[str, list], name: str | None) -> Ratios:
+    """Returns the held-out loss as a ratio, of all conversations or of a dataset's, as `evaluation.scoring` writes them."""
+    own = [each for key in sorted(conversations) if name in (None, key) for each in conversations[key]]
+    columns = np.array(own, dtype=np.float64).reshape(-1, 2)
+    return Ratios(("loss",), columns[:, :1], columns[:, 1:])
 
 
 def intervals(ratios: Ratios, replicates: int = REPLICATES, seed: int = SEED) -> dict[str, Interval]:

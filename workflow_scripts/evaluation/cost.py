@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.files import read_json
 from common.packages import installed_versions, read_pins
 
 _LABELS = ("", ".base", ".tuned")
 
 
-def read_cost(benchmarks: Path, names: Collection[str], gpus: int = 0) -> list[dict[str, Any]]:
+def read_cost(
+    benchmarks: Path,
+    names: Collection[str],
+    attempts: Sequence[Mapping[str, float]] = (),
+    on_gpus: bool = False,
+) -> list[dict[str, Any]]:
     """Returns what each stage took, the sum first.
 
     Args:
         benchmarks: Folder `<stage>/<name>.tsv`, `<stage>/<name>.<label>.tsv` or `<stage>/<name>/....tsv`, as Snakemake
             writes them: seconds, MB of memory, processor seconds.
         names: Names of the run and of what it shares with others: data and tokenizer.
-        gpus: GPUs that training used.
+        attempts: What each attempt of the training took: `seconds`, `core_seconds`, `ranks`. The benchmark file holds the
+            last one alone, or a later job that found the training finished.
+        on_gpus: Each rank had a GPU.
 
     Returns:
         Mappings `stage` (None: all), `jobs`, `seconds`, `core_hours` (processor time used), `gpu_hours`, `memory_mb` (of the
@@ -32,7 +40,10 @@ def read_cost(benchmarks: Path, names: Collection[str], gpus: int = 0) -> list[d
         if name in own or name in names:
             with open(path, encoding="utf-8", newline="") as file:
                 stages.setdefault(stage, []).extend(csv.DictReader(file, delimiter="\t"))
-    rows = [_row(stage, jobs, gpus if stage == "train_model" else 0) for stage, jobs in stages.items()]
+    rows = [_row(stage, jobs) for stage, jobs in stages.items()]
+    for row in rows:
+        if row["stage"] == "train_model" and attempts:
+            _count_attempts(row, attempts, on_gpus)
     rows.sort(key=lambda row: -row["seconds"])
     if not rows:
         return []
@@ -40,6 +51,17 @@ def read_cost(benchmarks: Path, names: Collection[str], gpus: int = 0) -> list[d
         key: sum(row[key] for row in rows) for key in ("jobs", "seconds", "core_hours", "gpu_hours")
     }
     return [{"stage": None, **total, "memory_mb": max(row["memory_mb"] for row in rows)}, *rows]
+
+
+def attempt_costs(run_folder: Path, world_size: int) -> list[dict[str, float]]:
+    """Returns what each attempt of a training took, in their order: `seconds`, `core_seconds`, `ranks`.
+
+    Of one that an earlier release ran, which noted nothing, only `ranks` is more than 0: `world_size`.
+    """
+    path = run_folder / "attempts.json"
+    record = read_json(path) if path.is_file() else {"attempts": 1}
+    unknown = {"seconds": 0.0, "core_seconds": 0.0, "ranks": world_size}
+    return [record.get("costs", {}).get(str(n + 1), unknown) for n in range(record["attempts"])]
 
 
 def locked_packages(lock: Path) -> list[dict[str, Any]]:
@@ -61,14 +83,27 @@ def locked_packages(lock: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _row(stage: str, jobs: list[dict[str, str]], gpus: int) -> dict[str, Any]:
+def _count_attempts(row: dict[str, Any], attempts: Sequence[Mapping[str, float]], on_gpus: bool) -> None:
+    """Puts all attempts into the row of the training; of the last one what its benchmark file counts, if that is more."""
+    *earlier, last = attempts
+    seconds = [each["seconds"] for each in earlier] + [max(last["seconds"], row["seconds"])]
+    core_hours = [each["core_seconds"] / 3600 for each in earlier]
+    core_hours.append(max(last["core_seconds"] / 3600, row["core_hours"]))
+    row |= {"jobs": len(attempts), "seconds": sum(seconds), "core_hours": sum(core_hours)}
+    if on_gpus:
+        row["gpu_hours"] = (
+            sum(each["ranks"] * time for each, time in zip(attempts, seconds, strict=True)) / 3600
+        )
+
+
+def _row(stage: str, jobs: list[dict[str, str]]) -> dict[str, Any]:
     seconds = sum(_number(job["s"]) for job in jobs)
     return {
         "stage": stage,
         "jobs": len(jobs),
         "seconds": seconds,
         "core_hours": sum(_number(job["cpu_time"]) for job in jobs) / 3600,
-        "gpu_hours": seconds * gpus / 3600,
+        "gpu_hours": 0.0,
         "memory_mb": max(_number(job["max_rss"]) for job in jobs),
     }
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.cli import UserError
 from common.files import read_json
 
-from .cost import locked_packages, read_cost
+from .bootstrap import Interval, compared, loss_ratios
+from .cost import attempt_costs, locked_packages, read_cost
 from .data_summary import Dataset, data_summary, load_dataset
 from .mask_samples import mask_samples
 from .page import page_template
@@ -88,6 +91,7 @@ def load_and_render(run: str, files: ReportFiles) -> str:
     metrics, evals = read_metrics(path), path.with_name("evals.jsonl")
     datasets = [load_dataset(path) for path in files.dataset_manifests]
     on_gpus = any("gpu_memory_mib" in record for record in metrics)
+    attempts = attempt_costs(path.parent, train["world_size"])
 
     def optional(path: Path | None) -> Any:
         return read_json(path) if path else None
@@ -110,7 +114,7 @@ def load_and_render(run: str, files: ReportFiles) -> str:
         run_plan=optional(files.run_plan),
         parity=optional(files.parity),
         samples=mask_samples(datasets, files.tokenizer_path) if files.tokenizer_path else [],
-        cost=read_cost(files.benchmarks, files.benchmark_names, train["world_size"] if on_gpus else 0)
+        cost=read_cost(files.benchmarks, files.benchmark_names, attempts, on_gpus)
         if files.benchmarks
         else [],
         environment=locked_packages(files.lock) if files.lock else [],
@@ -219,20 +223,38 @@ def _curves(metrics: list[dict], evals: Sequence[dict]) -> dict[str, Any] | None
 
 
 def _evaluation_rows(base: Mapping, tuned: Mapping) -> list[dict[str, Any]]:
-    """One row for all conversations and one for each dataset; `change` is tuned minus base."""
+    """One row for all conversations and one for each dataset; `change` is tuned minus base.
+
+    `intervals` are those of base, tuned and change, by drawing conversations; without bounds where an evaluation does
+    not tell conversations apart, as an earlier release's, or the two cut them differently.
+    """
     rows = []
     for name in [None, *sorted(base["datasets"])]:
         before, after = (each if name is None else each["datasets"][name] for each in (base, tuned))
         measured = before["loss"] is not None and after["loss"] is not None
+        change = after["loss"] - before["loss"] if measured else None
+        figures = (before["loss"], after["loss"], change)
         rows.append(
             {
                 "name": name,
                 "base": before,
                 "tuned": after,
-                "change": after["loss"] - before["loss"] if measured else None,
+                "change": change,
+                "intervals": dict(
+                    zip(("base", "tuned", "change"), _intervals(base, tuned, name, figures), strict=True)
+                ),
             }
         )
     return rows
+
+
+def _intervals(
+    base: Mapping, tuned: Mapping, dataset: str | None, figures: tuple[float | None, ...]
+) -> Sequence[Interval]:
+    before, after = (loss_ratios(each.get("conversations", {}), dataset) for each in (base, tuned))
+    if not len(before.below) or not np.array_equal(before.below, after.below):
+        return [Interval(figure, None, None) for figure in figures]
+    return compared(before, after)["loss"]
 
 
 def _side_by_side(base: Mapping, tuned: Mapping) -> list[dict[str, Any]]:

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common.cli import UserError
 from common.files import read_json, sha256_file
 
-from .bootstrap import Interval, Ratios, compared, intervals
-from .cost import read_cost
+from .bootstrap import Interval, compared, intervals, loss_ratios
+from .cost import attempt_costs, read_cost
 from .report import read_metrics
 from .tool_call_tables import comparison_rows, differing, summarize
 
@@ -38,6 +36,7 @@ class RunResults:
         heldout: What evaluate_model.py wrote about the tuned model.
         tool_calls: What evaluate_tool_calls.py wrote about it; None where the run does not ask for it.
         files: The digest of each file that scores come from, by its path in the run's folder.
+        attempts: What each attempt of the training took, see `attempt_costs`.
     """
 
     name: str
@@ -47,6 +46,7 @@ class RunResults:
     heldout: Mapping[str, Any]
     tool_calls: Mapping[str, Any] | None
     files: Mapping[str, str]
+    attempts: Sequence[Mapping[str, float]] = ()
 
 
 def read_run(folder: Path) -> RunResults:
@@ -66,6 +66,7 @@ def read_run(folder: Path) -> RunResults:
         scores[0],
         scores[1] if len(scores) > 1 else None,
         {name: sha256_file(folder / name) for name in names},
+        attempt_costs(folder / train["run_folder"], train["world_size"]),
     )
 
 
@@ -136,21 +137,15 @@ def _heldout_table(runs: Sequence[RunResults], refused: list[dict[str, Any]]) ->
                 continue
             value, change = Interval(measured["loss"], None, None), None
             if after:
-                value = intervals(_loss_ratios(after, name))["loss"]
+                value = intervals(loss_ratios(after, name))["loss"]
             if not differs and run is not base:
-                _, _, change = compared(_loss_ratios(before, name), _loss_ratios(after, name))["loss"]
+                _, _, change = compared(loss_ratios(before, name), loss_ratios(after, name))["loss"]
             rows[name][run.name] = _cell(value, change, measured["trained_tokens"])
     return _table("heldout", "all", "", rows)
 
 
 def _tokens(conversations: Mapping[str, list]) -> dict[str, list[int]]:
     return {name: [tokens for _, tokens in own] for name, own in conversations.items()}
-
-
-def _loss_ratios(conversations: Mapping[str, list], name: str | None) -> Ratios:
-    own = [each for key in sorted(conversations) if name in (None, key) for each in conversations[key]]
-    columns = np.array(own, dtype=np.float64).reshape(-1, 2)
-    return Ratios(("loss",), columns[:, :1], columns[:, 1:])
 
 
 def _tool_call_tables(runs: Sequence[RunResults], refused: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -217,6 +212,7 @@ def _differing_settings(runs: Sequence[RunResults]) -> list[dict[str, Any]]:
 def _costs(runs: Sequence[RunResults], benchmarks: Path, shared_names: Sequence[str]) -> list[dict[str, Any]]:
     costs = [{"run": None, "stages": read_cost(benchmarks, shared_names)}] if shared_names else []
     for run in runs:
-        gpus = run.train["world_size"] if any("gpu_memory_mib" in each for each in run.metrics) else 0
-        costs.append({"run": run.name, "stages": read_cost(benchmarks, [run.name], gpus)})
+        on_gpus = any("gpu_memory_mib" in each for each in run.metrics)
+        stages = read_cost(benchmarks, [run.name], run.attempts, on_gpus)
+        costs.append({"run": run.name, "stages": stages})
     return costs

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.files import read_json, resumable_dir, sha256_file, sha256_json, write_json, write_text
+from common.slurm import job_record
 
 from .checkpoint_source import open_checkpoint
 from .hf_folder import copy_tokenizer, describe_files, write_config, write_generation_config
@@ -238,4 +239,5 @@ def _manifest(
         "weights_sha256": sha256_json(weights),
         "files": files,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **job_record(),
     }

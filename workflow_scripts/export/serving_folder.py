@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import atomic_dir, read_json, write_json, write_text
+from common.slurm import job_record
 
 from .hf_config import rope_of
 from .hf_folder import describe_files, require_model_folder
@@ -59,6 +60,7 @@ def make_serving_folder(
             "tp": tp,
             "rope_theta": rope_of(written)[0],
             "files": describe_files(folder, same),
+            **job_record(),
         }
         write_json(folder / "manifest.json", manifest)
     return manifest

@@ -24,6 +24,7 @@ from typing import Any
 
 from common.cli import UserError
 from common.files import atomic_dir, read_json, write_json
+from common.slurm import job_record
 
 from .hf_folder import describe_files, require_in_range, require_model_folder
 from .turbomind_config import WEIGHTS, head_size, shared_settings
@@ -306,4 +307,5 @@ def _manifest(folder: Path, model_name: str, model_path: Path, written: dict, tp
             name: importlib.metadata.version(name) for name in ("lmdeploy", "torch", "transformers")
         },
         "files": describe_files(folder),
+        **job_record(),
     }

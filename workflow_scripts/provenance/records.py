@@ -149,6 +149,7 @@ class _Run:
             for row in result.get("summary", ())
             if row["scope"] == "all" and row["metric"] in shown
         ]
+        facts += _slurm_job(result)
         model = self.hf() if result["label"] == "tuned" else self.base()
         heldout = self._heldout(result["heldout_sha256"])
         sources = [model, heldout, _tokenizer_of(self.results, result["tokenizer_sha256"])]
@@ -190,7 +191,8 @@ class _Run:
         sources = [self.hf()]
         if (self.folder / "turbomind" / "manifest.json").is_file():
             sources.append(self.turbomind())
-        return Record("conversion gate", self.folder / "parity.json", sources=sources)
+        path = self.folder / "parity.json"
+        return Record("conversion gate", path, _slurm_job(read_json(path)), sources=sources)
 
     @cache  # noqa: B019
     def hf(self) -> Record:
@@ -229,11 +231,10 @@ class _Run:
             "git_commit",
         )
         facts = [(key, train[key]) for key in keys]
-        facts += [("attempts", attempts["attempts"])]
-        facts += (
-            [("Slurm jobs", ", ".join(attempts["slurm_job_ids"]))] if attempts.get("slurm_job_ids") else []
-        )
-        facts += [("versions", _joined(train["versions"]))]
+        facts.append(("attempts", attempts["attempts"]))
+        if attempts.get("slurm_job_ids"):
+            facts.append(("Slurm jobs", ", ".join(attempts["slurm_job_ids"])))
+        facts.append(("versions", _joined(train["versions"])))
         checkpoint = self.folder / train["checkpoint"]
         marker = read_json(checkpoint / "COMPLETE.json")
         checks = [_file(checkpoint / name, entry["sha256"]) for name, entry in marker["files"].items()]
@@ -290,6 +291,7 @@ def _folder(title: str, folder: Path) -> Record:
         if manifest.get(key) is not None
     ]
     facts.append(("versions", _joined(manifest["versions"])))
+    facts += _slurm_job(manifest)
     checks = [_file(folder / name, entry["sha256"]) for name, entry in manifest["files"].items()]
     return Record(title, folder, facts, checks)
 
@@ -418,6 +420,10 @@ def _model(folder: Path) -> Callable[[], str]:
         return base_model_digest(str(folder), FingerprintCache(os.devnull))
 
     return compute
+
+
+def _slurm_job(record: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [("Slurm job", record["slurm_job_id"])] if "slurm_job_id" in record else []
 
 
 def _joined(versions: dict[str, Any]) -> str:

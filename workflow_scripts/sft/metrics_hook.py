@@ -20,8 +20,10 @@ from sft.flops import model_flops, peak_tflops
 from sft.loggers import check_loggers, start_loggers
 from sft.metrics_file import METRICS
 from sft.progress_line import ProgressLine
+from sft.stopping import STARTED
 
 ATTEMPTS = "attempts.json"
+_COST_EVERY = 10.0  # seconds between two notes of what an attempt has cost: a kill loses no more than that
 # Fields that differ between two runs that compute the same.
 MEASURED = frozenset(
     [
@@ -78,12 +80,18 @@ class MetricsHook(Hook):
         self.flops = model_flops(model)
         if self.peak_tflops is None and torch.cuda.is_available():
             self.peak_tflops = peak_tflops(torch.cuda.get_device_name(), model.dtype)
+        core_seconds = torch.tensor(
+            time.process_time(), dtype=torch.float64, device=runner.model.model.device
+        )
+        distributed.all_reduce(core_seconds)
         if not is_main_process():
             return
         from torch.utils.tensorboard import SummaryWriter
 
         folder = Path(runner.work_dir)
         self.attempt = _count_attempt(folder)
+        self.core_seconds = core_seconds.item()
+        self._note_cost(folder, runner.world_size)
         self.file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=runner.iter + 1)
         self.trackers = start_loggers(self.loggers, folder)
@@ -97,6 +105,7 @@ class MetricsHook(Hook):
         device = outputs["loss"].device
         own = [outputs["tokens"], outputs["trained_tokens"], outputs.get("data_seconds", 0.0)]
         own.append(self.flops.step(outputs["document_lengths"], outputs["trained_tokens"]))
+        own.append(time.process_time())
         sums = torch.tensor([0.0, *own], dtype=torch.float64, device=device)
         sums[0] = outputs["loss"]
         gpu = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
@@ -106,7 +115,7 @@ class MetricsHook(Hook):
         norm = runner.model.get_global_grad_norm()  # the ranks compute it together
         if not is_main_process():
             return
-        loss, tokens, trained, waited, flops = sums.tolist()
+        loss, tokens, trained, waited, flops, self.core_seconds = sums.tolist()
         gpu, cpu = peaks.tolist()
         ranks, step = runner.world_size, batch_idx + 1
         self.recent.append(seconds)
@@ -135,8 +144,19 @@ class MetricsHook(Hook):
         line = {"step": step, "epoch": epoch, **start, **values, **counts}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+        if time.monotonic() - self.noted > _COST_EVERY:
+            self._note_cost(Path(runner.work_dir), ranks)
         self.record(step, {f"train/{name}": value for name, value in values.items()})
         self.line.show(step, _describe(values), values["eta_seconds"])
+
+    def _note_cost(self, folder: Path, ranks: int) -> None:
+        """Writes down what this attempt has cost since its job began: the last note of one that is killed counts."""
+        self.noted = time.monotonic()
+        values = read_json(folder / ATTEMPTS)
+        seconds = time.time() - float(os.environ.get(STARTED, time.time()))
+        cost = {"seconds": round(seconds, 1), "core_seconds": round(self.core_seconds, 1), "ranks": ranks}
+        values.setdefault("costs", {})[str(self.attempt)] = cost
+        write_json(folder / ATTEMPTS, values)
 
     def record(self, step: int, values: Mapping[str, float | None]) -> None:
         """Hands values to TensorBoard and the trackers, on rank 0; those that are None are left out."""
@@ -149,6 +169,7 @@ class MetricsHook(Hook):
     def after_train(self, runner) -> None:
         """Closes the files."""
         if is_main_process():
+            self._note_cost(Path(runner.work_dir), runner.world_size)
             self.line.close()
             self.file.close()
             self.board.close()
@@ -190,6 +211,6 @@ def _count_attempt(folder: Path) -> int:
     before = read_json(path) if path.is_file() else {"attempts": 0}
     job = os.environ.get("SLURM_JOB_ID")
     jobs = before.get("slurm_job_ids", []) + ([job] if job else [])
-    values = {"attempts": before["attempts"] + 1} | ({"slurm_job_ids": jobs} if jobs else {})
+    values = before | {"attempts": before["attempts"] + 1} | ({"slurm_job_ids": jobs} if jobs else {})
     write_json(path, values)
     return values["attempts"]
