@@ -159,7 +159,7 @@ def test_slurmctld_is_restarted(project, whole):
 
 
 def test_snakemake_is_killed_and_started_again(project, whole):
-    running = project.start(project.manifest("controller"), slow=1)
+    running = project.start(project.manifest("controller"), slow=3)
     project.wait_for_step(running, "controller", 3)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
