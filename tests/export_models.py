@@ -102,6 +102,36 @@ def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path):
     return config, checkpoint, model
 
 
+def write_lora_checkpoint(base: Path, tokenizer_dir: Path, run: Path, dtype: str = "float32"):
+    """Writes a training config of LoRA and a checkpoint of its trained parts, which are random.
+
+    Returns:
+        (config path, checkpoint path, peft's model in memory, in fp32)
+    """
+    import torch
+
+    from common.files import write_json
+    from export.lora_weights import grown_base
+    from sft import config as training
+    from sft.lora import add_lora
+    from sft.render import TrainSettings, render_config
+
+    run.mkdir(parents=True, exist_ok=True)
+    config = run / "train_config.py"
+    settings = {"model_path": str(base), "tokenizer_path": str(tokenizer_dir), "train_folder": "nowhere"}
+    config.write_text(render_config(TrainSettings(**settings, lora={"rank": 2, "alpha": 3})))
+    write_json(run / "identity.json", {"fields": {"dtype": dtype}})
+    loaded = training.load_config(config)
+    model, new_ids = grown_base(loaded, dtype)
+    tuner = add_lora(model.float(), training.lora_settings(loaded), new_ids)
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    torch.manual_seed(3)
+    for value in trained.values():
+        torch.nn.init.normal_(value)
+    torch.save({"state_dict": {f"llm.{name}": value for name, value in trained.items()}}, run / "iter_7.pth")
+    return config, run / "iter_7.pth", tuner
+
+
 def write_tuned(model: Path, tokenizer: Path, root: Path):
     """Writes a tuned model of a base: `tokenizer` and `hf` below `root`.
 

@@ -11,7 +11,14 @@ import torch
 
 from common.cli import UserError
 from common.files import read_json, sha256_file
-from export_models import REPO, converter_python, extend_tokenizer, write_base, write_checkpoint
+from export_models import (
+    REPO,
+    converter_python,
+    extend_tokenizer,
+    write_base,
+    write_checkpoint,
+    write_lora_checkpoint,
+)
 
 TEXT = 'Hello  there\n<|im_start|>user\n你好 {"city": 25}<|im_end|>\n'
 LLAMA3 = {
@@ -182,10 +189,14 @@ def test_auto_is_the_dtype_of_the_training(converted, tmp_path, monkeypatch):
     assert read_json(tmp_path / "hf" / "manifest.json") == manifest
 
 
-def test_a_killed_conversion_keeps_its_finished_files(converted, tmp_path, run_script):
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_killed_conversion_keeps_its_finished_files(converted, tokenizer_dir, tmp_path, run_script, kind):
     """Killed at the tenth tensor; what was finished is not written again, and the bytes are those of one go."""
-    folder, _ = converted["mistral"]
-    command = (folder.parent / "train_config.py", folder.parent / "iter_7.pth", "--max-shard-size", "100KB")
+    run = converted["mistral"][0].parent
+    if kind == "lora":
+        write_lora_checkpoint(run / "base", tokenizer_dir, tmp_path)
+        run = tmp_path
+    command = (run / "train_config.py", run / "iter_7.pth", "--max-shard-size", "100KB")
     run_script("convert_pth_to_hf.py", *command, tmp_path / "whole")
     killed = f"""
 import os, sys

@@ -9,18 +9,25 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.cli import UserError
-from sft.lora import add_lora, leave_out_frozen, merge_lora, trained_share
+from export.hf_weights import empty_model
+from export.lora_weights import open_stored
+from export_models import extend_tokenizer, write_base, write_lora_checkpoint
+from sft import lora_merge
+from sft.checkpoints import read_state_dict
+from sft.lora import add_lora, leave_out_frozen, trained_share
+from sft.lora_merge import merge_lora
+from sft.model import resize_for_tokenizer, rows_before
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto"}
 NEW = [90, 91]
 
 
-def small_model(tied: bool) -> LlamaForCausalLM:
+def small_model(tied: bool, hidden: int = 32) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=96,
-            hidden_size=32,
+            hidden_size=hidden,
             intermediate_size=48,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -77,29 +84,93 @@ def test_a_model_loaded_in_shards_is_refused():
         add_lora(model, LORA, NEW)
 
 
+def merge_from_files(base, state, folder, vocab_size=96, new_ids=NEW, dtype="float32", **options):
+    """Merges from files: `base` as transformers saves it, grown to the tokenizer, and a checkpoint of `state`."""
+    folder.mkdir()
+    base.save_pretrained(folder / "base")
+    torch.save({"state_dict": state}, folder / "iter_1.pth")
+    model = empty_model(str(folder / "base"))
+    model.tie_weights()
+    before = rows_before(base.config.vocab_size, vocab_size, new_ids)
+    resize_for_tokenizer(model, vocab_size, new_ids)
+    merged = merge_lora(
+        *(model, open_stored(str(folder / "base")), LORA, new_ids, before),
+        *(read_state_dict(folder / "iter_1.pth"), getattr(torch, dtype)),
+        load=None,  # not called
+        **options,
+    )
+    assert all(each.pieces for each in merged.values())
+    return {name: torch.cat(list(each.chunks())).view(each.shape) for name, each in merged.items()}
+
+
 def test_merged_weights_give_the_logits_of_the_model_in_memory(trained, tmp_path):
     from peft import PeftModel
 
     base, model, ids = trained
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    merged = merge_lora(copy.deepcopy(base), LORA, NEW, state, tmp_path)
+    (tmp_path / "adapter").mkdir()
+    merged = merge_from_files(base, state, tmp_path / "merged", adapter_folder=tmp_path / "adapter")
     plain = copy.deepcopy(base)
-    assert merged.keys() == plain.state_dict().keys()
-    plain.load_state_dict(merged)
+    assert merged.keys() == dict(plain.named_parameters()).keys()
+    plain.load_state_dict(merged, strict=False)
     assert (logits(plain, ids) - logits(base, ids)).abs().max() > 0.1
     torch.testing.assert_close(logits(plain, ids), logits(model, ids), atol=1e-5, rtol=0)
     rows = merged["model.embed_tokens.weight"]
     others = [i for i in range(96) if i not in NEW]
     assert torch.equal(rows[others], base.model.embed_tokens.weight[others])
     assert not torch.equal(rows[NEW], base.model.embed_tokens.weight[NEW])
-    adapted = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
+    adapted = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "adapter")).eval()
     torch.testing.assert_close(logits(adapted, ids), logits(model, ids), atol=1e-6, rtol=0)
 
 
-def test_settings_that_do_not_fit_are_refused(trained):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_in_blocks_it_is_what_peft_merges_in_memory(tmp_path, monkeypatch, tied, dtype):
+    """Bit for bit; the vocabulary grows by tokens whose rows are trained and by padding, the base's mean."""
+    monkeypatch.setattr(lora_merge, "_BLOCK", 500)
+    monkeypatch.setattr(lora_merge, "_MEAN_BLOCK", 96 * 32)
+    base, new_ids, vocab_size = small_model(tied, hidden=80), [90, 96, 98], 99
+    grown = copy.deepcopy(base).to(getattr(torch, dtype))
+    resize_for_tokenizer(grown, vocab_size, new_ids)
+    tuner = add_lora(grown.float(), LORA, new_ids)
+    with torch.no_grad():
+        for parameter in grown.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape))
+    state = {name: value.clone() for name, value in grown.named_parameters() if value.requires_grad}
+    found = merge_from_files(base, state, tmp_path / "merged", vocab_size, new_ids, dtype)
+    expected = dict(tuner.merge_and_unload().named_parameters())
+    assert found.keys() == expected.keys() and found["model.embed_tokens.weight"].shape == (128, 80)
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_settings_that_do_not_fit_are_refused(trained, tmp_path):
     base, model, _ = trained
     with pytest.raises(UserError, match=r"(?s)LoRA does not fit the model.*no_such_proj"):
         add_lora(copy.deepcopy(base), {**LORA, "target_modules": ["no_such_proj"]}, [])
     state = {name: value for name, value in model.state_dict().items() if "layers.1" not in name}
     with pytest.raises(UserError, match=r"(?s)does not belong to these LoRA settings.*layers\.1"):
-        merge_lora(copy.deepcopy(base), LORA, NEW, state)
+        merge_from_files(base, state, tmp_path / "less")
+
+
+MIXTURE = {"kind": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("settings", [{"kind": "mistral"}, MIXTURE], ids=["mistral", "mixture"])
+def test_the_folder_holds_what_peft_merges_in_memory(tiny_tokenizer_dir, tmp_path, settings):
+    """Trained in bf16; a mixture, whose experts are no linear layers, is merged in memory."""
+    from transformers import AutoModelForCausalLM
+
+    from export.hf import convert
+
+    base = write_base(tmp_path / "base", tiny_tokenizer_dir, **settings)
+    extend_tokenizer(tiny_tokenizer_dir, tmp_path / "tokenizer")
+    config, checkpoint, tuner = write_lora_checkpoint(
+        base, tmp_path / "tokenizer", tmp_path / "run", "bfloat16"
+    )
+    assert convert(config, checkpoint, tmp_path / "hf")["dtype"] == "bfloat16"
+    expected = lora_merge.own_tensors(tuner.merge_and_unload().bfloat16())
+    found = lora_merge.own_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "hf"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())

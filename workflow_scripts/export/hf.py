@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,6 @@ from .checkpoint_source import open_checkpoint
 from .hf_folder import copy_tokenizer, describe_files, write_config, write_generation_config
 
 if TYPE_CHECKING:
-    import torch
-
     from sft.stored_tensors import StoredTensors
 
 ADAPTER = "adapter"
@@ -56,10 +53,10 @@ def convert(
             ones `train.json` describes, are not finite, or do not fit the dtype.
     """
     from sft import config as training
-    from sft.stored_tensors import LoadedTensor
     from sft.weights_digest import weights_digest
 
     from .hf_weights import as_published, empty_model, plan_outputs
+    from .lora_weights import merged_weights
     from .model_card import model_card, tokenized_folder
     from .weight_shards import remove_unfinished, write_shards
 
@@ -71,12 +68,14 @@ def convert(
     with resumable_dir(dst) as folder:
         remove_unfinished(folder)
         adapter = folder / ADAPTER if lora == "adapter" else None
-        whole = all_weights(config, checkpoint, record, state, trust_remote_code, adapter)
-        weights = {name: LoadedTensor(whole[name]) for name in whole} if whole is not state else state.stored
+        weights = state.stored
+        if training.lora_settings(config) is not None:
+            trained_in = training_dtype(config, record, checkpoint, state)
+            weights = merged_weights(config, state, trained_in, trust_remote_code, adapter)
         model = empty_model(base, trust_remote_code)
         rows = _tokens(tokenizer) if padded_vocab == "trim" else None
         outputs = as_published(model, plan_outputs(model, weights, dtype, base, rows))
-        if all(each.stored.pieces for each in outputs.values()):
+        if weights is state.stored and all(each.stored.pieces for each in outputs.values()):
             files, digest = write_shards(outputs, folder, max_shard_size, state if record else None)
         else:
             digest = weights_digest(state) if record else None
@@ -101,54 +100,6 @@ def convert(
     return manifest
 
 
-def all_weights(
-    config,
-    checkpoint: Path,
-    record: dict[str, Any],
-    state: StoredTensors,
-    trust_remote_code: bool = False,
-    adapter: Path | None = None,
-) -> Mapping[str, torch.Tensor]:
-    """Returns all weights of a checkpoint: `state` itself, but for LoRA, whose checkpoints hold the trained parts alone.
-
-    These are merged, in memory, with the base model's weights in the type that the run trained in.
-
-    Args:
-        config: The training config.
-        checkpoint: Where `state` comes from.
-        record: The run's train.json, or an empty dictionary.
-        state: What the checkpoint holds.
-        trust_remote_code: Runs Python code that comes with the base model.
-        adapter: Folder to make for the trained parts of a LoRA run, as `peft` reads them.
-    """
-    from sft import config as training
-    from sft.lora import merge_lora
-
-    settings = training.lora_settings(config)
-    if settings is None:
-        return state
-    dtype = training_dtype(config, record, checkpoint, state)
-    model, new_ids = grown_base(config, dtype, trust_remote_code)
-    if adapter is not None:
-        adapter.mkdir()
-    return merge_lora(model, settings, new_ids, state, adapter)
-
-
-def grown_base(config, dtype: str, trust_remote_code: bool = False) -> tuple[Any, list[int]]:
-    """Returns the base model as its training starts from it, and the ids of the tokens that are new to it."""
-    from sft import config as training
-    from sft.model import load_base_model, resize_for_tokenizer
-    from sft.tokenizer_rows import find_new_tokens
-
-    base, tokenizer = training.model_path(config), training.tokenizer_path(config)
-    model = load_base_model(base, dtype, "sdpa", trust_remote_code)
-    new_ids: list[int] = []
-    if tokenizer is not None:
-        vocab_size, new_ids = find_new_tokens(tokenizer, base)
-        resize_for_tokenizer(model, vocab_size, new_ids)
-    return model, new_ids
-
-
 def _require_recorded_weights(digest: str | None, record: dict[str, Any], checkpoint: Path) -> None:
     if record and digest != record["weights_sha256"]:
         raise UserError(
@@ -165,9 +116,7 @@ def run_identity_fields(checkpoint: Path) -> dict[str, Any]:
     return read_json(identity).get("fields", {}) if identity.is_file() else {}
 
 
-def training_dtype(
-    config, record: dict[str, Any], checkpoint: Path, state: Mapping[str, torch.Tensor]
-) -> str:
+def training_dtype(config, record: dict[str, Any], checkpoint: Path, state: StoredTensors) -> str:
     """Returns what the model computed in while it was trained; ZeRO's checkpoints hold fp32 copies whatever that was."""
     from sft import config as training
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from common.cli import UserError
+from sft.lora_merge import MergedTensor
 from sft.stored_tensors import LoadedTensor, StoredTensor
 
 from .weight_shards import Output
@@ -26,7 +27,7 @@ def empty_model(base: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
 def plan_outputs(
     model: PreTrainedModel,
-    state: Mapping[str, StoredTensor | LoadedTensor],
+    state: Mapping[str, StoredTensor | LoadedTensor | MergedTensor],
     dtype: str,
     base: str,
     rows: int | None = None,

@@ -19,7 +19,8 @@ from ftdp.tokenizer import ExtendedTokenizer
 from sft import config as training
 from sft.checkpoints import read_state_dict
 
-from .hf import grown_base, training_dtype
+from .hf import training_dtype
+from .lora_weights import grown_base
 from .reference_forward import transformers_logits, turbomind_logits
 from .safetensors_reader import SafetensorsFolder
 from .turbomind_folder import TurboMindFolder

@@ -21,13 +21,14 @@ import torch
 
 from common.files import fsync_path, read_json, sha256_json, write_json
 from common.progress import Progress
+from sft.lora_merge import MergedTensor
 from sft.stored_tensors import LoadedTensor, StoredTensor, StoredTensors
 from sft.weights_digest import WeightsDigest
 
 from .hf_folder import require_in_range
 
 _DONE = "shards.json"  # what a killed conversion finished; removed at the end
-_NAMES = {
+DTYPE_NAMES = {  # as safetensors calls them
     "float32": "F32",
     "float16": "F16",
     "bfloat16": "BF16",
@@ -35,7 +36,7 @@ _NAMES = {
     "int32": "I32",
     "uint8": "U8",
 }
-_NAMES |= {"bool": "BOOL", "float64": "F64", "int8": "I8", "int16": "I16"}
+DTYPE_NAMES |= {"bool": "BOOL", "float64": "F64", "int8": "I8", "int16": "I16"}
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -43,7 +44,7 @@ _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 class Output:
     """One tensor to write: which, as what type, and how many of its rows (None: all)."""
 
-    stored: StoredTensor | LoadedTensor
+    stored: StoredTensor | LoadedTensor | MergedTensor
     dtype: torch.dtype
     rows: int | None = None
 
@@ -119,7 +120,7 @@ def parse_bytes(size: str) -> int:
 
 def _copy(
     name: str,
-    stored: StoredTensor | LoadedTensor,
+    stored: StoredTensor | LoadedTensor | MergedTensor,
     output: Output | None,
     writer: _ShardWriter | None,
     digest: WeightsDigest | None,
@@ -162,7 +163,14 @@ def _identity(outputs: Mapping[str, Output], shards: dict[str, list[str]]) -> st
     files = {piece.file for each in outputs.values() for piece in each.stored.pieces}
     stats = {file.name: os.fstat(file.fileno()) for file in files}
     sources = {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
-    tensors = {name: [str(each.dtype), each.shape] for name, each in outputs.items()}
+    tensors = {
+        name: [
+            str(each.dtype),
+            each.shape,
+            each.stored.recipe if isinstance(each.stored, MergedTensor) else "",
+        ]
+        for name, each in outputs.items()
+    }
     return sha256_json([shards, tensors, sources])
 
 
@@ -202,7 +210,7 @@ class _ShardWriter:
         offset = 0
         for name, each in outputs.items():
             end = offset + each.bytes
-            dtype = _NAMES[str(each.dtype).removeprefix("torch.")]
+            dtype = DTYPE_NAMES[str(each.dtype).removeprefix("torch.")]
             header[name] = {"dtype": dtype, "shape": each.shape, "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()

@@ -8,16 +8,14 @@ the embedding and in the head, are trained too (`trainable_token_indices` of pef
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from common.cli import UserError
 
-_ADAPTER = "default"
+ADAPTER = "default"  # peft's name for the one that there is
 
 
 def add_lora(model: PreTrainedModel, lora: Mapping[str, Any], new_ids: Sequence[int]):
@@ -45,7 +43,7 @@ def add_lora(model: PreTrainedModel, lora: Mapping[str, Any], new_ids: Sequence[
         )
     settings = lora_config(model, lora, new_ids)
     try:
-        return LoraModel(model, settings, _ADAPTER)
+        return LoraModel(model, settings, ADAPTER)
     except ValueError as error:
         raise UserError(
             "LoRA does not fit the model",
@@ -119,52 +117,3 @@ def trained_share(model: nn.Module) -> tuple[int, int]:
 
 def _size(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
-
-
-def merge_lora(
-    model: PreTrainedModel,
-    lora: Mapping[str, Any],
-    new_ids: Sequence[int],
-    state: Mapping[str, torch.Tensor],
-    adapter_folder: Path | None = None,
-) -> dict[str, torch.Tensor]:
-    """Returns all weights of the tuned model, the trained parts merged into the frozen ones, in fp32.
-
-    Args:
-        model: The base model, grown for its tokenizer as training starts from it; changed in place.
-        lora: The settings that it was trained with.
-        new_ids: Likewise.
-        state: What the checkpoint holds, by the names in the trained model.
-        adapter_folder: An existing folder that also gets the trained parts as peft saves them.
-
-    Raises:
-        UserError: The checkpoint holds other parts than these settings make.
-    """
-    model.float()
-    tuner = add_lora(model, lora, new_ids)
-    wanted = {name for name, value in model.named_parameters() if value.requires_grad}
-    missing, more = sorted(wanted - state.keys()), sorted(state.keys() - set(model.state_dict()))
-    if missing or more:
-        raise UserError(
-            "the checkpoint does not belong to these LoRA settings",
-            found=f"no {missing[0]}" if missing else f"also {more[0]}",
-            expected=f"{len(wanted)} trained tensors",
-            fix="give the config that the checkpoint was trained with",
-        )
-    model.load_state_dict(dict(state), strict=False)
-    if adapter_folder is not None:
-        _write_adapter(tuner, {name: state[name] for name in wanted}, adapter_folder)
-    merged = tuner.merge_and_unload()
-    return {name: value.detach() for name, value in merged.state_dict().items()}
-
-
-def _write_adapter(tuner, trained: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors, with the names that `PeftModel` reads."""
-    from safetensors.torch import save_file
-
-    settings = tuner.peft_config[_ADAPTER]
-    settings.inference_mode = True
-    settings.save_pretrained(str(folder))
-    names = {name: "base_model.model." + name.replace(f".{_ADAPTER}", "") for name in trained}
-    tensors = {names[name]: value.float().contiguous() for name, value in trained.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

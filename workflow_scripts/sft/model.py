@@ -88,8 +88,7 @@ def resize_for_tokenizer(
     fresh = [*new, *(i for i in range(old_rows, rows) if i not in set(new))]
     if not fresh:
         return
-    # Spare rows of a padded base were never trained: they do not count as old.
-    old = torch.tensor([i for i in range(min(old_rows, vocab_size)) if i not in set(new)])
+    old = torch.tensor(rows_before(old_rows, vocab_size, new))
     head = model.get_output_embeddings()
     for layer in [model.get_input_embeddings(), *([] if head is None or _is_tied(model) else [head])]:
         parameters = [layer.weight, *([layer.bias] if getattr(layer, "bias", None) is not None else [])]
@@ -99,6 +98,12 @@ def resize_for_tokenizer(
                     # fp32: a mean over 32,000 rows in bfloat16 would lose most of its digits.
                     mean = parameter[old.to(parameter.device)].float().mean(dim=0)
                     parameter[torch.tensor(fresh, device=parameter.device)] = mean.to(parameter.dtype)
+
+
+def rows_before(old_rows: int, vocab_size: int, new_ids: Sequence[int]) -> list[int]:
+    """Returns the rows whose mean new ones start from: spare rows of a padded base were never trained."""
+    new = set(new_ids)
+    return [i for i in range(min(old_rows, vocab_size)) if i not in new]
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

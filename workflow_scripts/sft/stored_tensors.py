@@ -50,6 +50,13 @@ class StoredTensor:
             for start in range(0, piece.count, CHUNK):
                 yield _read(piece, start, min(CHUNK, piece.count - start))
 
+    def part(self, first: int, rows: int) -> StoredTensor:
+        """Returns `rows` rows from `first` on."""
+        width = self.shape[1:].numel()
+        return StoredTensor(
+            torch.Size((rows, *self.shape[1:])), cut(self.pieces, first * width, rows * width)
+        )
+
 
 @dataclass(frozen=True)
 class LoadedTensor:
