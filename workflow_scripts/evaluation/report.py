@@ -313,8 +313,13 @@ def _lineage(train, datasets, base, tuned, hf, turbomind) -> list[tuple[Words, s
     if hf:
         rows.append((("Hugging Face weights", "Hugging Face 权重"), hf["weights_sha256"]))
     if turbomind:
-        config = turbomind["files"]["triton_models/weights/config.yaml"]["sha256"]
-        rows.append((("TurboMind config.yaml",) * 2, config))
+        # A folder for lmdeploy >= 0.10 has Hugging Face's config.
+        name = next(
+            name
+            for name in ("triton_models/weights/config.yaml", "config.json")
+            if name in turbomind["files"]
+        )
+        rows.append(((f"TurboMind {Path(name).name}",) * 2, turbomind["files"][name]["sha256"]))
     rows.append((("git commit",) * 2, train.get("git_commit") or "unknown"))
     return rows
 
@@ -325,4 +330,4 @@ def _versions(train, hf, turbomind) -> list[tuple[Words, dict[str, Any]]]:
         (("versions, Hugging Face conversion", "版本：转换为 Hugging Face"), hf),
         (("versions, TurboMind conversion", "版本：转换为 TurboMind"), turbomind),
     ]
-    return [(name, manifest["versions"]) for name, manifest in stages if manifest]
+    return [(name, manifest["versions"]) for name, manifest in stages if manifest and "versions" in manifest]

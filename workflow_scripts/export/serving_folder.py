@@ -47,8 +47,8 @@ def make_serving_folder(
         write_json(folder / "config.json", written)
         command = lmdeploy_command(dst, model_name, written["architectures"][0], tp, session_len)
         write_text(folder / "serve.txt", command + "\n")
-        known = read_json(model / "manifest.json")["files"] if (model / "manifest.json").is_file() else {}
-        same = {name: entry for name, entry in known.items() if name.endswith(".safetensors")}
+        source = read_json(model / "manifest.json") if (model / "manifest.json").is_file() else {"files": {}}
+        same = {name: entry for name, entry in source["files"].items() if name.endswith(".safetensors")}
         manifest = {
             "format": 1,
             "mode": "direct",
@@ -59,6 +59,7 @@ def make_serving_folder(
             "dtype": written["dtype"],
             "tp": tp,
             "rope_theta": rope_of(written)[0],
+            "hf_weights_sha256": source.get("weights_sha256"),
             "files": describe_files(folder, same),
             **job_record(),
         }

@@ -290,7 +290,8 @@ def _folder(title: str, folder: Path) -> Record:
         )
         if manifest.get(key) is not None
     ]
-    facts.append(("versions", _joined(manifest["versions"])))
+    if "versions" in manifest:
+        facts.append(("versions", _joined(manifest["versions"])))
     facts += _slurm_job(manifest)
     checks = [_file(folder / name, entry["sha256"]) for name, entry in manifest["files"].items()]
     return Record(title, folder, facts, checks)
