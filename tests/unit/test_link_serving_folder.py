@@ -41,7 +41,9 @@ def test_a_mistral_is_served_as_the_llama_that_computes_the_same(hf, tmp_path, r
     command = (served / "serve.txt").read_text()
     assert command.startswith("lmdeploy serve api_server ") and "--backend turbomind --tp 2" in command
     assert "--model-name mine" in command and "--tool-call-parser internlm" in command
-    files = read_json(served / "manifest.json")["files"]
+    manifest = read_json(served / "manifest.json")
+    assert manifest["hf_weights_sha256"] == read_json(hf / "manifest.json")["weights_sha256"]
+    files = manifest["files"]
     assert set(files) == {path.name for path in served.iterdir()} - {"manifest.json"}
     assert all(sha256_file(served / name) == entry["sha256"] for name, entry in files.items())
 

@@ -202,6 +202,16 @@ def test_few_steps_no_stages_and_no_prompts(parts):
     assert Page(render(**parts)).tags.count("svg") == 1
 
 
+def test_a_folder_for_a_newer_lmdeploy_is_told(parts):
+    from evaluation.report import render
+
+    direct = parts["turbomind"] | {"files": {"config.json": {"sha256": DIGEST}}}
+    del direct["versions"]
+    parts["turbomind"] = direct
+    text = Page(render(**parts)).text
+    assert "TurboMind config.json" in text and "versions, TurboMind conversion" not in text
+
+
 def test_a_mixture_is_told(parts):
     from evaluation.report import render
 
