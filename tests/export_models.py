@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
-import pytest
-
-REPO = Path(__file__).resolve().parent.parent
+from environments import python_of
 
 
 def converter_python() -> str:
     """The Python of the TurboMind converter's environment (lmdeploy 0.9.2.post1, transformers 4.57)."""
-    named = os.environ.get("SNAKETUNE_TURBOMIND_PYTHON")
-    path = Path(named) if named else REPO / ".venv-turbomind" / "bin" / "python"
-    if not path.is_file():
-        pytest.skip(
-            f"no converter environment at {path} (`make setup` makes it; SNAKETUNE_TURBOMIND_PYTHON names another)"
-        )
-    return str(path)
+    return python_of("turbomind", "`make setup`")
 
 
 def extend_tokenizer(base: Path, folder: Path, template: str = "internlm2_chat"):

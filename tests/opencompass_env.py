@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-from pathlib import Path
 
-import pytest
-
-REPO = Path(__file__).resolve().parent.parent
+from environments import REPO, python_of
 
 
 def opencompass_python() -> str:
     """The Python of OpenCompass's environment; skips where there is none."""
-    named = os.environ.get("SNAKETUNE_OPENCOMPASS_PYTHON")
-    path = Path(named) if named else REPO / ".venv-opencompass" / "bin" / "python"
-    if not path.is_file():
-        pytest.skip(
-            f"no OpenCompass environment at {path} (`make setup-opencompass` makes it, `make test` too)"
-        )
-    return str(path)
+    return python_of("opencompass", "`make setup-opencompass`")
 
 
 def run_there(*args: object, **kwargs) -> subprocess.CompletedProcess:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.files import read_json, write_json
-from export_models import REPO, converter_python, extend_tokenizer, write_base, write_checkpoint
+from environments import REPO
+from export_models import converter_python, extend_tokenizer, write_base, write_checkpoint
 
 SCRIPTS = REPO / "workflow_scripts"
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from common.files import read_json, sha256_file, write_json
-from export_models import REPO, converter_python, extend_tokenizer, write_base, write_checkpoint
+from environments import REPO
+from export_models import converter_python, extend_tokenizer, write_base, write_checkpoint
 
 HEADS, KV_HEADS, SIZE, HIDDEN = 2, 1, 64, 128
 

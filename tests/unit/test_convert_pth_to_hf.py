@@ -11,8 +11,8 @@ import torch
 
 from common.cli import UserError
 from common.files import read_json, sha256_file
+from environments import REPO
 from export_models import (
-    REPO,
     converter_python,
     extend_tokenizer,
     write_base,

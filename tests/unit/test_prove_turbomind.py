@@ -14,9 +14,10 @@ import yaml
 
 from common.cli import UserError
 from common.files import read_json, write_json
+from environments import REPO
 from export.hf_folder import save_model
 from export.turbomind_proof import prove
-from export_models import REPO, converter_python, write_base
+from export_models import converter_python, write_base
 
 WEIGHTS = Path("triton_models/weights")
 LLAMA3_ROPE = {

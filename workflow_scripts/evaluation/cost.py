@@ -64,6 +64,11 @@ def attempt_costs(run_folder: Path, world_size: int) -> list[dict[str, float]]:
     return [record.get("costs", {}).get(str(n + 1), unknown) for n in range(record["attempts"])]
 
 
+def trained_on_gpus(metrics: Sequence[Mapping[str, Any]]) -> bool:
+    """Returns whether the records of `metrics.jsonl` are of a training on GPUs."""
+    return any("gpu_memory_mib" in record for record in metrics)
+
+
 def locked_packages(lock: Path) -> list[dict[str, Any]]:
     """Returns each package of a pip lock file with the version that is installed here.
 

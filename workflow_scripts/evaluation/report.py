@@ -14,7 +14,7 @@ from common.cli import UserError
 from common.files import read_json
 
 from .bootstrap import Interval, compared, loss_ratios
-from .cost import attempt_costs, locked_packages, read_cost
+from .cost import attempt_costs, locked_packages, read_cost, trained_on_gpus
 from .data_summary import Dataset, data_summary, load_dataset
 from .mask_samples import mask_samples
 from .page import page_template
@@ -90,7 +90,7 @@ def load_and_render(run: str, files: ReportFiles) -> str:
     path = files.metrics or files.train_manifest.parent / train["run_folder"] / "metrics.jsonl"
     metrics, evals = read_metrics(path), path.with_name("evals.jsonl")
     datasets = [load_dataset(path) for path in files.dataset_manifests]
-    on_gpus = any("gpu_memory_mib" in record for record in metrics)
+    on_gpus = trained_on_gpus(metrics)
     attempts = attempt_costs(path.parent, train["world_size"])
 
     def optional(path: Path | None) -> Any:

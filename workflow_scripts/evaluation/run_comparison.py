@@ -15,7 +15,7 @@ from common.cli import UserError
 from common.files import read_json, sha256_file
 
 from .bootstrap import Interval, compared, intervals, loss_ratios
-from .cost import attempt_costs, read_cost
+from .cost import attempt_costs, read_cost, trained_on_gpus
 from .report import read_metrics
 from .tool_call_tables import comparison_rows, differing, summarize
 
@@ -212,7 +212,6 @@ def _differing_settings(runs: Sequence[RunResults]) -> list[dict[str, Any]]:
 def _costs(runs: Sequence[RunResults], benchmarks: Path, shared_names: Sequence[str]) -> list[dict[str, Any]]:
     costs = [{"run": None, "stages": read_cost(benchmarks, shared_names)}] if shared_names else []
     for run in runs:
-        on_gpus = any("gpu_memory_mib" in each for each in run.metrics)
-        stages = read_cost(benchmarks, [run.name], run.attempts, on_gpus)
+        stages = read_cost(benchmarks, [run.name], run.attempts, trained_on_gpus(run.metrics))
         costs.append({"run": run.name, "stages": stages})
     return costs

@@ -14,11 +14,13 @@ from typing import Any
 
 import yaml
 
+try:  # as safe, and several times as fast, where PyYAML was built with libyaml
+    from yaml import CSafeLoader as SafeLoader
+except ImportError:
+    from yaml import SafeLoader
+
 from common.cli import UserError
 from ftdp.chat_template import ChatTemplate, Role
-
-# As safe, and several times as fast where PyYAML was built with libyaml.
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 DEFAULT_TEMPLATE = "internlm2_chat"
 TEMPLATE_FILE = "chat_template.yaml"  # beside a tokenizer and a model
@@ -108,7 +110,7 @@ def parse_template(text: str, name: str, where: str | os.PathLike) -> ChatTempla
         UserError: The text is not as it should be; names the key.
     """
     try:
-        description = yaml.load(text, Loader=_Loader)  # noqa: S506 - both loaders are safe ones
+        description = yaml.load(text, Loader=SafeLoader)
     except yaml.YAMLError as error:
         raise _not_yaml(where, error) from None
     _check_keys(description, _KEYS, where, "")

@@ -36,8 +36,10 @@ class _Choice(NamedTuple):
     value: Any
 
 
-def expand_runs(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns the overrides of each run by its name; entries without `matrix` and `leave_one_out` as they are.
+def expand_entries(
+    config: Mapping[str, Any], schema: Mapping[str, Any]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns for each entry of `runs:` the overrides of its runs by their names; most entries are one run.
 
     Args:
         config: The raw configuration; its `runs` fit the schema.
@@ -46,27 +48,22 @@ def expand_runs(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[st
     Raises:
         UserError: A key or dataset is unknown, an entry has too many runs, or two runs one name.
     """
-    runs: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, dict[str, Any]]] = {}
+    names: set[str] = set()
     for entry, own in config["runs"].items():
         own = own or {}
         several = any(key in own for key in SPREADS)
+        runs = entries[entry] = {}
         for name, run in _spread(entry, own, config, schema) if several else [(entry, own)]:
-            if name in runs:
+            if name in names:
                 raise UserError(
                     f"config: two runs have the name {name}",
                     found=f"one of them from runs.{entry}",
                     fix="rename one of the entries under `runs:`, or take values whose names differ",
                 )
+            names.add(name)
             runs[name] = run
-    return runs
-
-
-def runs_of_entries(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Returns the names of the runs that each entry of `runs:` stands for."""
-    return {
-        entry: list(expand_runs({**config, "runs": {entry: own}}, schema))
-        for entry, own in config["runs"].items()
-    }
+    return entries
 
 
 def _spread(entry: str, own: Mapping[str, Any], config: Mapping[str, Any], schema: Mapping[str, Any]):

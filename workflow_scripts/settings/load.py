@@ -17,7 +17,7 @@ import yaml
 
 from common.cli import UserError
 from ftdp.template_file import check_mask, load_template
-from settings.expand import SPREADS, expand_runs, runs_of_entries
+from settings.expand import SPREADS, expand_entries
 from settings.keys import SECTIONS, unknown_key
 
 
@@ -54,7 +54,8 @@ def load_settings(config: dict, schema: dict) -> Settings:
     properties = schema["properties"]
     environments = _defaults(properties["environments"]) | (config.get("environments") or {})
     runs = {}
-    for name, overrides in expand_runs(config, schema).items():
+    entries = expand_entries(config, schema)
+    for name, overrides in itertools.chain(*(each.items() for each in entries.values())):
         prefix = f"runs.{name}."
         for key in overrides:
             if key not in SECTIONS:
@@ -72,12 +73,10 @@ def load_settings(config: dict, schema: dict) -> Settings:
         _check_run(merged, name)
         runs[name] = merged
     results_dir = config.get("results_dir", properties["results_dir"]["default"])
-    return Settings(results_dir, environments, runs, _compared(config, schema))
+    return Settings(results_dir, environments, runs, _compared(config.get("compare") or {}, entries))
 
 
-def _compared(config: dict, schema: dict) -> list[str]:
-    settings = config.get("compare") or {}
-    entries = runs_of_entries(config, schema)
+def _compared(settings: dict, entries: dict[str, dict]) -> list[str]:
     runs = {run: [run] for run in itertools.chain(*entries.values())}
     known = runs | entries
     for key, names in (("runs", settings.get("runs") or []), ("baseline", [settings.get("baseline")])):
