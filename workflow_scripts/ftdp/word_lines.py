@@ -16,8 +16,8 @@ from ftdp.exact_mask import one_answer
 from ftdp.word_encoder import splitter
 from ftdp.word_rules import WordRules
 
-# About 20 MB a table in each process; there are four.
-_MAX_ENTRIES = 1 << 16
+# About 2 MB a table in each process; there are four. More makes large files take more memory than small ones.
+_MAX_ENTRIES = 1 << 13
 _MAX_CHARACTERS = 24
 # From here on words are handled one after the other, not as a list: a text may have millions.
 _LONG = 1 << 16
