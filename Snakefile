@@ -34,6 +34,7 @@ include: "rules/link_serving_folder.smk"
 include: "rules/check_parity.smk"
 include: "rules/evaluate_model.smk"
 include: "rules/evaluate_tool_calls.smk"
+include: "rules/follow_checkpoints.smk"
 include: "rules/evaluate_opencompass.smk"
 include: "rules/write_model_card.smk"
 include: "rules/render_report.smk"
@@ -61,6 +62,8 @@ localrules:
     write_data_order,
     render_train_config,
     render_eval_config,
+    list_checkpoints,
+    choose_checkpoint,
     write_run_config,
     render_report,
     compare_runs,
@@ -112,6 +115,10 @@ rule evaluate:
             label=["base", "tuned"],
         ),
         expand(OPENCOMPASS, run=[run for run in RUNS if RUNS[run]["opencompass"]["enabled"]]),
+        expand(
+            CHECKPOINT_CURVE,
+            run=[run for run in RUNS if RUNS[run]["evaluate"]["checkpoints"] != "none"],
+        ),
 
 
 rule serve:

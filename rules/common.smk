@@ -18,6 +18,7 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     {run}/config.json                                      the run's complete settings
     {run}/train_config.py                                  the mmengine config
     {run}/checkpoints/<identity>/                          run folders (undeclared, so retries keep them)
+    {run}/training.json                                    what trains, and which checkpoints are held for evaluation
     {run}/train.json                                       what was trained (manifest, last)
     {run}/run_plan.json                                    what the run will take
     {run}/hf/    {run}/turbomind/                          the model
@@ -25,6 +26,11 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     {run}/parity.json                                      the conversions, proved
     {run}/evaluation/{label}.json                          label: base | tuned
     {run}/evaluation/tool_calls.{label}.json               the same models, where held-out conversations call tools
+    {run}/saved_checkpoints.json                           the checkpoints to evaluate while training goes on
+    {run}/checkpoint_hf/{identity}/iter_{step}/            one of them as a model; the best stays
+    {run}/evaluation/checkpoints/{identity}/iter_{step}.json, .../tool_calls.iter_{step}.json
+    {run}/evaluation/checkpoints.json                      their figures from the first to the last
+    {run}/best                                             link to the folder of the best
     {run}/opencompass_config.py                            OpenCompass's config of the tuned model
     {run}/opencompass/<identity>/                          its predictions and logs (undeclared, so retries keep them)
     {run}/evaluation/opencompass.json                      the scores
@@ -53,7 +59,7 @@ REPO = Path(workflow.basedir)
 sys.path.insert(0, str(REPO / "workflow_scripts"))
 
 from common.cli import UserError
-from common.files import sha256_json
+from common.files import read_json, sha256_json
 from common.fingerprints import FingerprintCache
 from common.plan_table import planned_job, render_plan
 from ftdp.layout import find_datasets
@@ -96,6 +102,14 @@ SERVE = f"{RESULTS}/{{run}}/serve.txt"
 PARITY = f"{RESULTS}/{{run}}/parity.json"
 EVALUATION = f"{RESULTS}/{{run}}/evaluation/{{label}}.json"
 TOOL_CALLS = f"{RESULTS}/{{run}}/evaluation/tool_calls.{{label}}.json"
+TRAINING = f"{RESULTS}/{{run}}/training.json"
+HELD = f"{CHECKPOINTS}/{{identity}}/held"
+SAVED_CHECKPOINTS = f"{RESULTS}/{{run}}/saved_checkpoints.json"
+CHECKPOINT_HF = f"{RESULTS}/{{run}}/checkpoint_hf/{{identity}}/iter_{{step}}"
+CHECKPOINT_EVALUATION = f"{RESULTS}/{{run}}/evaluation/checkpoints/{{identity}}/iter_{{step}}.json"
+CHECKPOINT_TOOL_CALLS = f"{RESULTS}/{{run}}/evaluation/checkpoints/{{identity}}/tool_calls.iter_{{step}}.json"
+CHECKPOINT_CURVE = f"{RESULTS}/{{run}}/evaluation/checkpoints.json"
+BEST = f"{RESULTS}/{{run}}/best"
 EVAL_CONFIG = f"{RESULTS}/{{run}}/opencompass_config.py"
 OPENCOMPASS_WORK = f"{RESULTS}/{{run}}/opencompass"
 OPENCOMPASS = f"{RESULTS}/{{run}}/evaluation/opencompass.json"
@@ -105,6 +119,9 @@ COMPARE_FIGURES = f"{RESULTS}/compare/comparison.json"
 LOGS = f"{RESULTS}/logs"
 RUN_LOGS = f"{RESULTS}/{{run}}/logs"
 BENCHMARKS = f"{RESULTS}/benchmarks"
+
+# Cores of this machine that a training leaves to the evaluation of its checkpoints.
+CHECKPOINT_THREADS = max(1, (workflow.cores or 1) // 4)
 
 # Commands find their interpreter and scripts through the prefix of every shell command, which is not tracked: where
 # the checkout and its environments lie must not count as a change. Under `--sdm conda` the rule's own environment is
@@ -240,6 +257,8 @@ wildcard_constraints:
     part="[A-Za-z0-9_.-]+",
     run="|".join(map(re.escape, RUNS)),
     label="base|tuned",
+    identity="[0-9a-f]{12}",
+    step="[0-9]+",
 
 
 def list_datasets(processed_dir, names):

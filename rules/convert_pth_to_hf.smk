@@ -21,9 +21,7 @@ rule convert_pth_to_hf:
         mem_mb=lambda wildcards, attempt: 8000 * attempt,
         runtime=120,
     params:
-        options=lambda wildcards: flags(
-            **RUNS[wildcards.run]["hf"], trust_remote_code=RUNS[wildcards.run]["model"]["trust_remote_code"]
-        ),
+        options=hf_flags,
     message:
         "Convert the checkpoint of run {wildcards.run} to Hugging Face"
     shell:

@@ -167,7 +167,31 @@ def train_flags(wildcards):
     return flags(
         deepspeed=None if train["config"] is not None else f"deepspeed_zero{train['zero_stage']}",
         processes=train["processes"] or "auto",
+        hold_every=hold_every(wildcards),
     )
+
+
+def hold_every(wildcards):
+    """How often training holds a checkpoint for evaluation, as train_model.py takes it."""
+    wanted = RUNS[wildcards.run]["evaluate"]["checkpoints"]
+    return {"none": "0", "all": "save"}.get(wanted) or wanted.removeprefix("every ")
+
+
+def follows_checkpoints(wildcards):
+    """Whether checkpoints are evaluated while training goes on."""
+    return RUNS[wildcards.run]["evaluate"]["checkpoints"] != "none"
+
+
+def train_threads(wildcards):
+    """All cores of this machine, but for those that checkpoints are evaluated on meanwhile.
+
+    With one core, or with GPUs, which the training takes, they are evaluated after it.
+    """
+    cores = workflow.cores or 1
+    alone = workflow.resource_settings.nodes is not None or Path("/dev/nvidiactl").exists()
+    if alone or cores == 1 or not follows_checkpoints(wildcards):
+        return cores
+    return cores - CHECKPOINT_THREADS
 
 
 def cluster_of(key):
@@ -227,12 +251,23 @@ def heldout_digest(wildcards):
     )
 
 
+def hf_flags(wildcards):
+    """The flags of convert_pth_to_hf.py."""
+    run = RUNS[wildcards.run]
+    return flags(**run["hf"], trust_remote_code=run["model"]["trust_remote_code"])
+
+
+def model_flags(wildcards):
+    """The flags of both evaluations that say which model it is: base, tuned or that of a checkpoint."""
+    label = wildcards.get("label") or f"iter_{wildcards.step}"
+    return flags(label=label, base_model=label == "base")
+
+
 def evaluate_flags(wildcards):
+    """The flags of evaluate_model.py; checkpoints answer no prompts."""
     settings = RUNS[wildcards.run]["evaluate"]
-    return flags(
-        label=wildcards.label,
-        base_model=wildcards.label == "base",
-        prompts=settings["prompts"],
+    return f"{model_flags(wildcards)} " + flags(
+        prompts=settings["prompts"] if wildcards.get("label") else None,
         max_length=settings["max_tokens"],
         max_samples=settings["max_samples"],
         max_new_tokens=settings["max_new_tokens"],
@@ -244,9 +279,7 @@ def evaluate_flags(wildcards):
 def tool_call_flags(wildcards, input):
     """The flags of evaluate_tool_calls.py."""
     settings = RUNS[wildcards.run]["tool_calls"]
-    return flags(
-        label=wildcards.label,
-        base_model=wildcards.label == "base",
+    return f"{model_flags(wildcards)} " + flags(
         plain_text=input.get("plain_text") or None,
         max_length=settings["max_tokens"],
         **{key: settings[key] for key in ("max_points", "max_new_tokens", "max_samples", "batch_tokens")},
@@ -262,6 +295,34 @@ def tool_calls_of(label):
         if RUNS[wildcards.run]["tool_calls"]["enabled"]
         else []
     )
+
+
+def asks_checkpoints(run):
+    """Whether checkpoints are asked for tool calls too: the best is chosen by it."""
+    return RUNS[run]["evaluate"]["best_metric"] != "loss"
+
+
+def followed_evaluations(label):
+    """Returns an input function: of the base or tuned model, the evaluations that those of checkpoints are laid beside."""
+
+    def files(wildcards):
+        patterns = [EVALUATION, *([TOOL_CALLS] if asks_checkpoints(wildcards.run) else [])]
+        return expand(patterns, run=wildcards.run, label=label)
+
+    return files
+
+
+def checkpoint_evaluations(wildcards):
+    """The evaluations of all checkpoints of a run, known when its training has started."""
+    saved = read_json(checkpoints.list_checkpoints.get(run=wildcards.run).output[0])
+    patterns = [CHECKPOINT_EVALUATION, *([CHECKPOINT_TOOL_CALLS] if asks_checkpoints(wildcards.run) else [])]
+    return expand(patterns, run=wildcards.run, identity=Path(saved["run_folder"]).name, step=saved["steps"])
+
+
+def choose_flags(wildcards):
+    """The flags of choose_checkpoint.py."""
+    settings = RUNS[wildcards.run]["evaluate"]
+    return flags(metric=settings["best_metric"], keep=settings["keep_models"])
 
 
 def opencompass_of(wildcards):
@@ -348,6 +409,7 @@ def report_flags(wildcards, input):
         base_tool_calls=input.get("base_tool_calls") or None,
         tuned_tool_calls=input.get("tuned_tool_calls") or None,
         opencompass=input.get("opencompass") or None,
+        checkpoints=input.get("checkpoints") or None,
         parity=input.get("parity") or None,
         benchmarks=BENCHMARKS,
         benchmark_names=[run, data_key(run), tokenizer_key(run)],

@@ -41,6 +41,7 @@ rule render_report:
         base_tool_calls=tool_calls_of("base"),
         tuned_tool_calls=tool_calls_of("tuned"),
         opencompass=opencompass_of,
+        checkpoints=branch(follows_checkpoints, then=CHECKPOINT_CURVE, otherwise=[]),
         hf=HF,
         turbomind=lambda wildcards: TURBOMIND.format(run=wildcards.run) if has_turbomind(wildcards) else [],
     output:

@@ -1,6 +1,7 @@
 """
 REQUIRED INPUT  the training config, the extended tokenizer, the tokenised data and their pack plan
-OUTPUT          {run}/train.json, written last; the checkpoints it names lie in {run}/checkpoints/<identity>/
+OUTPUT          {run}/training.json, written when the training starts: what it will hold for evaluation on its way
+                {run}/train.json, written last; the checkpoints it names lie in {run}/checkpoints/<identity>/
 
 Checkpoints are not declared: Snakemake deletes declared outputs before every attempt. Started again, the script
 goes on from the newest whole checkpoint of the same identity (model, data, hyperparameters), or finds that the
@@ -17,7 +18,8 @@ rule train_model:
         watched=watched_inputs,
         preflight=preflight_gate,
     output:
-        TRAIN_MANIFEST,
+        manifest=TRAIN_MANIFEST,
+        started=TRAINING,
     log:
         f"{RUN_LOGS}/train_model.log",
     benchmark:
@@ -27,7 +29,7 @@ rule train_model:
     retries: 10 if workflow.is_main_process else 0
     conda:
         "../envs/snaketune.yaml"
-    threads: workflow.cores or 1
+    threads: train_threads
     # On Slurm one job over all nodes, in which the script starts one task a rank. `launcher` is the profile's to say.
     resources:
         mem_mb=train_memory,
@@ -49,7 +51,7 @@ rule train_model:
     message:
         "Train run {wildcards.run}"
     shell:
-        'python "$SCRIPTS"/train_model.py {input.config:q} --runs-dir {params.runs_dir:q} --manifest {output:q}'
+        'python "$SCRIPTS"/train_model.py {input.config:q} --runs-dir {params.runs_dir:q} --manifest {output.manifest:q} --started {output.started:q}'
         " --time-limit {resources.runtime} --lock-wait {resources.lock_wait} {params.options} --launcher {resources.launcher} --nodes {resources.nodes}"
         " --cpus-per-process {resources.cpus_per_task} --gpus-per-node {resources.gpus_per_node}"
         " 2>&1 | keep_log {log:q}"

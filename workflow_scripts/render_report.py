@@ -41,6 +41,9 @@ def main() -> None:
     )
     parser.add_argument("--tuned-tool-calls", type=Path, help="the same of the tuned model")
     parser.add_argument("--opencompass", type=Path, help="evaluate_opencompass.py's JSON")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="choose_checkpoint.py's JSON: what was learnt by each step"
+    )
     parser.add_argument("--plan", type=Path, help="plan.json of the pack plan")
     parser.add_argument("--run-plan", type=Path, help="run_plan.json: what the run was to take")
     parser.add_argument("--parity", type=Path, help="parity.json: the gate of the conversions")

@@ -77,6 +77,20 @@ def parse_arguments() -> argparse.Namespace:
         help="while another trainer works in the run folder, end with code 75 after this much time (default: wait for it, "
         "or until the time limit)",
     )
+    hold = parser.add_argument_group("checkpoints that are evaluated while training goes on")
+    hold.add_argument(
+        "--hold-every",
+        default="0",
+        metavar="STEPS",
+        help="hold a checkpoint every so many optimizer steps in the run folder, below held/, where training does not "
+        "remove it; save: as often as training saves (default: 0, none)",
+    )
+    hold.add_argument(
+        "--started",
+        type=Path,
+        metavar="JSON",
+        help="when training starts, write here which steps' checkpoints will be held, and where",
+    )
     parser.add_argument(
         "--ignore-guard",
         action="store_true",
@@ -111,12 +125,14 @@ def main() -> int | None:
     if "SNAKETUNE_PARENT" in os.environ:
         die_with_parent(int(os.environ["SNAKETUNE_PARENT"]))
     from sft.config import load_config
+    from sft.held_checkpoints import Holding, open_finished
     from sft.identity import resolve_hub_model
 
     config = load_config(arguments.config)
     if arguments.deepspeed:
         config.strategy.zero_stage = int(arguments.deepspeed[-1])
     resolve_hub_model(config)
+    holding = Holding.from_config(config, arguments.hold_every, arguments.started)
     work_dir, runs_dir = arguments.work_dir, arguments.runs_dir
     if work_dir is None and runs_dir is None:
         work_dir = Path("work_dirs") / arguments.config.stem
@@ -134,6 +150,7 @@ def main() -> int | None:
         if wait_until_free(plan.folder, deadline):
             plan = plan_run(config, work_dir, runs_dir, ranks, announce=False)
         if plan.finished:
+            open_finished(plan, holding)
             if arguments.manifest:
                 write_manifest(plan, arguments.manifest)
             print(f"Finished before: {plan.folder}", flush=True)
@@ -163,6 +180,7 @@ def main() -> int | None:
         arguments.manifest,
         arguments.time_limit,
         arguments.ignore_guard,
+        holding,
     )
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .report_words import METRICS, ROLES, STAGES, translated
+from .report_words import CHECKPOINT_FIGURES, LABELS, METRICS, ROLES, STAGES, translated
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -26,6 +26,9 @@ def page_template(name: str):
         number=_number, fixed=_fixed, percent=_percent, share=_share, value=_value, duration=_duration
     )
     page.globals.update(t=translated, metrics=METRICS, roles=ROLES, stages=STAGES)
+    page.globals["checkpoint_figures"] = {
+        name: (each, LABELS[each]) for name, each in CHECKPOINT_FIGURES.items()
+    }
     return page.get_template(name)
 
 

@@ -102,6 +102,33 @@ def speed_curve(metrics: list[dict]) -> str:
     return _svg(figure, (norm, speed), "Gradient norm and tokens per second by optimizer step")
 
 
+def checkpoint_plot(steps: Sequence[int], figures: Sequence[dict], best: int, label: str) -> str:
+    """Returns a figure of the evaluated checkpoints over the optimizer steps, with its 95% intervals, as `<svg>`.
+
+    Args:
+        steps: Rising; 0 is the base model.
+        figures: {value, low, high} at each, None where it is not defined.
+        best: The step that is marked.
+        label: Of the figure.
+    """
+    points = [(step, each) for step, each in zip(steps, figures, strict=True) if each["value"] is not None]
+    figure = _figure(6.6, 2.4)
+    axes = figure.subplots()
+    bounds = [(step, each["low"], each["high"]) for step, each in points if each["low"] is not None]
+    if bounds:
+        axes.fill_between(*zip(*bounds, strict=True), color=_FAINT, alpha=0.35, linewidth=0)
+    axes.plot(
+        [step for step, _ in points], [each["value"] for _, each in points], "o-", color=_SERIES, markersize=4
+    )
+    for step, each in points:
+        if step == best:
+            axes.plot([step], [each["value"]], "o", color=_INK, markersize=9, fillstyle="none", label="best")
+            axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(label)
+    return _svg(figure, (axes,), f"{label} of the evaluated checkpoints by optimizer step")
+
+
 def length_histogram(edges: list[int], counts: list[int]) -> str:
     """Returns how many conversations fall between one length in tokens and the next, as `<svg>`.
 

@@ -18,8 +18,8 @@ from .cost import attempt_costs, locked_packages, read_cost, trained_on_gpus
 from .data_summary import Dataset, data_summary, load_dataset
 from .mask_samples import mask_samples
 from .page import page_template
-from .plots import attempts, length_histogram, loss_curve, speed_curve
-from .report_words import Words
+from .plots import attempts, checkpoint_plot, length_histogram, loss_curve, speed_curve
+from .report_words import CHECKPOINT_FIGURES, Words
 from .tool_call_report import tool_call_summary
 
 
@@ -36,6 +36,7 @@ class ReportFiles:
         hf_manifest, turbomind_manifest: manifest.json of the folders.
         base_tool_calls, tuned_tool_calls: JSON of evaluate_tool_calls.py.
         opencompass: JSON of evaluate_opencompass.py.
+        checkpoints: JSON of choose_checkpoint.py.
         plan: plan.json of the pack plan.
         run_plan: run_plan.json.
         parity: parity.json.
@@ -55,6 +56,7 @@ class ReportFiles:
     base_tool_calls: Path | None = None
     tuned_tool_calls: Path | None = None
     opencompass: Path | None = None
+    checkpoints: Path | None = None
     plan: Path | None = None
     run_plan: Path | None = None
     parity: Path | None = None
@@ -110,6 +112,7 @@ def load_and_render(run: str, files: ReportFiles) -> str:
         base_tool_calls=optional(files.base_tool_calls),
         tuned_tool_calls=optional(files.tuned_tool_calls),
         opencompass=optional(files.opencompass),
+        checkpoints=optional(files.checkpoints),
         plan=optional(files.plan),
         run_plan=optional(files.run_plan),
         parity=optional(files.parity),
@@ -136,6 +139,7 @@ def render(
     base_tool_calls: Mapping[str, Any] | None = None,
     tuned_tool_calls: Mapping[str, Any] | None = None,
     opencompass: Mapping[str, Any] | None = None,
+    checkpoints: Mapping[str, Any] | None = None,
     plan: Mapping[str, Any] | None = None,
     run_plan: Mapping[str, Any] | None = None,
     parity: Mapping[str, Any] | None = None,
@@ -159,6 +163,7 @@ def render(
         base_tool_calls: What evaluate_tool_calls.py wrote about the base model.
         tuned_tool_calls: The same of the tuned model; both or neither.
         opencompass: What evaluate_opencompass.py wrote.
+        checkpoints: What choose_checkpoint.py wrote.
         plan: `plan.json` of the pack plan.
         run_plan: `run_plan.json`.
         parity: `parity.json`.
@@ -188,6 +193,7 @@ def render(
         evaluation=_evaluation_rows(base, tuned),
         generations=_side_by_side(base, tuned),
         opencompass=opencompass,
+        checkpoints=_checkpoints(checkpoints) if checkpoints else None,
         tool_calls=tool_call_summary(base_tool_calls, tuned_tool_calls) if both else None,
         data=data,
         histograms=[
@@ -219,6 +225,38 @@ def _curves(metrics: list[dict], evals: Sequence[dict]) -> dict[str, Any] | None
         "loss": Markup(loss_curve(metrics, evals)),  # noqa: S704 - our own SVG, holds no outside text
         "speed": Markup(speed_curve(metrics)) if timed else None,  # noqa: S704
         "attempts": len(attempts(metrics)) + 1,
+    }
+
+
+def _checkpoints(curve: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of the evaluated checkpoints and a plot of what the best is best by, with the held-out loss beside it."""
+    from markupsafe import Markup
+
+    points, best = curve["points"], curve["best"]["step"]
+    shown = [name for name in CHECKPOINT_FIGURES if name in points[-1]["figures"]]
+    plotted = dict.fromkeys((curve["metric"], "loss"))
+    return {
+        "metric": curve["metric"],
+        "names": shown,
+        "rows": [
+            {
+                "step": point["step"],
+                "best": point["step"] == best,
+                "figures": {name: Interval(**point["figures"][name]) for name in shown},
+            }
+            for point in points
+        ],
+        "plots": [
+            Markup(  # noqa: S704 - our own SVG, holds no outside text
+                checkpoint_plot(
+                    [point["step"] for point in points],
+                    [point["figures"][name] for point in points],
+                    best,
+                    CHECKPOINT_FIGURES[name],
+                )
+            )
+            for name in plotted
+        ],
     }
 
 

@@ -39,6 +39,19 @@ EVALUATIONS: dict[str, Words] = {
     "heldout": ("the held-out loss", "留出 loss"),
     "tool_calls": ("the evaluation of tool calls", "工具调用评测"),
 }
+# Figures of checkpoints, with what stands beside the axis; the others are shares.
+CHECKPOINT_FIGURES: dict[str, str] = {
+    "loss": "held-out loss (nats per token)",
+    "loss.call": "loss of tool calls (nats per token)",
+    "recall": "recall",
+    "precision": "precision",
+    "f1": "F1 of calling",
+    "well_formed": "well-formed calls",
+    "exact": "exact calls",
+    "name": "right tool",
+    "argument_f1": "F1 of the arguments",
+    "stopped": "answers that end",
+}
 # What stands in the plots.
 LABELS: dict[str, str] = {
     "loss (nats per token)": "loss（nats/token）",
@@ -48,6 +61,17 @@ LABELS: dict[str, str] = {
     "tokens per second": "token/秒",
     "tokens": "token",
     "held-out": "留出",
+    "held-out loss (nats per token)": "留出 loss（nats/token）",
+    "loss of tool calls (nats per token)": "工具调用 loss（nats/token）",
+    "best": "最佳",
+    "recall": "召回率",
+    "precision": "精确率",
+    "F1 of calling": "是否调用的 F1",
+    "well-formed calls": "格式正确的调用",
+    "exact calls": "完全一致的调用",
+    "right tool": "工具正确",
+    "F1 of the arguments": "参数的 F1",
+    "answers that end": "自行结束的回答",
     "conversations": "对话数",
 }
 

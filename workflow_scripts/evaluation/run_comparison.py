@@ -21,7 +21,7 @@ from .tool_call_tables import comparison_rows, differing, summarize
 
 # Scores are taken from these files of a run's folder.
 _TUNED, _TOOL_CALLS = "evaluation/tuned.json", "evaluation/tool_calls.tuned.json"
-_HELDOUT_SAME = ("heldout_sha256", "tokenizer_sha256", "template", "mask", "control_tokens", "max_length")
+HELDOUT_SAME = ("heldout_sha256", "tokenizer_sha256", "template", "mask", "control_tokens", "max_length")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _heldout_table(runs: Sequence[RunResults], refused: list[dict[str, Any]]) ->
     base = runs[0]
     rows = {name: {} for name in [None, *sorted(base.heldout["datasets"])]}
     for run in runs:
-        differs = [key for key in _HELDOUT_SAME if base.heldout.get(key) != run.heldout.get(key)]
+        differs = [key for key in HELDOUT_SAME if base.heldout.get(key) != run.heldout.get(key)]
         before, after = base.heldout.get("conversations"), run.heldout.get("conversations")
         if not differs and not (before and after):
             differs = ["conversations"]  # evaluated by a version that did not write them down

@@ -230,6 +230,16 @@ def _check_run(run: dict, name: str) -> None:
             f"config: run {name!r} has train.generate_steps, but no prompts",
             fix="set evaluate.prompts to a JSON file, such as docs/examples/prompts.json",
         )
+    evaluate = run["evaluate"]
+    if (
+        evaluate["checkpoints"] != "none"
+        and evaluate["best_metric"] != "loss"
+        and not run["tool_calls"]["enabled"]
+    ):
+        raise UserError(
+            f"config: run {name!r} has evaluate.best_metric: {evaluate['best_metric']}, but tool_calls.enabled: false",
+            fix="set tool_calls.enabled: true, or evaluate.best_metric: loss",
+        )
     if run["heldout"]["processed_dir"] is None and run["heldout"]["share"] == 0:
         raise UserError(
             f"config: run {name!r} has nothing to evaluate on",

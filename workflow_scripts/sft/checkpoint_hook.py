@@ -1,4 +1,4 @@
-"""The hook that saves: a whole checkpoint now and then, and after the last step."""
+"""The hook that saves: a whole checkpoint now and then, and after the last step; and holds some for evaluation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mmengine.hooks import Hook
 
 from common.cli import UserError
 from sft.checkpoints import prune_checkpoints, remove_leftovers, write_checkpoint
+from sft.held_checkpoints import HELD, hold
 from sft.nonfinite import weights_are_finite
 from sft.progress_line import say
 
@@ -21,7 +22,8 @@ class CheckpointHook(Hook):
     """Saves a whole checkpoint every `interval` optimizer steps, after the last step, and before the run stops early.
 
     Nothing is saved while steps are being skipped, so that a resumed run skips the same ones, nor when a weight is not
-    finite: the checkpoints from before such a step are kept.
+    finite: the checkpoints from before such a step are kept. What `runner.holding` asks for is held before older ones are
+    removed; where nothing is saved at such a step, its weights alone are written for that.
 
     Args:
         interval: Steps between checkpoints; 0 saves after the last step only.
@@ -36,6 +38,8 @@ class CheckpointHook(Hook):
 
     def before_train(self, runner) -> None:
         """Expects of the first save, for the time limit, weights and two moments in fp32 at 100 MB/s, and 5 s."""
+        if is_main_process():
+            runner.holding.open(Path(runner.work_dir), runner.iter, runner.max_iters)
         weights = sum(getattr(p, "ds_numel", p.numel()) for p in runner.model.model.module.parameters())
         runner.stop.saved(5 + 12 * weights / runner.world_size / 100e6)
 
@@ -43,9 +47,10 @@ class CheckpointHook(Hook):
         """Saves when it is time."""
         step = batch_idx + 1
         last = step == runner.max_iters
-        if not (last or runner.stop.agreed or (self.interval > 0 and step % self.interval == 0)):
-            return
-        if runner.train_loop.skipped.in_a_row and not last:
+        save = last or runner.stop.agreed or (self.interval > 0 and step % self.interval == 0)
+        save = save and (last or not runner.train_loop.skipped.in_a_row)
+        held = step in runner.holding.steps(runner.max_iters)
+        if not (save or held):
             return
         if not weights_are_finite(runner.model.model):
             if last:
@@ -57,22 +62,27 @@ class CheckpointHook(Hook):
                 print(f"warning: weights are not finite after step {step}: not saved", flush=True)
             return
         started = time.monotonic()
-        self._save(runner, step)
+        self._save(runner, step, save, held)
         runner.stop.saved(time.monotonic() - started)
 
-    def _save(self, runner, step: int) -> None:
+    def _save(self, runner, step: int, save: bool, held: bool) -> None:
         folder = Path(runner.work_dir)
-        state = {"step": step, "param_schedulers": runner.strategy.scheduler_state_dict()}
+        engine, total = runner.model.model, runner.max_iters
         try:
-            target = write_checkpoint(
-                runner.model.model, folder, step, runner.max_iters, state, self.save_optimizer
-            )
+            if save:
+                state = {"step": step, "param_schedulers": runner.strategy.scheduler_state_dict()}
+                write_checkpoint(engine, folder, step, total, state, self.save_optimizer)
+            else:
+                write_checkpoint(engine, folder / HELD, step, total, {}, save_optimizer=False)
+            if held and is_main_process():
+                hold(folder, step)
         except BaseException:
             if shutil.disk_usage(folder).free < _FULL:  # torch's own message does not say so
                 print(f"No space left to save step {step} in {folder}: free some", flush=True)
             if is_main_process():
                 remove_leftovers(folder)  # the disk may be full, and the next start needs a few kilobytes
+                remove_leftovers(folder / HELD)
             raise
-        if is_main_process():
-            say(f"Saved {target}")
+        if is_main_process() and save:
+            say(f"Saved {folder / f'iter_{step}.pth'}")
             prune_checkpoints(folder, self.max_keep_ckpts)

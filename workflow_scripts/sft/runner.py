@@ -15,6 +15,7 @@ from common.cli import UserError
 from sft.checkpoints import load_random_state
 from sft.data import PackedSampler, read_ahead
 from sft.finetune import count_trained_tokens, step_loss_weights
+from sft.held_checkpoints import Holding
 from sft.nonfinite import SkippedSteps, check_gradients
 from sft.stopping import StopRequest
 from sft.universal import remove_universal
@@ -182,6 +183,7 @@ class TrainRunner(FlexibleRunner):
     """mmengine's runner that goes on from a whole checkpoint of ours."""
 
     stop = StopRequest()
+    holding = Holding()
     resume_from: Path | None = None
     universal: Path | None = None
     random_state_folder: Path | None = None

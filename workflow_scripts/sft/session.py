@@ -26,6 +26,7 @@ from sft.run_lock import STALE, Held, RunLock
 from sft.weights_digest import weights_digest
 
 IDENTITY = "identity.json"
+TRAIN_CONFIG = "train_config.py"
 FINISHED = "finished.json"
 
 
@@ -144,7 +145,7 @@ def open_run_folder(plan: Plan, config_path: Path) -> RunLock:
         plan.folder / IDENTITY,
         {"format": 1, "identity": plan.identity, "fields": plan.fields, "world_size": plan.world_size},
     )
-    write_bytes(plan.folder / "train_config.py", config_path.read_bytes())
+    write_bytes(plan.folder / TRAIN_CONFIG, config_path.read_bytes())
     return lock
 
 

@@ -15,6 +15,7 @@ from common.cli import UserError
 from sft.checkpoints import is_intact, saved_world_size, set_aside, step_of
 from sft.config import micro_batches_per_step, plain, sequence_parallel
 from sft.guard import begin_attempt, check_guard, clear_guard, record_crash
+from sft.held_checkpoints import Holding, open_finished
 from sft.metrics_file import METRICS, cut_metrics
 from sft.run_lock import Held, RunLock
 from sft.session import Plan, open_run_folder, plan_run, record_finished_run, write_manifest
@@ -31,6 +32,7 @@ def train_rank(
     manifest: Path | None,
     time_limit: float | None = None,
     ignore_guard: bool = False,
+    holding: Holding | None = None,
 ) -> int:
     """Runs this process' part of a run; RANK, WORLD_SIZE and so on are set.
 
@@ -42,6 +44,7 @@ def train_rank(
         manifest: Where the record of the finished run goes, if anywhere.
         time_limit: Minutes from the start of the job until it is killed.
         ignore_guard: Starts even if the last attempts all crashed at one step.
+        holding: Which checkpoints are held for evaluation.
 
     Returns:
         0 when the run is finished, EXIT_GO_ON when it was saved to go on later.
@@ -50,14 +53,18 @@ def train_rank(
         UserError: Something to mend; only one rank a host says it, the others end with SystemExit(2).
     """
     try:
-        return _train_rank(config, config_path, work_dir, runs_dir, manifest, time_limit, ignore_guard)
+        return _train_rank(
+            config, config_path, work_dir, runs_dir, manifest, time_limit, ignore_guard, holding or Holding()
+        )
     except UserError:
         if os.environ["LOCAL_RANK"] != "0":
             raise SystemExit(2) from None
         raise
 
 
-def _train_rank(config, config_path, work_dir, runs_dir, manifest, time_limit, ignore_guard) -> int:
+def _train_rank(
+    config, config_path, work_dir, runs_dir, manifest, time_limit, ignore_guard, holding: Holding
+) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Setting (OMP|MKL)_NUM_THREADS")
     stop = StopRequest(time_limit)
@@ -71,12 +78,14 @@ def _train_rank(config, config_path, work_dir, runs_dir, manifest, time_limit, i
     finished = True
     try:
         if not plan.trained:
-            finished = _train(config, plan, stop)
+            finished = _train(config, plan, stop, holding)
             if distributed.get_rank() == 0:
                 clear_guard(plan.folder)
         if finished and distributed.get_rank() == 0:
             if not plan.finished:
                 record_finished_run(plan, config, config_path)
+            if plan.trained:
+                open_finished(plan, holding)
             if manifest is not None:
                 write_manifest(plan, manifest)
             print(f"Finished: {plan.folder}", flush=True)
@@ -146,7 +155,7 @@ def _is_intact_together(checkpoint: Path | None) -> bool:
     return all(verdicts)
 
 
-def _train(config: Config, plan: Plan, stop: StopRequest) -> bool:
+def _train(config: Config, plan: Plan, stop: StopRequest, holding: Holding) -> bool:
     """Trains until the end or until the run has to stop early; tells whether it is finished."""
     from sft.runner import TrainRunner
 
@@ -160,6 +169,7 @@ def _train(config: Config, plan: Plan, stop: StopRequest) -> bool:
     universal = make_universal(plan.checkpoint) if other_ranks and sharded else None
     runner = TrainRunner.from_cfg(runner_config(config, plan.folder, universal is not None))
     runner.resume_from, runner.universal, runner.stop = plan.checkpoint, universal, stop
+    runner.holding = holding
     runner.train()
     if runner.iter == runner.max_iters:
         return True

@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+"""Lays the evaluations of a run's checkpoints side by side and links the best one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import run
+from common.files import write_json
+
+
+def main() -> None:
+    """Parses the command line, writes the figures, links the best model and removes the others."""
+    parser = argparse.ArgumentParser(
+        description="Lay the evaluations of a run's checkpoints side by side, from the base model to the last step, and "
+        "link the model that is best by a metric.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--train-manifest", type=Path, required=True, help="train.json of the run")
+    parser.add_argument("--base", type=Path, nargs="+", required=True, help="evaluations of the base model")
+    parser.add_argument("--tuned", type=Path, nargs="+", required=True, help="evaluations of the last step")
+    parser.add_argument(
+        "--tuned-model", type=Path, required=True, help="Hugging Face folder of the last step"
+    )
+    parser.add_argument(
+        "--evaluations",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="evaluations of the other checkpoints: JSON of evaluate_model.py and, if wanted, evaluate_tool_calls.py",
+    )
+    parser.add_argument("--metric", default="loss", help="what the best checkpoint is best by")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument(
+        "--best", type=Path, required=True, help="link to make, to the folder of the best model"
+    )
+    parser.add_argument(
+        "--keep", choices=("best", "all"), default="best", help="checkpoints' models that stay"
+    )
+    args = parser.parse_args()
+
+    from evaluation.checkpoint_curve import checkpoint_curve, link_best, remove_others
+
+    curve = checkpoint_curve(
+        args.train_manifest, args.base, args.tuned, args.evaluations, args.metric, args.tuned_model
+    )
+    link_best(curve, args.output.parent, args.best)
+    write_json(args.output, curve)
+    if args.keep == "best":
+        remove_others(curve, args.output.parent)
+    best = curve["best"]
+    print(f"best by {args.metric}: step {best['step']}, {best['value']:.4f}; linked as {args.best}")
+
+
+if __name__ == "__main__":
+    run(main)

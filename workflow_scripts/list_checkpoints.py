@@ -1,0 +1,30 @@
+#!/usr/bin/env python3
+"""Says which checkpoints of a training will be there to evaluate, as soon as it has started."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.cli import UserError, run
+from common.files import read_json, write_json
+
+
+def main() -> None:
+    """Parses the command line and writes the list."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("started", type=Path, help="what train_model.py --started wrote")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write, in the same folder")
+    args = parser.parse_args()
+    if not args.started.is_file():
+        raise UserError(
+            f"{args.started} is not there: the training has not started",
+            fix="see the log of train_model, and run again",
+        )
+    started = read_json(args.started)
+    write_json(args.output, started)
+    print(f"checkpoints to evaluate: steps {', '.join(map(str, started['steps'])) or '(none)'}")
+
+
+if __name__ == "__main__":
+    run(main)

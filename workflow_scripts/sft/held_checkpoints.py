@@ -1,0 +1,115 @@
+"""Checkpoints held for evaluation, while training goes on and removes its older ones.
+
+`held/iter_N.pth` in the run folder is a checkpoint by hard links, which takes no room until training removes its own, or
+weights alone where training saved nothing at that step. `held/iter_N.json`, written after it, says that it was held: that
+stays when the evaluation has removed the checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmengine.config import Config
+
+from common.cli import UserError
+from common.files import fsync_path, read_json, write_bytes, write_json
+from sft.checkpoints import MARKER, list_checkpoints, remove_leftovers, step_of
+from sft.config import plain
+from sft.session import FINISHED, IDENTITY, TRAIN_CONFIG, Plan
+
+HELD = "held"
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Which checkpoints of a run are held.
+
+    Attributes:
+        every: Optimizer steps from one to the next; 0 holds none.
+        record: The JSON file that `open` writes, if any.
+    """
+
+    every: int = 0
+    record: Path | None = None
+
+    @classmethod
+    def from_config(cls, config: Config, every: str, record: Path | None) -> Holding:
+        """Takes the number of steps as text, `save` for as often as the config's training saves."""
+        if every == "save":
+            return cls(plain(config)["default_hooks"]["checkpoint"]["interval"], record)
+        if not every.isdecimal():
+            raise UserError("--hold-every cannot be used", found=every, expected="save, or a number of steps")
+        return cls(int(every), record)
+
+    def steps(self, total_steps: int) -> range:
+        """Returns the steps to hold; the last is not among them: its checkpoint is the run's result."""
+        return range(self.every, total_steps, self.every) if self.every > 0 else range(0)
+
+    def open(self, run_folder: Path, done: int, total_steps: int) -> None:
+        """Holds what an attempt before this one saved and did not come to hold, and writes what there will be.
+
+        The record: `identity`, `run_folder` (relative to the record), `total_steps`, and the `steps` whose checkpoints
+        were held or will be; steps that were trained and removed before anybody asked for them are not among them.
+
+        Args:
+            run_folder: Where training saves.
+            done: Optimizer steps that are trained.
+            total_steps: Of the whole run.
+        """
+        steps = self.steps(total_steps)
+        if steps:
+            (run_folder / HELD).mkdir(exist_ok=True)
+            remove_leftovers(run_folder / HELD)
+        for step in map(step_of, list_checkpoints(run_folder, warn=False)):
+            if step in steps and not was_held(run_folder, step):
+                hold(run_folder, step)
+        if self.record is None:
+            return
+        write_json(
+            self.record,
+            {
+                "format": 1,
+                "identity": read_json(run_folder / IDENTITY)["identity"],
+                "run_folder": os.path.relpath(run_folder, self.record.resolve().parent),
+                "total_steps": total_steps,
+                "steps": [step for step in steps if step > done or was_held(run_folder, step)],
+            },
+        )
+
+
+def open_finished(plan: Plan, holding: Holding) -> None:
+    """As `Holding.open`, for a run that has been trained to its end."""
+    steps = read_json(plan.folder / FINISHED)["steps"]
+    holding.open(plan.folder, steps, steps)
+
+
+def was_held(run_folder: Path, step: int) -> bool:
+    """Tells whether the checkpoint of a step has been held, and perhaps been evaluated and removed since."""
+    return (run_folder / HELD / f"iter_{step}.json").is_file()
+
+
+def hold(run_folder: Path, step: int) -> None:
+    """Holds `iter_<step>.pth` of a run folder, or what was written into `held` itself. One process calls it."""
+    folder = run_folder / HELD
+    target = folder / f"iter_{step}.pth"
+    if not target.is_dir():
+        temporary = folder / f".{target.name}.tmp"
+        shutil.copytree(run_folder / target.name, temporary, copy_function=_link_or_copy)
+        temporary.rename(target)
+    for name in (IDENTITY, TRAIN_CONFIG):  # a conversion reads them beside a checkpoint
+        write_bytes(folder / name, (run_folder / name).read_bytes())
+    write_json(
+        folder / f"iter_{step}.json",
+        {"format": 1, "step": step, "files": read_json(target / MARKER)["files"]},
+    )
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+        fsync_path(target)
