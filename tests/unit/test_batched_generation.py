@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from evaluation.batched_generation import batches, generate_batched
+from evaluation.batched_generation import generate_batched
 
 
 @pytest.fixture(scope="module", params=["llama", "sliding_window"])
@@ -81,14 +81,26 @@ def test_a_suppressed_id_is_never_said_and_counted(model, prompts):
         assert (answer.suppressed > 0) == bool(suppress & set(before))
 
 
-def test_batches_hold_every_prompt_once_and_keep_their_bounds():
-    pick = random.Random(5)
-    lengths = [pick.randrange(1, 200) for _ in range(40)] + [900]
-    for batch_tokens, max_rows in ((1, 8), (500, 8), (5000, 4), (10**6, 100)):
-        made = batches(lengths, 20, batch_tokens, max_rows)
-        assert sorted(place for batch in made for place in batch) == list(range(41))
-        for batch in made:
-            longest = max(lengths[place] for place in batch)
-            assert len(batch) == 1 or (len(batch) * (longest + 20) <= batch_tokens)
-            assert len(batch) <= max_rows
-        assert lengths[made[0][0]] == 900
+@pytest.mark.parametrize("max_rows", [1, 3, 32])
+def test_prompts_with_a_common_beginning_are_answered_as_one_by_one(model, prompts, max_rows):
+    begin = prompts[0] + prompts[1]
+    family = [begin[:1], begin[:1], begin[:7], *(begin + more for more in prompts[:4]), begin, begin]
+    answers = generate_batched(model, family, (), 12, max_rows=max_rows)
+    assert [answer.ids for answer in answers] == [alone(model, prompt, (), 12) for prompt in family]
+
+
+def test_a_batch_keeps_its_bounds(model, prompts):
+    seen = []
+
+    def note(module, arguments, options):
+        rows, new = options["input_ids"].shape
+        if new == 1 and options["attention_mask"] is not None:
+            seen.append((rows, options["attention_mask"].shape[1]))
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        generate_batched(model, prompts, (), 10, batch_tokens=120, max_rows=4)
+    finally:
+        hook.remove()
+    assert max(rows for rows, _ in seen) in (3, 4)
+    assert all(rows == 1 or (rows <= 4 and rows * width <= 120) for rows, width in seen)

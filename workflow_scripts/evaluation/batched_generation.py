@@ -1,17 +1,20 @@
-"""Greedy answers to many prompts at once: left-padded batches of similar length with a key-value cache.
+"""Greedy answers to many prompts at once, with a key-value cache.
 
-A batch gives each row the tokens that the row would get alone: padding is masked and takes no part in the positions.
-A row that has ended leaves the batch and its part of the cache is dropped, so a long answer does not hold up nine
-short ones.
+Prompts enter one by one: without padding their attention is plainly causal, and a prompt computes only what it does
+not share with the beginning of the one before, such as the earlier turns of the same conversation. Then they take part
+in a batch, aligned at its right edge. Padding is masked and takes no part in the positions, so a row gets the tokens
+that it would get alone. A row that has ended makes room for the next prompt, so a long answer does not hold up others.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers.cache_utils import Cache, DynamicLayer
 
 
 @dataclass(frozen=True)
@@ -29,27 +32,21 @@ class Answer:
     suppressed: int
 
 
-def batches(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int, max_rows: int) -> list[list[int]]:
-    """Groups prompts of similar length, the longest first, so that a lack of memory shows at once.
+def entry_order(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Returns the places of the prompts in the order in which they are best computed.
 
-    Args:
-        lengths: Ids in each prompt.
-        max_new_tokens: Longest answer.
-        batch_tokens: Ids that a padded batch may come to hold, answers included. A prompt that is longer than that
-            makes a batch of its own.
-        max_rows: Prompts in a batch.
-
-    Returns:
-        The places of the prompts of each batch.
+    Prompts that share half of their ids follow each other. The longest prompt is among the first of these families, so
+    that a lack of memory shows early, and prompts of similar length, which pad each other little, meet in a batch.
     """
-    result: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        rows = len(result[-1]) + 1 if result else 0
-        if result and rows <= max_rows and (lengths[result[-1][0]] + max_new_tokens) * rows <= batch_tokens:
-            result[-1].append(place)
+    families: list[list[int]] = []
+    for place in sorted(range(len(prompts)), key=lambda place: list(prompts[place])):
+        prompt = prompts[place]
+        if families and 2 * _shared(prompts[families[-1][-1]], prompt) >= len(prompt):
+            families[-1].append(place)
         else:
-            result.append([place])
-    return result
+            families.append([place])
+    families.sort(key=lambda family: -max(len(prompts[place]) for place in family))
+    return [place for family in families for place in family]
 
 
 @torch.inference_mode()
@@ -67,71 +64,131 @@ def generate_batched(
     """Returns the greedy answer to each prompt, in the order of the prompts.
 
     Args:
-        model: A transformers causal language model in eval mode.
+        model: A transformers causal language model in eval mode, all of whose layers are attention.
         prompts: Token ids; none may be empty.
         stop_ids: An answer ends with the first of these.
         max_new_tokens: Ids after which an answer is cut.
         suppress: Ids that are never chosen.
-        batch_tokens: Ids that a padded batch may come to hold, answers included: what bounds the cache.
+        batch_tokens: Ids that a padded batch may come to hold, answers included: what bounds the cache. A prompt that
+            is longer than that is answered alone.
         max_rows: Prompts in a batch.
         on_answer: Called with the place of a prompt and its answer as soon as there is one.
     """
     answers: list[Answer | None] = [None] * len(prompts)
-    for places in batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens, max_rows):
-        rows = _Rows(model, [prompts[place] for place in places], suppress)
-        while places:
-            rows.step()
-            kept = []
-            for row, place in enumerate(places):
-                ids = rows.new_ids[row]
-                stopped = ids[-1] in stop_ids
-                if not stopped and len(ids) < max_new_tokens:
-                    kept.append(row)
-                    continue
-                answers[place] = Answer(ids, stopped, rows.suppressed[row])
+    waiting = deque(entry_order(prompts))
+    batch = _Batch(model, suppress)
+    places: list[int] = []
+    while waiting or places:
+        kept = [row for row, place in enumerate(places) if answers[place] is None]
+        # A change copies the cache, so some rows have to have ended first.
+        if 8 * (len(places) - len(kept)) >= len(places):
+            places = [places[row] for row in kept]
+            longest = max((len(prompts[place]) for place in places), default=0)
+            fresh = []
+            while waiting:
+                longest = max(longest, len(prompts[waiting[0]]))
+                rows = len(places) + len(fresh) + 1
+                if rows > 1 and (rows > max_rows or rows * (longest + max_new_tokens) > batch_tokens):
+                    break
+                fresh.append(waiting.popleft())
+            places += fresh
+            if not places:
+                break
+            batch.change(kept, [prompts[place] for place in fresh])
+        batch.step()
+        for row, place in enumerate(places):
+            ids = batch.new_ids[row]
+            stopped = ids[-1] in stop_ids
+            if answers[place] is None and (stopped or len(ids) == max_new_tokens):
+                answers[place] = Answer(list(ids), stopped, batch.suppressed[row])
                 if on_answer:
                     on_answer(place, answers[place])
-            if len(kept) < len(places):
-                places = [places[row] for row in kept]
-                if places:
-                    rows.keep(kept)
     return answers  # type: ignore[return-value]  (every place is filled)
 
 
-class _Rows:
-    """The rows of a batch that still generate: their cache, mask and new ids."""
+class _Layer(DynamicLayer):
+    """A layer of the cache that is written in place: transformers' own copies all of it for every new id.
 
-    def __init__(self, model, prompts: list[Sequence[int]], suppress: Collection[int]):
-        from transformers import DynamicCache
+    It keeps all ids also where attention slides over a window, as the mask sees to that.
+    """
 
+    _SPARE = 64
+
+    def hold(self, rows: list[tuple[torch.Tensor, torch.Tensor]], width: int, room: int) -> None:
+        """Takes in the keys and values of rows, each (heads, length, dim), aligned at the right edge of a width.
+
+        Args:
+            rows: At least one.
+            width: The largest length.
+            room: Ids that there shall be space for.
+        """
+        self.lazy_initialization(*rows[0])
+        # Zeros: what is masked must not be NaN.
+        self._rooms = [
+            like.new_zeros(len(rows), like.shape[0], room + self._SPARE, like.shape[2]) for like in rows[0]
+        ]
+        for row, parts in enumerate(rows):
+            for space, part in zip(self._rooms, parts, strict=True):
+                space[row, :, width - part.shape[1] : width] = part
+        self.keys, self.values = (space[:, :, :width] for space in self._rooms)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Appends keys and values (rows, heads, new ids, dim), and returns all."""
+        held = self.get_seq_length()
+        stop = held + key_states.shape[2]
+        if not self.is_initialized or stop > self._rooms[0].shape[2]:
+            old = (self.keys, self.values) if held else (key_states[:, :, :0], value_states[:, :, :0])
+            self.hold(list(zip(*old, strict=True)), held, stop)
+        for space, new in zip(self._rooms, (key_states, value_states), strict=True):
+            space[:, :, held:stop] = new
+        self.keys, self.values = (space[:, :, :stop] for space in self._rooms)
+        return self.keys, self.values
+
+
+class _Batch:
+    """The rows that generate: their cache, mask and new ids."""
+
+    def __init__(self, model, suppress: Collection[int]):
         self._model = model
         self._device = model.device
         self._keep_last = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         )
-        longest = max(map(len, prompts))
-        self._input = torch.zeros((len(prompts), longest), dtype=torch.long, device=self._device)
-        self._mask = torch.zeros_like(self._input)
-        for row, prompt in enumerate(prompts):
-            self._input[row, longest - len(prompt) :] = torch.tensor(prompt, device=self._device)
-            self._mask[row, longest - len(prompt) :] = 1
-        # A padded place has position 0, as any masked place may.
-        self._positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
-        self._cache = DynamicCache(config=model.config)
         self._suppress = torch.tensor(sorted(suppress), dtype=torch.long, device=self._device)
-        self.new_ids: list[list[int]] = [[] for _ in prompts]
-        self.suppressed = [0] * len(prompts)
+        self._entered: Sequence[int] = []  # the prompt whose keys and values are in `_entry`
+        self._entry = Cache(layer_class_to_replicate=_Layer)
+        self._cache = Cache(layer_class_to_replicate=_Layer)
+        self.new_ids: list[list[int]] = []
+        self.suppressed: list[int] = []
+
+    def change(self, kept: list[int], prompts: list[Sequence[int]]) -> None:
+        """Drops all rows but some, and lets new ones in behind them."""
+        entered = [self._enter(prompt) for prompt in prompts]
+        inputs = [self.new_ids[row][-1] for row in kept] + [prompt[-1] for prompt in prompts]
+        lengths = [self._positions[row].item() for row in kept] + [len(prompt) - 1 for prompt in prompts]
+        width = max(lengths)
+        old, layers = self._cache.layers, []
+        for number in range(len(self._entry.layers)):
+            rows = [
+                tuple(
+                    part[row, :, part.shape[2] - length :] for part in (old[number].keys, old[number].values)
+                )
+                for row, length in zip(kept, lengths, strict=False)
+            ]
+            layers.append(_Layer())
+            layers[-1].hold(rows + [parts.pop(0) for parts in entered], width, width)
+            if old:
+                old[number] = None  # so that no more than one layer is there twice
+        self._cache = Cache(layers=layers)
+        self._input = torch.tensor(inputs, device=self._device)[:, None]
+        self._positions = torch.tensor(lengths, device=self._device)[:, None]
+        self._mask = (torch.arange(width + 1, device=self._device) >= width - self._positions).long()
+        self.new_ids = [self.new_ids[row] for row in kept] + [[] for _ in prompts]
+        self.suppressed = [self.suppressed[row] for row in kept] + [0] * len(prompts)
 
     def step(self) -> None:
         """Appends one id to every row."""
-        logits = self._model(
-            input_ids=self._input,
-            attention_mask=self._mask,
-            position_ids=self._positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            **self._keep_last,
-        ).logits[:, -1]
+        logits = self._forward(self._input, self._positions, self._cache, self._mask).logits[:, -1]
         best = logits.argmax(dim=-1)
         if len(self._suppress):
             logits[:, self._suppress] = -torch.inf
@@ -143,14 +200,33 @@ class _Rows:
             ids.append(token)
         self._input = best[:, None]
         self._mask = torch.cat([self._mask, torch.ones_like(self._input)], dim=1)
-        self._positions = self._positions[:, -1:] + 1
+        self._positions = self._positions + 1
 
-    def keep(self, rows: list[int]) -> None:
-        """Drops all other rows."""
-        index = torch.tensor(rows, device=self._device)
-        self._input, self._mask, self._positions = (
-            each[index] for each in (self._input, self._mask, self._positions)
+    def _enter(self, prompt: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns the keys and values of each layer, (heads, ids, dim), for all ids of a prompt but the last."""
+        shared = min(_shared(self._entered, prompt), len(prompt) - 1)
+        self._entry.crop(shared - len(self._entered))
+        self._entered = prompt
+        ids = torch.tensor([prompt[shared:]], device=self._device)
+        positions = torch.arange(shared, len(prompt), device=self._device)[None]
+        self._forward(ids, positions, self._entry, None)
+        return [
+            tuple(part[0, :, : len(prompt) - 1].clone() for part in (layer.keys, layer.values))
+            for layer in self._entry.layers
+        ]
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, cache: Cache, mask: torch.Tensor | None):
+        return self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **self._keep_last,
         )
-        self._cache.batch_select_indices(index)
-        self.new_ids = [self.new_ids[row] for row in rows]
-        self.suppressed = [self.suppressed[row] for row in rows]
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Returns how many ids two prompts have in common at their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
