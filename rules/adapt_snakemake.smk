@@ -11,6 +11,7 @@
 """
 
 import sys
+import threading
 import time
 
 import snakemake.logging
@@ -70,7 +71,9 @@ def keep_back(select):
         kept_back = {job for job in jobs if is_kept_back(job, scheduler)}
         if kept_back and time.monotonic() > looked + AWAITED_SECONDS:
             looked = time.monotonic()
-            scheduler._schedule_reevalutation(AWAITED_SECONDS + 0.1)
+            again = threading.Timer(AWAITED_SECONDS + 0.1, scheduler._open_jobs.release)
+            again.daemon = True  # the end of Snakemake does not wait for it
+            again.start()
         return select(scheduler, jobs - kept_back) if jobs - kept_back else []
 
     return select_jobs

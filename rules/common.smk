@@ -49,6 +49,7 @@ import atexit
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 

@@ -188,8 +188,13 @@ def train_threads(wildcards):
     With one core, or with GPUs, which the training takes, they are evaluated after it.
     """
     cores = workflow.cores or 1
-    alone = workflow.resource_settings.nodes is not None or Path("/dev/nvidiactl").exists()
-    if alone or cores == 1 or not follows_checkpoints(wildcards):
+    gpus = any(shutil.which(program) for program in ("nvidia-smi", "rocm-smi"))
+    if (
+        gpus
+        or workflow.resource_settings.nodes is not None
+        or cores == 1
+        or not follows_checkpoints(wildcards)
+    ):
         return cores
     return cores - CHECKPOINT_THREADS
 
@@ -257,16 +262,17 @@ def hf_flags(wildcards):
     return flags(**run["hf"], trust_remote_code=run["model"]["trust_remote_code"])
 
 
-def model_flags(wildcards):
-    """The flags of both evaluations that say which model it is: base, tuned or that of a checkpoint."""
+def model_options(wildcards):
+    """What both evaluations are told of which model it is: base, tuned or that of a checkpoint."""
     label = wildcards.get("label") or f"iter_{wildcards.step}"
-    return flags(label=label, base_model=label == "base")
+    return {"label": label, "base_model": label == "base"}
 
 
 def evaluate_flags(wildcards):
     """The flags of evaluate_model.py; checkpoints answer no prompts."""
     settings = RUNS[wildcards.run]["evaluate"]
-    return f"{model_flags(wildcards)} " + flags(
+    return flags(
+        **model_options(wildcards),
         prompts=settings["prompts"] if wildcards.get("label") else None,
         max_length=settings["max_tokens"],
         max_samples=settings["max_samples"],
@@ -279,7 +285,8 @@ def evaluate_flags(wildcards):
 def tool_call_flags(wildcards, input):
     """The flags of evaluate_tool_calls.py."""
     settings = RUNS[wildcards.run]["tool_calls"]
-    return f"{model_flags(wildcards)} " + flags(
+    return flags(
+        **model_options(wildcards),
         plain_text=input.get("plain_text") or None,
         max_length=settings["max_tokens"],
         **{key: settings[key] for key in ("max_points", "max_new_tokens", "max_samples", "batch_tokens")},

@@ -43,11 +43,14 @@ class Oracle:
     def forward(self, input_ids, attention_mask, position_ids, past_key_values, use_cache):
         told, _ = past_key_values.update(*[input_ids[:, None, :, None].double()] * 2, 0)
         logits = torch.zeros((len(input_ids), 1, self.size))
-        for row, (ids, mask) in enumerate(zip(told[:, 0, :, 0].long(), attention_mask, strict=True)):
-            real = ids[mask.bool()].tolist()
+        ids = told[:, 0, :, 0].long()
+        seen = torch.ones_like(ids) if attention_mask is None else attention_mask
+        for row in range(len(ids)):
+            real = ids[row][seen[row].bool()].tolist()
             assert position_ids[row, -1] == len(real) - 1
-            text = next(text for text in self.texts if text[: len(real)] == real)
-            logits[row, 0, text[len(real)]] = 1.0
+            # Of a row that has ended, and is there until another takes its place, nothing is known.
+            text = next((text for text in self.texts if text[: len(real)] == real), real)
+            logits[row, 0, [*text, 0][len(real)]] = 1.0
         return SimpleNamespace(logits=logits)
 
     __call__ = forward

@@ -23,11 +23,11 @@ def followed(make_project, repo_root):
     Its own config makes steps long, and saves at even steps.
     """
     project = make_project("followed")
-    train = {"max_steps": LAST, "save_steps": 2, "lr": 0.02}
+    train = {"max_steps": LAST, "save_steps": 2, "lr": 0.3}
     project.configure(
         train=train,
-        evaluate={"checkpoints": "every 3", "best_metric": "loss.call"},
-        turbomind={"enabled": False},
+        evaluate={"checkpoints": "every 3"},
+        **dict.fromkeys(("turbomind", "parity", "tool_calls"), {"enabled": False}),
     )
     rendered = project.folder / "results" / "demo" / "train_config.py"
     project.run("results/demo/train_config.py")
@@ -77,17 +77,18 @@ def test_a_finished_evaluation_is_not_repeated(followed):
 def test_the_curve_is_that_of_the_evaluations_and_best_is_linked(followed):
     _, run, _ = followed
     curve = read_json(run / "evaluation" / "checkpoints.json")
-    assert [point["step"] for point in curve["points"]] == [0, *STEPS, LAST]
     (folder,) = (run / "evaluation" / "checkpoints").iterdir()
-    labels = {0: "base", LAST: "tuned"}
-    for point in curve["points"]:
-        step = point["step"]
-        where, name = (run / "evaluation", labels[step]) if step in labels else (folder, f"iter_{step}")
-        evaluation, calls = read_json(where / f"{name}.json"), read_json(where / f"tool_calls.{name}.json")
-        assert point["figures"]["loss"]["value"] == pytest.approx(evaluation["loss"], rel=1e-12)
-        (loss,) = (r for r in calls["summary"] if r["scope"] == "all" and r["metric"] == "loss.call")
-        assert point["figures"]["loss.call"]["value"] == loss["value"]
-    best = min(curve["points"][1:], key=lambda point: point["figures"]["loss.call"]["value"])
+    files = [
+        run / "evaluation/base.json",
+        *(folder / f"iter_{step}.json" for step in STEPS),
+        run / "evaluation/tuned.json",
+    ]
+    losses = [read_json(path)["loss"] for path in files]
+    assert [point["step"] for point in curve["points"]] == [0, *STEPS, LAST]
+    assert [point["figures"]["loss"]["value"] for point in curve["points"]] == pytest.approx(
+        losses, rel=1e-12
+    )
+    best = curve["points"][1 + losses[1:].index(min(losses[1:]))]
     assert curve["best"]["step"] == best["step"]
     assert (run / "best").is_symlink()
     expected = (
@@ -109,6 +110,19 @@ def test_the_report_shows_them(followed, tmp_path):
         browser.open(run / "report.html")
         rows = cells(browser, "#checkpoints-table tbody tr")
         assert (
-            len(browser.evaluate("[...document.querySelectorAll('#checkpoints ~ figure')].map(f => 1)")) >= 2
+            len(browser.evaluate("[...document.querySelectorAll('#checkpoints ~ figure')].map(f => 1)")) == 1
         )
     assert [row[1].split("\n")[0] for row in rows] == [f"{p['figures']['loss']['value']:.4f}" for p in points]
+
+
+def test_the_lineage_of_a_checkpoints_score_reaches_the_conversations(followed, run_script):
+    project, run, _ = followed
+    (path,) = run.glob("evaluation/checkpoints/*/iter_3.json")
+    tree = run_script("lineage.py", path).stdout
+    assert "Hugging Face folder of iter_3" in tree and "JSONL file" in tree and "weights.pt" in tree
+    assert (
+        "evaluation, iter_6 model" in run_script("lineage.py", run / "evaluation" / "checkpoints.json").stdout
+    )
+    run_script("lineage.py", run / "best")
+    verified = run_script("verify_results.py", project.folder / "results")
+    assert "match" in verified.stdout

@@ -106,6 +106,7 @@ def remove_others(curve: dict[str, Any], folder: Path) -> None:
 
 def _point(step: int, paths: list[Path], folder: Path, last: int, tuned_model: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {}
+    model: Path | None = None
     for path in paths:
         result = read_json(path)
         if "summary" in result:
@@ -116,7 +117,8 @@ def _point(step: int, paths: list[Path], folder: Path, last: int, tuned_model: P
             }
         else:
             figures[LOSS] = intervals(loss_ratios(result["conversations"], None))[LOSS]._asdict()
-            model = None if step == 0 else tuned_model if step == last else Path(result["model"])
+            if step:
+                model = tuned_model if step == last else Path(result["model"])
     return {
         "step": step,
         "model": model and os.path.relpath(model, folder),

@@ -113,7 +113,11 @@ class _Run:
     def record(self, parts: tuple[str, ...]) -> Record:
         kind = parts[0] if parts else "report.html"
         if kind == "evaluation" and len(parts) > 1:
-            return self.evaluation(parts[1])
+            return self.evaluation("/".join(parts[1:]))
+        if kind == "best":
+            return self.model((self.folder / "best").resolve())
+        if kind == "checkpoint_hf" and len(parts) > 2:
+            return self.model(self.folder.joinpath(*parts[:3]))
         known = {
             "report.html": self.report,
             "hf": self.hf,
@@ -142,6 +146,8 @@ class _Run:
         if name == "opencompass.json":
             return self._opencompass(path)
         result = read_json(path)
+        if name == "checkpoints.json":
+            return self._checkpoints(path, result)
         facts = [(key, result[key]) for key in ("model", "dtype", "loss", "perplexity") if key in result]
         shown = ("recall", "precision", "well_formed", "exact", "loss.all", "loss.plain_text")
         facts += [
@@ -150,7 +156,11 @@ class _Run:
             if row["scope"] == "all" and row["metric"] in shown
         ]
         facts += _slurm_job(result)
-        model = self.hf() if result["label"] == "tuned" else self.base()
+        label = result["label"]
+        if label in ("base", "tuned"):
+            model = self.base() if label == "base" else self.hf()
+        else:
+            model = self.model(self.folder / "checkpoint_hf" / path.parent.name / label)
         heldout = self._heldout(result["heldout_sha256"])
         sources = [model, heldout, _tokenizer_of(self.results, result["tokenizer_sha256"])]
         checks = []
@@ -158,7 +168,28 @@ class _Run:
             checks.append(
                 Check(f"the model that {path} is about", result["model_sha256"], _model(model.path))
             )
-        return Record(f"evaluation, {result['label']} model", path, facts, checks, sources)
+        return Record(f"evaluation, {label} model", path, facts, checks, sources)
+
+    def _checkpoints(self, path: Path, curve: dict[str, Any]) -> Record:
+        best = curve["best"]
+        facts = [("metric", curve["metric"]), ("best", f"step {best['step']}, {best['value']}")]
+        files = {name: digest for point in curve["points"] for name, digest in point["files"].items()}
+        checks = [_file(path.parent / name, digest) for name, digest in files.items()]
+        sources = [self.evaluation(name) for name in files]
+        return Record("evaluations of checkpoints", path, facts, checks, sources)
+
+    @cache  # noqa: B019
+    def model(self, folder: Path) -> Record:
+        """The model that was made of a checkpoint, which has gone since; the last one's is `hf`."""
+        if folder.name == "hf":
+            return self.hf()
+        title = f"Hugging Face folder of {folder.name}"
+        there = (folder / "manifest.json").is_file()
+        record = _folder(title, folder) if there else Record(title, None, [("folder", "removed")])
+        held = self.folder / "checkpoints" / folder.parent.name / "held" / f"{folder.name}.json"
+        facts = [(name, entry["sha256"]) for name, entry in read_json(held)["files"].items()]
+        record.sources.append(Record(f"checkpoint {folder.name}", None, facts, [], self.training().sources))
+        return record
 
     def _opencompass(self, path: Path) -> Record:
         result = read_json(path)
