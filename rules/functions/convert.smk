@@ -1,0 +1,62 @@
+"""What the rules of conversions and their gate take from the settings. No rules here."""
+
+
+def hf_flags(wildcards):
+    """The flags of convert_pth_to_hf.py."""
+    run = RUNS[wildcards.run]
+    return flags(**run["hf"], trust_remote_code=run["model"]["trust_remote_code"])
+
+
+def has_turbomind(wildcards):
+    return RUNS[wildcards.run]["turbomind"]["enabled"]
+
+
+def is_converted(wildcards):
+    """Whether the run has files of the engine's own, which can be proved."""
+    return has_turbomind(wildcards) and RUNS[wildcards.run]["turbomind"]["mode"] == "convert"
+
+
+def runs_in_mode(mode):
+    """A pattern of the runs whose TurboMind folder is made in this way."""
+    names = [re.escape(run) for run in RUNS if RUNS[run]["turbomind"]["mode"] == mode]
+    return "|".join(names) or "(?!)"
+
+
+def own_prompts(wildcards):
+    return RUNS[wildcards.run]["evaluate"]["prompts"] or []
+
+
+def has_parity(wildcards):
+    return RUNS[wildcards.run]["parity"]["enabled"]
+
+
+def parity_flags(wildcards, input):
+    """The flags of check_parity.py; what the run does not have is not compared."""
+    settings = RUNS[wildcards.run]
+    return flags(
+        turbomind=input.get("turbomind") or None,
+        readings=input.get("readings") or None,
+        prompts=settings["evaluate"]["prompts"],
+        template=settings["tokenize"]["template"],
+        mask=settings["tokenize"]["mask"],
+        control_tokens=settings["tokenize"]["control_tokens"],
+        trust_remote_code=settings["model"]["trust_remote_code"],
+    )
+
+
+def parity_gate(wildcards):
+    """The gate before the tuned model's evaluation, where the config asks for it."""
+    gated = wildcards.label == "tuned" and RUNS[wildcards.run]["parity"]["enabled"]
+    return PARITY.format(run=wildcards.run) if gated else []
+
+
+def model_card_flags(wildcards, input):
+    """The flags of write_model_card.py."""
+    converted = is_converted(wildcards)
+    return flags(
+        evaluations=list(input.evaluations),
+        parity=input.get("parity") or None,
+        turbomind=input.get("turbomind") if converted else None,
+        direct=None if converted else input.get("turbomind") or None,
+        chat_template=RUNS[wildcards.run]["turbomind"]["chat_template"] if converted else None,
+    )

@@ -1,0 +1,80 @@
+"""What the rules from the JSONL files to the pack plan take from the settings. No rules here."""
+
+
+def part_files(wildcards):
+    """The JSONL files of a tokenising job."""
+    return [chunk.source for chunk in PARTS[wildcards.data][wildcards.part]]
+
+
+def heldout_part_files(wildcards):
+    """The JSONL files of a job that sets lines aside."""
+    datasets = DATASETS[wildcards.data]
+    return [path for name in HELDOUT_PARTS[wildcards.data][wildcards.part] for path in datasets[name]]
+
+
+def sources_of(files):
+    """Returns an input function. The content of these files counts, through `digest_of`, not their time stamps."""
+    return lambda wildcards: [ancient(str(path)) for path in files(wildcards)]
+
+
+def digest_of(files):
+    """Returns a function of the digest of a job's JSONL files."""
+    return lambda wildcards: FINGERPRINTS.files(files(wildcards), DATA_SPECS[wildcards.data]["processed_dir"])
+
+
+def tokenize_flags(wildcards):
+    """The flags of tokenize_dataset.py that parts and their merge have in common."""
+    spec = DATA_SPECS[wildcards.data]
+    options = {key: value for key, value in spec["tokenize"].items() if key != "template_sha256"}
+    return flags(
+        processed_dir=spec["processed_dir"],
+        tokenized_dir=DATA.format(data=wildcards.data),
+        max_length=spec["max_tokens"],
+        heldout_share=spec["heldout_share"],
+        heldout_seed=spec["heldout_seed"],
+        **options,
+        **BAD_LINES[wildcards.data],
+    ) + dataset_flags(wildcards)
+
+
+def heldout_tokenizer(wildcards):
+    """The tokenizer, where it is needed to tell which lines hold a control token and so are bad."""
+    spec = DATA_SPECS[wildcards.data]
+    needed = spec["tokenize"]["control_tokens"] == "error" and spec["heldout_share"]
+    return TOKENIZER.format(tokenizer=spec["tokenizer"]) if needed else []
+
+
+def heldout_flags(wildcards, input):
+    """The flags of split_heldout.py: which lines, and what makes one a bad line."""
+    spec = DATA_SPECS[wildcards.data]
+    return flags(
+        processed_dir=spec["processed_dir"],
+        output_dir=f"{DATA}/heldout".format(data=wildcards.data),
+        share=spec["heldout_share"],
+        seed=spec["heldout_seed"],
+        max_length=spec["max_tokens"],
+        tokenizer_path=str(input.tokenizer) or None,
+        **{key: spec["tokenize"][key] for key in ("template", "mask", "control_tokens")},
+    ) + dataset_flags(wildcards)
+
+
+def dataset_flags(wildcards):
+    """The datasets that the config names; by default a script takes all."""
+    names = DATA_SPECS[wildcards.data]["datasets"] or []
+    return "".join(f" {flags(dataset=name)}" for name in names)
+
+
+def base_tokenizer_digest(wildcards):
+    return folder_digest(TOKENIZERS[wildcards.tokenizer]["source"], ["tokenizer*", "special_tokens_map.json"])
+
+
+def plan_flags(wildcards):
+    """The flags of plan_packing.py."""
+    data, pack = wildcards.data, PACK_SPECS[wildcards.pack]
+    return flags(
+        train_folder=TRAIN_FOLDER.format(data=data),
+        processed_dir=DATA_SPECS[data]["processed_dir"],
+        output=PACK.format(data=data, pack=wildcards.pack),
+        weight=[f"{name}={weight!r}" for name, weight in pack.get("weights", {}).items()] or None,
+        **{key: pack[key] for key in ("mode", "seed", "max_length")},
+    )

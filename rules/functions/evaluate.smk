@@ -1,0 +1,151 @@
+"""What the rules of evaluation and of the pages take from the settings. No rules here."""
+
+
+def evaluate_gres(wildcards):
+    return "gpu:1" if RUNS[wildcards.run]["cluster"]["gpus_per_node"] else ""
+
+
+def model_options(wildcards):
+    """What both evaluations are told of which model it is: base, tuned or that of a checkpoint."""
+    label = wildcards.get("label") or f"iter_{wildcards.step}"
+    return {"label": label, "base_model": label == "base"}
+
+
+def evaluate_flags(wildcards):
+    """The flags of evaluate_model.py; checkpoints answer no prompts."""
+    settings = RUNS[wildcards.run]["evaluate"]
+    return flags(
+        **model_options(wildcards),
+        prompts=settings["prompts"] if wildcards.get("label") else None,
+        max_length=settings["max_tokens"],
+        max_samples=settings["max_samples"],
+        max_new_tokens=settings["max_new_tokens"],
+        **{key: RUNS[wildcards.run]["tokenize"][key] for key in ("template", "mask", "control_tokens")},
+        trust_remote_code=RUNS[wildcards.run]["model"]["trust_remote_code"],
+    )
+
+
+def tool_call_flags(wildcards, input):
+    """The flags of evaluate_tool_calls.py."""
+    settings = RUNS[wildcards.run]["tool_calls"]
+    return flags(
+        **model_options(wildcards),
+        plain_text=input.get("plain_text") or None,
+        max_length=settings["max_tokens"],
+        **{key: settings[key] for key in ("max_points", "max_new_tokens", "max_samples", "batch_tokens")},
+        **{key: RUNS[wildcards.run]["tokenize"][key] for key in ("mask", "control_tokens")},
+        trust_remote_code=RUNS[wildcards.run]["model"]["trust_remote_code"],
+    )
+
+
+def tool_calls_of(label):
+    """Returns an input function: what a run's model says of tools, where the run asks for it."""
+    return lambda wildcards: (
+        TOOL_CALLS.format(run=wildcards.run, label=label)
+        if RUNS[wildcards.run]["tool_calls"]["enabled"]
+        else []
+    )
+
+
+def asks_checkpoints(run):
+    """Whether checkpoints are asked for tool calls too: the best is chosen by it."""
+    return RUNS[run]["evaluate"]["best_metric"] != "loss"
+
+
+def followed_evaluations(label):
+    """Returns an input function: of the base or tuned model, the evaluations that those of checkpoints are laid beside."""
+
+    def files(wildcards):
+        patterns = [EVALUATION, *([TOOL_CALLS] if asks_checkpoints(wildcards.run) else [])]
+        return expand(patterns, run=wildcards.run, label=label)
+
+    return files
+
+
+def checkpoint_evaluations(wildcards):
+    """The evaluations of all checkpoints of a run, known when its training has started."""
+    saved = read_json(checkpoints.list_checkpoints.get(run=wildcards.run).output[0])
+    patterns = [CHECKPOINT_EVALUATION, *([CHECKPOINT_TOOL_CALLS] if asks_checkpoints(wildcards.run) else [])]
+    return expand(patterns, run=wildcards.run, identity=Path(saved["run_folder"]).name, step=saved["steps"])
+
+
+def choose_flags(wildcards):
+    """The flags of choose_checkpoint.py."""
+    settings = RUNS[wildcards.run]["evaluate"]
+    return flags(metric=settings["best_metric"], keep=settings["keep_models"])
+
+
+def opencompass_of(wildcards):
+    """The scores of OpenCompass, where the run asks for them."""
+    return OPENCOMPASS.format(run=wildcards.run) if RUNS[wildcards.run]["opencompass"]["enabled"] else []
+
+
+def benchmarked_model(wildcards):
+    """The folder that OpenCompass loads."""
+    pattern = TURBOMIND if RUNS[wildcards.run]["opencompass"]["backend"] == "turbomind" else HF
+    return pattern.format(run=wildcards.run)
+
+
+def benchmark_gpus(wildcards):
+    """GPUs of one of OpenCompass's tasks."""
+    run = RUNS[wildcards.run]
+    return (
+        run["turbomind"]["tp"] if run["opencompass"]["backend"] == "turbomind" else run["opencompass"]["gpus"]
+    )
+
+
+def benchmark_gres(wildcards):
+    """GPUs of the job itself: none where OpenCompass asks Slurm for its own."""
+    gpus = benchmark_gpus(wildcards)
+    return f"gpu:{gpus}" if gpus and RUNS[wildcards.run]["opencompass"]["runner"] == "local" else ""
+
+
+def eval_config_flags(wildcards):
+    """The flags of render_eval_config.py."""
+    settings = RUNS[wildcards.run]["opencompass"]
+    other = ("enabled", "custom", "data_dir", "gpus", "groups")
+    return flags(
+        abbr=wildcards.run,
+        gpus=benchmark_gpus(wildcards),
+        groups=settings["groups"] or None,
+        custom=[f"{name}={path}" for name, path in settings["custom"].items()] or None,
+        **{key: settings[key] for key in settings if key not in other},
+    )
+
+
+def custom_set_digests(wildcards):
+    return [FINGERPRINTS.file(path) for path in RUNS[wildcards.run]["opencompass"]["custom"].values()]
+
+
+def report_flags(wildcards, input):
+    """The flags of render_report.py; what the run does not have is not shown."""
+    run = wildcards.run
+    return flags(
+        hf_manifest=f"{input.hf}/manifest.json",
+        turbomind_manifest=f"{input.turbomind}/manifest.json" if has_turbomind(wildcards) else None,
+        base_tool_calls=input.get("base_tool_calls") or None,
+        tuned_tool_calls=input.get("tuned_tool_calls") or None,
+        opencompass=input.get("opencompass") or None,
+        checkpoints=input.get("checkpoints") or None,
+        parity=input.get("parity") or None,
+        benchmarks=BENCHMARKS,
+        benchmark_names=[run, data_key(run), tokenizer_key(run)],
+    )
+
+
+def compare_flags():
+    """The arguments of compare_runs.py: the runs' folders, the baseline first, and what the runs share."""
+    folders = [shlex.quote(str(Path(RUN_CONFIG.format(run=run)).parent)) for run in COMPARED]
+    shared = dict.fromkeys(key(run) for key in (data_key, tokenizer_key) for run in COMPARED)
+    return " ".join([*folders, flags(benchmarks=BENCHMARKS, shared_names=list(shared))])
+
+
+def compared_page(wildcards):
+    """The page that lays runs side by side, if there are two."""
+    if len(COMPARED) < 2:
+        raise WorkflowError(
+            "config: there is only one run to compare\n"
+            f"  found:    {COMPARED[0]}\n"
+            "  to fix:   add runs under `runs:`, or name more of them in compare.runs; see docs/runs.md"
+        )
+    return COMPARE_PAGE

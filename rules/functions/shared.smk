@@ -1,0 +1,86 @@
+"""Functions that rules of several stages use. No rules here."""
+
+
+def path_of(pattern):
+    """Returns an input function that fills a run's {run}, {tokenizer}, {data} and {pack} into a path pattern."""
+
+    def fill(wildcards):
+        run = wildcards.run
+        return pattern.format(run=run, tokenizer=tokenizer_key(run), data=data_key(run), pack=pack_key(run))
+
+    return fill
+
+
+def flags(**options):
+    """Quoted command-line flags from keyword arguments; None and False leave a flag out, True gives it alone."""
+    words = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words += [shlex.quote(str(item)) for item in (value if isinstance(value, list) else [value])]
+    return " ".join(words)
+
+
+def folder_digest(folder, patterns):
+    """Digest over the files of a folder that decide what a model or tokenizer is; a hub name stands for itself."""
+    if not Path(folder).is_dir():
+        return folder
+    return FINGERPRINTS.files([path for pattern in patterns for path in Path(folder).glob(pattern)], folder)
+
+
+def model_source(run):
+    return RUNS[run]["model"]["path"] or RUNS[run]["model"]["hub"]
+
+
+def model_digest(wildcards):
+    return folder_digest(model_source(wildcards.run), ["config.json", "*.safetensors", "*.bin"])
+
+
+def cluster_of(key):
+    """Returns a resource function: a setting of the training's Slurm job."""
+    return lambda wildcards: RUNS[wildcards.run]["cluster"][key]
+
+
+def heldout_parts(wildcards):
+    """What was set aside; nothing when the run has a held-out folder of its own."""
+    data = data_key(wildcards.run)
+    if wildcards.run in OWN_HELDOUT:
+        return []
+    return expand(HELDOUT_PART, data=data, part=HELDOUT_PARTS[data])
+
+
+def heldout_dir(wildcards):
+    return RUNS[wildcards.run]["heldout"]["processed_dir"] or path_of(f"{DATA}/heldout")(wildcards)
+
+
+def heldout_digest(wildcards):
+    """Content of a held-out folder of the user's own; what was set aside is tracked by its parts."""
+    own = OWN_HELDOUT.get(wildcards.run)
+    return own and FINGERPRINTS.files(
+        [path for paths in own.values() for path in paths], heldout_dir(wildcards)
+    )
+
+
+def print_plan():
+    """Prints after a dry run what it would cost. Snakemake has no handler for dry runs: this one runs at its exit."""
+    if not workflow.dryrun or Quietness.ALL in (workflow.output_settings.quiet or ()):
+        return
+    # A dry run does not know its executor: only that of a cluster comes with a number of jobs.
+    cluster = workflow.resource_settings.nodes is not None
+    order = workflow.dag.toposorted(set(workflow.dag.needrun_jobs(exclude_finished=False)))
+    jobs = [
+        planned_job(
+            job.rule.name,
+            cluster and job.rule.name not in workflow._localrules,
+            job.threads,
+            job.resources,
+            job.benchmark and WORKDIR / job.benchmark,
+        )
+        for level in order
+        for job in sorted(level, key=str)
+        if not job.is_norun
+    ]
+    if jobs:
+        print(f"\n{render_plan(jobs, WORKDIR / BENCHMARKS)}", end="")

@@ -1,0 +1,170 @@
+"""What the rules of preflight and training take from the settings. No rules here."""
+
+TRAIN_CONFIG_KEYS = (
+    "lr min_lr_ratio betas weight_decay max_norm warmup_ratio max_epochs max_steps accumulative_counts global_batch"
+    " max_skipped_steps zero_stage offload zero3_init sequence_parallel"
+    " loss_normalisation cross_entropy"
+    " save_steps save_total_limit save_optimizer gradient_checkpointing dtype attention seed"
+).split()
+
+
+def render_flags(wildcards):
+    """The flags of render_train_config.py: a user's own config, or one flag for each hyperparameter."""
+    run, settings = wildcards.run, RUNS[wildcards.run]
+    train = settings["train"]
+    if train["config"] is not None:
+        return flags(from_config=train["config"])
+    switches = {key: str(value).lower() for key, value in train.items() if isinstance(value, bool)}
+    evaluate = settings["evaluate"]
+    more = {f"lora_{key}": value for key, value in (train["lora"] or {}).items()}
+    if train["eval_steps"]:
+        more |= {"eval_steps": train["eval_steps"], "heldout_dir": heldout_dir(wildcards)}
+        more |= {"eval_max_tokens": evaluate["max_tokens"], "eval_max_samples": evaluate["max_samples"]}
+    if train["generate_steps"]:
+        more |= {"generate_steps": train["generate_steps"], "prompts": evaluate["prompts"]}
+        more |= {"max_new_tokens": evaluate["max_new_tokens"]}
+    if train["eval_steps"] or train["generate_steps"]:
+        more |= {key: settings["tokenize"][key] for key in ("template", "mask", "control_tokens")}
+    return flags(
+        model_path=model_source(run),
+        tokenizer_path=path_of(TOKENIZER)(wildcards),
+        plan=path_of(PACK)(wildcards),
+        trust_remote_code=settings["model"]["trust_remote_code"],
+        loggers=train["loggers"] or None,
+        peak_tflops=train["peak_tflops"],
+        **more,
+        **{key: switches.get(key, train[key]) for key in TRAIN_CONFIG_KEYS},
+    )
+
+
+def watched_inputs(wildcards):
+    """What a training looks at on its way: held-out conversations and prompts, if its settings ask for them."""
+    train, prompts = RUNS[wildcards.run]["train"], RUNS[wildcards.run]["evaluate"]["prompts"]
+    parts = heldout_parts(wildcards) if train["eval_steps"] else []
+    return [*parts, *([prompts] if train["generate_steps"] else [])]
+
+
+def train_flags(wildcards):
+    """The flags of train_model.py: a config of the user's own keeps its ZeRO stage."""
+    train = RUNS[wildcards.run]["train"]
+    return flags(
+        deepspeed=None if train["config"] is not None else f"deepspeed_zero{train['zero_stage']}",
+        processes=train["processes"] or "auto",
+        hold_every=hold_every(wildcards),
+    )
+
+
+def hold_every(wildcards):
+    """How often training holds a checkpoint for evaluation, as train_model.py takes it."""
+    wanted = RUNS[wildcards.run]["evaluate"]["checkpoints"]
+    return {"none": "0", "all": "save"}.get(wanted) or wanted.removeprefix("every ")
+
+
+def follows_checkpoints(wildcards):
+    """Whether checkpoints are evaluated while training goes on."""
+    return RUNS[wildcards.run]["evaluate"]["checkpoints"] != "none"
+
+
+def train_threads(wildcards):
+    """All cores of this machine, but for those that checkpoints are evaluated on meanwhile.
+
+    With one core, or with GPUs, which the training takes, they are evaluated after it.
+    """
+    cores = workflow.cores or 1
+    gpus = any(shutil.which(program) for program in ("nvidia-smi", "rocm-smi"))
+    if (
+        gpus
+        or workflow.resource_settings.nodes is not None
+        or cores == 1
+        or not follows_checkpoints(wildcards)
+    ):
+        return cores
+    return cores - CHECKPOINT_THREADS
+
+
+def train_memory(wildcards, attempt):
+    """MB on each node."""
+    return RUNS[wildcards.run]["cluster"]["mem_mb"] or 12000 * min(attempt, 3)
+
+
+def train_tasks(per_node):
+    """Returns a function of one of sbatch's two ways to ask for tasks; the Slurm plugin takes only the one that fits."""
+
+    def tasks(wildcards):
+        run = RUNS[wildcards.run]
+        ranks = run["train"]["processes"] or run["cluster"]["gpus_per_node"] or 1
+        if per_node:
+            return ranks if ranks > 1 else 0
+        return 0 if ranks > 1 else run["cluster"]["nodes"]
+
+    return tasks
+
+
+def train_mpi(wildcards):
+    """How the Slurm plugin starts the job: an empty value like the other leaves srun to train_model.py."""
+    return "srun" if train_tasks(True)(wildcards) else ""
+
+
+def train_gres(wildcards):
+    gpus = RUNS[wildcards.run]["cluster"]["gpus_per_node"]
+    return f"gpu:{gpus}" if gpus else ""
+
+
+def preflight_gate(wildcards):
+    """The gate before a training, where the config asks for it; that it was passed again is no reason to train again."""
+    return ancient(PREFLIGHT_PASSED) if RUNS[wildcards.run]["preflight"]["required"] else []
+
+
+def preflight_settings(wildcards):
+    """What preflight.py looks at, as JSON."""
+    runs = []
+    for run, settings in RUNS.items():
+        train = settings["train"]
+        base = base_tokenizer(run)
+        runs.append(
+            {
+                "run": run,
+                "model": model_source(run),
+                "trust_remote_code": settings["model"]["trust_remote_code"],
+                "tokenizer": base["source"],
+                "template": base["template"],
+                "extended": TOKENIZER.format(tokenizer=tokenizer_key(run)),
+                "hf_dtype": settings["hf"]["dtype"],
+                "turbomind": settings["turbomind"]["enabled"],
+                "lora_rank": train["lora"] and train["lora"]["rank"],
+                **{
+                    key: train[key]
+                    for key in ("dtype", "zero_stage", "save_optimizer", "save_total_limit", "processes")
+                },
+            }
+        )
+    sizes = [sum(SIZES[key].values()) for key in DATA_SPECS if not Path(TOKENIZED.format(data=key)).is_file()]
+    with_turbomind = any(run["turbomind"] for run in runs) and not USES_CONDA
+    return json.dumps(
+        {
+            "runs": runs,
+            "jsonl_bytes": sum(sizes),
+            "turbomind_python": SETTINGS.environments["turbomind_python"] if with_turbomind else None,
+        },
+        sort_keys=True,
+    )
+
+
+def probe_shape(key):
+    """Returns a resource function of the preflight job: two ranks on a node, or one on each of two; all GPUs of a node."""
+
+    def shape(wildcards):
+        clusters = [run["cluster"] for run in RUNS.values()]
+        nodes = min(2, max(cluster["nodes"] for cluster in clusters))
+        gpus = max(cluster["gpus_per_node"] for cluster in clusters)
+        per_node = 2 if nodes == 1 and gpus != 1 else 1
+        return {
+            "nodes": nodes,
+            "tasks": 0 if per_node > 1 else nodes,
+            "tasks_per_node": per_node if per_node > 1 else 0,
+            "gpus_per_node": gpus,
+            "gres": f"gpu:{gpus}" if gpus else "",
+            "mpi": "srun" if per_node > 1 else "",
+        }[key]
+
+    return shape
