@@ -22,7 +22,8 @@ def main() -> int:
     )
     args = parser.parse_args()
 
-    from provenance.records import Record, lineage, run_records
+    from provenance.record import Record
+    from provenance.records import lineage, run_records
     from provenance.tree import verify
 
     whole = args.path.is_dir() and (args.path / "shared").is_dir()

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.cli import UserError
-from provenance.records import Check, Record
+
+from .record import Check, Record
 
 
 class Mismatch(NamedTuple):
