@@ -36,6 +36,9 @@ def main() -> None:
     parser.add_argument("--runner", choices=RUNNERS, default="local", help="how the tasks are started")
     parser.add_argument("--partition", help="Slurm partition")
     parser.add_argument("--quotatype", help="srun's --quotatype, where a cluster has it")
+    parser.add_argument(
+        "--srun-options", help="more options of srun's, as one text: --srun-options='--mem=8G'"
+    )
     for name, words in (
         ("max-num-workers", "tasks at a time that answer"),
         ("eval-max-num-workers", "tasks at a time that score"),

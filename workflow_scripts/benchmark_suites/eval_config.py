@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ class EvalSettings:
         custom: Name -> JSONL file of `{"question": ..., "answer": ...}` lines.
         runner: "local" or "slurm": how the tasks are started.
         partition, quotatype: srun's; None leaves them out.
+        srun_options: More options of srun's, as one types them.
         max_num_workers, eval_max_num_workers: Tasks at a time that answer, and that score.
         datasets_per_task: Datasets that a task takes, with the model loaded once.
         max_samples: Questions of each dataset; None takes all.
@@ -51,6 +53,7 @@ class EvalSettings:
     runner: str = "local"
     partition: str | None = None
     quotatype: str | None = None
+    srun_options: str | None = None
     max_num_workers: int = 1
     eval_max_num_workers: int = 1
     datasets_per_task: int = 4
@@ -151,6 +154,8 @@ def _runner(stage: str, settings: EvalSettings) -> str:
     if settings.runner == "slurm":
         # A quotatype is one vendor's; stock Slurm does not know the flag.
         runner |= {"partition": settings.partition, "quotatype": settings.quotatype, "retry": 1}
+        # OpenCompass puts them into a shell command.
+        runner["extra_command"] = [shlex.quote(word) for word in shlex.split(settings.srun_options or "")]
     # The partitioner that counts workers reads the data even in a dry run.
     partitioner = {"type": "opencompass.partitioners.NaivePartitioner", "n": settings.datasets_per_task}
     return _assign(stage, {"partitioner": partitioner, "runner": runner})
