@@ -124,6 +124,12 @@ def test_two_languages_and_a_phone(page):
         assert browser.evaluate("document.documentElement.scrollWidth") <= 390
         colours = browser.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, colours[4:-1].split(","))) < 200) == dark
+    # Datasets of longer names stand in the places of answers.
+    where = "document.querySelector('.example .who')"
+    short = browser.evaluate(f"{where}.textContent")
+    browser.evaluate(f"{where}.textContent = 'a_dataset_of_a_long_name/'.repeat(9)")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+    browser.evaluate(f"{where}.textContent = {json.dumps(short)}")
     browser.look(1200)
 
 
