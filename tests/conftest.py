@@ -24,19 +24,6 @@ _CORPUS = [
 ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest first, and tests that share something costly into one of pytest-xdist's processes."""
-
-    def folder(item: pytest.Item) -> str:
-        return item.path.relative_to(REPO / "tests").parts[0]
-
-    order = ("slurm", "workflow")
-    items.sort(key=lambda item: order.index(folder(item)) if folder(item) in order else len(order))
-    for item in items:
-        shared = "finished" if "finished" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group("slurm" if folder(item) == "slurm" else shared))
-
-
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     """The checkout under test."""
