@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
@@ -18,7 +19,8 @@ def tool_call_summary(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict
         calls: Groups of rows of `comparison_rows` about calls: all conversations first, then each dataset and language.
         losses: The same about the loss by role, each row with `base_perplexity` and `tuned_perplexity`.
         plain_text: The row about plain text, None where it was not measured.
-        examples: Points with `base` and `tuned` answers; those where the two differ in what they did come first.
+        examples: Points with `base` and `tuned` answers; those where the two differ in what they did come first, of
+            each dataset in turn.
         selection: How many points of either kind there are, and how many were asked.
 
     Raises:
@@ -35,7 +37,7 @@ def tool_call_summary(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict
         "calls": _groups([row for row in rows if "role" not in row]),
         "losses": _groups(roles),
         "plain_text": plain[0] if plain else None,
-        "examples": _examples(base["points"], tuned["points"]),
+        "examples": choose_examples(base["points"], tuned["points"]),
         "selection": tuned["selection"],
     }
 
@@ -49,10 +51,20 @@ def _groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _examples(base: list[dict[str, Any]], tuned: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Chooses points to show: half of them such that call a tool, first those where the models did different things."""
-    pairs = list(zip(base, tuned, strict=True))
-    pairs.sort(key=lambda pair: pair[0]["verdicts"] == pair[1]["verdicts"])
+def choose_examples(base: list[dict[str, Any]], tuned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Chooses points to show: half of them such that call a tool, first those where the models did different things.
+
+    Datasets take turns; a question that was shown already comes last.
+    """
+    asked, shown = Counter(), Counter()
+    ranked = []
+    for before, after in zip(base, tuned, strict=True):
+        same = before["verdicts"] == after["verdicts"]
+        question, turn = (after["kind"], after["question"]), (after["kind"], same, after["dataset"])
+        ranked.append(((asked[question], same, shown[turn]), (before, after)))
+        asked[question] += 1
+        shown[turn] += 1
+    pairs = [pair for _, pair in sorted(ranked, key=lambda each: each[0])]
     calls, texts = ([pair for pair in pairs if pair[1]["kind"] == kind] for kind in ("call", "text"))
     half = _EXAMPLES // 2
     chosen = calls[: max(half, _EXAMPLES - len(texts))]
