@@ -7,6 +7,7 @@ import os
 import shutil
 
 import pytest
+from training_cost import core_hours
 
 from browser import MINUS, cells, open_browser, percent
 from common.files import read_json
@@ -116,8 +117,9 @@ def test_settings_curves_and_cost(page, results):
     assert [row[:2] for row in runs] == [[RUNS[0], "6"], [RUNS[1], "4"], [RUNS[2], "4"]]
     assert page.evaluate("document.querySelectorAll('figure svg').length") == 2
     cost = {row[0]: row for row in cells(page, "#cost-table tbody tr")}
-    tsv = (results / "benchmarks" / "train_model" / f"{RUNS[1]}.tsv").read_text().splitlines()[1].split("\t")
-    assert float(cost["train_model"][2].split("\n")[0]) == pytest.approx(float(tsv[-1]) / 3600, abs=6e-5)
+    assert float(cost["train_model"][2].split("\n")[0]) == pytest.approx(
+        core_hours(results / RUNS[1]), abs=6e-5
+    )
     assert cost["merge_tokenized"][1:4] == ["", "", ""] and cost["merge_tokenized"][4]
 
 
