@@ -103,17 +103,14 @@ def benchmark_gres(wildcards):
 def eval_config_flags(wildcards):
     """The flags of render_eval_config.py."""
     settings = RUNS[wildcards.run]["opencompass"]
-    other = ("enabled", "custom", "data_dir", "gpus", "groups", "srun_options")
-    # With "=", for its value begins with dashes.
-    srun_options = settings["srun_options"] and f" --srun-options={shlex.quote(settings['srun_options'])}"
-    words = flags(
+    other = ("enabled", "custom", "data_dir", "gpus", "groups")
+    return flags(
         abbr=wildcards.run,
         gpus=benchmark_gpus(wildcards),
         groups=settings["groups"] or None,
         custom=[f"{name}={path}" for name, path in settings["custom"].items()] or None,
         **{key: settings[key] for key in settings if key not in other},
     )
-    return words + (srun_options or "")
 
 
 def custom_set_digests(wildcards):

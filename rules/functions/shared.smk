@@ -17,7 +17,11 @@ def flags(**options):
     for name, value in options.items():
         if value is None or value is False:
             continue
-        words.append(f"--{name.replace('_', '-')}")
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, str) and value.startswith("-"):  # would be taken for a flag
+            words.append(f"{flag}={shlex.quote(value)}")
+            continue
+        words.append(flag)
         if value is not True:
             words += [shlex.quote(str(item)) for item in (value if isinstance(value, list) else [value])]
     return " ".join(words)

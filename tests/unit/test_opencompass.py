@@ -3,6 +3,7 @@ its log, and the model gets the prompt that training used."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -211,3 +212,22 @@ def test_a_bad_line_of_an_own_set_is_named(tmp_path):
     path.write_text('{"question": "a", "answer": "b"}\n{"question": "a", "answer": 2}\n')
     with pytest.raises(UserError, match=r"set\.jsonl:2 is no question"):
         check_custom_set("set", path)
+
+
+@pytest.mark.parametrize("options, words", [("--mem=8G -c 4", ["--mem=8G", "-c", "4"]), (None, [])])
+def test_more_options_of_srun_reach_the_runner(model, options, words):
+    from ftdp.tokenizer import load_tokenizer
+
+    settings = EvalSettings(
+        model=model / "hf",
+        backend="hf",
+        abbr="demo",
+        iteration="iter_7",
+        groups=["base"],
+        runner="slurm",
+        srun_options=options,
+    )
+    tokenizer = load_tokenizer(str(model / "tokenizer"))
+    assert render_eval_config(settings, tokenizer).count(f"'extra_command': {words}") == 2
+    with pytest.raises(UserError, match="srun_options cannot be read"):
+        render_eval_config(dataclasses.replace(settings, srun_options="--comment='of"), tokenizer)

@@ -155,10 +155,22 @@ def _runner(stage: str, settings: EvalSettings) -> str:
         # A quotatype is one vendor's; stock Slurm does not know the flag.
         runner |= {"partition": settings.partition, "quotatype": settings.quotatype, "retry": 1}
         # OpenCompass puts them into a shell command.
-        runner["extra_command"] = [shlex.quote(word) for word in shlex.split(settings.srun_options or "")]
+        runner["extra_command"] = [shlex.quote(word) for word in _words(settings.srun_options or "")]
     # The partitioner that counts workers reads the data even in a dry run.
     partitioner = {"type": "opencompass.partitioners.NaivePartitioner", "n": settings.datasets_per_task}
     return _assign(stage, {"partitioner": partitioner, "runner": runner})
+
+
+def _words(options: str) -> list[str]:
+    try:
+        return shlex.split(options)
+    except ValueError as error:
+        raise UserError(
+            f"srun_options cannot be read: {error}",
+            found=options,
+            expected="options as one types them, such as --account=team --mem=64G",
+            fix="close the quotation in opencompass.srun_options",
+        ) from None
 
 
 def _model_configs(settings: EvalSettings, tokenizer: ExtendedTokenizer) -> str:
