@@ -6,21 +6,17 @@
   seconds longer each time until a job ends, up to 180.
 - A job that Slurm preempts and does not queue again has ended, and is submitted anew. The plugin takes PREEMPTED for
   the state of one that will go on, and waits for ever; but squeue shows a job that was queued again as PENDING.
-- A job may read what a running job writes on its way: those of `AWAITED` are kept back until that file is there, or until
-  no training is left that could write it. They take no core meanwhile.
+
+The scheduler's own patch stands beside the jobs that it is for: rules/keep_back_jobs.smk. What all of these rely on is
+held by tests/unit/test_adapt_snakemake.py.
 """
 
 import sys
-import threading
-import time
 
 import snakemake.logging
-from snakemake.scheduling.job_scheduler import JobScheduler
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 
 SHOWN_LINES = 20
-AWAITED = {"list_checkpoints": TRAINING, "convert_checkpoint": f"{HELD}/iter_{{step}}.json"}
-AWAITED_SECONDS = 3 if workflow.resource_settings.nodes is None else 20  # from one look to the next
 
 
 def show_last_lines(logs):
@@ -49,40 +45,7 @@ def end_when_preempted(query):
     return query_states
 
 
-def is_kept_back(job, scheduler):
-    """Whether a job waits for a file of a training that may still write it."""
-    if job.is_group() or job.rule.name not in AWAITED:
-        return False
-    if Path(AWAITED[job.rule.name].format(**job.wildcards_dict)).is_file():
-        return False
-    return any(
-        each.rule.name == "train_model" and each.wildcards.run == job.wildcards.run
-        for each in scheduler.workflow.dag.needrun_jobs()
-        if each not in scheduler.failed
-    )
-
-
-def keep_back(select):
-    """Wraps the scheduler's choice of jobs."""
-    looked = 0.0
-
-    def select_jobs(scheduler, jobs):
-        nonlocal looked
-        kept_back = {job for job in jobs if is_kept_back(job, scheduler)}
-        if kept_back and time.monotonic() > looked + AWAITED_SECONDS:
-            looked = time.monotonic()
-            again = threading.Timer(AWAITED_SECONDS + 0.1, scheduler._open_jobs.release)
-            again.daemon = True  # the end of Snakemake does not wait for it
-            again.start()
-        return select(scheduler, jobs - kept_back) if jobs - kept_back else []
-
-    return select_jobs
-
-
 snakemake.logging.show_logs = show_last_lines
-
-if workflow.is_main_process:
-    JobScheduler.job_selector = keep_back(JobScheduler.job_selector)
 
 if workflow.is_main_process and workflow.resource_settings.nodes is not None:
     workflow.global_resources["_cores"] = sys.maxsize

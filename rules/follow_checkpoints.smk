@@ -6,7 +6,7 @@ OUTPUT          {run}/saved_checkpoints.json: which checkpoints there will be, o
                 {run}/evaluation/checkpoints.json: all of them, and the best; {run}/best: a link to its folder
 
 The training is no input of these jobs: they go on beside it. `list_checkpoints` and `convert_checkpoint` are kept back
-until the training has written what they read (rules/adapt_snakemake.smk). {identity} names the training's run folder,
+until the training has written what they read (rules/keep_back_jobs.smk). {identity} names the training's run folder,
 so another training has other files, and what was evaluated is not evaluated again. A checkpoint is held, out of the way
 of `save_total_limit`, until it has been converted; its evaluation removes it.
 """

@@ -86,3 +86,11 @@ class Slow(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         time.sleep(float(os.environ.get("TEST_SLOW", 0)))
+
+
+class StandStill(Hook):
+    """Waits before step $TEST_STAND_STILL, if it is set, for a test to kill the run; ten minutes at most."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if os.environ.get("TEST_STAND_STILL") == str(batch_idx + 1):
+            time.sleep(600)

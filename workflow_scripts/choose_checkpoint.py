@@ -7,11 +7,11 @@ import argparse
 from pathlib import Path
 
 from common.cli import run
-from common.files import write_json
+from common.files import read_json, write_json
 
 
 def main() -> None:
-    """Parses the command line, writes the figures, links the best model and removes the others."""
+    """Parses the command line, writes the figures, links the best model and removes the others, and held checkpoints."""
     parser = argparse.ArgumentParser(
         description="Lay the evaluations of a run's checkpoints side by side, from the base model to the last step, and "
         "link the model that is best by a metric.",
@@ -40,7 +40,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    from evaluation.checkpoint_curve import checkpoint_curve, link_best, remove_others
+    from evaluation.checkpoint_curve import checkpoint_curve, link_best, remove_held, remove_others
 
     curve = checkpoint_curve(
         args.train_manifest, args.base, args.tuned, args.evaluations, args.metric, args.tuned_model
@@ -49,6 +49,7 @@ def main() -> None:
     write_json(args.output, curve)
     if args.keep == "best":
         remove_others(curve, args.output.parent)
+    remove_held(args.train_manifest.parent / read_json(args.train_manifest)["run_folder"])
     best = curve["best"]
     print(f"best by {args.metric}: step {best['step']}, {best['value']:.4f}; linked as {args.best}")
 

@@ -52,12 +52,9 @@ def main() -> None:
     colour = args.color == "always" or (args.color == "auto" and in_terminal)
     # A terminal that cannot show a character must not end the print.
     sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        print("\n".join(sample.summary()))
-        print(legend(colour), end="\n\n")
-        print(token_table(sample) if args.ids else paint(sample, colour))
-    except BrokenPipeError:  # `| head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (nothing more is printed)
+    print("\n".join(sample.summary()))
+    print(legend(colour), end="\n\n")
+    print(token_table(sample) if args.ids else paint(sample, colour))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ LAST = 8
 def followed(make_project, repo_root):
     """A project whose training was killed when its first checkpoint had been evaluated, and went on on one core.
 
-    Its own config makes steps long, and saves at even steps.
+    It saves at even steps, so it trains step 3, whose weights alone were held, once more.
     """
     project = make_project("followed")
     train = {"max_steps": LAST, "save_steps": 2, "lr": 0.3}
@@ -31,15 +31,17 @@ def followed(make_project, repo_root):
     )
     rendered = project.folder / "results" / "demo" / "train_config.py"
     project.run("results/demo/train_config.py")
-    text = rendered.read_text().replace("from torch.optim", "from train_hooks import Slow\nfrom torch.optim")
+    text = rendered.read_text().replace(
+        "from torch.optim", "from train_hooks import StandStill\nfrom torch.optim"
+    )
     own = project.folder / "own_config.py"
-    own.write_text(text.replace("custom_hooks = []", "custom_hooks = [dict(type=Slow)]"))
+    own.write_text(text.replace("custom_hooks = []", "custom_hooks = [dict(type=StandStill)]"))
     project.configure(train={"config": str(own)})
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PYTHONPATH", str(repo_root / "tests"))
-        environment.setenv("TEST_SLOW", "12")
+        environment.setenv("TEST_STAND_STILL", "4")
         first = kill_when_evaluated(project)
-        environment.setenv("TEST_SLOW", "0")
+        environment.delenv("TEST_STAND_STILL")
         project.run("--unlock")
         project.run("--cores", 1)
     return project, project.folder / "results" / "demo", first

@@ -104,6 +104,17 @@ def remove_others(curve: dict[str, Any], folder: Path) -> None:
             shutil.rmtree(folder / point["model"], ignore_errors=True)
 
 
+def remove_held(run_folder: Path) -> None:
+    """Removes the checkpoints that are still held for an evaluation, once all that are asked for have been evaluated.
+
+    They are left by other settings of `evaluate.checkpoints` earlier in the same training. Their records go first: a step
+    whose record is there counts as one that can be evaluated, or has been.
+    """
+    for checkpoint in run_folder.glob("held/iter_*.pth"):
+        checkpoint.with_suffix(".json").unlink(missing_ok=True)
+        shutil.rmtree(checkpoint)
+
+
 def _point(step: int, paths: list[Path], folder: Path, last: int, tuned_model: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     model: Path | None = None

@@ -6,7 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 
 from common.cli import UserError
@@ -22,8 +22,8 @@ class CheckpointHook(Hook):
     """Saves a whole checkpoint every `interval` optimizer steps, after the last step, and before the run stops early.
 
     Nothing is saved while steps are being skipped, so that a resumed run skips the same ones, nor when a weight is not
-    finite: the checkpoints from before such a step are kept. What `runner.holding` asks for is held before older ones are
-    removed; where nothing is saved at such a step, its weights alone are written for that.
+    finite: the checkpoints from before such a step are kept. What `runner.holding` asks for is held, once in all attempts,
+    before older ones are removed; where nothing is saved at such a step, its weights alone are written for that.
 
     Args:
         interval: Steps between checkpoints; 0 saves after the last step only.
@@ -38,8 +38,13 @@ class CheckpointHook(Hook):
 
     def before_train(self, runner) -> None:
         """Expects of the first save, for the time limit, weights and two moments in fp32 at 100 MB/s, and 5 s."""
+        to_hold = [None]
         if is_main_process():
-            runner.holding.open(Path(runner.work_dir), runner.iter, runner.max_iters)
+            to_hold = [runner.holding.open(Path(runner.work_dir), runner.iter, runner.max_iters)]
+        broadcast_object_list(
+            to_hold
+        )  # a save is for all ranks, which may not see the same files at this moment
+        self.to_hold = to_hold[0]
         weights = sum(getattr(p, "ds_numel", p.numel()) for p in runner.model.model.module.parameters())
         runner.stop.saved(5 + 12 * weights / runner.world_size / 100e6)
 
@@ -49,7 +54,7 @@ class CheckpointHook(Hook):
         last = step == runner.max_iters
         save = last or runner.stop.agreed or (self.interval > 0 and step % self.interval == 0)
         save = save and (last or not runner.train_loop.skipped.in_a_row)
-        held = step in runner.holding.steps(runner.max_iters)
+        held = step in self.to_hold
         if not (save or held):
             return
         if not weights_are_finite(runner.model.model):

@@ -1,8 +1,9 @@
 """Checkpoints held for evaluation, while training goes on and removes its older ones.
 
 `held/iter_N.pth` in the run folder is a checkpoint by hard links, which takes no room until training removes its own, or
-weights alone where training saved nothing at that step. `held/iter_N.json`, written after it, says that it was held: that
-stays when the evaluation has removed the checkpoint.
+weights alone where training saved nothing at that step. `held/iter_N.json` is written once the checkpoint is whole and
+flushed, and stays when the evaluation has removed the checkpoint: a step that has it is never held again, though a
+resumed training may train it again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from mmengine.config import Config
 
 from common.cli import UserError
 from common.files import fsync_path, read_json, write_bytes, write_json
-from sft.checkpoints import MARKER, list_checkpoints, remove_leftovers, step_of
+from sft.checkpoints import MARKER, is_whole, list_checkpoints, remove_leftovers, step_of
 from sft.config import plain
 from sft.session import FINISHED, IDENTITY, TRAIN_CONFIG, Plan
 
@@ -48,8 +49,8 @@ class Holding:
         """Returns the steps to hold; the last is not among them: its checkpoint is the run's result."""
         return range(self.every, total_steps, self.every) if self.every > 0 else range(0)
 
-    def open(self, run_folder: Path, done: int, total_steps: int) -> None:
-        """Holds what an attempt before this one saved and did not come to hold, and writes what there will be.
+    def open(self, run_folder: Path, done: int, total_steps: int) -> frozenset[int]:
+        """Holds what an attempt before this one saved without recording it as held, and writes what there will be.
 
         The record: `identity`, `run_folder` (relative to the record), `total_steps`, and the `steps` whose checkpoints
         were held or will be; steps that were trained and removed before anybody asked for them are not among them.
@@ -58,26 +59,32 @@ class Holding:
             run_folder: Where training saves.
             done: Optimizer steps that are trained.
             total_steps: Of the whole run.
+
+        Returns:
+            The steps after `done` to hold: not those that an attempt before this one held.
         """
         steps = self.steps(total_steps)
+        held = run_folder / HELD
         if steps:
-            (run_folder / HELD).mkdir(exist_ok=True)
-            remove_leftovers(run_folder / HELD)
-        for step in map(step_of, list_checkpoints(run_folder, warn=False)):
-            if step in steps and not was_held(run_folder, step):
-                hold(run_folder, step)
-        if self.record is None:
-            return
-        write_json(
-            self.record,
-            {
-                "format": 1,
-                "identity": read_json(run_folder / IDENTITY)["identity"],
-                "run_folder": os.path.relpath(run_folder, self.record.resolve().parent),
-                "total_steps": total_steps,
-                "steps": [step for step in steps if step > done or was_held(run_folder, step)],
-            },
-        )
+            held.mkdir(exist_ok=True)
+            remove_leftovers(held)
+        for folder in (run_folder, held):
+            for step in map(step_of, list_checkpoints(folder, warn=False)):
+                if step in steps and not was_held(run_folder, step):
+                    hold(run_folder, step)
+        coming = frozenset(step for step in steps if step > done and not was_held(run_folder, step))
+        if self.record is not None:
+            write_json(
+                self.record,
+                {
+                    "format": 1,
+                    "identity": read_json(run_folder / IDENTITY)["identity"],
+                    "run_folder": os.path.relpath(run_folder, self.record.resolve().parent),
+                    "total_steps": total_steps,
+                    "steps": [step for step in steps if step in coming or was_held(run_folder, step)],
+                },
+            )
+        return coming
 
 
 def open_finished(plan: Plan, holding: Holding) -> None:
@@ -95,9 +102,11 @@ def hold(run_folder: Path, step: int) -> None:
     """Holds `iter_<step>.pth` of a run folder, or what was written into `held` itself. One process calls it."""
     folder = run_folder / HELD
     target = folder / f"iter_{step}.pth"
-    if not target.is_dir():
+    if not is_whole(target):
+        shutil.rmtree(target, ignore_errors=True)
         temporary = folder / f".{target.name}.tmp"
         shutil.copytree(run_folder / target.name, temporary, copy_function=_link_or_copy)
+        fsync_path(temporary)
         temporary.rename(target)
     for name in (IDENTITY, TRAIN_CONFIG):  # a conversion reads them beside a checkpoint
         write_bytes(folder / name, (run_folder / name).read_bytes())

@@ -1,0 +1,125 @@
+"""Checkpoints held for evaluation: each step once, whatever was killed, and none is left behind."""
+
+from __future__ import annotations
+
+import shutil
+from hashlib import sha256
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.files import read_json, write_json
+from evaluation.checkpoint_curve import remove_held
+from sft.checkpoint_hook import CheckpointHook
+from sft.checkpoints import is_whole
+from sft.held_checkpoints import HELD, Holding
+from sft.stopping import StopRequest
+
+TOTAL = 12
+WEIGHTS = b"weights"
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """The run folder of a training with an empty `held`."""
+    folder = tmp_path / "checkpoints" / "0123456789ab"
+    write_json(folder / "identity.json", {"identity": "0123456789ab" * 5})
+    (folder / "train_config.py").write_text("model = dict()\n")
+    (folder / HELD).mkdir()
+    return folder
+
+
+def save(folder, step: int, data: bytes = WEIGHTS) -> None:
+    """Writes a whole checkpoint."""
+    pth = folder / f"iter_{step}.pth"
+    pth.mkdir()
+    (pth / "weights.pt").write_bytes(data)
+    files = {"weights.pt": {"bytes": len(data), "sha256": sha256(data).hexdigest()}}
+    write_json(pth / "COMPLETE.json", {"step": step, "total_steps": TOTAL, "files": files})
+
+
+def evaluate(run_folder, step: int) -> None:
+    """Does to the run folder what the evaluation of a checkpoint does (rules/follow_checkpoints.smk)."""
+    shutil.rmtree(run_folder / HELD / f"iter_{step}.pth")
+
+
+def names(run_folder) -> list[str]:
+    return sorted(path.name for path in (run_folder / HELD).glob("iter_*"))
+
+
+@pytest.fixture
+def evaluated(run_folder):
+    """A training killed after step 7: it saved step 2, 4 and 6, held 3 and 6 and had both evaluated; then 6 was lost."""
+    for folder, step in ((run_folder, 2), (run_folder / HELD, 3), (run_folder, 4), (run_folder, 6)):
+        save(folder, step)
+    assert Holding(3).open(run_folder, 6, TOTAL) == {9}
+    assert names(run_folder) == ["iter_3.json", "iter_3.pth", "iter_6.json", "iter_6.pth"]
+    evaluate(run_folder, 3)
+    evaluate(run_folder, 6)
+    shutil.rmtree(run_folder / "iter_6.pth")
+    return run_folder
+
+
+def test_a_step_that_is_trained_again_is_not_held_again(evaluated, tmp_path):
+    assert Holding(3, tmp_path / "training.json").open(evaluated, 2, TOTAL) == {9}
+    assert names(evaluated) == ["iter_3.json", "iter_6.json"]
+    assert read_json(tmp_path / "training.json")["steps"] == [3, 6, 9]
+
+
+def test_the_hook_leaves_a_step_that_was_held_alone(evaluated):
+    """An attempt to save would fail: there is no DeepSpeed engine."""
+    model = torch.nn.Linear(2, 2)
+    runner = SimpleNamespace(
+        work_dir=str(evaluated),
+        iter=2,
+        max_iters=TOTAL,
+        world_size=1,
+        holding=Holding(3),
+        model=SimpleNamespace(model=SimpleNamespace(module=model)),
+        stop=StopRequest(None),
+        train_loop=SimpleNamespace(skipped=SimpleNamespace(in_a_row=0)),
+    )
+    hook = CheckpointHook(interval=4)
+    hook.before_train(runner)
+    assert hook.to_hold == {9}
+    for step in (3, 6):
+        hook.after_train_iter(runner, step - 1)
+    assert names(evaluated) == ["iter_3.json", "iter_6.json"]
+
+
+@pytest.mark.parametrize("kind", ["links", "weights alone"])
+def test_a_kill_before_the_record_is_made_good(run_folder, kind):
+    save(run_folder if kind == "links" else run_folder / HELD, 3)
+    if kind == "links":
+        shutil.copytree(run_folder / "iter_3.pth", run_folder / HELD / "iter_3.pth")
+    assert Holding(3).open(run_folder, 2, TOTAL) == {6, 9}
+    assert names(run_folder) == ["iter_3.json", "iter_3.pth"]
+    assert read_json(run_folder / HELD / "iter_3.json")["files"]["weights.pt"]["bytes"] == len(WEIGHTS)
+    assert read_json(run_folder / HELD / "identity.json") == read_json(run_folder / "identity.json")
+
+
+def test_what_is_not_whole_counts_as_not_held(run_folder):
+    for step in (3, 6, 9):
+        save(run_folder / HELD, step)
+        (run_folder / HELD / f"iter_{step}.pth" / "weights.pt").write_bytes(WEIGHTS[:-1])
+    (run_folder / HELD / "iter_3.pth" / "COMPLETE.json").unlink()
+    save(run_folder, 6)
+    assert Holding(3).open(run_folder, 6, TOTAL) == {9}
+    assert names(run_folder) == ["iter_6.json", "iter_6.pth", "iter_9.pth"]
+    assert is_whole(run_folder / HELD / "iter_6.pth")
+
+
+def test_what_is_trained_and_gone_is_not_promised(run_folder, tmp_path):
+    save(run_folder, 6)
+    assert Holding(3, tmp_path / "training.json").open(run_folder, 7, TOTAL) == {9}
+    assert read_json(tmp_path / "training.json")["steps"] == [6, 9]
+    assert Holding().open(run_folder, 7, TOTAL) == set()
+
+
+def test_what_other_settings_held_is_removed_at_the_end(evaluated, tmp_path):
+    save(evaluated, 10)
+    Holding(10).open(evaluated, 10, TOTAL)
+    remove_held(evaluated)
+    assert names(evaluated) == ["iter_3.json", "iter_6.json"]
+    assert is_whole(evaluated / "iter_10.pth"), "links: training's own stays"
