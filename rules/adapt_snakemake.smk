@@ -19,7 +19,7 @@ from snakemake.scheduling.job_scheduler import JobScheduler
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 
 SHOWN_LINES = 20
-AWAITED = {"list_checkpoints": TRAINING, "convert_checkpoint": f"{HELD}/iter_{{step}}.json"}
+AWAITED = {"list_checkpoints": TRAINING, "convert_checkpoint": f"{RUN}/{result_paths.HELD_RECORD}"}
 AWAITED_SECONDS = 3 if workflow.resource_settings.nodes is None else 20  # from one look to the next
 
 
