@@ -34,7 +34,7 @@ class RunFiles:
                 run then has these files alone, and None stands for one that it does not have. Without it, all files
                 lie in `folder`.
         """
-        self.folder, self.name = folder, name or folder.resolve().name
+        self.folder, self.name = folder, name or folder.absolute().name
         self._given = given
         self._contents: dict[Path, Any] = {}
 
