@@ -1,6 +1,7 @@
 """The configuration, checked, and the grammar of every path. No rules here.
 
-PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
+PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`). The scripts read a run's files by the same names:
+they stand in workflow_scripts/common/result_paths.py.
 
     shared/tokenizer/{tokenizer}/                          base tokenizer + the chat tokens
     shared/data/{data}/heldout/<dataset>/processed/...     the lines set aside, in the ftdp layout
@@ -18,6 +19,7 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     {run}/config.json                                      the run's complete settings
     {run}/train_config.py                                  the mmengine config
     {run}/checkpoints/<identity>/                          run folders (undeclared, so retries keep them)
+    {run}/checkpoints/{identity}/held/iter_{step}.json     it was held for evaluation (undeclared)
     {run}/training.json                                    what trains, and which checkpoints are held for evaluation
     {run}/train.json                                       what was trained (manifest, last)
     {run}/run_plan.json                                    what the run will take
@@ -28,7 +30,8 @@ PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`)
     {run}/evaluation/tool_calls.{label}.json               the same models, where held-out conversations call tools
     {run}/saved_checkpoints.json                           the checkpoints to evaluate while training goes on
     {run}/checkpoint_hf/{identity}/iter_{step}/            one of them as a model; the best stays
-    {run}/evaluation/checkpoints/{identity}/iter_{step}.json, .../tool_calls.iter_{step}.json
+    {run}/evaluation/checkpoints/{identity}/iter_{step}.json                its evaluation
+    {run}/evaluation/checkpoints/{identity}/tool_calls.iter_{step}.json     the same, where it is asked for tool calls
     {run}/evaluation/checkpoints.json                      their figures from the first to the last
     {run}/best                                             link to the folder of the best
     {run}/opencompass_config.py                            OpenCompass's config of the tuned model
@@ -59,11 +62,12 @@ from snakemake.settings.types import Quietness
 REPO = Path(workflow.basedir)
 sys.path.insert(0, str(REPO / "workflow_scripts"))
 
+from common import result_paths
 from common.cli import UserError
 from common.files import read_json, sha256_json
 from common.fingerprints import FingerprintCache
 from common.plan_table import planned_job, render_plan
-from ftdp.layout import find_datasets
+from ftdp.layout import TEMPLATE_FOLDER, find_datasets
 from ftdp.pack_format import PLAN_ARRAYS, PLAN_FORMAT, check_weights, own_weights
 from ftdp.planning import MEGABYTE, TOKENIZED_FORMAT, file_sizes, plan_datasets, plan_parts
 from ftdp.template_file import template_path
@@ -79,46 +83,47 @@ RUNS = SETTINGS.runs
 COMPARED = SETTINGS.compared
 RESULTS = SETTINGS.results_dir.rstrip("/")
 
-TOKENIZER = f"{RESULTS}/shared/tokenizer/{{tokenizer}}"
-DATA = f"{RESULTS}/shared/data/{{data}}"
+TOKENIZER = f"{RESULTS}/{result_paths.TOKENIZER}"
+DATA = f"{RESULTS}/{result_paths.DATA}"
 HELDOUT_PART = f"{DATA}/heldout_parts/{{part}}.json"
-TRAIN_FOLDER = f"{DATA}/chatml_llamav13_32k/train"
+TRAIN_FOLDER = f"{DATA}/{TEMPLATE_FOLDER}/train"
 PART = f"{DATA}/parts/{{part}}.json"
-TOKENIZED = f"{DATA}/tokenized.json"
+TOKENIZED = f"{RESULTS}/{result_paths.TOKENIZED}"
 DATA_ORDER = f"{DATA}/data_order.txt"
 PACK = f"{DATA}/packs/{{pack}}"
-PACK_PLAN = f"{PACK}/plan.json"
-PREFLIGHT = f"{RESULTS}/shared/preflight"
+PACK_PLAN = f"{RESULTS}/{result_paths.PACK_PLAN}"
+PREFLIGHT = f"{RESULTS}/{result_paths.SHARED}/preflight"
 PREFLIGHT_PASSED = f"{PREFLIGHT}/passed.json"
-RUN_CONFIG = f"{RESULTS}/{{run}}/config.json"
-TRAIN_CONFIG = f"{RESULTS}/{{run}}/train_config.py"
-CHECKPOINTS = f"{RESULTS}/{{run}}/checkpoints"
-RUN_PLAN = f"{RESULTS}/{{run}}/run_plan.json"
-TRAIN_MANIFEST = f"{RESULTS}/{{run}}/train.json"
-HF = f"{RESULTS}/{{run}}/hf"
-TURBOMIND = f"{RESULTS}/{{run}}/turbomind"
-READINGS = f"{RESULTS}/{{run}}/prompt_readings.json"
-MODEL_CARD = f"{RESULTS}/{{run}}/model_card.md"
-SERVE = f"{RESULTS}/{{run}}/serve.txt"
-PARITY = f"{RESULTS}/{{run}}/parity.json"
-EVALUATION = f"{RESULTS}/{{run}}/evaluation/{{label}}.json"
-TOOL_CALLS = f"{RESULTS}/{{run}}/evaluation/tool_calls.{{label}}.json"
-TRAINING = f"{RESULTS}/{{run}}/training.json"
-HELD = f"{CHECKPOINTS}/{{identity}}/held"
-SAVED_CHECKPOINTS = f"{RESULTS}/{{run}}/saved_checkpoints.json"
-CHECKPOINT_HF = f"{RESULTS}/{{run}}/checkpoint_hf/{{identity}}/iter_{{step}}"
-CHECKPOINT_EVALUATION = f"{RESULTS}/{{run}}/evaluation/checkpoints/{{identity}}/iter_{{step}}.json"
-CHECKPOINT_TOOL_CALLS = f"{RESULTS}/{{run}}/evaluation/checkpoints/{{identity}}/tool_calls.iter_{{step}}.json"
-CHECKPOINT_CURVE = f"{RESULTS}/{{run}}/evaluation/checkpoints.json"
-BEST = f"{RESULTS}/{{run}}/best"
-EVAL_CONFIG = f"{RESULTS}/{{run}}/opencompass_config.py"
-OPENCOMPASS_WORK = f"{RESULTS}/{{run}}/opencompass"
-OPENCOMPASS = f"{RESULTS}/{{run}}/evaluation/opencompass.json"
-REPORT = f"{RESULTS}/{{run}}/report.html"
-COMPARE_PAGE = f"{RESULTS}/compare/report.html"
-COMPARE_FIGURES = f"{RESULTS}/compare/comparison.json"
+RUN = f"{RESULTS}/{{run}}"
+RUN_CONFIG = f"{RUN}/{result_paths.CONFIG}"
+TRAIN_CONFIG = f"{RUN}/{result_paths.TRAIN_CONFIG}"
+CHECKPOINTS = f"{RUN}/{result_paths.CHECKPOINTS}"
+RUN_PLAN = f"{RUN}/{result_paths.RUN_PLAN}"
+TRAIN_MANIFEST = f"{RUN}/{result_paths.TRAIN}"
+HF = f"{RUN}/{result_paths.HF}"
+TURBOMIND = f"{RUN}/{result_paths.TURBOMIND}"
+READINGS = f"{RUN}/{result_paths.READINGS}"
+MODEL_CARD = f"{RUN}/{result_paths.MODEL_CARD}"
+SERVE = f"{RUN}/{result_paths.SERVE}"
+PARITY = f"{RUN}/{result_paths.PARITY}"
+EVALUATION = f"{RUN}/{result_paths.EVALUATION}"
+TOOL_CALLS = f"{RUN}/{result_paths.TOOL_CALLS}"
+TRAINING = f"{RUN}/{result_paths.TRAINING}"
+HELD = f"{RUN}/{result_paths.RUN_FOLDER}/{result_paths.HELD}"
+SAVED_CHECKPOINTS = f"{RUN}/{result_paths.SAVED_CHECKPOINTS}"
+CHECKPOINT_HF = f"{RUN}/{result_paths.CHECKPOINT_HF}"
+CHECKPOINT_EVALUATION = f"{RUN}/{result_paths.CHECKPOINT_EVALUATION}"
+CHECKPOINT_TOOL_CALLS = f"{RUN}/{result_paths.CHECKPOINT_TOOL_CALLS}"
+CHECKPOINT_CURVE = f"{RUN}/{result_paths.CHECKPOINT_CURVE}"
+BEST = f"{RUN}/{result_paths.BEST}"
+EVAL_CONFIG = f"{RUN}/{result_paths.EVAL_CONFIG}"
+OPENCOMPASS_WORK = f"{RUN}/{result_paths.OPENCOMPASS_WORK}"
+OPENCOMPASS = f"{RUN}/{result_paths.OPENCOMPASS}"
+REPORT = f"{RUN}/{result_paths.REPORT}"
+COMPARE_PAGE = f"{RESULTS}/{result_paths.COMPARE_PAGE}"
+COMPARE_FIGURES = f"{RESULTS}/{result_paths.COMPARE_FIGURES}"
 LOGS = f"{RESULTS}/logs"
-RUN_LOGS = f"{RESULTS}/{{run}}/logs"
+RUN_LOGS = f"{RUN}/{result_paths.LOGS}"
 BENCHMARKS = f"{RESULTS}/benchmarks"
 
 # Cores of this machine that a training leaves to the evaluation of its checkpoints.

@@ -6,8 +6,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from common import result_paths as names
 from common.cli import run
-from common.files import read_json, write_json
+from common.files import write_json
+from common.run_files import RunFiles
 
 
 def main() -> None:
@@ -42,14 +44,14 @@ def main() -> None:
 
     from evaluation.checkpoint_curve import checkpoint_curve, link_best, remove_held, remove_others
 
-    curve = checkpoint_curve(
-        args.train_manifest, args.base, args.tuned, args.evaluations, args.metric, args.tuned_model
-    )
+    given = {names.TRAIN: args.train_manifest, names.EVALUATIONS: args.output.parent}
+    files = RunFiles(args.train_manifest.parent, given=given)
+    curve = checkpoint_curve(files, args.base, args.tuned, args.evaluations, args.metric, args.tuned_model)
     link_best(curve, args.output.parent, args.best)
     write_json(args.output, curve)
     if args.keep == "best":
         remove_others(curve, args.output.parent)
-    remove_held(args.train_manifest.parent / read_json(args.train_manifest)["run_folder"])
+    remove_held(files.run_folder)
     best = curve["best"]
     print(f"best by {args.metric}: step {best['step']}, {best['value']:.4f}; linked as {args.best}")
 

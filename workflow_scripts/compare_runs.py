@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.cli import run
 from common.files import write_json, write_text
+from common.run_files import RunFiles
 
 
 def main() -> None:
@@ -39,9 +40,9 @@ def main() -> None:
     args = parser.parse_args()
 
     from evaluation.comparison_page import render_comparison
-    from evaluation.run_comparison import compare, read_run
+    from evaluation.run_comparison import compare
 
-    runs = [read_run(folder) for folder in args.runs]
+    runs = [RunFiles(folder) for folder in args.runs]
     comparison = compare(runs, args.benchmarks, args.shared_names)
     page = render_comparison(comparison, [each.metrics for each in runs])
     write_json(args.json, comparison)

@@ -6,8 +6,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from common import result_paths as names
 from common.cli import run
 from common.files import write_text
+from common.run_files import RunFiles
 
 
 def main() -> None:
@@ -59,12 +61,36 @@ def main() -> None:
     parser.add_argument("--lock", type=Path, help="pip lock file of the environment")
     args = parser.parse_args()
 
-    from evaluation.report import ReportFiles, load_and_render
+    from evaluation.report import render_report
+    from evaluation.report_inputs import ReportInputs
     from ftdp.index import manifest_paths
 
-    given = {name: value for name, value in vars(args).items() if name not in ("output", "run")}
-    given["dataset_manifests"] = [path for each in args.dataset_manifests for path in manifest_paths(each)]
-    page = load_and_render(args.run, ReportFiles(**given))
+    given = {
+        names.CONFIG: args.config,
+        names.TRAIN: args.train_manifest,
+        names.METRICS: args.metrics,
+        f"{names.HF}/{names.MANIFEST}": args.hf_manifest,
+        f"{names.TURBOMIND}/{names.MANIFEST}": args.turbomind_manifest,
+        names.EVALUATION.format(label="base"): args.base_evaluation,
+        names.EVALUATION.format(label="tuned"): args.tuned_evaluation,
+        names.TOOL_CALLS.format(label="base"): args.base_tool_calls,
+        names.TOOL_CALLS.format(label="tuned"): args.tuned_tool_calls,
+        names.OPENCOMPASS: args.opencompass,
+        names.CHECKPOINT_CURVE: args.checkpoints,
+        names.RUN_PLAN: args.run_plan,
+        names.PARITY: args.parity,
+    }
+    page = render_report(
+        ReportInputs(
+            RunFiles(args.train_manifest.parent, args.run, given),
+            [path for each in args.dataset_manifests for path in manifest_paths(each)],
+            args.plan,
+            args.tokenizer_path,
+            args.benchmarks,
+            args.benchmark_names,
+            args.lock,
+        )
+    )
     write_text(args.output, page)
     print(f"wrote {args.output} ({len(page) // 1024} KiB)")
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from common.cli import UserError, run
+from common.result_paths import METRICS
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -140,7 +141,6 @@ def main() -> int | None:
 
     if arguments.launcher in ("none", "srun"):
         from sft.guard import check_guard, forget_tracebacks
-        from sft.metrics_file import METRICS
         from sft.run_lock import wait_until_free
         from sft.session import plan_run, write_manifest
 

@@ -23,10 +23,10 @@ def main() -> int:
     args = parser.parse_args()
 
     from provenance.record import Record
-    from provenance.records import lineage, run_records
+    from provenance.records import is_results, lineage, run_records
     from provenance.tree import verify
 
-    whole = args.path.is_dir() and (args.path / "shared").is_dir()
+    whole = is_results(args.path)
     record = Record("results", sources=list(run_records(args.path).values())) if whole else lineage(args.path)
     count, wrong = verify(record)
     for each in wrong:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from common import result_paths as names
 from common.cli import run
 from common.files import read_json, write_json, write_text
+from common.run_files import RunFiles
 
 
 def main() -> None:
@@ -37,30 +39,35 @@ def main() -> None:
     from sft import config as training
 
     config = training.load_config(args.config)
-    record, hf = read_json(args.train_manifest), read_json(args.hf / "manifest.json")
+    served = args.turbomind or args.direct
+    given = {
+        names.TRAIN: args.train_manifest,
+        names.PARITY: args.parity,
+        f"{names.HF}/{names.MANIFEST}": args.hf / names.MANIFEST,
+        f"{names.TURBOMIND}/{names.MANIFEST}": served and served / names.MANIFEST,
+    }
+    files = RunFiles(args.train_manifest.parent, given=given)
     card = model_card(
         training.model_path(config),
-        hf,
-        record,
-        run_identity_fields(args.train_manifest.parent / record["checkpoint"]),
+        files.hf,
+        files.train,
+        run_identity_fields(files.checkpoint),
         tokenized_folder(training.plan_path(config), training.train_folder(config)),
         str(args.hf),
         [read_json(path) for path in args.evaluations],
-        read_json(args.parity) if args.parity else None,
+        files.find(names.PARITY),
     )
     write_text(args.output, card)
-    text = serving_text(args, hf, commands)
+    text = serving_text(args, files, commands)
     write_text(args.commands, text)
     print(text, end="")
 
 
-def serving_text(args: argparse.Namespace, hf: dict, commands) -> str:
+def serving_text(args: argparse.Namespace, files: RunFiles, commands) -> str:
     """Returns the commands, each below a line that says what it is for, and where an answer ends."""
+    hf, turbomind = files.hf, files.turbomind or {}
     template = (hf.get("chat_template") or {}).get("name", "internlm2_chat")
-    name = (
-        read_json((args.turbomind or args.direct) / "manifest.json") if args.turbomind or args.direct else {}
-    )
-    served, tp = name.get("model_name", "tuned"), name.get("tp", 1)
+    served, tp = turbomind.get("model_name", "tuned"), turbomind.get("tp", 1)
     parts = {}
     if args.turbomind:
         chat_template = args.commands.with_name("lmdeploy_chat_template.json")

@@ -121,8 +121,8 @@ def report_flags(wildcards, input):
     """The flags of render_report.py; what the run does not have is not shown."""
     run = wildcards.run
     return flags(
-        hf_manifest=f"{input.hf}/manifest.json",
-        turbomind_manifest=f"{input.turbomind}/manifest.json" if has_turbomind(wildcards) else None,
+        hf_manifest=f"{input.hf}/{result_paths.MANIFEST}",
+        turbomind_manifest=f"{input.turbomind}/{result_paths.MANIFEST}" if has_turbomind(wildcards) else None,
         base_tool_calls=input.get("base_tool_calls") or None,
         tuned_tool_calls=input.get("tuned_tool_calls") or None,
         opencompass=input.get("opencompass") or None,

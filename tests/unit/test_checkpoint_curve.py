@@ -6,6 +6,7 @@ import pytest
 
 from common.cli import UserError
 from common.files import read_json, write_json
+from common.run_files import RunFiles
 from evaluation.checkpoint_curve import checkpoint_curve, link_best, remove_others
 
 IDENTITY = "0123456789ab"
@@ -40,7 +41,7 @@ def curve_of(run, metric):
     folder = run / "evaluation"
     ends = ([folder / f"{label}.json", folder / f"tool_calls.{label}.json"] for label in ("base", "tuned"))
     evaluations = sorted(folder.glob("checkpoints/*/*.json"), reverse=True)
-    return checkpoint_curve(run / "train.json", *ends, evaluations, metric, run / "hf")
+    return checkpoint_curve(RunFiles(run), *ends, evaluations, metric, run / "hf")
 
 
 def test_the_earliest_of_the_best_is_linked_and_the_others_go(run):

@@ -5,13 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
+from common import result_paths as names
 from common.cli import UserError
-from common.files import write_json
-from evaluation.data_summary import Dataset, load_dataset
+from common.files import write_json, write_text
+from common.run_files import RunFiles
+from evaluation import report
+from evaluation.report import SECTIONS, render_report
+from evaluation.report_inputs import ReportInputs
 
 EVIL = "<script>alert('x')</script>&\"<img src=http://example.org/x.png onerror=alert(1)>"
 DIGEST = "ab" * 32
@@ -78,11 +84,11 @@ def parts() -> dict:
         for n in range(1, 31)
     ]
     return {
-        "run": EVIL,
         "config": {"model": {"path": EVIL}, "train": {"lr": 4e-5, EVIL: EVIL, "config": None, "flag": True}},
         "train": train,
         "metrics": metrics,
-        "datasets": [Dataset(manifest, stats, "results/data")],
+        "manifest": manifest,
+        "stats": stats,
         "base": evaluation(3.5, EVIL),
         "tuned": evaluation(1.25, ""),
         "hf": {
@@ -104,6 +110,33 @@ def parts() -> dict:
             "versions": {"lmdeploy": "0.9.2.post1"},
         },
     }
+
+
+@pytest.fixture
+def inputs_of(tmp_path):
+    """Returns a function that writes a run's files and returns what its report is made of; None stands for no file."""
+    places = {
+        "config": names.CONFIG,
+        "train": names.TRAIN,
+        "base": names.EVALUATION.format(label="base"),
+        "tuned": names.EVALUATION.format(label="tuned"),
+        "hf": f"{names.HF}/{names.MANIFEST}",
+        "turbomind": f"{names.TURBOMIND}/{names.MANIFEST}",
+    }
+
+    def write(parts: dict, **shared) -> ReportInputs:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        for part, name in places.items():
+            if parts[part] is not None:
+                write_json(tmp_path / "run" / name, parts[part])
+        write_json(tmp_path / "data/manifests/data.json", parts["manifest"])
+        write_json(tmp_path / "data/manifests/data/stats.json", parts["stats"])
+        metrics = tmp_path / "run" / parts["train"]["run_folder"] / names.METRICS
+        write_text(metrics, "".join(json.dumps(record) + "\n" for record in parts["metrics"]))
+        run = RunFiles(tmp_path / "run", EVIL)
+        return ReportInputs(run, [tmp_path / "data/manifests/data.json"], **shared)
+
+    return write
 
 
 class Page(HTMLParser):
@@ -133,10 +166,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_no_text_becomes_markup_and_nothing_is_loaded(parts):
-    from evaluation.report import render
-
-    html = render(**parts)
+def test_no_text_becomes_markup_and_nothing_is_loaded(parts, inputs_of):
+    html = render_report(inputs_of(parts))
     page = Page(html)
     assert not {"script", "img", "iframe", "link", "object"} & set(page.tags)
     assert not any(name.startswith("on") or name in ("src", "srcset") for name, _ in page.attributes)
@@ -148,10 +179,8 @@ def test_no_text_becomes_markup_and_nothing_is_loaded(parts):
     assert page.text.count(EVIL) >= 10  # run, model, data set, prompt, answer, settings, versions, ...
 
 
-def test_the_page_says_what_the_files_say(parts):
-    from evaluation.report import render
-
-    html = render(**parts)
+def test_the_page_says_what_the_files_say(parts, inputs_of):
+    html = render_report(inputs_of(parts))
     page = Page(html)
     assert page.tags.count("svg") == 2
     text = " ".join(page.text.split())
@@ -172,75 +201,56 @@ def test_the_page_says_what_the_files_say(parts):
         "not set",
     ):
         assert expected in text, expected
-    assert render(**parts) == html
+    assert render_report(inputs_of(parts)) == html
 
 
-def test_the_held_out_losses_have_intervals_on_the_same_draws(parts):
+def test_the_held_out_losses_have_intervals_on_the_same_draws(parts, inputs_of):
     """Every conversation gained 2.25 nats a token, so the change is certain although the losses are not."""
-    from evaluation.report import render
-
     losses = {"base": (2.5, 4.5), "tuned": (0.25, 2.25)}
     for label, each in losses.items():
         parts[label]["conversations"] = {EVIL: [[100 * loss, 100] for loss in each], "empty": []}
-    text = " ".join(Page(render(**parts)).text.split())
+    text = " ".join(Page(render_report(inputs_of(parts))).text.split())
     assert f"{MINUS}2.2500{MINUS}2.2500 … {MINUS}2.2500" in text
     # Two conversations: both draws may be of the same one.
     assert "3.50002.5000 … 4.5000" in text and "1.25000.2500 … 2.2500" in text
     del parts["base"]["conversations"]
-    assert " … " not in "".join(Page(render(**parts)).text)
+    assert " … " not in "".join(Page(render_report(inputs_of(parts))).text)
 
 
-def test_few_steps_no_stages_and_no_prompts(parts):
-    from evaluation.report import render
-
+def test_few_steps_no_stages_and_no_prompts(parts, inputs_of):
     parts.update(metrics=parts["metrics"][:1], hf=None, turbomind=None)
     for label in ("base", "tuned"):
         parts[label]["generations"] = []
-    page = Page(render(**parts))
+    page = Page(render_report(inputs_of(parts)))
     assert "Answers to fixed prompts" not in page.text and "TurboMind" not in page.text
     parts["metrics"] = []
-    assert Page(render(**parts)).tags.count("svg") == 1
+    assert Page(render_report(inputs_of(parts))).tags.count("svg") == 1
 
 
-def test_a_folder_for_a_newer_lmdeploy_is_told(parts):
-    from evaluation.report import render
-
+def test_a_folder_for_a_newer_lmdeploy_is_told(parts, inputs_of):
     direct = parts["turbomind"] | {"files": {"config.json": {"sha256": DIGEST}}}
     del direct["versions"]
     parts["turbomind"] = direct
-    text = Page(render(**parts)).text
+    text = Page(render_report(inputs_of(parts))).text
     assert "TurboMind config.json" in text and "versions, TurboMind conversion" not in text
 
 
-def test_a_mixture_is_told(parts):
-    from evaluation.report import render
-
+def test_a_mixture_is_told(parts, inputs_of, tmp_path):
     count = {"documents": 7, "tokens": 70}
     mixture = {EVIL: {"weight": 1.5, "documents": 1234, "seen": {"documents": 1851, "tokens": 9999}}}
     totals = {"rows": 2, "least_rows": 2, "packed_tokens": 70, "tokens": 70, "dropped": {"too_short": count}}
     totals |= {"waste": {"tokens": 0, "share": 0}, "cut": {"documents": 0, "pieces": 0}, "mixture": mixture}
     plan = {"mode": "best_fit", "max_length": 64, "totals": totals}
-    text = Page(render(**parts, plan=plan)).text
+    write_json(tmp_path / "plan.json", plan)
+    text = Page(render_report(inputs_of(parts, plan=tmp_path / "plan.json"))).text
     assert f"an epoch sees documents of {EVIL} (weight 1.5)" in text and "1,851 / 1,234 (9,999 token)" in text
 
 
-def test_different_heldout_sets_are_refused(parts):
-    from evaluation.report import render
-
+def test_different_heldout_sets_are_refused(parts, inputs_of):
     other = copy.deepcopy(parts["tuned"])
     other["heldout_sha256"] = "cd" * 32
     with pytest.raises(UserError, match="different held-out"):
-        render(**{**parts, "tuned": other})
-
-
-def test_a_torn_last_line_of_the_metrics_is_skipped(tmp_path):
-    from evaluation.report import read_metrics
-
-    (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
-    (tmp_path / "m.jsonl").write_text('{"step": 1}\n{"st\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"m\.jsonl:2"):
-        read_metrics(tmp_path / "m.jsonl")
+        render_report(inputs_of({**parts, "tuned": other}))
 
 
 def test_a_long_curve_stays_small_and_keeps_its_shape():
@@ -258,30 +268,42 @@ def test_the_curve_takes_steps_without_a_loss_and_held_out_points():
     assert "held-out" in with_evals and "held-out" not in loss_curve(short)
 
 
-def test_the_command_finds_the_metrics_through_train_json(parts, tmp_path, run_script):
-    from evaluation.report import render
-
-    names = {"config": "config.json", "train": "train.json", "base": "base.json", "tuned": "tuned.json"}
-    for key, name in names.items():
-        write_json(tmp_path / name, parts[key])
-    write_json(tmp_path / "hf.json", parts["hf"])
-    data = tmp_path / "tokenized" / "manifests" / "data.json"
-    write_json(data, parts["datasets"][0].manifest)
-    write_json(data.parent / "data" / "stats.json", parts["datasets"][0].stats)
-    run_folder = tmp_path / parts["train"]["run_folder"]
-    run_folder.mkdir(parents=True)
-    (run_folder / "metrics.jsonl").write_text(
-        "".join(json.dumps(record) + "\n" for record in parts["metrics"])
-    )
+def test_the_command_finds_the_metrics_through_train_json(parts, inputs_of, tmp_path, run_script):
+    parts["turbomind"] = None
+    inputs, folder = inputs_of(parts), tmp_path / "run"
+    page = render_report(inputs)
     run_script(
         *("render_report.py", "--output", tmp_path / "report.html", "--run", EVIL),
-        *("--config", tmp_path / "config.json", "--train-manifest", tmp_path / "train.json"),
-        *("--dataset-manifests", data, "--base-evaluation", tmp_path / "base.json"),
-        *("--tuned-evaluation", tmp_path / "tuned.json", "--hf-manifest", tmp_path / "hf.json"),
+        *("--config", folder / "config.json", "--train-manifest", folder / "train.json"),
+        *("--dataset-manifests", *inputs.dataset_manifests),
+        *("--base-evaluation", folder / "evaluation/base.json"),
+        *(
+            "--tuned-evaluation",
+            folder / "evaluation/tuned.json",
+            "--hf-manifest",
+            folder / "hf/manifest.json",
+        ),
     )
-    # JSON keeps no order of keys but the sorted one.
-    parts["config"] = json.loads(json.dumps(parts["config"], sort_keys=True))
-    parts.update(turbomind=None, datasets=[load_dataset(data)])
-    for label in ("base", "tuned"):
-        parts[label] = json.loads(json.dumps(parts[label], sort_keys=True))
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(**parts)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_what_the_command_is_not_given_is_not_shown(parts, inputs_of, tmp_path, run_script):
+    inputs, folder = inputs_of(parts), tmp_path / "run"
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    (folder / parts["train"]["run_folder"] / names.METRICS).rename(elsewhere)
+    run_script(
+        *("render_report.py", "--output", tmp_path / "report.html", "--run", EVIL, "--metrics", elsewhere),
+        *("--config", folder / "config.json", "--train-manifest", folder / "train.json"),
+        *("--dataset-manifests", *inputs.dataset_manifests),
+        *("--base-evaluation", folder / "evaluation/base.json"),
+        *("--tuned-evaluation", folder / "evaluation/tuned.json"),
+    )
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "TurboMind" not in text and "Hugging Face folder" not in text and "optimizer step" in text
+
+
+@pytest.mark.parametrize("section", [section.name for section in SECTIONS])
+def test_every_section_has_its_place(section):
+    folder = Path(report.__file__).parent / "templates"
+    template = (folder / f"{section}.html.j2").read_text(encoding="utf-8")
+    assert f'<h2 id="{section.replace("_", "-")}">' in template

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 from ftdp_files import GOOD
 from ftdp_small_tokenizers import small_tokenizer
+from test_render_report import evaluation
 
 from common.cli import UserError
-from common.files import read_json
+from common.files import read_json, write_json, write_text
+from common.run_files import RunFiles
 from evaluation.data_summary import data_summary, load_dataset
+from evaluation.report import render_report
+from evaluation.report_inputs import ReportInputs
 from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.index import manifest_paths, write_index
 from ftdp.tokenizing import tokenize_datasets
@@ -88,20 +92,22 @@ def count_samples(tokenized, split, name):
     return [[json.loads(line)["tokens"] for line in file.read_bytes().splitlines()] for file in files]
 
 
-def render_data(tokenized):
-    from test_render_report import evaluation
+@pytest.fixture
+def tables(tokenized, tmp_path):
+    """The tables of the report of a run on the data."""
+    keys = ("identity", "data_sha256", "config_sha256", "weights_sha256", "dtype", "git_commit")
+    train = dict.fromkeys(keys, "x") | {"steps": 1, "epochs": 1, "tokens": 1, "world_size": 1}
+    train |= {"zero_stage": 0, "versions": {}, "run_folder": "checkpoints/x"}
+    write_json(tmp_path / "config.json", {})
+    write_json(tmp_path / "train.json", train)
+    for label, loss in (("base", 2), ("tuned", 1)):
+        write_json(tmp_path / "evaluation" / f"{label}.json", evaluation(loss, ""))
+    write_text(tmp_path / "checkpoints/x/metrics.jsonl", "")
+    inputs = ReportInputs(RunFiles(tmp_path), manifest_paths(tokenized / "tokenized.json"))
+    return Tables(render_report(inputs)).tables
 
-    from evaluation.report import render
 
-    train = dict.fromkeys(
-        ("identity", "data_sha256", "config_sha256", "weights_sha256", "dtype", "git_commit"), "x"
-    ) | {"steps": 1, "epochs": 1, "tokens": 1, "world_size": 1, "zero_stage": 0, "versions": {}}
-    datasets = [load_dataset(path) for path in manifest_paths(tokenized / "tokenized.json")]
-    return Tables(render("run", {}, train, [], datasets, evaluation(2, ""), evaluation(1, ""))).tables
-
-
-def test_the_page_counts_what_the_files_hold(tokenized):
-    tables = render_data(tokenized)
+def test_the_page_counts_what_the_files_hold(tokenized, tables):
     rows = {row[0]: row[1:] for row in tables["datasets"] if row}
     assert list(rows) == ["all", "chat", "code", "empty"]
     sums = [0] * 9
@@ -130,8 +136,7 @@ def test_the_page_counts_what_the_files_hold(tokenized):
     assert number(rows["all"][8]) > 100, "some were cut"
 
 
-def test_masks_reasons_and_places(tokenized):
-    tables = render_data(tokenized)
+def test_masks_reasons_and_places(tokenized, tables):
     stats = {
         name: read_json(tokenized / "manifests" / name / "stats.json") for name in ("chat", "code", "empty")
     }

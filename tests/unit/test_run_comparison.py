@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 
 from common.cli import UserError
+from common.files import write_json, write_text
+from common.run_files import RunFiles
 from evaluation.comparison_page import render_comparison
-from evaluation.run_comparison import RunResults, compare
+from evaluation.run_comparison import compare
 
 
-def run(name, seed, lr=1e-4, samples=12, **heldout):
-    """A run whose evaluation has `samples` conversations of dataset a and four of b."""
+@pytest.fixture
+def run(tmp_path):
+    """Returns a function that writes a run: its evaluation has `samples` conversations of dataset a and four of b."""
+    return partial(write_run, tmp_path)
+
+
+def write_run(folder, name, seed, lr=1e-4, samples=12, **heldout):
     rng = random.Random(seed)
     conversations = {
         dataset: [[(1 + rng.random()) * (5 + place), 5 + place] for place in range(count)]
@@ -33,11 +42,18 @@ def run(name, seed, lr=1e-4, samples=12, **heldout):
         **heldout,
     }
     train = {"steps": 2, "tokens": 20, "epochs": 1.0, "weights_sha256": "3", "world_size": 1}
+    train["run_folder"] = "checkpoints/x"
     metrics = [{"step": step, "loss": 3.0 - step, "tokens": 10} for step in (1, 2)]
-    return RunResults(name, {"train": {"lr": lr, "seed": 1}}, train, metrics, result, None, {})
+    config = {"train": {"lr": lr, "seed": 1}, "tool_calls": {"enabled": False}}
+    files = {"config.json": config, "train.json": train, "evaluation/tuned.json": result}
+    for path, content in files.items():
+        write_json(folder / name / path, content)
+    lines = "".join(json.dumps(record) + "\n" for record in metrics)
+    write_text(folder / name / "checkpoints/x/metrics.jsonl", lines)
+    return RunFiles(folder / name)
 
 
-def test_the_difference_is_on_the_same_draws():
+def test_the_difference_is_on_the_same_draws(run):
     base, other = run("base", 1), run("other", 2, lr=3e-4)
     found = compare([base, other])
     (table,) = found["tables"]
@@ -46,7 +62,7 @@ def test_the_difference_is_on_the_same_draws():
             np.array(
                 [
                     each
-                    for dataset, own in one.heldout["conversations"].items()
+                    for dataset, own in one.read("evaluation/tuned.json")["conversations"].items()
                     if row["metric"] in (None, dataset)
                     for each in own
                 ]
@@ -61,7 +77,9 @@ def test_the_difference_is_on_the_same_draws():
         change = row["runs"]["other"]["difference"]
         assert row["runs"]["base"]["difference"] is None
         scope = [
-            one.heldout if row["metric"] is None else one.heldout["datasets"][row["metric"]]
+            one.read("evaluation/tuned.json")
+            if row["metric"] is None
+            else one.read("evaluation/tuned.json")["datasets"][row["metric"]]
             for one in (base, other)
         ]
         assert change["value"] == pytest.approx(scope[1]["loss"] - scope[0]["loss"])
@@ -75,14 +93,14 @@ def test_the_difference_is_on_the_same_draws():
 @pytest.mark.parametrize(
     ("other", "differs"),
     [
-        (run("other", 2, heldout_sha256="9"), "heldout_sha256"),
-        (run("other", 2, mask="exact"), "mask"),
-        (run("other", 2, samples=11), "max_samples"),
-        (run("other", 2, conversations=None), "conversations"),
+        ({"heldout_sha256": "9"}, "heldout_sha256"),
+        ({"mask": "exact"}, "mask"),
+        ({"samples": 11}, "max_samples"),
+        ({"conversations": None}, "conversations"),
     ],
 )
-def test_other_conversations_are_told_and_not_compared(other, differs):
-    runs = [run("base", 1), other, run("third", 3)]
+def test_other_conversations_are_told_and_not_compared(run, other, differs):
+    runs = [run("base", 1), run("other", 2, **other), run("third", 3)]
     found = compare(runs)
     assert found["refused"] == [{"run": "other", "evaluation": "heldout", "differs": [differs]}]
     for row in found["tables"][0]["rows"]:
@@ -94,7 +112,7 @@ def test_other_conversations_are_told_and_not_compared(other, differs):
     )
 
 
-def test_many_runs_and_too_few():
+def test_many_runs_and_too_few(run):
     runs = [run(f"run{number}<b>", number) for number in range(18)]
     page = render_comparison(compare(runs), [each.metrics for each in runs])
     assert "run17&lt;b&gt;" in page and "<b>" not in page
@@ -102,3 +120,10 @@ def test_many_runs_and_too_few():
     for few in (runs[:1], [runs[0], runs[0]]):
         with pytest.raises(UserError, match="nothing to compare"):
             compare(few)
+
+
+def test_a_run_that_is_not_finished(run, tmp_path):
+    runs = [run("base", 1), run("other", 2)]
+    (tmp_path / "other/evaluation/tuned.json").unlink()
+    with pytest.raises(UserError, match=r"other/evaluation/tuned\.json is missing"):
+        compare(runs)

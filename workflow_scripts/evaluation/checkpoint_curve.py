@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common import result_paths as names
 from common.cli import UserError
 from common.files import fsync_path, read_json, sha256_file
+from common.run_files import RunFiles
 
 from .bootstrap import intervals, loss_ratios
 from .run_comparison import HELDOUT_SAME
@@ -21,7 +23,7 @@ _STEP = re.compile(r"iter_(\d+)")
 
 
 def checkpoint_curve(
-    train_manifest: Path,
+    run: RunFiles,
     base: Sequence[Path],
     tuned: Sequence[Path],
     evaluations: Sequence[Path],
@@ -31,7 +33,7 @@ def checkpoint_curve(
     """Reads the evaluations of one run.
 
     Args:
-        train_manifest: `train.json`; its last step is the tuned model's.
+        run: The run; its `train.json` is read, whose last step is the tuned model's.
         base: What evaluate_model.py and, perhaps, evaluate_tool_calls.py wrote about the base model: step 0.
         tuned: The same of the tuned model.
         evaluations: The same of the checkpoints between, in any order; each label is `iter_<step>`.
@@ -47,9 +49,8 @@ def checkpoint_curve(
     Raises:
         UserError: The evaluations are not of this run, are of other conversations, or know no such figure.
     """
-    train = read_json(train_manifest)
-    folder = train_manifest.parent / "evaluation"
-    identity = Path(train["run_folder"]).name
+    train, identity = run.train, run.run_folder.name
+    folder = run.path(names.EVALUATIONS)
     stages: dict[int, list[Path]] = {0: list(base), train["steps"]: list(tuned)}
     for path in evaluations:
         found = _STEP.fullmatch(str(read_json(path)["label"]))
@@ -82,7 +83,7 @@ def link_best(curve: dict[str, Any], folder: Path, link: Path) -> None:
     """
     best = curve["best"]
     target = folder / best["model"]
-    if not (target / "manifest.json").is_file():
+    if not (target / names.MANIFEST).is_file():
         raise UserError(
             f"the best checkpoint by {curve['metric']} is step {best['step']}, whose model was removed",
             found=f"no {target}",

@@ -7,10 +7,16 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.files import read_json
 from common.packages import installed_versions, read_pins
+from common.run_files import RunFiles
 
 _LABELS = ("", ".base", ".tuned")
+
+
+def run_cost(run: RunFiles, benchmarks: Path, names: Collection[str]) -> list[dict[str, Any]]:
+    """Returns `read_cost` of a run, with all attempts of its training."""
+    on_gpus = any("gpu_memory_mib" in record for record in run.metrics)
+    return read_cost(benchmarks, names, _attempt_costs(run), on_gpus)
 
 
 def read_cost(
@@ -53,22 +59,6 @@ def read_cost(
     return [{"stage": None, **total, "memory_mb": max(row["memory_mb"] for row in rows)}, *rows]
 
 
-def attempt_costs(run_folder: Path, world_size: int) -> list[dict[str, float]]:
-    """Returns what each attempt of a training took, in their order: `seconds`, `core_seconds`, `ranks`.
-
-    Of one that an earlier release ran, which noted nothing, only `ranks` is more than 0: `world_size`.
-    """
-    path = run_folder / "attempts.json"
-    record = read_json(path) if path.is_file() else {"attempts": 1}
-    unknown = {"seconds": 0.0, "core_seconds": 0.0, "ranks": world_size}
-    return [record.get("costs", {}).get(str(n + 1), unknown) for n in range(record["attempts"])]
-
-
-def trained_on_gpus(metrics: Sequence[Mapping[str, Any]]) -> bool:
-    """Returns whether the records of `metrics.jsonl` are of a training on GPUs."""
-    return any("gpu_memory_mib" in record for record in metrics)
-
-
 def locked_packages(lock: Path) -> list[dict[str, Any]]:
     """Returns each package of a pip lock file with the version that is installed here.
 
@@ -86,6 +76,13 @@ def locked_packages(lock: Path) -> list[dict[str, Any]]:
         }
         for name, locked in pins.items()
     ]
+
+
+def _attempt_costs(run: RunFiles) -> list[dict[str, float]]:
+    """Of an attempt that an earlier release ran, which noted nothing, only the ranks are known."""
+    unknown = {"seconds": 0.0, "core_seconds": 0.0, "ranks": run.train["world_size"]}
+    costs = run.attempts.get("costs", {})
+    return [costs.get(str(n + 1), unknown) for n in range(run.attempts["attempts"])]
 
 
 def _count_attempts(row: dict[str, Any], attempts: Sequence[Mapping[str, float]], on_gpus: bool) -> None:

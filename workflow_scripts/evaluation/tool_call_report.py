@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from .tool_call_tables import comparison_rows, perplexity
+from .tool_call_tables import SCOPES, comparison_rows, perplexity
 
 _EXAMPLES = 6
 
@@ -43,8 +43,7 @@ def tool_call_summary(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict
 
 
 def _groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    order = ("all", "dataset", "language")
-    rows = sorted(rows, key=lambda row: (order.index(row["scope"]), row["name"]))
+    rows = sorted(rows, key=lambda row: (SCOPES.index(row["scope"]), row["name"]))
     return [
         {"scope": scope, "name": name, "rows": list(own)}
         for (scope, name), own in groupby(rows, lambda row: (row["scope"], row["name"]))

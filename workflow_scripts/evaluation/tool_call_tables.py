@@ -50,6 +50,7 @@ METRICS: dict[str, _Ratio] = {
     "stopped": lambda verdict, calls: (verdict["stopped"], 1),
     "reference_well_formed": _where_called(lambda verdict: verdict["reference_failed"] is None),
 }
+SCOPES = ("all", "dataset", "language")
 Scope = tuple[str, str]  # ("all", ""), ("dataset", name) or ("language", code)
 
 

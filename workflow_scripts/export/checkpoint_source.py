@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.files import read_json
+from common.result_paths import MARKER, TRAIN_CONFIG
+from common.run_files import newest_run_folder
 
 if TYPE_CHECKING:
     from sft.stored_tensors import StoredTensors
@@ -21,16 +23,14 @@ def find_run(run: Path) -> tuple[Path, Path]:
     Raises:
         UserError: There is none.
     """
-    folders = [run] if (run / "identity.json").is_file() else []
-    folders += [path.parent for path in run.glob("checkpoints/*/identity.json")]
-    if not folders:
+    newest = newest_run_folder(run)
+    if newest is None:
         raise UserError(
             f"{run} is no run",
             expected="results/<run>, or a run folder below its checkpoints",
             fix="give the folder that the training wrote its checkpoints to",
         )
-    newest = max(folders, key=lambda folder: (folder / "identity.json").stat().st_mtime)
-    return newest / "train_config.py", newest
+    return newest / TRAIN_CONFIG, newest
 
 
 def open_checkpoint(pth: Path) -> tuple[Path, dict[str, Any], StoredTensors]:
@@ -44,7 +44,7 @@ def open_checkpoint(pth: Path) -> tuple[Path, dict[str, Any], StoredTensors]:
     Raises:
         UserError: There is none, it is corrupt, or it was removed just now and is the one that was asked for.
     """
-    from sft.checkpoints import MARKER, is_whole, read_state_dict
+    from sft.checkpoints import is_whole, read_state_dict
 
     while True:
         checkpoint, record = find_checkpoint(pth)
@@ -69,7 +69,7 @@ def open_checkpoint(pth: Path) -> tuple[Path, dict[str, Any], StoredTensors]:
 
 def find_checkpoint(pth: Path) -> tuple[Path, dict[str, Any]]:
     """Returns the checkpoint that `pth` means, and the record of the run if `pth` is its `train.json`."""
-    from sft.checkpoints import MARKER, newest_whole_checkpoint
+    from sft.checkpoints import newest_whole_checkpoint
 
     if pth.is_file() and pth.suffix == ".json":
         record = read_json(pth)

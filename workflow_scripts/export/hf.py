@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.files import read_json, resumable_dir, sha256_file, sha256_json, write_json, write_text
+from common.result_paths import IDENTITY
 from common.slurm import job_record
 
 from .checkpoint_source import open_checkpoint
@@ -112,7 +113,7 @@ def _require_recorded_weights(digest: str | None, record: dict[str, Any], checkp
 
 def run_identity_fields(checkpoint: Path) -> dict[str, Any]:
     """Returns what makes the run of a checkpoint the run it is; nothing where its folder does not say so."""
-    identity = checkpoint.parent / "identity.json"
+    identity = checkpoint.parent / IDENTITY
     return read_json(identity).get("fields", {}) if identity.is_file() else {}
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common import result_paths as names
 from common.cli import UserError
 from common.files import read_json
 
 from .record import Record, file_check
-from .run_records import Run
+from .run_records import RunRecords
 from .shared_records import data_record, plan_record, tokenizer_record
 
 
@@ -27,16 +28,21 @@ def lineage(path: Path) -> Record:
     absolute = path.absolute()
     for results in absolute.parents:
         parts = absolute.relative_to(results).parts
-        if (results / "shared").is_dir() and (results / parts[0] / "config.json").is_file():
-            return Run(results, parts[0]).record(parts[1:])
-        if parts[0] == "shared" and (results / "shared" / "tokenizer").is_dir():
-            return _shared(results, parts[1:], path)
-        if parts[0] == "compare" and (results / "compare" / "comparison.json").is_file():
+        if is_results(results) and (results / parts[0] / names.CONFIG).is_file():
+            return RunRecords(results, parts[0]).record(parts[1:])
+        if parts[0] == names.SHARED and (results / names.TOKENIZER).parent.is_dir():
+            return _shared(results, parts, path)
+        if parts[0] == Path(names.COMPARE_PAGE).parts[0] and (results / names.COMPARE_FIGURES).is_file():
             return _comparison(results)
     raise UserError(
         f"{path} is no result of the workflow",
         expected="a file below <results_dir>/<run>/ or <results_dir>/compare/, or a tokenizer, manifest or pack plan below <results_dir>/shared/",
     )
+
+
+def is_results(folder: Path) -> bool:
+    """True if this is the results folder of a workflow."""
+    return (folder / names.SHARED).is_dir()
 
 
 def run_records(results: Path) -> dict[str, Record]:
@@ -45,7 +51,7 @@ def run_records(results: Path) -> dict[str, Record]:
     Raises:
         UserError: There is none.
     """
-    runs = {path.parent.name: lineage(path) for path in sorted(results.glob("*/report.html"))}
+    runs = {path.parent.name: lineage(path) for path in sorted(results.glob(f"*/{names.REPORT}"))}
     if not runs:
         raise UserError(
             f"{results} holds no finished run", expected="<results_dir>/<run>/report.html of the workflow"
@@ -54,22 +60,23 @@ def run_records(results: Path) -> dict[str, Record]:
 
 
 def _comparison(results: Path) -> Record:
-    figures = read_json(results / "compare" / "comparison.json")
-    record = Record("comparison", results / "compare" / "report.html", [("baseline", figures["baseline"])])
+    figures = read_json(results / names.COMPARE_FIGURES)
+    record = Record("comparison", results / names.COMPARE_PAGE, [("baseline", figures["baseline"])])
     for each in figures["runs"]:
-        run = Run(results, each["run"])
-        record.checks += [file_check(run.folder / name, digest) for name, digest in each["files"].items()]
-        record.sources += [run.evaluation(Path(name).name) for name in each["files"]]
+        run = RunRecords(results, each["run"])
+        record.checks += [file_check(run.files.path(name), digest) for name, digest in each["files"].items()]
+        record.sources += [run.evaluation(name) for name in each["files"]]
     return record
 
 
 def _shared(results: Path, parts: tuple[str, ...], path: Path) -> Record:
-    if parts[:1] == ("tokenizer",) and len(parts) > 1:
-        return tokenizer_record(results / "shared" / "tokenizer" / parts[1])
-    if parts[:1] == ("data",) and len(parts) > 1:
-        folder = results / "shared" / "data" / parts[1]
-        if parts[2:3] == ("packs",) and len(parts) > 3:
-            return plan_record(folder / "packs" / parts[3])
-        if (folder / "tokenized.json").is_file():
-            return data_record(folder, None)
+    kind, *rest = parts[1:] or ("",)
+    if kind == "tokenizer" and rest:
+        return tokenizer_record(results / names.TOKENIZER.format(tokenizer=rest[0]))
+    if kind == "data" and rest:
+        data = rest[0]
+        if rest[1:2] == ["packs"] and len(rest) > 2:
+            return plan_record((results / names.PACK_PLAN.format(data=data, pack=rest[2])).parent)
+        if (results / names.TOKENIZED.format(data=data)).is_file():
+            return data_record(results / names.DATA.format(data=data), None)
     raise UserError(f"{path} has no record", expected="a tokenizer, tokenised data or a pack plan")

@@ -8,58 +8,58 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from common import result_paths as names
 from common.cli import UserError
 from common.files import read_json
 from common.fingerprints import FingerprintCache
+from common.run_files import RunFiles
 
 from .record import Check, Record, file_check, joined, slurm_job
 from .shared_records import plan_record, tokenizer_of
 
 
-class Run:
+class RunRecords:
     """The records of one run."""
 
     def __init__(self, results: Path, name: str):
-        self.results, self.name, self.folder = results, name, results / name
-        self.config = read_json(self.folder / "config.json")
+        self.results, self.files = results, RunFiles(results / name)
 
     def record(self, parts: tuple[str, ...]) -> Record:
-        kind = parts[0] if parts else "report.html"
-        if kind == "evaluation" and len(parts) > 1:
-            return self.evaluation("/".join(parts[1:]))
-        if kind == "best":
-            return self.model((self.folder / "best").resolve())
-        if kind == "checkpoint_hf" and len(parts) > 2:
-            return self.model(self.folder.joinpath(*parts[:3]))
+        kind = parts[0] if parts else names.REPORT
+        if kind == names.EVALUATIONS and len(parts) > 1:
+            return self.evaluation("/".join(parts))
+        if kind == names.BEST:
+            return self.model(self.files.path(names.BEST).resolve())
+        if kind == names.CHECKPOINT_MODELS and len(parts) > 2:
+            return self.model(self.files.folder.joinpath(*parts[:3]))
         known = {
-            "report.html": self.report,
-            "hf": self.hf,
-            "turbomind": self.turbomind,
-            "parity.json": self.parity,
-            "train.json": self.training,
-            "checkpoints": self.training,
+            names.REPORT: self.report,
+            names.HF: self.hf,
+            names.TURBOMIND: self.turbomind,
+            names.PARITY: self.parity,
+            names.TRAIN: self.training,
+            names.CHECKPOINTS: self.training,
         }
         if kind not in known:
             raise UserError(
-                f"{self.folder / kind} has no record", expected=f"one of {', '.join(known)}, evaluation/..."
+                f"{self.files.folder / kind} has no record",
+                expected=f"one of {', '.join(known)}, {names.EVALUATIONS}/...",
             )
         return known[kind]()
 
     def report(self) -> Record:
-        scores = sorted(path.name for path in (self.folder / "evaluation").glob("*.json"))
-        sources = [self.evaluation(name) for name in scores]
-        sources += [
-            each() for name, each in (("parity.json", self.parity),) if (self.folder / name).is_file()
-        ]
-        return Record("report", self.folder / "report.html", sources=sources)
+        scores = sorted(self.files.folder.glob(names.EVALUATION.format(label="*")))
+        sources = [self.evaluation(str(path.relative_to(self.files.folder))) for path in scores]
+        if self.files.has(names.PARITY):
+            sources.append(self.parity())
+        return Record("report", self.files.path(names.REPORT), sources=sources)
 
     @cache  # noqa: B019 - lives as long as one command
     def evaluation(self, name: str) -> Record:
-        path = self.folder / "evaluation" / name
-        if name == "opencompass.json":
-            return self._opencompass(path)
-        result = read_json(path)
-        if name == "checkpoints.json":
+        path, result = self.files.path(name), self.files.read(name)
+        if name == names.OPENCOMPASS:
+            return self._opencompass(path, result)
+        if name == names.CHECKPOINT_CURVE:
             return self._checkpoints(path, result)
         facts = [(key, result[key]) for key in ("model", "dtype", "loss", "perplexity") if key in result]
         shown = ("recall", "precision", "well_formed", "exact", "loss.all", "loss.plain_text")
@@ -73,7 +73,7 @@ class Run:
         if label in ("base", "tuned"):
             model = self.base() if label == "base" else self.hf()
         else:
-            model = self.model(self.folder / "checkpoint_hf" / path.parent.name / label)
+            model = self.model(self.files.path(names.CHECKPOINT_MODELS) / path.parent.name / label)
         heldout = self._heldout(result["heldout_sha256"])
         sources = [model, heldout, tokenizer_of(self.results, result["tokenizer_sha256"])]
         checks = []
@@ -88,25 +88,25 @@ class Run:
         facts = [("metric", curve["metric"]), ("best", f"step {best['step']}, {best['value']}")]
         files = {name: digest for point in curve["points"] for name, digest in point["files"].items()}
         checks = [file_check(path.parent / name, digest) for name, digest in files.items()]
-        sources = [self.evaluation(name) for name in files]
+        sources = [self.evaluation(f"{names.EVALUATIONS}/{name}") for name in files]
         return Record("evaluations of checkpoints", path, facts, checks, sources)
 
     @cache  # noqa: B019
     def model(self, folder: Path) -> Record:
         """The model that was made of a checkpoint, which has gone since; the last one's is `hf`."""
-        if folder.name == "hf":
+        if folder.name == names.HF:
             return self.hf()
         title = f"Hugging Face folder of {folder.name}"
-        there = (folder / "manifest.json").is_file()
+        there = (folder / names.MANIFEST).is_file()
         record = _folder(title, folder) if there else Record(title, None, [("folder", "removed")])
-        held = self.folder / "checkpoints" / folder.parent.name / "held" / f"{folder.name}.json"
-        facts = [(name, entry["sha256"]) for name, entry in read_json(held)["files"].items()]
+        step = folder.name.removeprefix("iter_")
+        held = self.files.read(names.HELD_RECORD, identity=folder.parent.name, step=step)
+        facts = [(name, entry["sha256"]) for name, entry in held["files"].items()]
         record.sources.append(Record(f"checkpoint {folder.name}", None, facts, [], self.training().sources))
         return record
 
-    def _opencompass(self, path: Path) -> Record:
-        result = read_json(path)
-        config = self.folder / "opencompass_config.py"
+    def _opencompass(self, path: Path, result: dict[str, Any]) -> Record:
+        config = self.files.path(names.EVAL_CONFIG)
         facts = [("model", result["abbr"]), ("datasets", result["datasets"])]
         facts += [
             (f"{row['dataset']} {row['metric']}", row["score"])
@@ -114,12 +114,12 @@ class Run:
             if row["group"] in (None, "custom")
         ]
         facts.append(("versions", joined(result["versions"])))
-        converted = Path(result["model"]).name == "turbomind"
+        converted = Path(result["model"]).name == names.TURBOMIND
         model = self.turbomind() if converted else self.hf()
         key = "hf_weights_sha256" if converted else "weights_sha256"
         checks = [file_check(config, result["config_sha256"])]
         if result["model_weights_sha256"]:
-            manifest = model.path / "manifest.json"
+            manifest = model.path / names.MANIFEST
             checks.append(
                 Check(
                     f"the model that {path} is about",
@@ -133,37 +133,35 @@ class Run:
     @cache  # noqa: B019
     def parity(self) -> Record:
         sources = [self.hf()]
-        if (self.folder / "turbomind" / "manifest.json").is_file():
+        if self.files.turbomind is not None:
             sources.append(self.turbomind())
-        path = self.folder / "parity.json"
-        return Record("conversion gate", path, slurm_job(read_json(path)), sources=sources)
+        facts = slurm_job(self.files.read(names.PARITY))
+        return Record("conversion gate", self.files.path(names.PARITY), facts, sources=sources)
 
     @cache  # noqa: B019
     def hf(self) -> Record:
-        record = _folder("Hugging Face folder", self.folder / "hf")
+        record = _folder("Hugging Face folder", self.files.path(names.HF))
         record.sources.append(self.training())
-        record.checks.append(_link(record, "checkpoint_weights_sha256", self.folder / "train.json"))
+        record.checks.append(_link(record, "checkpoint_weights_sha256", self.files.path(names.TRAIN)))
         return record
 
     @cache  # noqa: B019
     def turbomind(self) -> Record:
-        record = _folder("TurboMind workspace", self.folder / "turbomind")
+        record = _folder("TurboMind workspace", self.files.path(names.TURBOMIND))
         record.sources.append(self.hf())
-        record.checks.append(_link(record, "hf_weights_sha256", self.folder / "hf" / "manifest.json"))
+        record.checks.append(_link(record, "hf_weights_sha256", self.files.path(names.HF) / names.MANIFEST))
         return record
 
     @cache  # noqa: B019
     def base(self) -> Record:
-        name = self.config["model"]["path"] or self.config["model"]["hub"]
+        model = self.files.config["model"]
+        name = model["path"] or model["hub"]
         folder = self._resolve(name)
         return Record("base model", folder if folder.is_dir() else None, [("name", name)])
 
     @cache  # noqa: B019
     def training(self) -> Record:
-        path = self.folder / "train.json"
-        train = read_json(path)
-        run_folder = self.folder / train["run_folder"]
-        attempts = read_json(run_folder / "attempts.json")
+        train, attempts = self.files.train, self.files.attempts
         keys = (
             "steps",
             "tokens",
@@ -179,12 +177,12 @@ class Run:
         if attempts.get("slurm_job_ids"):
             facts.append(("Slurm jobs", ", ".join(attempts["slurm_job_ids"])))
         facts.append(("versions", joined(train["versions"])))
-        checkpoint = self.folder / train["checkpoint"]
-        marker = read_json(checkpoint / "COMPLETE.json")
+        checkpoint = self.files.checkpoint
+        marker = read_json(checkpoint / names.MARKER)
         checks = [file_check(checkpoint / name, entry["sha256"]) for name, entry in marker["files"].items()]
-        config = self.folder / "train_config.py"
+        config = self.files.path(names.TRAIN_CONFIG)
         checks.append(file_check(config, train["config_sha256"]))
-        fields = read_json(run_folder / "identity.json")["fields"]
+        fields = read_json(self.files.run_folder / names.IDENTITY)["fields"]
         base = self.base()
         if base.path:
             checks.append(Check(f"{base.path} (base model)", fields["base_model"], _model(base.path)))
@@ -197,15 +195,15 @@ class Run:
         return Record("checkpoint", checkpoint, facts, checks, sources)
 
     def _plan_folder(self, digest: str | None) -> Path | None:
-        plans = self.results.glob("shared/data/*/packs/*/plan.json")
+        plans = self.results.glob(names.PACK_PLAN.format(data="*", pack="*"))
         return next((path.parent for path in plans if read_json(path)["plan_sha256"] == digest), None)
 
     @cache  # noqa: B019
     def _heldout(self, digest: str) -> Record:
         from evaluation.heldout import heldout_digest
 
-        own = self.config["heldout"]["processed_dir"]
-        plan = self._plan_folder(read_json(self.folder / "train.json").get("plan_sha256"))
+        own = self.files.config["heldout"]["processed_dir"]
+        plan = self._plan_folder(self.files.train.get("plan_sha256"))
         folder = self._resolve(own) if own else plan and plan.parent.parent / "heldout"
         record = Record("held-out conversations", folder, [("sha256", digest)])
         if folder:
@@ -220,7 +218,7 @@ class Run:
 
 
 def _folder(title: str, folder: Path) -> Record:
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(folder / names.MANIFEST)
     facts = [
         (key, manifest[key])
         for key in (
@@ -243,7 +241,7 @@ def _folder(title: str, folder: Path) -> Record:
 
 def _link(record: Record, key: str, source: Path) -> Check:
     """Is a folder still the conversion of what lies there now?"""
-    manifest = record.path / "manifest.json"
+    manifest = record.path / names.MANIFEST
     return Check(
         f"{manifest} was made from the weights that {source} names",
         read_json(manifest)[key],

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from common import result_paths as names
 from common.files import read_json, sha256_json
 
 from .record import Check, Record, file_check, joined
@@ -14,7 +15,7 @@ from .record import Check, Record, file_check, joined
 
 @cache
 def tokenizer_of(results: Path, digest: str) -> Record:
-    for path in sorted(results.glob("shared/tokenizer/*/manifest.json")):
+    for path in sorted(results.glob(f"{names.TOKENIZER.format(tokenizer='*')}/{names.MANIFEST}")):
         if read_json(path)["tokenizer_sha256"] == digest:
             return tokenizer_record(path.parent)
     return Record("tokenizer", None, [("sha256", digest), ("folder", "gone")])
@@ -22,7 +23,7 @@ def tokenizer_of(results: Path, digest: str) -> Record:
 
 @cache
 def tokenizer_record(folder: Path) -> Record:
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(folder / names.MANIFEST)
     facts = [
         ("sha256", manifest["tokenizer_sha256"]),
         ("base", manifest["base_sha256"]),
@@ -36,7 +37,7 @@ def tokenizer_record(folder: Path) -> Record:
 
 @cache
 def plan_record(folder: Path) -> Record:
-    manifest = read_json(folder / "plan.json")
+    manifest = read_json(folder / Path(names.PACK_PLAN).name)
     totals = manifest["totals"]
     facts = [
         ("plan_sha256", manifest["plan_sha256"]),
@@ -61,7 +62,7 @@ def _plan_digest(folder: Path) -> str:
 
 @cache
 def data_record(folder: Path, processed: Path | None) -> Record:
-    index = read_json(folder / "tokenized.json")
+    index = read_json(folder / Path(names.TOKENIZED).name)
     record = Record("tokenised data", folder)
     for name, digest in index["datasets"].items():
         path = folder / "manifests" / f"{name}.json"

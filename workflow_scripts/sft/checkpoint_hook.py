@@ -10,8 +10,9 @@ from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 
 from common.cli import UserError
+from common.result_paths import HELD
 from sft.checkpoints import prune_checkpoints, remove_leftovers, write_checkpoint
-from sft.held_checkpoints import HELD, hold
+from sft.held_checkpoints import hold
 from sft.nonfinite import weights_are_finite
 from sft.progress_line import say
 

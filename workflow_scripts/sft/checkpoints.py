@@ -23,10 +23,10 @@ import torch
 
 from common.cli import UserError
 from common.files import fsync_path, read_json, sha256_file, write_json, write_text
+from common.result_paths import MARKER
 from sft.stored_tensors import StoredTensors, open_saved, stored_tensor
 from sft.zero_state import read_zero_state_dict
 
-MARKER = "COMPLETE.json"
 LATEST = "latest"
 UNIVERSAL = ".universal"  # folder of a checkpoint that is being loaded with another number of ranks
 WEIGHTS_ONLY = "weights.pt"

@@ -18,6 +18,7 @@ from mmengine.hooks import Hook
 from torch import distributed
 
 from common.cli import UserError
+from common.result_paths import EVALS, GENERATIONS
 from evaluation.generation import generate
 from evaluation.heldout import Sample, batches_by_length, load_heldout
 from evaluation.prompts import read_prompts
@@ -26,9 +27,6 @@ from ftdp.tokenizer import load_tokenizer
 from sft.metrics_file import cut_metrics
 from sft.metrics_hook import MetricsHook
 from sft.progress_line import say
-
-EVALS = "evals.jsonl"
-GENERATIONS = "generations.jsonl"
 
 
 class _EverySteps(Hook):

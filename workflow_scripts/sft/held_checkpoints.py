@@ -17,11 +17,10 @@ from mmengine.config import Config
 
 from common.cli import UserError
 from common.files import fsync_path, read_json, write_bytes, write_json
-from sft.checkpoints import MARKER, is_whole, list_checkpoints, remove_leftovers, step_of
+from common.result_paths import FINISHED, HELD, IDENTITY, MARKER, TRAIN_CONFIG
+from sft.checkpoints import is_whole, list_checkpoints, remove_leftovers, step_of
 from sft.config import plain
-from sft.session import FINISHED, IDENTITY, TRAIN_CONFIG, Plan
-
-HELD = "held"
+from sft.session import Plan
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.cli import UserError
 from common.files import read_json, write_text
+from common.result_paths import IDENTITY
 
 PROJECT = "snaketune"
 
@@ -99,9 +100,9 @@ def start_loggers(names: Sequence[str], folder: Path) -> list:
     """Returns the trackers of a run; its hyperparameters come from the run folder's identity.json."""
     if not names:
         return []
-    hyperparameters = read_json(folder / "identity.json")["fields"]["hyperparameters"]
+    hyperparameters = read_json(folder / IDENTITY)["fields"]["hyperparameters"]
     return [LOGGERS[name](folder, hyperparameters) for name in names]
 
 
 def _run_id(folder: Path) -> str:
-    return read_json(folder / "identity.json")["identity"][:16]
+    return read_json(folder / IDENTITY)["identity"][:16]

@@ -9,8 +9,6 @@ from typing import Any
 
 from common.files import write_bytes
 
-METRICS = "metrics.jsonl"
-
 
 def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yields the lines of a JSONL file with steps, as bytes and parsed, up to one that is torn; none if it is missing."""

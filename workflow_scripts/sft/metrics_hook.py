@@ -16,14 +16,13 @@ from mmengine.hooks import Hook
 from torch import distributed
 
 from common.files import read_json, write_json
+from common.result_paths import ATTEMPTS, METRICS
 from sft.flops import model_flops, peak_tflops
 from sft.launch import core_seconds
 from sft.loggers import check_loggers, start_loggers
-from sft.metrics_file import METRICS
 from sft.progress_line import ProgressLine
 from sft.stopping import STARTED
 
-ATTEMPTS = "attempts.json"
 _COST_EVERY = 10.0  # seconds between two notes of what an attempt has cost: a kill loses no more than that
 # Fields that differ between two runs that compute the same.
 MEASURED = frozenset(

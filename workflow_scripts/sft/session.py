@@ -17,17 +17,13 @@ from mmengine.config import Config
 from common.cli import UserError
 from common.files import read_json, sha256_file, sha256_json, write_bytes, write_json
 from common.fingerprints import FingerprintCache
+from common.result_paths import FINISHED, IDENTITY, METRICS, TRAIN_CONFIG
 from ftdp.pack_planning import plan_for_training
 from sft import config as settings
 from sft.checkpoints import is_last, is_resumable, list_checkpoints, read_state_dict, remove_leftovers
 from sft.identity import differences, run_identity
-from sft.metrics_file import METRICS
 from sft.run_lock import STALE, Held, RunLock
 from sft.weights_digest import weights_digest
-
-IDENTITY = "identity.json"
-TRAIN_CONFIG = "train_config.py"
-FINISHED = "finished.json"
 
 
 @dataclass

@@ -8,13 +8,13 @@ from typing import Any
 
 from common.cli import UserError
 from common.files import read_json
+from common.result_paths import IDENTITY, METRICS, TRAIN, TRAIN_CONFIG
+from common.run_files import newest_run_folder
 from ftdp.pack_plan import PackPlan
 from ftdp.pack_planning import plan_for_training
 from ftdp.pack_trace import RowTracer
 from sft import config as settings
-from sft.metrics_file import METRICS, whole_lines
-
-IDENTITY = "identity.json"
+from sft.metrics_file import whole_lines
 
 
 def find_run_folder(path: str | os.PathLike) -> Path:
@@ -26,19 +26,18 @@ def find_run_folder(path: str | os.PathLike) -> Path:
         UserError: There is none.
     """
     path = Path(path)
-    if (path / "train.json").is_file():
-        path = path / "train.json"
+    if (path / TRAIN).is_file():
+        path = path / TRAIN
     if path.is_file():
         path = path.parent / read_json(path).get("run_folder", "")
-    folders = [path, *path.glob("checkpoints/*")]
-    found = [folder for folder in folders if (folder / IDENTITY).is_file()]
-    if not found:
+    newest = newest_run_folder(path)
+    if newest is None:
         raise UserError(
             f"{path} is not a run",
-            expected=f"a run folder (with {IDENTITY}), a train.json, or results/<run>",
+            expected=f"a run folder (with {IDENTITY}), a {TRAIN}, or results/<run>",
             fix="correct --run",
         )
-    return max(found, key=lambda folder: (folder / IDENTITY).stat().st_mtime)
+    return newest
 
 
 def trace_step(
@@ -63,7 +62,7 @@ def trace_step(
     folder = find_run_folder(run)
     record = read_json(folder / IDENTITY)
     fields = record["fields"]
-    config = settings.load_config(folder / "train_config.py")
+    config = settings.load_config(folder / TRAIN_CONFIG)
     plan = _plan_of(folder, settings.plain(config)["train_dataloader"]["dataset"], fields.get("plan"))
     accumulation = settings.plain(config)["optim_wrapper"].get("accumulative_counts", 1)
     metrics, last = _metrics_of(folder / METRICS, step)

@@ -12,11 +12,12 @@ from mmengine.config import Config, ConfigDict
 from torch import distributed
 
 from common.cli import UserError
+from common.result_paths import METRICS
 from sft.checkpoints import is_intact, saved_world_size, set_aside, step_of
 from sft.config import micro_batches_per_step, plain, sequence_parallel
 from sft.guard import begin_attempt, check_guard, clear_guard, record_crash
 from sft.held_checkpoints import Holding, open_finished
-from sft.metrics_file import METRICS, cut_metrics
+from sft.metrics_file import cut_metrics
 from sft.run_lock import Held, RunLock
 from sft.session import Plan, open_run_folder, plan_run, record_finished_run, write_manifest
 from sft.stopping import EXIT_GO_ON, StopRequest
