@@ -103,7 +103,7 @@ def write_lora_checkpoint(base: Path, tokenizer_dir: Path, run: Path, dtype: str
 
     from common.files import write_json
     from export.lora_weights import grown_base
-    from sft import config as training
+    from sft.config import load_config
     from sft.lora import add_lora
     from sft.render import TrainSettings, render_config
 
@@ -112,9 +112,9 @@ def write_lora_checkpoint(base: Path, tokenizer_dir: Path, run: Path, dtype: str
     settings = {"model_path": str(base), "tokenizer_path": str(tokenizer_dir), "train_folder": "nowhere"}
     config.write_text(render_config(TrainSettings(**settings, lora={"rank": 2, "alpha": 3})))
     write_json(run / "identity.json", {"fields": {"dtype": dtype}})
-    loaded = training.load_config(config)
+    loaded = load_config(config)
     model, new_ids = grown_base(loaded, dtype)
-    tuner = add_lora(model.float(), training.lora_settings(loaded), new_ids)
+    tuner = add_lora(model.float(), loaded.lora, new_ids)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     torch.manual_seed(3)
     for value in trained.values():

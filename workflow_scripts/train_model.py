@@ -128,10 +128,8 @@ def main() -> int | None:
     from sft.held_checkpoints import Holding, open_finished
     from sft.identity import resolve_hub_model
 
-    config = load_config(arguments.config)
-    if arguments.deepspeed:
-        config.strategy.zero_stage = int(arguments.deepspeed[-1])
-    resolve_hub_model(config)
+    stage = int(arguments.deepspeed[-1]) if arguments.deepspeed else None
+    config = resolve_hub_model(load_config(arguments.config, stage))
     holding = Holding.from_config(config, arguments.hold_every, arguments.started)
     work_dir, runs_dir = arguments.work_dir, arguments.runs_dir
     if work_dir is None and runs_dir is None:

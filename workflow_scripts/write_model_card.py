@@ -34,16 +34,16 @@ def main() -> None:
     from export.hf import run_identity_fields
     from export.model_card import model_card, tokenized_folder
     from serving import commands
-    from sft import config as training
+    from sft.config import load_config
 
-    config = training.load_config(args.config)
+    config = load_config(args.config)
     record, hf = read_json(args.train_manifest), read_json(args.hf / "manifest.json")
     card = model_card(
-        training.model_path(config),
+        config.model_path,
         hf,
         record,
         run_identity_fields(args.train_manifest.parent / record["checkpoint"]),
-        tokenized_folder(training.plan_path(config), training.train_folder(config)),
+        tokenized_folder(config.plan, config.train_folder),
         str(args.hf),
         [read_json(path) for path in args.evaluations],
         read_json(args.parity) if args.parity else None,

@@ -14,6 +14,7 @@ from .checkpoint_source import open_checkpoint
 from .hf_folder import copy_tokenizer, describe_files, write_config, write_generation_config
 
 if TYPE_CHECKING:
+    from sft.config import TrainConfig
     from sft.stored_tensors import StoredTensors
 
 ADAPTER = "adapter"
@@ -52,7 +53,7 @@ def convert(
         UserError: When a path is wrong, the weights do not belong to the base model's architecture, are not the
             ones `train.json` describes, are not finite, or do not fit the dtype.
     """
-    from sft import config as training
+    from sft.config import load_config
     from sft.weights_digest import weights_digest
 
     from .hf_weights import as_published, empty_model, plan_outputs
@@ -60,16 +61,16 @@ def convert(
     from .model_card import model_card, tokenized_folder
     from .weight_shards import remove_unfinished, write_shards
 
-    config = training.load_config(config_path)
-    base = training.model_path(config)
-    tokenizer = Path(training.tokenizer_path(config) or base)
+    config = load_config(config_path)
+    base = config.model_path
+    tokenizer = Path(config.tokenizer_path or base)
     checkpoint, record, state = open_checkpoint(pth)
     dtype = training_dtype(config, record, checkpoint, state) if dtype == "auto" else dtype
     with resumable_dir(dst) as folder:
         remove_unfinished(folder)
         adapter = folder / ADAPTER if lora == "adapter" else None
         weights = state.stored
-        if training.lora_settings(config) is not None:
+        if config.lora is not None:
             trained_in = training_dtype(config, record, checkpoint, state)
             weights = merged_weights(config, state, trained_in, trust_remote_code, adapter)
         model = empty_model(base, trust_remote_code)
@@ -88,7 +89,7 @@ def convert(
                 shutil.copyfile(path, folder / path.name)
         _write_generation_config(base, tokenizer, model, folder)
         identity = run_identity_fields(checkpoint)
-        data = tokenized_folder(training.plan_path(config), training.train_folder(config))
+        data = tokenized_folder(config.plan, config.train_folder)
         manifest = _manifest(folder, checkpoint, record, model, dtype, files, _template(tokenizer))
         card = model_card(base, manifest, record, identity, data)
         write_text(folder / "README.md", card)
@@ -116,14 +117,14 @@ def run_identity_fields(checkpoint: Path) -> dict[str, Any]:
     return read_json(identity).get("fields", {}) if identity.is_file() else {}
 
 
-def training_dtype(config, record: dict[str, Any], checkpoint: Path, state: StoredTensors) -> str:
+def training_dtype(
+    config: TrainConfig, record: dict[str, Any], checkpoint: Path, state: StoredTensors
+) -> str:
     """Returns what the model computed in while it was trained; ZeRO's checkpoints hold fp32 copies whatever that was."""
-    from sft import config as training
-
     recorded = record.get("dtype") or run_identity_fields(checkpoint).get("dtype")
     if recorded:
         return recorded
-    named = training.training_dtype(config).removeprefix("torch.")
+    named = config.dtype.removeprefix("torch.")
     return named if named != "auto" else str(next(iter(state.stored.values())).dtype).removeprefix("torch.")
 
 

@@ -11,7 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import cached_file
 
 from common.files import read_json
-from sft import config as training
+from sft.config import TrainConfig
 from sft.lora_merge import MergedTensor, merge_lora, own_tensors
 from sft.model import load_base_model, resize_for_tokenizer, rows_before
 from sft.stored_tensors import LoadedTensor, Piece, StoredTensor, StoredTensors
@@ -24,7 +24,7 @@ _DTYPES = {name: getattr(torch, dtype) for dtype, name in DTYPE_NAMES.items()}
 
 
 def merged_weights(
-    config,
+    config: TrainConfig,
     state: StoredTensors,
     dtype: str,
     trust_remote_code: bool = False,
@@ -42,7 +42,7 @@ def merged_weights(
         trust_remote_code: Runs Python code that comes with the base model.
         adapter: Folder to make for the trained parts, as `peft` reads them.
     """
-    base, tokenizer = training.model_path(config), training.tokenizer_path(config)
+    base, tokenizer = config.model_path, config.tokenizer_path
     model = empty_model(base, trust_remote_code)
     model.tie_weights()
     stored = open_stored(base)
@@ -61,16 +61,16 @@ def merged_weights(
     if adapter is not None:
         adapter.mkdir()
     return merge_lora(
-        *(model, stored if as_in_memory else None, training.lora_settings(config), new_ids, before),
+        *(model, stored if as_in_memory else None, config.lora, new_ids, before),
         *(state, getattr(torch, dtype)),
         load=lambda: grown_base(config, dtype, trust_remote_code)[0],
         adapter_folder=adapter,
     )
 
 
-def grown_base(config, dtype: str, trust_remote_code: bool = False) -> tuple[Any, list[int]]:
+def grown_base(config: TrainConfig, dtype: str, trust_remote_code: bool = False) -> tuple[Any, list[int]]:
     """Returns the base model as its training starts from it, and the ids of the tokens that are new to it."""
-    base, tokenizer = training.model_path(config), training.tokenizer_path(config)
+    base, tokenizer = config.model_path, config.tokenizer_path
     model = load_base_model(base, dtype, "sdpa", trust_remote_code)
     new_ids: list[int] = []
     if tokenizer is not None:

@@ -12,12 +12,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmengine.config import Config
-
 from common.cli import UserError
 from common.files import fsync_path, read_json, write_bytes, write_json
 from sft.checkpoints import MARKER, list_checkpoints, remove_leftovers, step_of
-from sft.config import plain
+from sft.config import TrainConfig
 from sft.session import FINISHED, IDENTITY, TRAIN_CONFIG, Plan
 
 HELD = "held"
@@ -36,10 +34,10 @@ class Holding:
     record: Path | None = None
 
     @classmethod
-    def from_config(cls, config: Config, every: str, record: Path | None) -> Holding:
+    def from_config(cls, config: TrainConfig, every: str, record: Path | None) -> Holding:
         """Takes the number of steps as text, `save` for as often as the config's training saves."""
         if every == "save":
-            return cls(plain(config)["default_hooks"]["checkpoint"]["interval"], record)
+            return cls(config.save_steps, record)
         if not every.isdecimal():
             raise UserError("--hold-every cannot be used", found=every, expected="save, or a number of steps")
         return cls(int(every), record)

@@ -44,9 +44,9 @@ class TrainLoop(BaseLoop):
         self,
         runner: FlexibleRunner,
         dataloader: DataLoader | dict,
-        max_epochs: float | None = 1,
-        max_steps: int | None = None,
-        accumulative_counts: int = 1,
+        max_epochs: float | None,
+        max_steps: int | None,
+        accumulative_counts: int,
         loss_normalisation: str = "token",
         max_skipped_steps: int = 3,
     ):
