@@ -70,12 +70,11 @@ def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path):
     """
     import torch
 
-    from sft.model import load_base_model, resize_for_tokenizer
+    from sft.model import grow_to_tokenizer, load_base_model
     from sft.render import TrainSettings, render_config
-    from sft.tokenizer_rows import find_new_tokens
 
     model = load_base_model(str(base), "float32").eval()
-    resize_for_tokenizer(model, *find_new_tokens(str(tokenizer_dir), str(base)))
+    grow_to_tokenizer(model, str(tokenizer_dir), str(base))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))

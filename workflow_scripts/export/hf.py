@@ -54,6 +54,7 @@ def convert(
             ones `train.json` describes, are not finite, or do not fit the dtype.
     """
     from sft.config import load_config
+    from sft.tokenizer_rows import find_new_tokens
     from sft.weights_digest import weights_digest
 
     from .hf_weights import as_published, empty_model, plan_outputs
@@ -74,7 +75,7 @@ def convert(
             trained_in = training_dtype(config, record, checkpoint, state)
             weights = merged_weights(config, state, trained_in, trust_remote_code, adapter)
         model = empty_model(base, trust_remote_code)
-        rows = _tokens(tokenizer) if padded_vocab == "trim" else None
+        rows = find_new_tokens(str(tokenizer), None)[0] if padded_vocab == "trim" else None
         outputs = as_published(model, plan_outputs(model, weights, dtype, base, rows))
         if weights is state.stored and all(each.stored.pieces for each in outputs.values()):
             files, digest = write_shards(outputs, folder, max_shard_size, state if record else None)
@@ -154,12 +155,6 @@ def _template(tokenizer: Path) -> dict[str, Any] | None:
     """Returns what a tokenizer's manifest says of its chat template."""
     manifest = tokenizer / "manifest.json"
     return read_json(manifest).get("chat_template") if manifest.is_file() else None
-
-
-def _tokens(tokenizer: Path) -> int:
-    from sft.tokenizer_rows import read_vocabulary
-
-    return max(read_vocabulary(tokenizer / "tokenizer.json").values()) + 1
 
 
 def _manifest(

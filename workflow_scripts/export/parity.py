@@ -22,7 +22,7 @@ from sft.config import TrainConfig
 from .hf import training_dtype
 from .lora_weights import grown_base
 from .reference_forward import transformers_logits, turbomind_logits
-from .safetensors_reader import SafetensorsFolder
+from .safetensors_reader import open_safetensors
 from .turbomind_folder import TurboMindFolder
 from .turbomind_proof import compare_logits
 
@@ -84,7 +84,7 @@ def compare_models(
     trained_config, hf_config = config(base), config(hf)
     embedding = state[_embedding(state)]
     trained_config.vocab_size = embedding.shape[0]
-    weights = SafetensorsFolder(hf)
+    weights = open_safetensors(hf)
     dtype = weights[next(iter(weights))].dtype
     exact = rounded = transformers_logits(trained_config, state, ids)[real]
     if embedding.dtype != dtype:
