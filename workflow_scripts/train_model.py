@@ -130,7 +130,7 @@ def main() -> int | None:
 
     stage = int(arguments.deepspeed[-1]) if arguments.deepspeed else None
     config = resolve_hub_model(load_config(arguments.config, stage))
-    holding = Holding.from_config(config, arguments.hold_every, arguments.started)
+    holding = Holding.from_text(arguments.hold_every, config.save_steps, arguments.started)
     work_dir, runs_dir = arguments.work_dir, arguments.runs_dir
     if work_dir is None and runs_dir is None:
         work_dir = Path("work_dirs") / arguments.config.stem
@@ -148,7 +148,7 @@ def main() -> int | None:
         if wait_until_free(plan.folder, deadline):
             plan = plan_run(config, work_dir, runs_dir, ranks, announce=False)
         if plan.finished:
-            open_finished(plan, holding)
+            open_finished(plan.folder, holding)
             if arguments.manifest:
                 write_manifest(plan, arguments.manifest)
             print(f"Finished before: {plan.folder}", flush=True)

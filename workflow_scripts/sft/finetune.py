@@ -11,14 +11,13 @@ from mmengine.registry import MODELS
 from torch import distributed
 from transformers import PreTrainedModel
 
+from ftdp.packing import IGNORE_INDEX
 from sft.attention import check_attention, packing_kwargs
 from sft.cross_entropy import check_cross_entropy, chunked_cross_entropy, loss_in_head
 from sft.device import training_device
 from sft.lora import add_lora, leave_out_frozen
 from sft.model import grow_to_tokenizer
 from sft.nonfinite import spread_nonfinite
-
-IGNORE_INDEX = -100
 
 
 def count_trained_tokens(labels: torch.Tensor) -> int:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import UserError
-from common.files import fsync_path, read_json, write_bytes, write_json
+from common.files import link_or_copy, read_json, write_bytes, write_json
 from sft.checkpoints import MARKER, list_checkpoints, remove_leftovers, step_of
-from sft.config import TrainConfig
-from sft.session import FINISHED, IDENTITY, TRAIN_CONFIG, Plan
+from sft.session import FINISHED, IDENTITY, TRAIN_CONFIG
 
 HELD = "held"
 
@@ -34,10 +33,10 @@ class Holding:
     record: Path | None = None
 
     @classmethod
-    def from_config(cls, config: TrainConfig, every: str, record: Path | None) -> Holding:
-        """Takes the number of steps as text, `save` for as often as the config's training saves."""
+    def from_text(cls, every: str, save_steps: int, record: Path | None) -> Holding:
+        """Takes the number of steps as text, `save` for as often as training saves."""
         if every == "save":
-            return cls(config.save_steps, record)
+            return cls(save_steps, record)
         if not every.isdecimal():
             raise UserError("--hold-every cannot be used", found=every, expected="save, or a number of steps")
         return cls(int(every), record)
@@ -78,10 +77,10 @@ class Holding:
         )
 
 
-def open_finished(plan: Plan, holding: Holding) -> None:
+def open_finished(run_folder: Path, holding: Holding) -> None:
     """As `Holding.open`, for a run that has been trained to its end."""
-    steps = read_json(plan.folder / FINISHED)["steps"]
-    holding.open(plan.folder, steps, steps)
+    steps = read_json(run_folder / FINISHED)["steps"]
+    holding.open(run_folder, steps, steps)
 
 
 def was_held(run_folder: Path, step: int) -> bool:
@@ -95,7 +94,7 @@ def hold(run_folder: Path, step: int) -> None:
     target = folder / f"iter_{step}.pth"
     if not target.is_dir():
         temporary = folder / f".{target.name}.tmp"
-        shutil.copytree(run_folder / target.name, temporary, copy_function=_link_or_copy)
+        shutil.copytree(run_folder / target.name, temporary, copy_function=link_or_copy)
         temporary.rename(target)
     for name in (IDENTITY, TRAIN_CONFIG):  # a conversion reads them beside a checkpoint
         write_bytes(folder / name, (run_folder / name).read_bytes())
@@ -103,11 +102,3 @@ def hold(run_folder: Path, step: int) -> None:
         folder / f"iter_{step}.json",
         {"format": 1, "step": step, "files": read_json(target / MARKER)["files"]},
     )
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
-        fsync_path(target)

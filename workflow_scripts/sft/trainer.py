@@ -85,7 +85,7 @@ def _train_rank(
             if not plan.finished:
                 record_finished_run(plan, config, config_path)
             if plan.trained:
-                open_finished(plan, holding)
+                open_finished(plan.folder, holding)
             if manifest is not None:
                 write_manifest(plan, manifest)
             print(f"Finished: {plan.folder}", flush=True)
