@@ -70,12 +70,11 @@ def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path):
     """
     import torch
 
-    from sft.model import load_base_model, resize_for_tokenizer
+    from sft.model import grow_to_tokenizer, load_base_model
     from sft.render import TrainSettings, render_config
-    from sft.tokenizer_rows import find_new_tokens
 
     model = load_base_model(str(base), "float32").eval()
-    resize_for_tokenizer(model, *find_new_tokens(str(tokenizer_dir), str(base)))
+    grow_to_tokenizer(model, str(tokenizer_dir), str(base))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
@@ -103,7 +102,7 @@ def write_lora_checkpoint(base: Path, tokenizer_dir: Path, run: Path, dtype: str
 
     from common.files import write_json
     from export.lora_weights import grown_base
-    from sft import config as training
+    from sft.config import load_config
     from sft.lora import add_lora
     from sft.render import TrainSettings, render_config
 
@@ -112,9 +111,9 @@ def write_lora_checkpoint(base: Path, tokenizer_dir: Path, run: Path, dtype: str
     settings = {"model_path": str(base), "tokenizer_path": str(tokenizer_dir), "train_folder": "nowhere"}
     config.write_text(render_config(TrainSettings(**settings, lora={"rank": 2, "alpha": 3})))
     write_json(run / "identity.json", {"fields": {"dtype": dtype}})
-    loaded = training.load_config(config)
+    loaded = load_config(config)
     model, new_ids = grown_base(loaded, dtype)
-    tuner = add_lora(model.float(), training.lora_settings(loaded), new_ids)
+    tuner = add_lora(model.float(), loaded.lora, new_ids)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     torch.manual_seed(3)
     for value in trained.values():

@@ -163,6 +163,7 @@ def make_config(folder: Path, world_size: int, model: str, stage: int, changes: 
 
 def main(folder: Path) -> None:
     import sft.cross_entropy
+    from sft.config import parse_config
     from sft.runner import TrainRunner
     from sft.strategy import init_process_group
     from sft.trainer import runner_config
@@ -177,7 +178,7 @@ def main(folder: Path) -> None:
             run_folder.mkdir(exist_ok=True)
             os.environ["TEST_DUMP"] = str(run_folder / "weights.pt")
             config = make_config(folder, ranks, model, stage, changes)
-            TrainRunner.from_cfg(runner_config(config, run_folder)).train()
+            TrainRunner.from_cfg(runner_config(parse_config(config), run_folder)).train()
             # mmengine registers DeepSpeed's optimizers with each strategy, and refuses the second time.
             sys.modules["mmengine._strategy.deepspeed"].register_deepspeed_optimizers = list
     torch.distributed.barrier()

@@ -43,11 +43,10 @@ def main() -> None:
     from export.turbomind_proof import prove
     from ftdp.jinja_template import reads_openai_tools
     from ftdp.tokenizer import load_tokenizer
-    from sft import config as training
+    from sft.config import load_config
 
-    config = training.load_config(args.config)
-    base = training.model_path(config)
-    tokenizer = load_tokenizer(training.tokenizer_path(config) or base).with_template(args.template)
+    config = load_config(args.config)
+    tokenizer = load_tokenizer(config.tokenizer_path or config.model_path).with_template(args.template)
     prompts = parity_prompts(args.prompts)
     expected = training_ids(prompts, tokenizer, mask=args.mask, control_tokens=args.control_tokens)
     readings = [read_with_transformers(args.hf, prompts)]
@@ -61,7 +60,9 @@ def main() -> None:
     ids = compare_ids(prompts, expected, readings, tokenizer)
     state = trained_weights(config, *find_checkpoint(args.checkpoint), args.trust_remote_code)
     try:
-        logits = compare_models(base, state, args.hf, args.turbomind, expected, args.trust_remote_code)
+        logits = compare_models(
+            config.model_path, state, args.hf, args.turbomind, expected, args.trust_remote_code
+        )
         proof = prove(args.hf, args.turbomind, forward=False) if args.turbomind else None
     finally:
         print_ids(ids)

@@ -130,11 +130,9 @@ def main() -> int | None:
     from sft.held_checkpoints import Holding, open_finished
     from sft.identity import resolve_hub_model
 
-    config = load_config(arguments.config)
-    if arguments.deepspeed:
-        config.strategy.zero_stage = int(arguments.deepspeed[-1])
-    resolve_hub_model(config)
-    holding = Holding.from_config(config, arguments.hold_every, arguments.started)
+    stage = int(arguments.deepspeed[-1]) if arguments.deepspeed else None
+    config = resolve_hub_model(load_config(arguments.config, stage))
+    holding = Holding.from_text(arguments.hold_every, config.save_steps, arguments.started)
     work_dir, runs_dir = arguments.work_dir, arguments.runs_dir
     if work_dir is None and runs_dir is None:
         work_dir = Path("work_dirs") / arguments.config.stem
@@ -151,7 +149,7 @@ def main() -> int | None:
         if wait_until_free(plan.folder, deadline):
             plan = plan_run(config, work_dir, runs_dir, ranks, announce=False)
         if plan.finished:
-            open_finished(plan, holding)
+            open_finished(plan.folder, holding)
             if arguments.manifest:
                 write_manifest(plan, arguments.manifest)
             print(f"Finished before: {plan.folder}", flush=True)
@@ -165,13 +163,13 @@ def main() -> int | None:
                     own, arguments.nodes, processes, arguments.cpus_per_process, arguments.gpus_per_node
                 )
             else:
-                launch.import_for_training(config.model.llm.model_path)
+                launch.import_for_training(config.model_path)
                 code = launch.run_ranks(own, processes)
             if code > 128:
                 forget_tracebacks(plan.folder)
             return code
     if arguments.launcher == "slurm-node":
-        launch.import_for_training(config.model.llm.model_path)
+        launch.import_for_training(config.model_path)
         own = [sys.executable, *sys.argv, "--launcher", "pytorch"]
         return launch.run_node(own, count_processes(arguments.processes, arguments.gpus_per_node))
 

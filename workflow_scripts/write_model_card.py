@@ -36,9 +36,9 @@ def main() -> None:
     from export.hf import run_identity_fields
     from export.model_card import model_card, tokenized_folder
     from serving import commands
-    from sft import config as training
+    from sft.config import load_config
 
-    config = training.load_config(args.config)
+    config = load_config(args.config)
     served = args.turbomind or args.direct
     given = {
         names.TRAIN: args.train_manifest,
@@ -48,11 +48,11 @@ def main() -> None:
     }
     files = RunFiles(args.train_manifest.parent, given=given)
     card = model_card(
-        training.model_path(config),
+        config.model_path,
         files.hf,
         files.train,
         run_identity_fields(files.checkpoint),
-        tokenized_folder(training.plan_path(config), training.train_folder(config)),
+        tokenized_folder(config.plan, config.train_folder),
         str(args.hf),
         [read_json(path) for path in args.evaluations],
         files.find(names.PARITY),

@@ -130,12 +130,12 @@ def test_prompts_in_a_batch_do_not_see_each_other(chain):
     from transformers import AutoConfig
 
     from export.reference_forward import transformers_logits, turbomind_logits
-    from export.safetensors_reader import SafetensorsFolder
+    from export.safetensors_reader import open_safetensors
     from export.turbomind_folder import TurboMindFolder
 
     ids = torch.randint(3, 500, (2, 12), generator=torch.Generator().manual_seed(3))
     ids[1, 7:] = 0
-    config, weights = AutoConfig.from_pretrained(chain / "hf"), SafetensorsFolder(chain / "hf")
+    config, weights = AutoConfig.from_pretrained(chain / "hf"), open_safetensors(chain / "hf")
     folder = TurboMindFolder(chain / "turbomind")
     for logits in (lambda x: transformers_logits(config, weights, x), lambda x: turbomind_logits(folder, x)):
         torch.testing.assert_close(logits(ids)[1, :7], logits(ids[1:, :7])[0], rtol=1e-5, atol=1e-5)

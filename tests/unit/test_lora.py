@@ -10,13 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.cli import UserError
 from export.hf_weights import empty_model
-from export.lora_weights import open_stored
+from export.lora_weights import open_base
 from export_models import extend_tokenizer, write_base, write_lora_checkpoint
 from sft import lora_merge
 from sft.checkpoints import read_state_dict
 from sft.lora import add_lora, leave_out_frozen, trained_share
 from sft.lora_merge import merge_lora
-from sft.model import resize_for_tokenizer, rows_before
+from sft.model import resize_for_tokenizer
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto"}
 NEW = [90, 91]
@@ -91,10 +91,9 @@ def merge_from_files(base, state, folder, vocab_size=96, new_ids=NEW, dtype="flo
     torch.save({"state_dict": state}, folder / "iter_1.pth")
     model = empty_model(str(folder / "base"))
     model.tie_weights()
-    before = rows_before(base.config.vocab_size, vocab_size, new_ids)
-    resize_for_tokenizer(model, vocab_size, new_ids)
+    before = resize_for_tokenizer(model, vocab_size, new_ids)
     merged = merge_lora(
-        *(model, open_stored(str(folder / "base")), LORA, new_ids, before),
+        *(model, open_base(str(folder / "base")), LORA, new_ids, before),
         *(read_state_dict(folder / "iter_1.pth"), getattr(torch, dtype)),
         load=None,  # not called
         **options,

@@ -157,8 +157,8 @@ def test_rows_of_new_ids_are_the_mean_of_the_old(tied, rows, vocabulary, new, ro
     config.vocab_size = rows
     model = LlamaForCausalLM(config)
     before = copy.deepcopy(model.state_dict())
-    resize_for_tokenizer(model, vocabulary, list(new))
     old = [i for i in range(min(rows, vocabulary)) if i not in set(new)]
+    assert resize_for_tokenizer(model, vocabulary, list(new)) == old
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         weight, was = model.state_dict()[name], before[name]
         assert weight.shape[0] == rows_after

@@ -23,8 +23,8 @@ from sft.checkpoints import (
     remove_leftovers,
     set_aside,
 )
-from sft.config import load_config, plain
-from sft.identity import differences
+from sft.config import load_config
+from sft.identity import differences, run_identity
 from sft.launch import slurm_environment
 from sft.render import TrainSettings, render_config
 from warm import PARENT
@@ -56,7 +56,7 @@ def test_lr_curve(tmp_path, accumulation, rows, epochs, max_steps):
 
     settings = TrainSettings("base", "tok", "train", max_epochs=epochs, max_steps=max_steps, lr=1e-3)
     (tmp_path / "config.py").write_text(render_config(settings))
-    config = load_config(tmp_path / "config.py")
+    config = load_config(tmp_path / "config.py").source
     strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
     strategy.dispatch_kwargs = {"epoch_length": rows / accumulation, "max_epochs": 1, "max_iters": 10**6}
     import logging
@@ -79,7 +79,7 @@ def test_lr_curve(tmp_path, accumulation, rows, epochs, max_steps):
 
 
 def test_config_reads_back(config_path):
-    values = plain(load_config(config_path))
+    values = load_config(config_path).values
     assert values["optim_wrapper"]["optimizer"] == {
         "type": "torch.optim.AdamW",
         "lr": 4e-5,
@@ -99,6 +99,7 @@ def test_config_reads_back(config_path):
         ("strategy = dict(", "other = dict(", "lacks strategy"),
         ("'base'", "None", "model.llm.model_path is not a path"),
         ("from torch.optim import AdamW", "from xtuner.optim import AdamW", "XTuner's own classes"),
+        ("zero_stage = 2", "zero_stage = 4", "zero_stage cannot be used"),
         ("import os", "", None),
     ],
 )
@@ -106,10 +107,71 @@ def test_config_errors_say_what_to_do(config_path, old, new, said):
     text = config_path.read_text()
     config_path.write_text("import os\nhome = os.sep\n" + text if said is None else text.replace(old, new))
     if said is None:
-        assert load_config(config_path).home == "/"
+        assert load_config(config_path).source.home == "/"
         return
     with pytest.raises(UserError, match=said):
         load_config(config_path)
+
+
+# A key that a training config may leave out, the line that states it, and what is then taken.
+LEFT_OUT = [
+    ("dtype", "        dtype=dtype,", "auto"),
+    ("zero_stage", "    zero_stage=zero_stage,", 2),
+    ("sequence_parallel", "    sequence_parallel=sequence_parallel,", 1),
+    ("accumulative_counts", "    accumulative_counts=accumulative_counts,", 1),
+    ("step_rows", "    global_batch=global_batch,", None),
+    ("max_epochs", "    max_epochs=max_epochs,", 1),
+    ("max_steps", "    max_steps=max_steps,", None),
+    ("save_steps", "        interval=save_steps,", 500),
+    ("lora", "    lora=lora,", None),
+    ("tokenizer_path", "    tokenizer=tokenizer_path,", None),
+]
+
+
+def test_keys_that_a_config_leaves_out_have_one_default(config_path, monkeypatch):
+    """The parsed config has it, and the runner is told; the identity of the run has what the file says alone."""
+    from sft.trainer import runner_config
+
+    text = config_path.read_text()
+    for _, line, _ in LEFT_OUT:
+        assert text.count(f"\n{line}") == 1, line
+        text = text.replace(f"\n{line}", "")
+    config_path.write_text(text)
+    config = load_config(config_path)
+    assert {name: getattr(config, name) for name, _, _ in LEFT_OUT} == {
+        name: default for name, _, default in LEFT_OUT
+    }
+    assert config.values["strategy"].keys() == {"type", "offload", "zero3_init"}
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    told = runner_config(config, config_path.parent)
+    assert (told.strategy.zero_stage, told.strategy.sequence_parallel, told.strategy.dtype) == (2, 1, "auto")
+    assert (told.train_cfg.max_epochs, told.train_cfg.max_steps) == (1, None)
+    assert told.default_hooks.checkpoint.interval == 500
+    assert load_config(config_path, zero_stage=0).zero_stage == 0
+    with pytest.raises(AttributeError):
+        config.zero_stage = 3
+
+
+def test_equal_configs_keep_their_identity(config_path):
+    """The digest is that of the first release: another one would train everybody's runs again."""
+    import numpy as np
+
+    from common.files import sha256_json
+    from common.fingerprints import FingerprintCache
+
+    folder = config_path.parent
+    (folder / "base").mkdir()
+    (folder / "base/config.json").write_text("{}")
+    (folder / "base/model.safetensors").write_text("weights")
+    data = folder / "train/cn/one/chat.bin"
+    data.parent.mkdir(parents=True)
+    data.write_text('{"tokens": [1, -2]}\n')
+    with open(f"{data}.meta", "wb") as meta:
+        np.save(meta, np.array([(0, 2)], dtype=np.int64))
+    settings = TrainSettings(str(folder / "base"), "none", str(folder / "train"), dtype="float32")
+    config_path.write_text(render_config(settings).replace("tokenizer=tokenizer_path", "tokenizer=None"))
+    fields = run_identity(load_config(config_path), 2, FingerprintCache(folder / "digests.json"))
+    assert sha256_json(fields) == "7da7adb1fd82ddfc186937db6a92b97ae451e86a2ebc26fa6ee275a8e49e1042"
 
 
 def test_render_script(run_script, tmp_path):
@@ -253,11 +315,11 @@ def test_zero_0_clips_by_the_norm_in_fp64_and_skips_what_is_not_finite():
     """torch's own norm of as many fp32 numbers is off by a thousandth on a CPU."""
     from types import SimpleNamespace
 
-    from sft.nonfinite import check_gradients
+    from sft.nonfinite import replace_zero_0_step
 
     weight = torch.nn.Parameter(torch.zeros(5, 4_000_000))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    check_gradients(SimpleNamespace(optimizer=optimizer, gradient_clipping=lambda: 2.0))
+    replace_zero_0_step(SimpleNamespace(optimizer=optimizer, gradient_clipping=lambda: 2.0))
     gradient = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0))
     weight.grad = gradient.clone()
     optimizer.step()

@@ -45,6 +45,15 @@ def fsync_path(path: str | os.PathLike) -> None:
         os.close(handle)
 
 
+def link_or_copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Gives a file a second name, as a hard link; on another file system, or one without links, `target` is a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        fsync_path(target)
+
+
 @contextmanager
 def told_when_full(path: str | os.PathLike) -> Iterator[None]:
     """Turns "no space left" while `path` is written into a UserError that says which disk is full."""

@@ -31,13 +31,11 @@ def load_for_evaluation(
         UserError: When the model has fewer rows than the tokenizer has ids.
     """
     from sft.device import training_device
-    from sft.model import load_base_model, resize_for_tokenizer
-    from sft.tokenizer_rows import find_new_tokens
+    from sft.model import grow_to_tokenizer, load_base_model
 
     model = load_base_model(model_path, dtype, attention, trust_remote_code)
     if base:
-        vocab_size, new_ids = find_new_tokens(tokenizer_path, model_path)
-        resize_for_tokenizer(model, vocab_size, new_ids)
+        grow_to_tokenizer(model, tokenizer_path, model_path)
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < tokenizer.vocab_size:
         raise UserError(

@@ -15,6 +15,7 @@ from .checkpoint_source import open_checkpoint
 from .hf_folder import copy_tokenizer, describe_files, write_config, write_generation_config
 
 if TYPE_CHECKING:
+    from sft.config import TrainConfig
     from sft.stored_tensors import StoredTensors
 
 ADAPTER = "adapter"
@@ -53,7 +54,8 @@ def convert(
         UserError: When a path is wrong, the weights do not belong to the base model's architecture, are not the
             ones `train.json` describes, are not finite, or do not fit the dtype.
     """
-    from sft import config as training
+    from sft.config import load_config
+    from sft.tokenizer_rows import find_new_tokens
     from sft.weights_digest import weights_digest
 
     from .hf_weights import as_published, empty_model, plan_outputs
@@ -61,20 +63,20 @@ def convert(
     from .model_card import model_card, tokenized_folder
     from .weight_shards import remove_unfinished, write_shards
 
-    config = training.load_config(config_path)
-    base = training.model_path(config)
-    tokenizer = Path(training.tokenizer_path(config) or base)
+    config = load_config(config_path)
+    base = config.model_path
+    tokenizer = Path(config.tokenizer_path or base)
     checkpoint, record, state = open_checkpoint(pth)
     dtype = training_dtype(config, record, checkpoint, state) if dtype == "auto" else dtype
     with resumable_dir(dst) as folder:
         remove_unfinished(folder)
         adapter = folder / ADAPTER if lora == "adapter" else None
         weights = state.stored
-        if training.lora_settings(config) is not None:
+        if config.lora is not None:
             trained_in = training_dtype(config, record, checkpoint, state)
             weights = merged_weights(config, state, trained_in, trust_remote_code, adapter)
         model = empty_model(base, trust_remote_code)
-        rows = _tokens(tokenizer) if padded_vocab == "trim" else None
+        rows = find_new_tokens(str(tokenizer), None)[0] if padded_vocab == "trim" else None
         outputs = as_published(model, plan_outputs(model, weights, dtype, base, rows))
         if weights is state.stored and all(each.stored.pieces for each in outputs.values()):
             files, digest = write_shards(outputs, folder, max_shard_size, state if record else None)
@@ -89,7 +91,7 @@ def convert(
                 shutil.copyfile(path, folder / path.name)
         _write_generation_config(base, tokenizer, model, folder)
         identity = run_identity_fields(checkpoint)
-        data = tokenized_folder(training.plan_path(config), training.train_folder(config))
+        data = tokenized_folder(config.plan, config.train_folder)
         manifest = _manifest(folder, checkpoint, record, model, dtype, files, _template(tokenizer))
         card = model_card(base, manifest, record, identity, data)
         write_text(folder / "README.md", card)
@@ -117,14 +119,14 @@ def run_identity_fields(checkpoint: Path) -> dict[str, Any]:
     return read_json(identity).get("fields", {}) if identity.is_file() else {}
 
 
-def training_dtype(config, record: dict[str, Any], checkpoint: Path, state: StoredTensors) -> str:
+def training_dtype(
+    config: TrainConfig, record: dict[str, Any], checkpoint: Path, state: StoredTensors
+) -> str:
     """Returns what the model computed in while it was trained; ZeRO's checkpoints hold fp32 copies whatever that was."""
-    from sft import config as training
-
     recorded = record.get("dtype") or run_identity_fields(checkpoint).get("dtype")
     if recorded:
         return recorded
-    named = training.training_dtype(config).removeprefix("torch.")
+    named = config.dtype.removeprefix("torch.")
     return named if named != "auto" else str(next(iter(state.stored.values())).dtype).removeprefix("torch.")
 
 
@@ -154,12 +156,6 @@ def _template(tokenizer: Path) -> dict[str, Any] | None:
     """Returns what a tokenizer's manifest says of its chat template."""
     manifest = tokenizer / "manifest.json"
     return read_json(manifest).get("chat_template") if manifest.is_file() else None
-
-
-def _tokens(tokenizer: Path) -> int:
-    from sft.tokenizer_rows import read_vocabulary
-
-    return max(read_vocabulary(tokenizer / "tokenizer.json").values()) + 1
 
 
 def _manifest(

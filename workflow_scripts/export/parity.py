@@ -16,13 +16,13 @@ import torch
 from common.cli import UserError
 from evaluation.generation import encode_prompt
 from ftdp.tokenizer import ExtendedTokenizer
-from sft import config as training
 from sft.checkpoints import read_state_dict
+from sft.config import TrainConfig
 
 from .hf import training_dtype
 from .lora_weights import grown_base
 from .reference_forward import transformers_logits, turbomind_logits
-from .safetensors_reader import SafetensorsFolder
+from .safetensors_reader import open_safetensors
 from .turbomind_folder import TurboMindFolder
 from .turbomind_proof import compare_logits
 
@@ -84,7 +84,7 @@ def compare_models(
     trained_config, hf_config = config(base), config(hf)
     embedding = state[_embedding(state)]
     trained_config.vocab_size = embedding.shape[0]
-    weights = SafetensorsFolder(hf)
+    weights = open_safetensors(hf)
     dtype = weights[next(iter(weights))].dtype
     exact = rounded = transformers_logits(trained_config, state, ids)[real]
     if embedding.dtype != dtype:
@@ -104,7 +104,7 @@ def compare_models(
 
 
 def trained_weights(
-    config, checkpoint: Path, record: dict[str, Any], trust_remote_code: bool = False
+    config: TrainConfig, checkpoint: Path, record: dict[str, Any], trust_remote_code: bool = False
 ) -> Mapping[str, torch.Tensor]:
     """Returns all weights of a trained model. Those of a LoRA run are added up here, by hand and not by peft.
 
@@ -114,7 +114,7 @@ def trained_weights(
         record: The run's `train.json`, or {}.
         trust_remote_code: Runs Python code that comes with the model.
     """
-    lora, state = training.lora_settings(config), read_state_dict(checkpoint)
+    lora, state = config.lora, read_state_dict(checkpoint)
     if lora is None:
         return state
     dtype = training_dtype(config, record, checkpoint, state)

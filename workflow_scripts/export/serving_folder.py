@@ -7,12 +7,10 @@ its config is written as Llama's, so that this engine takes it.
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from common.files import atomic_dir, read_json, write_json, write_text
+from common.files import atomic_dir, link_or_copy, read_json, write_json, write_text
 from common.slurm import job_record
 
 from .hf_config import rope_of
@@ -43,7 +41,7 @@ def make_serving_folder(
             if path.is_file() and path.name not in ("config.json", "manifest.json"):
                 target = folder / path.relative_to(model)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _link(path, target)
+                link_or_copy(path, target)
         write_json(folder / "config.json", written)
         command = lmdeploy_command(dst, model_name, written["architectures"][0], tp, session_len)
         write_text(folder / "serve.txt", command + "\n")
@@ -74,10 +72,3 @@ def as_llama(config: dict[str, Any]) -> dict[str, Any]:
     llama = {key: value for key, value in config.items() if key != "sliding_window"}
     llama |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     return llama | {"attention_bias": False, "mlp_bias": False}
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)

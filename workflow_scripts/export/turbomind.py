@@ -236,16 +236,14 @@ def _require_convertible(
 
 def _require_dtype_holds_weights(model_path: Path, dtype: str, hf_config: dict) -> None:
     """Raises a `UserError` when a weight would become infinite in the half precision that will be written."""
-    from safetensors import safe_open
+    from .safetensors_reader import open_safetensors, safetensors_files
 
     source = hf_config.get("torch_dtype") or hf_config.get("dtype")
     target = dtype if dtype != "auto" else ("bfloat16" if source == "bfloat16" else "float16")
-    if target != "float16" or source == "float16":
+    if target != "float16" or source == "float16" or not safetensors_files(model_path):
         return
-    for path in sorted(model_path.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                require_in_range(name, file.get_tensor(name), target)
+    for name, tensor in open_safetensors(model_path).items():
+        require_in_range(name, tensor, target)
 
 
 def _read_workspace_config(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from . import internlm2
 from .hf_config import rope_of
 from .hf_folder import require_model_folder
 from .reference_forward import transformers_logits, turbomind_logits
-from .safetensors_reader import SafetensorsFolder
+from .safetensors_reader import open_safetensors
 from .turbomind_config import shared_settings
 from .turbomind_folder import TurboMindFolder, same_bits
 
@@ -62,7 +62,7 @@ def prove(hf: Path, turbomind: Path, forward: bool = True) -> dict[str, Any]:
             fix="set turbomind.proof: false, and compare the served model's answers yourself",
         )
     folder = TurboMindFolder(turbomind)
-    weights: Mapping[str, torch.Tensor] = SafetensorsFolder(hf)
+    weights: Mapping[str, torch.Tensor] = open_safetensors(hf)
     if architecture == internlm2.ARCHITECTURE:
         weights, hf_config = internlm2.LlamaWeights(weights, hf_config), internlm2.llama_config(hf_config)
     config = compare_config(hf_config, folder)

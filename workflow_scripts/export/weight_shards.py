@@ -22,21 +22,14 @@ import torch
 from common.files import fsync_path, read_json, sha256_json, write_json
 from common.progress import Progress
 from sft.lora_merge import MergedTensor
-from sft.stored_tensors import LoadedTensor, StoredTensor, StoredTensors
+from sft.stored_tensors import LoadedTensor, StoredTensor, StoredTensors, read_whole
 from sft.weights_digest import WeightsDigest
 
 from .hf_folder import require_in_range
+from .safetensors_reader import DTYPES
 
 _DONE = "shards.json"  # what a killed conversion finished; removed at the end
-DTYPE_NAMES = {  # as safetensors calls them
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "uint8": "U8",
-}
-DTYPE_NAMES |= {"bool": "BOOL", "float64": "F64", "int8": "I8", "int16": "I16"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -60,7 +53,7 @@ class Output:
 
     def load(self) -> torch.Tensor:
         """Returns the tensor as it is written."""
-        return torch.cat([chunk.to(self.dtype) for chunk in self.stored.chunks(self.rows)]).view(self.shape)
+        return read_whole(self.stored, self.dtype, self.rows)
 
 
 def write_shards(
@@ -210,8 +203,7 @@ class _ShardWriter:
         offset = 0
         for name, each in outputs.items():
             end = offset + each.bytes
-            dtype = DTYPE_NAMES[str(each.dtype).removeprefix("torch.")]
-            header[name] = {"dtype": dtype, "shape": each.shape, "data_offsets": [offset, end]}
+            header[name] = {"dtype": _NAMES[each.dtype], "shape": each.shape, "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)

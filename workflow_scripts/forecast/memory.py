@@ -65,18 +65,17 @@ def read_shape(
 
     Args:
         model_path: Hugging Face folder or hub name.
-        vocab_size: Ids of the tokenizer; where the model has fewer rows it grows to it, to a multiple of 64.
+        vocab_size: Ids of the tokenizer; where the model has fewer rows it grows to it.
         trust_remote_code: Runs Python code that comes with the model.
         lora_rank: Of the adapters, where these alone are trained.
     """
     from transformers import AutoConfig
 
     from readiness.sizes import count_parameters
+    from sft.tokenizer_rows import grown_rows
 
     config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code).get_text_config()
-    rows = config.vocab_size
-    if vocab_size is not None and vocab_size > rows:
-        rows = -(-vocab_size // 64) * 64
+    rows = grown_rows(config.vocab_size, vocab_size or 0)
     matrices = 1 if config.tie_word_embeddings else 2
     grown = matrices * (rows - config.vocab_size) * config.hidden_size
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

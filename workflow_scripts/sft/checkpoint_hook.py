@@ -34,7 +34,7 @@ class CheckpointHook(Hook):
 
     priority = "VERY_LOW"
 
-    def __init__(self, interval: int = 500, save_optimizer: bool = True, max_keep_ckpts: int = 2):
+    def __init__(self, interval: int, save_optimizer: bool = True, max_keep_ckpts: int = 2):
         self.interval, self.save_optimizer, self.max_keep_ckpts = interval, save_optimizer, max_keep_ckpts
 
     def before_train(self, runner) -> None:

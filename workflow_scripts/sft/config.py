@@ -1,12 +1,13 @@
-"""Reads a training config: checks its shape, and says which paths and settings it trains with.
+"""A training config, read from its file, checked and parsed once.
 
-A config is an mmengine Python config whose types come from `sft`. Reading one does not import torch or DeepSpeed by
+The file is an mmengine Python config whose types come from `sft`. Reading one does not import torch or DeepSpeed by
 itself: imported names stay unresolved until the runner builds them.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,102 @@ from common.cli import UserError
 REQUIRED = ("model", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg", "strategy")
 
 
-def load_config(path: str | Path) -> Config:
-    """Parses and checks a training config.
+@dataclass(frozen=True)
+class TrainConfig:
+    """A parsed training config. `parse_config` states the defaults of keys that a file leaves out, and nothing else does.
+
+    Attributes:
+        source: The mmengine config, from a copy of which `sft.trainer.runner_config` makes the runner's.
+        values: The same as JSON values, without defaults: what the identity of a run is made from.
+        model_path: Base model, a folder or a hub name.
+        tokenizer_path: Folder of the extended tokenizer that the model grows to; None leaves the model as it is.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        lora: LoRA settings, see `sft.lora.add_lora`; None trains all parameters.
+        data: Arguments of `ftdp.pack_planning.plan_for_training`.
+        max_epochs: Passes over the data.
+        max_steps: Optimizer steps; None trains `max_epochs`.
+        accumulative_counts: Micro-batches of a rank per optimizer step, unless `step_rows` is set.
+        step_rows: Packed rows of an optimizer step over all ranks (`global_batch` in the file), or None.
+        zero_stage: 0 to 3.
+        sequence_parallel: Ranks that share the tokens of each row.
+        save_steps: Optimizer steps between checkpoints; 0 saves at the end only.
+    """
+
+    source: Config
+    values: dict[str, Any]
+    model_path: str
+    tokenizer_path: str | None
+    dtype: str
+    lora: dict[str, Any] | None
+    data: dict[str, Any]
+    max_epochs: float | None
+    max_steps: int | None
+    accumulative_counts: int
+    step_rows: int | None
+    zero_stage: int
+    sequence_parallel: int
+    save_steps: int
+
+    @property
+    def plan(self) -> str | None:
+        """The plan folder, if the config names one."""
+        return self.data.get("plan")
+
+    @property
+    def train_folder(self) -> str | None:
+        """`.../chatml_llamav13_32k/train`, if the config names it."""
+        return self.data.get("folder")
+
+    @property
+    def data_order(self) -> str | None:
+        """The `data_order.txt`, if the config names one."""
+        return self.data.get("data_order_path")
+
+    def data_ranks(self, world_size: int) -> int:
+        """Returns how many ranks see rows of their own: ranks that share their rows count as one.
+
+        Raises:
+            UserError: The ranks do not make whole groups.
+        """
+        size = self.sequence_parallel
+        if size < 1 or world_size % size:
+            raise UserError(
+                f"{world_size} ranks do not make groups of sequence_parallel = {size}",
+                expected="a number of ranks that sequence_parallel divides",
+                fix="change sequence_parallel, or the number of ranks (train.processes, --processes)",
+            )
+        return world_size // size
+
+    def global_batch(self, world_size: int) -> int:
+        """Returns the packed rows of an optimizer step, over all ranks and micro-batches."""
+        return self.step_rows or self.accumulative_counts * self.data_ranks(world_size)
+
+    def micro_batches_per_step(self, world_size: int) -> int:
+        """Returns the micro-batches of a rank per optimizer step.
+
+        Raises:
+            UserError: The ranks cannot share the rows of a step evenly.
+        """
+        rows, ranks = self.global_batch(world_size), self.data_ranks(world_size)
+        if rows % ranks:
+            groups = "ranks" if ranks == world_size else "groups of ranks"
+            raise UserError(
+                f"{ranks} {groups} cannot share the {rows} rows of an optimizer step evenly",
+                found=f"global_batch = {rows}",
+                fix="use a number of ranks that divides it, or change global_batch (which makes it another run)",
+            )
+        return rows // ranks
+
+
+def load_config(path: str | Path, zero_stage: int | None = None) -> TrainConfig:
+    """Reads, checks and parses a training config.
+
+    Args:
+        path: The file.
+        zero_stage: Takes the place of the one in the file.
 
     Raises:
-        UserError: It is missing, does not parse, or lacks a part.
+        UserError: The file is missing, does not parse, or lacks a part, or a value cannot be used.
     """
     path = Path(path)
     if not path.is_file():
@@ -39,12 +131,48 @@ def load_config(path: str | Path) -> Config:
             expected="a Python config as render_train_config.py writes it",
             fix="mend the line above, or render a fresh one and copy your changes over",
         ) from None
-    _check(config, path)
-    return config
-
-
-def _check(config: Config, path: Path) -> None:
     values = plain(config)
+    _check(values, path)
+    if zero_stage is not None:
+        config.strategy.zero_stage = values["strategy"]["zero_stage"] = zero_stage
+    return parse_config(config, values)
+
+
+def parse_config(config: Config, values: dict[str, Any] | None = None) -> TrainConfig:
+    """Takes the settings out of a config that has all its parts.
+
+    Args:
+        config: As mmengine reads it.
+        values: `plain(config)`, if it is known.
+
+    Raises:
+        UserError: A value cannot be used.
+    """
+    values = plain(config) if values is None else values
+    model, wrapper, strategy = values["model"], values["optim_wrapper"], values["strategy"]
+    loop, hooks = values["train_cfg"], values.get("default_hooks") or {}
+    stage = strategy.get("zero_stage", 2)
+    if stage not in (0, 1, 2, 3):
+        raise UserError("zero_stage cannot be used", found=stage, expected="0, 1, 2 or 3")
+    return TrainConfig(
+        source=config,
+        values=values,
+        model_path=model["llm"]["model_path"],
+        tokenizer_path=model.get("tokenizer"),
+        dtype=model["llm"].get("dtype", "auto"),
+        lora=model.get("lora"),
+        data={key: each for key, each in values["train_dataloader"]["dataset"].items() if key != "type"},
+        max_epochs=loop.get("max_epochs", 1),
+        max_steps=loop.get("max_steps"),
+        accumulative_counts=wrapper.get("accumulative_counts", 1),
+        step_rows=wrapper.get("global_batch"),
+        zero_stage=stage,
+        sequence_parallel=strategy.get("sequence_parallel", 1),
+        save_steps=(hooks.get("checkpoint") or {}).get("interval", 500),
+    )
+
+
+def _check(values: dict[str, Any], path: Path) -> None:
     missing = [name for name in REQUIRED if not values.get(name)]
     if missing:
         raise UserError(
@@ -98,84 +226,3 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
-
-
-def model_path(config: Config) -> str:
-    """Returns the base model's folder or hub name."""
-    return plain(config)["model"]["llm"]["model_path"]
-
-
-def tokenizer_path(config: Config) -> str | None:
-    """Returns the folder of the extended tokenizer that the model was grown for."""
-    return plain(config)["model"].get("tokenizer")
-
-
-def sequence_parallel(config: Config) -> int:
-    """Returns how many ranks share the tokens of each row."""
-    return plain(config)["strategy"].get("sequence_parallel", 1)
-
-
-def data_ranks(config: Config, world_size: int) -> int:
-    """Returns how many ranks see rows of their own: ranks that share their rows count as one.
-
-    Raises:
-        UserError: The ranks do not make whole groups.
-    """
-    size = sequence_parallel(config)
-    if size < 1 or world_size % size:
-        raise UserError(
-            f"{world_size} ranks do not make groups of sequence_parallel = {size}",
-            expected="a number of ranks that sequence_parallel divides",
-            fix="change sequence_parallel, or the number of ranks (train.processes, --processes)",
-        )
-    return world_size // size
-
-
-def global_batch(config: Config, world_size: int) -> int:
-    """Returns the packed rows of an optimizer step, over all ranks and micro-batches."""
-    wrapper = plain(config)["optim_wrapper"]
-    return wrapper.get("global_batch") or wrapper.get("accumulative_counts", 1) * data_ranks(
-        config, world_size
-    )
-
-
-def micro_batches_per_step(config: Config, world_size: int) -> int:
-    """Returns the micro-batches of a rank per optimizer step.
-
-    Raises:
-        UserError: The ranks cannot share the rows of a step evenly.
-    """
-    rows, ranks = global_batch(config, world_size), data_ranks(config, world_size)
-    if rows % ranks:
-        groups = "ranks" if ranks == world_size else "groups of ranks"
-        raise UserError(
-            f"{ranks} {groups} cannot share the {rows} rows of an optimizer step evenly",
-            found=f"global_batch = {rows}",
-            fix="use a number of ranks that divides it, or change global_batch (which makes it another run)",
-        )
-    return rows // ranks
-
-
-def lora_settings(config: Config) -> dict | None:
-    """Returns the LoRA settings, None when all parameters are trained."""
-    return plain(config)["model"].get("lora")
-
-
-def training_dtype(config: Config) -> str:
-    """Returns `auto`, `float32`, `bfloat16` or `float16`."""
-    return plain(config)["model"]["llm"].get("dtype", "auto")
-
-
-def plan_path(config: Config) -> str | None:
-    """Returns the plan folder, if the config names one."""
-    return plain(config)["train_dataloader"]["dataset"].get("plan")
-
-
-def train_folder(config: Config) -> str | None:
-    """Returns `.../chatml_llamav13_32k/train`, if the config names it."""
-    return plain(config)["train_dataloader"]["dataset"].get("folder")
-
-
-def data_order_path(config: Config) -> str | None:
-    """Returns the `data_order.txt`, if the config names one."""
-    return plain(config)["train_dataloader"]["dataset"].get("data_order_path")

@@ -11,15 +11,13 @@ from mmengine.registry import MODELS
 from torch import distributed
 from transformers import PreTrainedModel
 
+from ftdp.packing import IGNORE_INDEX
 from sft.attention import check_attention, packing_kwargs
 from sft.cross_entropy import check_cross_entropy, chunked_cross_entropy, loss_in_head
 from sft.device import training_device
 from sft.lora import add_lora, leave_out_frozen
-from sft.model import resize_for_tokenizer
+from sft.model import grow_to_tokenizer
 from sft.nonfinite import spread_nonfinite
-from sft.tokenizer_rows import find_new_tokens
-
-IGNORE_INDEX = -100
 
 
 def count_trained_tokens(labels: torch.Tensor) -> int:
@@ -81,10 +79,7 @@ class SupervisedFinetune(BaseModel):
         self.llm = MODELS.build(llm) if isinstance(llm, dict) else llm
         self.llm.config.use_cache = False
         check_attention(self.llm.config._attn_implementation, training_device())
-        new_ids: list[int] = []
-        if tokenizer is not None:
-            vocab_size, new_ids = find_new_tokens(tokenizer, base_path)
-            resize_for_tokenizer(self.llm, vocab_size, new_ids)
+        new_ids, _ = grow_to_tokenizer(self.llm, tokenizer, base_path)
         if lora is not None:
             add_lora(self.llm, lora, new_ids)
             leave_out_frozen(self.llm)

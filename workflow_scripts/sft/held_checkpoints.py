@@ -13,14 +13,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmengine.config import Config
-
 from common.cli import UserError
-from common.files import fsync_path, read_json, write_bytes, write_json
+from common.files import fsync_path, link_or_copy, read_json, write_bytes, write_json
 from common.result_paths import FINISHED, HELD, IDENTITY, MARKER, TRAIN_CONFIG
 from sft.checkpoints import is_whole, list_checkpoints, remove_leftovers, step_of
-from sft.config import plain
-from sft.session import Plan
 
 
 @dataclass(frozen=True)
@@ -36,10 +32,10 @@ class Holding:
     record: Path | None = None
 
     @classmethod
-    def from_config(cls, config: Config, every: str, record: Path | None) -> Holding:
-        """Takes the number of steps as text, `save` for as often as the config's training saves."""
+    def from_text(cls, every: str, save_steps: int, record: Path | None) -> Holding:
+        """Takes the number of steps as text, `save` for as often as training saves."""
         if every == "save":
-            return cls(plain(config)["default_hooks"]["checkpoint"]["interval"], record)
+            return cls(save_steps, record)
         if not every.isdecimal():
             raise UserError("--hold-every cannot be used", found=every, expected="save, or a number of steps")
         return cls(int(every), record)
@@ -86,10 +82,10 @@ class Holding:
         return coming
 
 
-def open_finished(plan: Plan, holding: Holding) -> None:
+def open_finished(run_folder: Path, holding: Holding) -> None:
     """As `Holding.open`, for a run that has been trained to its end."""
-    steps = read_json(plan.folder / FINISHED)["steps"]
-    holding.open(plan.folder, steps, steps)
+    steps = read_json(run_folder / FINISHED)["steps"]
+    holding.open(run_folder, steps, steps)
 
 
 def was_held(run_folder: Path, step: int) -> bool:
@@ -104,7 +100,7 @@ def hold(run_folder: Path, step: int) -> None:
     if not is_whole(target):
         shutil.rmtree(target, ignore_errors=True)
         temporary = folder / f".{target.name}.tmp"
-        shutil.copytree(run_folder / target.name, temporary, copy_function=_link_or_copy)
+        shutil.copytree(run_folder / target.name, temporary, copy_function=link_or_copy)
         fsync_path(temporary)
         temporary.rename(target)
     for name in (IDENTITY, TRAIN_CONFIG):  # a conversion reads them beside a checkpoint
@@ -113,11 +109,3 @@ def hold(run_folder: Path, step: int) -> None:
         folder / f"iter_{step}.json",
         {"format": 1, "step": step, "files": read_json(target / MARKER)["files"]},
     )
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
-        fsync_path(target)

@@ -5,10 +5,9 @@ The number of ranks is no part of it where the order of the data does not depend
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from mmengine.config import Config
 
 from common.cli import UserError
 from common.files import sha256_json
@@ -17,7 +16,7 @@ from ftdp.bin_digests import bin_digests, refuse_other_data
 from ftdp.data_order import list_train_files, read_data_order
 from ftdp.made_with import made_with, refuse_other_template, refuse_other_tokenizer
 from ftdp.pack_plan import read_plan_manifest
-from sft import config as settings
+from sft.config import TrainConfig
 from sft.device import resolve_dtype, training_device
 
 _PARTS = (
@@ -49,55 +48,52 @@ _NOT_HYPERPARAMETERS = {
 }
 
 
-def run_identity(config: Config, world_size: int, cache: FingerprintCache) -> dict[str, Any]:
+def run_identity(config: TrainConfig, world_size: int, cache: FingerprintCache) -> dict[str, Any]:
     """Returns the fields that make up the identity of a run.
 
     Raises:
         UserError: A model, tokenizer or data file is missing, or the data were made with another tokenizer or template.
     """
-    values = settings.plain(config)
     hyperparameters: dict[str, Any] = {}
     for part in _PARTS:
-        hyperparameters.update(_flat(part, values.get(part)))
+        hyperparameters.update(_flat(part, config.values.get(part)))
     for name in _NOT_HYPERPARAMETERS:
         hyperparameters.pop(name, None)
-    hyperparameters.update(_flat("custom_hooks", values.get("custom_hooks") or None))
-    tokenizer = settings.tokenizer_path(config)
+    hyperparameters.update(_flat("custom_hooks", config.values.get("custom_hooks") or None))
+    tokenizer = config.tokenizer_path
     tokenizer_sha256 = cache.file(Path(tokenizer) / "tokenizer.json") if tokenizer else None
     if tokenizer:
         _refuse_data_of_another(tokenizer, tokenizer_sha256, config)
     return {
         "hyperparameters": hyperparameters,
-        "dtype": str(resolve_dtype(settings.training_dtype(config), training_device())).removeprefix(
-            "torch."
-        ),
-        "base_model": base_model_digest(settings.model_path(config), cache),
+        "dtype": str(resolve_dtype(config.dtype, training_device())).removeprefix("torch."),
+        "base_model": base_model_digest(config.model_path, cache),
         "tokenizer": tokenizer_sha256,
         **_training_data(config, world_size, cache),
-        "global_batch": settings.global_batch(config, world_size),
+        "global_batch": config.global_batch(world_size),
     }
 
 
-def _refuse_data_of_another(tokenizer: str, tokenizer_sha256: str, config: Config) -> None:
+def _refuse_data_of_another(tokenizer: str, tokenizer_sha256: str, config: TrainConfig) -> None:
     """Makes sure that the data were made with this tokenizer and its chat template, where that is written down."""
-    plan, folder = settings.plan_path(config), settings.train_folder(config)
+    plan, folder = config.plan, config.train_folder
     if plan is not None:
         made = read_plan_manifest(plan).get("made_with")
     else:
-        made = made_with(folder, _train_files(folder, settings.data_order_path(config)))
+        made = made_with(folder, _train_files(folder, config.data_order))
     refuse_other_tokenizer(plan or folder, made, tokenizer, tokenizer_sha256)
     refuse_other_template(plan or folder, made, tokenizer)
 
 
-def _training_data(config: Config, world_size: int, cache: FingerprintCache) -> dict[str, Any]:
-    plan, folder = settings.plan_path(config), settings.train_folder(config)
+def _training_data(config: TrainConfig, world_size: int, cache: FingerprintCache) -> dict[str, Any]:
+    plan, folder = config.plan, config.train_folder
     if plan is None:
-        fields: dict[str, Any] = {"data": data_digest(folder, settings.data_order_path(config), cache)}
+        fields: dict[str, Any] = {"data": data_digest(folder, config.data_order, cache)}
     else:
         fields = {"plan": refuse_other_data(plan, cache, folder)}
     if plan is None or read_plan_manifest(plan)["mode"] == "xtuner":
         # XTuner leaves out the rows that the ranks cannot share evenly.
-        fields["world_size"] = settings.data_ranks(config, world_size)
+        fields["world_size"] = config.data_ranks(world_size)
     return fields
 
 
@@ -151,16 +147,16 @@ def _train_files(train_folder: str, data_order_path: str | None) -> list[str]:
     return read_data_order(data_order_path) if data_order_path else list_train_files(train_folder)
 
 
-def resolve_hub_model(config: Config) -> None:
-    """Replaces a hub name in the config by the folder of its downloaded snapshot; local folders stay."""
-    path = settings.model_path(config)
+def resolve_hub_model(config: TrainConfig) -> TrainConfig:
+    """Returns the config with the folder of the downloaded snapshot in place of a hub name; local folders stay."""
+    path = config.model_path
     if Path(path).exists() or Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1:
-        return
+        return config
     from huggingface_hub import snapshot_download
 
     try:
         wanted = ["*.json", "*.safetensors", "*.model", "*.py", "*.txt"]
-        config.model.llm.model_path = snapshot_download(path, allow_patterns=wanted)
+        return replace(config, model_path=snapshot_download(path, allow_patterns=wanted))
     except Exception as error:  # offline, unknown name, no right to read: the hub's message says which
         raise UserError(
             f"the base model {path} is neither a folder here nor to be had from the hub",

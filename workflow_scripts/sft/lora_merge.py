@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from common.cli import UserError
 from sft.lora import ADAPTER, add_lora
-from sft.stored_tensors import CHUNK, LoadedTensor, Piece, StoredTensor, StoredTensors
+from sft.stored_tensors import CHUNK, LoadedTensor, Piece, StoredTensor, StoredTensors, read_whole
 
 _BLOCK = 4 * CHUNK  # elements merged at a time
 _MEAN_BLOCK = 64 * CHUNK  # elements of some columns whose mean is taken
@@ -75,8 +75,8 @@ class MergedTensor:
         count = rows if rows is not None else _height(self.shape)
         mean = self._mean() if count > _height(self.base.shape) else None
         if self.low_rank is not None:
-            a, b = _load(self.low_rank.a), _load(self.low_rank.b)
-        trained = _load(self.rows) if self.rows is not None else None
+            a, b = (read_whole(part, torch.float32) for part in (self.low_rank.a, self.low_rank.b))
+        trained = read_whole(self.rows, torch.float32) if self.rows is not None else None
         # Blocks of about the same size: matrices of very few rows are multiplied in another order.
         blocks = max(1, math.ceil(count * self.shape[1:].numel() / _BLOCK))
         edges = [count * i // blocks for i in range(blocks + 1)]
@@ -138,7 +138,7 @@ def merge_lora(
         base: The base model's weights by the names that the model gives them; None where files have others.
         lora: The settings that it was trained with.
         new_ids: Likewise.
-        before: The rows whose mean added ones started from, see `rows_before`.
+        before: The rows whose mean added ones started from, see `resize_for_tokenizer`.
         state: What the checkpoint holds, by the names in the trained model.
         trained_in: The type that the base was loaded in for its training.
         load: Returns the base model, grown, in memory, for peft to merge it there.
@@ -207,10 +207,6 @@ def _trained_parts(model: PreTrainedModel, state: StoredTensors) -> dict[str | N
 
 def _height(shape: torch.Size) -> int:
     return shape[0] if shape else 1
-
-
-def _load(stored: StoredTensor) -> torch.Tensor:
-    return torch.cat([chunk.float() for chunk in stored.chunks()]).view(stored.shape)
 
 
 def _write_adapter(tuner, trained: Mapping[str, torch.Tensor], folder: Path) -> None:

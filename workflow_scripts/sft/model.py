@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from common.cli import UserError
 from sft.attention import resolve_attention
 from sft.device import resolve_dtype, training_device
+from sft.tokenizer_rows import find_new_tokens, grown_rows
 
 
 def load_base_model(
@@ -56,9 +57,26 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def resize_for_tokenizer(
-    model: PreTrainedModel, vocab_size: int, new_ids: Sequence[int], pad_to_multiple_of: int = 64
-) -> None:
+def grow_to_tokenizer(
+    model: PreTrainedModel, tokenizer_path: str | None, base_path: str | None
+) -> tuple[list[int], list[int]]:
+    """Grows a base model to an extended tokenizer: for training, for its evaluation, and for export and its gate.
+
+    Args:
+        model: Changed in place.
+        tokenizer_path: Folder of the extended tokenizer; None leaves the model as it is.
+        base_path: The base model, see `find_new_tokens`.
+
+    Returns:
+        (ids of the tokens that are new to the base, rows whose mean theirs start from)
+    """
+    if tokenizer_path is None:
+        return [], []
+    vocab_size, new_ids = find_new_tokens(tokenizer_path, base_path)
+    return new_ids, resize_for_tokenizer(model, vocab_size, new_ids)
+
+
+def resize_for_tokenizer(model: PreTrainedModel, vocab_size: int, new_ids: Sequence[int]) -> list[int]:
     """Makes room for a tokenizer and starts the rows of its new tokens at the mean of the rows that were there.
 
     XTuner 0.2.0 grows the embedding to a multiple of 64 as well, but then sets the *last* n rows to the mean: with
@@ -70,7 +88,9 @@ def resize_for_tokenizer(
         model: Changed in place; tied and untied heads, also with ZeRO-3 partitioned parameters.
         vocab_size: Entries of the tokenizer.
         new_ids: Ids that the tokenizer has and the base tokenizer had not.
-        pad_to_multiple_of: The new row count is rounded up to it (only when rows are missing).
+
+    Returns:
+        The rows of which the mean was taken. Spare rows of a padded base are not among them: they were never trained.
 
     Raises:
         UserError: A new id does not fit the tokenizer.
@@ -81,14 +101,14 @@ def resize_for_tokenizer(
             "new token ids lie outside the tokenizer", found=outside, expected=f"0 to {vocab_size - 1}"
         )
     old_rows = _rows(model.get_input_embeddings())
-    if vocab_size > old_rows:
-        model.resize_token_embeddings(vocab_size, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
-    rows = _rows(model.get_input_embeddings())
-    new = sorted(set(new_ids))
-    fresh = [*new, *(i for i in range(old_rows, rows) if i not in set(new))]
+    rows = grown_rows(old_rows, vocab_size)
+    if rows > old_rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    new = set(new_ids)
+    old = [i for i in range(min(old_rows, vocab_size)) if i not in new]
+    fresh = [*sorted(new), *(i for i in range(old_rows, rows) if i not in new)]
     if not fresh:
-        return
-    old = torch.tensor(rows_before(old_rows, vocab_size, new))
+        return old
     head = model.get_output_embeddings()
     for layer in [model.get_input_embeddings(), *([] if head is None or _is_tied(model) else [head])]:
         parameters = [layer.weight, *([layer.bias] if getattr(layer, "bias", None) is not None else [])]
@@ -96,14 +116,9 @@ def resize_for_tokenizer(
             for parameter in parameters:
                 if parameter.numel():
                     # fp32: a mean over 32,000 rows in bfloat16 would lose most of its digits.
-                    mean = parameter[old.to(parameter.device)].float().mean(dim=0)
+                    mean = parameter[torch.tensor(old, device=parameter.device)].float().mean(dim=0)
                     parameter[torch.tensor(fresh, device=parameter.device)] = mean.to(parameter.dtype)
-
-
-def rows_before(old_rows: int, vocab_size: int, new_ids: Sequence[int]) -> list[int]:
-    """Returns the rows whose mean new ones start from: spare rows of a padded base were never trained."""
-    new = set(new_ids)
-    return [i for i in range(min(old_rows, vocab_size)) if i not in new]
+    return old
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

@@ -16,7 +16,7 @@ from sft.checkpoints import load_random_state
 from sft.data import PackedSampler, read_ahead
 from sft.finetune import count_trained_tokens, step_loss_weights
 from sft.held_checkpoints import Holding
-from sft.nonfinite import SkippedSteps, check_gradients
+from sft.nonfinite import SkippedSteps, replace_zero_0_step
 from sft.stopping import StopRequest
 from sft.universal import remove_universal
 
@@ -44,9 +44,9 @@ class TrainLoop(BaseLoop):
         self,
         runner: FlexibleRunner,
         dataloader: DataLoader | dict,
-        max_epochs: float | None = 1,
-        max_steps: int | None = None,
-        accumulative_counts: int = 1,
+        max_epochs: float | None,
+        max_steps: int | None,
+        accumulative_counts: int,
         loss_normalisation: str = "token",
         max_skipped_steps: int = 3,
     ):
@@ -109,7 +109,7 @@ class TrainLoop(BaseLoop):
         """Trains to the end, or until `runner.stop` is agreed on, and returns the model."""
         runner = self.runner
         engine = runner.model.model
-        check_gradients(engine)
+        replace_zero_0_step(engine)
         runner.call_hook("before_train")
         runner.call_hook("before_train_epoch")
         stream = self._micro_batches()

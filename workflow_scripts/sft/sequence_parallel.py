@@ -19,9 +19,8 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from common.cli import UserError
+from ftdp.packing import IGNORE_INDEX
 from sft.attention import PACKED_SDPA
-
-IGNORE_INDEX = -100
 
 
 class SequenceParallel:

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
-
 from common.cli import UserError
 from common.files import read_json, sha256_file, sha256_json, write_bytes, write_json
 from common.fingerprints import FingerprintCache
 from common.result_paths import FINISHED, IDENTITY, METRICS, TRAIN_CONFIG
 from ftdp.pack_planning import plan_for_training
-from sft import config as settings
 from sft.checkpoints import is_last, is_resumable, list_checkpoints, read_state_dict, remove_leftovers
+from sft.config import TrainConfig
 from sft.identity import differences, run_identity
 from sft.run_lock import STALE, Held, RunLock
 from sft.weights_digest import weights_digest
@@ -51,7 +49,7 @@ class Plan:
 
 
 def plan_run(
-    config: Config, work_dir: Path | None, runs_dir: Path | None, world_size: int, announce: bool = True
+    config: TrainConfig, work_dir: Path | None, runs_dir: Path | None, world_size: int, announce: bool = True
 ) -> Plan:
     """Finds the run folder for a config and what is in it already. Changes nothing but a cache of digests.
 
@@ -68,7 +66,7 @@ def plan_run(
     parent = runs_dir if work_dir is None else work_dir
     parent.mkdir(parents=True, exist_ok=True)
     cache = FingerprintCache(parent / ".digests.json")
-    settings.micro_batches_per_step(config, world_size)  # says so when the ranks cannot share a step
+    config.micro_batches_per_step(world_size)  # says so when the ranks cannot share a step
     fields = run_identity(config, world_size, cache)
     cache.save()
     identity = sha256_json(fields)
@@ -145,7 +143,7 @@ def open_run_folder(plan: Plan, config_path: Path) -> RunLock:
     return lock
 
 
-def record_finished_run(plan: Plan, config: Config, config_path: Path) -> None:
+def record_finished_run(plan: Plan, config: TrainConfig, config_path: Path) -> None:
     """Writes finished.json from the last checkpoint and the metrics; reading the weights proves that they are whole."""
     checkpoint = list_checkpoints(plan.folder)[-1]
     lines = [json.loads(line) for line in (plan.folder / METRICS).read_text(encoding="utf-8").splitlines()]
@@ -163,7 +161,7 @@ def record_finished_run(plan: Plan, config: Config, config_path: Path) -> None:
             "final_loss": lines[-1]["loss"],
             "world_size": plan.world_size,
             "global_batch": plan.fields["global_batch"],
-            "zero_stage": settings.plain(config)["strategy"].get("zero_stage", 2),
+            "zero_stage": config.zero_stage,
             "dtype": plan.fields["dtype"],
             "plan_sha256": plan.fields.get("plan"),
             "data_sha256": plan.fields.get("data"),
@@ -174,14 +172,12 @@ def record_finished_run(plan: Plan, config: Config, config_path: Path) -> None:
     )
 
 
-def rows_not_trained(config: Config, plan: Plan) -> int:
+def rows_not_trained(config: TrainConfig, plan: Plan) -> int:
     """Returns how many rows at the end of the last epoch fill no optimizer step; 0 where `max_steps` ends the run."""
-    values = settings.plain(config)
-    if values["train_cfg"].get("max_steps"):
+    if config.max_steps:
         return 0
-    data = {key: value for key, value in values["train_dataloader"]["dataset"].items() if key != "type"}
-    rows = plan_for_training(**data).entries_per_epoch(settings.data_ranks(config, plan.world_size))
-    return int(values["train_cfg"].get("max_epochs", 1) * rows) % plan.fields["global_batch"]
+    rows = plan_for_training(**config.data).entries_per_epoch(config.data_ranks(plan.world_size))
+    return int(config.max_epochs * rows) % plan.fields["global_batch"]
 
 
 def write_manifest(plan: Plan, manifest: Path) -> None:

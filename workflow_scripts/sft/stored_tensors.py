@@ -88,9 +88,7 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         self.stored = dict(stored)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self.stored[name]
-        chunks = list(tensor.chunks())
-        return (torch.cat(chunks) if len(chunks) != 1 else chunks[0]).view(tensor.shape)
+        return read_whole(self.stored[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self.stored
@@ -100,6 +98,24 @@ class StoredTensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self.stored)
+
+
+def read_whole(
+    stored: StoredTensor, dtype: torch.dtype | None = None, rows: int | None = None
+) -> torch.Tensor:
+    """Returns a tensor in memory.
+
+    Args:
+        stored: The tensor, or one with the face of a `StoredTensor`.
+        dtype: Type of the result; None leaves it the stored one.
+        rows: The first rows only; None reads all.
+    """
+    shape = stored.shape if rows is None else (rows, *stored.shape[1:])
+    result, at = torch.empty(shape, dtype=dtype or stored.dtype), 0
+    for chunk in stored.chunks(rows):
+        result.view(-1)[at : at + len(chunk)] = chunk
+        at += len(chunk)
+    return result
 
 
 def open_saved(path: Path, known_types: Iterable[Any] = ()) -> tuple[Any, BinaryIO]:

@@ -64,27 +64,25 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         dtype: `auto`, `float32`, `bfloat16` or `float16`: of the weights and activations.
         gradient_clipping: Greatest L2 norm of the gradient; 0 turns clipping off. Always set, because DeepSpeed's own
             default changed from 0 to 1.
+        sequence_parallel: Ranks that share the tokens of each row, see `sft.sequence_parallel`.
         zero3_init: With stage 3, loads the model in shards, so that no rank ever holds it whole. For models that
             do not fit a host's memory once a rank.
         offload: What lies in the host's memory between uses, and is updated there: `none`, `optimizer` (stage 1 to 3),
             or `all` (the weights too; stage 3).
-        sequence_parallel: Ranks that share the tokens of each row, see `sft.sequence_parallel`.
         config: Further DeepSpeed settings; they win over the ones made here.
     """
 
     def __init__(
         self,
-        zero_stage: int = 2,
-        dtype: str = "auto",
-        gradient_clipping: float = 1.0,
+        zero_stage: int,
+        dtype: str,
+        gradient_clipping: float,
+        sequence_parallel: int,
         zero3_init: bool = False,
         offload: str = "none",
-        sequence_parallel: int = 1,
         config: dict | None = None,
         **kwargs,
     ):
-        if zero_stage not in (0, 1, 2, 3):
-            raise UserError("zero_stage cannot be used", found=zero_stage, expected="0, 1, 2 or 3")
         settings = deepspeed_settings(zero_stage, dtype, training_device(), offload)
         # Plain values: DeepSpeed writes its settings into checkpoints, which are read without running what is in them.
         for key, value in plain(config or {}).items():

@@ -1,4 +1,4 @@
-"""Which rows of the embedding belong to tokens that the base model does not know."""
+"""How many rows a tokenizer needs of the embedding, and which belong to tokens that the base model does not know."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def find_new_tokens(tokenizer_path: str, base_path: str | None) -> tuple[int, li
         known = read_vocabulary(base)
         return size, sorted(i for token, i in vocabulary.items() if token not in known)
     return size, []
+
+
+def grown_rows(rows: int, vocab_size: int) -> int:
+    """Returns how many rows a base of `rows` has once it has grown to a tokenizer: a multiple of 64, where it grows."""
+    return rows if vocab_size <= rows else -(-vocab_size // 64) * 64
 
 
 def read_vocabulary(tokenizer_json: Path) -> dict[str, int]:

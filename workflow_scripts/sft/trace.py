@@ -13,7 +13,7 @@ from common.run_files import newest_run_folder
 from ftdp.pack_plan import PackPlan
 from ftdp.pack_planning import plan_for_training
 from ftdp.pack_trace import RowTracer
-from sft import config as settings
+from sft.config import load_config
 from sft.metrics_file import whole_lines
 
 
@@ -62,17 +62,16 @@ def trace_step(
     folder = find_run_folder(run)
     record = read_json(folder / IDENTITY)
     fields = record["fields"]
-    config = settings.load_config(folder / TRAIN_CONFIG)
-    plan = _plan_of(folder, settings.plain(config)["train_dataloader"]["dataset"], fields.get("plan"))
-    accumulation = settings.plain(config)["optim_wrapper"].get("accumulative_counts", 1)
+    config = load_config(folder / TRAIN_CONFIG)
+    plan = _plan_of(folder, config.data, fields.get("plan"))
     metrics, last = _metrics_of(folder / METRICS, step)
-    global_batch = fields.get("global_batch") or fields["world_size"] * accumulation
+    global_batch = fields.get("global_batch") or fields["world_size"] * config.accumulative_counts
     # How many ranks shared the rows may have changed from one attempt to the next; their order has not. A step to come
     # is the last attempt's.
     line = metrics or (record if "world_size" in record else last)
-    shared = line.get("sequence_parallel") or settings.sequence_parallel(config)
+    shared = line.get("sequence_parallel") or config.sequence_parallel
     known = line["world_size"] // shared if "world_size" in line else fields.get("world_size")
-    groups = known or global_batch // accumulation  # ranks, where they do not share their rows
+    groups = known or global_batch // config.accumulative_counts  # ranks, where they do not share their rows
     world_size = groups * shared
     if step < 1:
         raise UserError("--step cannot be used", found=step, expected="1 or more")
@@ -109,9 +108,9 @@ def trace_step(
     }
 
 
-def _plan_of(folder: Path, dataset: dict[str, Any], sha256: str | None) -> PackPlan:
+def _plan_of(folder: Path, data: dict[str, Any], sha256: str | None) -> PackPlan:
     """Opens the plan that the run trains on. Paths in a config are relative to where it was trained from."""
-    arguments = {key: value for key, value in dataset.items() if key != "type"}
+    arguments = dict(data)
     name = "plan" if arguments.get("plan") else "folder"
     for base in (Path(), *folder.resolve().parents):
         if (base / arguments[name]).is_dir():

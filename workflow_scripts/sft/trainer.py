@@ -14,7 +14,7 @@ from torch import distributed
 from common.cli import UserError
 from common.result_paths import METRICS
 from sft.checkpoints import is_intact, saved_world_size, set_aside, step_of
-from sft.config import micro_batches_per_step, plain, sequence_parallel
+from sft.config import TrainConfig
 from sft.guard import begin_attempt, check_guard, clear_guard, record_crash
 from sft.held_checkpoints import Holding, open_finished
 from sft.metrics_file import cut_metrics
@@ -26,7 +26,7 @@ from sft.universal import make_universal
 
 
 def train_rank(
-    config: Config,
+    config: TrainConfig,
     config_path: Path,
     work_dir: Path | None,
     runs_dir: Path | None,
@@ -86,7 +86,7 @@ def _train_rank(
             if not plan.finished:
                 record_finished_run(plan, config, config_path)
             if plan.trained:
-                open_finished(plan, holding)
+                open_finished(plan.folder, holding)
             if manifest is not None:
                 write_manifest(plan, manifest)
             print(f"Finished: {plan.folder}", flush=True)
@@ -156,7 +156,7 @@ def _is_intact_together(checkpoint: Path | None) -> bool:
     return all(verdicts)
 
 
-def _train(config: Config, plan: Plan, stop: StopRequest, holding: Holding) -> bool:
+def _train(config: TrainConfig, plan: Plan, stop: StopRequest, holding: Holding) -> bool:
     """Trains until the end or until the run has to stop early; tells whether it is finished."""
     from sft.runner import TrainRunner
 
@@ -166,8 +166,7 @@ def _train(config: Config, plan: Plan, stop: StopRequest, holding: Holding) -> b
         disable_progress_bar()
 
     other_ranks = plan.checkpoint and saved_world_size(plan.checkpoint) != distributed.get_world_size()
-    sharded = plain(config)["strategy"].get("zero_stage", 2) > 0
-    universal = make_universal(plan.checkpoint) if other_ranks and sharded else None
+    universal = make_universal(plan.checkpoint) if other_ranks and config.zero_stage > 0 else None
     runner = TrainRunner.from_cfg(runner_config(config, plan.folder, universal is not None))
     runner.resume_from, runner.universal, runner.stop = plan.checkpoint, universal, stop
     runner.holding = holding
@@ -182,32 +181,39 @@ def _train(config: Config, plan: Plan, stop: StopRequest, holding: Holding) -> b
     return False
 
 
-def runner_config(config: Config, folder: Path, universal: bool = False) -> Config:
+def runner_config(settings: TrainConfig, folder: Path, universal: bool = False) -> Config:
     """Returns the config in the form that mmengine's runner takes, for the run folder `folder`.
 
-    With `universal`, DeepSpeed will load a universal checkpoint. As XTuner's `train.py`: clipping and accumulation move from the optimizer wrapper to DeepSpeed.
+    As in XTuner's `train.py`, clipping and accumulation move from the optimizer wrapper to DeepSpeed. With `universal`,
+    DeepSpeed will load a universal checkpoint.
     """
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(settings.source)
+    config.model.llm.model_path = settings.model_path
     wrapper = config.optim_wrapper
-    accumulation = micro_batches_per_step(config, distributed.get_world_size())
+    accumulation = settings.micro_batches_per_step(distributed.get_world_size())
     optimizer = wrapper.optimizer
     if optimizer["type"] is torch.optim.AdamW:
         optimizer.setdefault("fused", True)  # on CPU a twelfth of the time
     clipping = (wrapper.get("clip_grad") or {}).get("max_norm", 0)
     config.optim_wrapper = ConfigDict(type="DeepSpeedOptimWrapper", optimizer=optimizer)
     config.strategy.setdefault("gradient_clipping", clipping)
-    config.strategy.setdefault("dtype", config.model.llm.get("dtype", "auto"))
+    config.strategy.setdefault("dtype", settings.dtype)
+    config.strategy.zero_stage = settings.zero_stage
+    config.strategy.sequence_parallel = settings.sequence_parallel
     config.strategy.gradient_accumulation_steps = accumulation
     config.strategy.train_micro_batch_size_per_gpu = 1
-    if sequence_parallel(config) > 1:
-        config.train_dataloader.sampler.sequence_parallel = sequence_parallel(config)
+    if settings.sequence_parallel > 1:
+        config.train_dataloader.sampler.sequence_parallel = settings.sequence_parallel
     if universal:
         config.strategy.config = {
             **(config.strategy.get("config") or {}),
             "checkpoint": {"load_universal": True},
         }
     config.train_cfg.accumulative_counts = accumulation
+    config.train_cfg.max_epochs, config.train_cfg.max_steps = settings.max_epochs, settings.max_steps
     hooks = config.get("default_hooks") or ConfigDict()
+    if hooks.get("checkpoint"):
+        hooks.checkpoint.interval = settings.save_steps
     for name in ("runtime_info", "timer", "logger", "sampler_seed"):  # ours do their work
         hooks.setdefault(name, None)
     config.default_hooks = hooks
