@@ -11,12 +11,13 @@ import pytest
 import yaml
 
 from common.cli import UserError
-from settings.load import load_schema, load_settings
+from settings.load import load_settings
+from settings.schema import load_schema
 
 
 @pytest.fixture(scope="module")
-def schema(repo_root):
-    return load_schema(repo_root / "rules" / "schemas" / "config.schema.yaml")
+def schema():
+    return load_schema()
 
 
 @pytest.fixture

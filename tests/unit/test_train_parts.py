@@ -13,6 +13,7 @@ import torch
 
 from common.cli import UserError
 from common.files import write_json
+from export_models import train_config
 from sft.checkpoints import (
     is_intact,
     is_whole,
@@ -26,14 +27,13 @@ from sft.checkpoints import (
 from sft.config import load_config, plain
 from sft.identity import differences
 from sft.launch import end_all, run_ranks, slurm_environment
-from sft.render import TrainSettings, render_config
 
 
 @pytest.fixture
 def config_path(tmp_path):
     """A rendered config with default settings."""
     path = tmp_path / "train_config.py"
-    path.write_text(render_config(TrainSettings("base", "tokenizer", "data/train")))
+    path.write_text(train_config(model_path="base", tokenizer_path="tokenizer", train_folder="data/train"))
     return path
 
 
@@ -53,8 +53,9 @@ def test_lr_curve(tmp_path, accumulation, rows, epochs, max_steps):
 
     from sft.strategy import DeepSpeedStrategy
 
-    settings = TrainSettings("base", "tok", "train", max_epochs=epochs, max_steps=max_steps, lr=1e-3)
-    (tmp_path / "config.py").write_text(render_config(settings))
+    paths = {"model_path": "base", "tokenizer_path": "tok", "train_folder": "train"}
+    text = train_config(**paths, max_epochs=epochs, max_steps=max_steps, lr=1e-3)
+    (tmp_path / "config.py").write_text(text)
     config = load_config(tmp_path / "config.py")
     strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
     strategy.dispatch_kwargs = {"epoch_length": rows / accumulation, "max_epochs": 1, "max_iters": 10**6}
@@ -117,7 +118,7 @@ def test_render_script(run_script, tmp_path):
         "render_train_config.py", "--output", tmp_path / "a.py", *paths, "--lr", "1e-5", "--max-steps", 7
     )
     text = (tmp_path / "a.py").read_text()
-    assert "lr = 1e-05\n" in text and "max_steps = 7 " in text and str(tmp_path) not in text
+    assert "\nlr = 1e-05 " in text and "\nmax_steps = 7 " in text and str(tmp_path) not in text
     mine = tmp_path / "mine.py"
     mine.write_text(text + "\n# mine\n")
     run_script("render_train_config.py", "--output", tmp_path / "b.py", "--from-config", mine)
@@ -134,7 +135,7 @@ def test_render_script(run_script, tmp_path):
     refused = run_script(
         "render_train_config.py", "--output", tmp_path / "c.py", *paths, "--lr", 0, check=False
     )
-    assert refused.returncode == 2 and "--lr cannot be used" in refused.stderr
+    assert refused.returncode == 2 and "argument --lr: found 0, expected more than 0" in refused.stderr
 
 
 def test_differences_name_the_fields():
