@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import shlex
 import sys
@@ -15,7 +16,8 @@ from settings.command_line import defaults_of, flags, options_of, script_flags
 from settings.load import load_settings
 from settings.schema import SCHEMA, load_schema
 
-SCRIPTS = sorted(path.stem for path in (Path(__file__).parents[2] / "workflow_scripts").glob("*.py"))
+CODE = Path(__file__).parents[2] / "workflow_scripts"
+SCRIPTS = sorted(path.stem for path in CODE.glob("*.py"))
 WITH_SETTINGS = [script for script in SCRIPTS if script_flags(script)]
 
 # Flags that are called like that of a setting in another script, and are something else.
@@ -29,6 +31,17 @@ OTHERS = {
     ("evaluate_tool_calls", "--dtype"): "of the evaluation, not of the training",
     ("build_demo_model", "--seed"): "of random weights",
     ("diff_plans", "--global-batch"): "of a plan, which knows no training",
+}
+
+# Defaults of the library that are called like a setting, and are something else.
+HOMONYMS = {
+    ("batch_tokens", 2048),  # of conversations that are only read
+    ("global_batch", 1),  # of a plan
+    ("seed", 0),  # of random weights
+    ("max_bad_share", 1.0),  # where bad lines are counted alone
+    ("rank", 0),  # a process
+    ("mode", "loss"),  # of a forward pass
+    ("backend", ""),  # of torch.distributed
 }
 
 
@@ -105,6 +118,36 @@ def test_no_script_states_a_setting_by_itself(script, parser_of):
         if option in settings - own and action.default is not None
     }
     assert by_itself == {flag for each, flag in OTHERS if each == script}
+
+
+def library_defaults() -> set[tuple[str, object, str]]:
+    """Returns each parameter and field with a default other than None: name, value, file."""
+    found = set()
+    for path in CODE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            pairs = []
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                positional = [*node.args.posonlyargs, *node.args.args]
+                pairs = zip(reversed(positional), reversed(node.args.defaults), strict=False)
+                pairs = [*pairs, *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)]
+                pairs = [(argument.arg, value) for argument, value in pairs]
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                pairs = [(node.target.id, node.value)]
+            for name, value in pairs:
+                if isinstance(value, ast.Constant) and value.value is not None:
+                    found.add((name, value.value, str(path.relative_to(CODE))))
+    return found
+
+
+def test_no_default_of_the_library_differs_from_the_schema():
+    """A function that has a default for what is a setting has the setting's, or that of a script that calls it."""
+    settings = {}
+    for flag in (flag for script in WITH_SETTINGS for flag in script_flags(script)):
+        for name in (flag.dest, flag.key.rpartition(".")[2]):
+            settings.setdefault(name, []).extend([flag.default, flag.rule.get("default")])
+    named = [each for each in library_defaults() if each[0] in settings]
+    differ = [each for each in named if each[1] not in settings[each[0]] and each[:2] not in HOMONYMS]
+    assert not differ
 
 
 @pytest.fixture
