@@ -41,8 +41,7 @@ def write_run(folder: Path, layers: int) -> OrderedDict:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from export_models import extend_tokenizer
-    from sft.render import TrainSettings, render_config
+    from export_models import extend_tokenizer, train_config
 
     config = LlamaConfig(num_hidden_layers=layers, architectures=["LlamaForCausalLM"], **LLAMA)
     config.save_pretrained(folder / "base")
@@ -54,10 +53,8 @@ def write_run(folder: Path, layers: int) -> OrderedDict:
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "base" / "tokenizer_config.json").write_text(json.dumps(tokens))
     extend_tokenizer(folder / "base", folder / "tokenizer")
-    settings = TrainSettings(
-        model_path=str(folder / "base"), tokenizer_path=str(folder / "tokenizer"), train_folder="nowhere"
-    )
-    (folder / "train_config.py").write_text(render_config(settings))
+    paths = {"model_path": str(folder / "base"), "tokenizer_path": str(folder / "tokenizer")}
+    (folder / "train_config.py").write_text(train_config(**paths, train_folder="nowhere"))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return OrderedDict((f"llm.{name}", value.shape) for name, value in model.state_dict().items())

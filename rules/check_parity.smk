@@ -25,9 +25,7 @@ rule encode_prompts:
         runtime=30,
     params:
         options=lambda wildcards: flags(
-            prompts=RUNS[wildcards.run]["evaluate"]["prompts"],
-            template=RUNS[wildcards.run]["tokenize"]["template"],
-            chat_template=RUNS[wildcards.run]["turbomind"]["chat_template"],
+            **options_of("encode_prompts", RUNS[wildcards.run], "evaluate", "tokenize", "turbomind")
         ),
     message:
         "Encode fixed prompts as they are served: run {wildcards.run}"

@@ -49,6 +49,7 @@ runs that agree on these settings share the files. A stage's rule, script, log a
 """
 
 import atexit
+import functools
 import json
 import re
 import shlex
@@ -71,10 +72,12 @@ from ftdp.layout import TEMPLATE_FOLDER, find_datasets
 from ftdp.pack_format import PLAN_ARRAYS, PLAN_FORMAT, check_weights, own_weights
 from ftdp.planning import MEGABYTE, TOKENIZED_FORMAT, file_sizes, plan_datasets, plan_parts
 from ftdp.template_file import template_path
-from settings.load import load_schema, load_settings
+from settings.command_line import flags, options_of
+from settings.load import load_settings
+from settings.schema import load_schema
 
 try:
-    SETTINGS = load_settings(config, load_schema(REPO / "rules/schemas/config.schema.yaml"))
+    SETTINGS = load_settings(config, load_schema())
 except UserError as error:
     raise WorkflowError(str(error)) from None
 

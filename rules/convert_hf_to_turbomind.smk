@@ -26,7 +26,7 @@ rule convert_hf_to_turbomind:
     params:
         model_name=lambda wildcards: RUNS[wildcards.run]["turbomind"]["model_name"],
         options=lambda wildcards: flags(
-            **{key: RUNS[wildcards.run]["turbomind"][key] for key in ("chat_template", "tp", "dtype")}
+            **options_of("convert_hf_to_turbomind", RUNS[wildcards.run], "turbomind")
         ),
     message:
         "Convert run {wildcards.run} to TurboMind"

@@ -59,7 +59,9 @@ rule evaluate_opencompass:
         gres=benchmark_gres,
     params:
         work_dir=lambda wildcards: OPENCOMPASS_WORK.format(run=wildcards.run),
-        options=lambda wildcards: flags(data_dir=RUNS[wildcards.run]["opencompass"]["data_dir"]),
+        options=lambda wildcards: flags(
+            **options_of("evaluate_opencompass", RUNS[wildcards.run], "opencompass")
+        ),
     message:
         "Run OpenCompass on run {wildcards.run}"
     shell:

@@ -22,9 +22,7 @@ rule link_serving_folder:
         mem_mb=2000,
         runtime=60,
     params:
-        options=lambda wildcards: flags(
-            **{key: RUNS[wildcards.run]["turbomind"][key] for key in ("model_name", "tp")}
-        ),
+        options=lambda wildcards: flags(**options_of("link_serving_folder", RUNS[wildcards.run], "turbomind")),
     message:
         "Make the serving folder of run {wildcards.run}"
     shell:

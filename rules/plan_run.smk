@@ -23,7 +23,7 @@ rule plan_run:
         runtime=20,
     params:
         folder=lambda wildcards, input: str(Path(input.plan).parent),
-        options=lambda wildcards: flags(**RUNS[wildcards.run]["forecast"]),
+        options=lambda wildcards: flags(**options_of("plan_run", RUNS[wildcards.run], "forecast")),
     message:
         "Plan what run {wildcards.run} will take"
     shell:

@@ -62,6 +62,16 @@ def write_base(folder: Path, tokenizer_dir: Path, kind: str = "mistral", **setti
     return folder
 
 
+def train_config(**own) -> str:
+    """Returns the text of a training config with the default settings, but for those given."""
+    from settings.command_line import defaults_of
+    from sft.render import render_config
+
+    settings = defaults_of("render_train_config")
+    given = {name: own.pop(name) for name in list(own) if name in settings}
+    return render_config(settings | given, num_workers=0, log_interval=1, **own)
+
+
 def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path):
     """Writes a training config and a weights-only checkpoint of the grown base, as training leaves them.
 
@@ -71,7 +81,6 @@ def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path):
     import torch
 
     from sft.model import grow_to_tokenizer, load_base_model
-    from sft.render import TrainSettings, render_config
 
     model = load_base_model(str(base), "float32").eval()
     grow_to_tokenizer(model, str(tokenizer_dir), str(base))
@@ -81,9 +90,7 @@ def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path):
     run.mkdir(parents=True, exist_ok=True)
     config = run / "train_config.py"
     config.write_text(
-        render_config(
-            TrainSettings(model_path=str(base), tokenizer_path=str(tokenizer_dir), train_folder="nowhere")
-        )
+        train_config(model_path=str(base), tokenizer_path=str(tokenizer_dir), train_folder="nowhere")
     )
     checkpoint = run / "iter_7.pth"
     torch.save(
@@ -104,12 +111,11 @@ def write_lora_checkpoint(base: Path, tokenizer_dir: Path, run: Path, dtype: str
     from export.lora_weights import grown_base
     from sft.config import load_config
     from sft.lora import add_lora
-    from sft.render import TrainSettings, render_config
 
     run.mkdir(parents=True, exist_ok=True)
     config = run / "train_config.py"
     settings = {"model_path": str(base), "tokenizer_path": str(tokenizer_dir), "train_folder": "nowhere"}
-    config.write_text(render_config(TrainSettings(**settings, lora={"rank": 2, "alpha": 3})))
+    config.write_text(train_config(**settings, lora_rank=2, lora_alpha=3))
     write_json(run / "identity.json", {"fields": {"dtype": dtype}})
     loaded = load_config(config)
     model, new_ids = grown_base(loaded, dtype)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from common.cli import run
-from ftdp.encode import CONTROL_TOKENS, MASKS
+from settings.command_line import add_settings
 
 
 def main() -> None:
@@ -25,19 +25,13 @@ def main() -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 takes the likeliest token each time"
     )
-    parser.add_argument("--mask", choices=MASKS, default="compat", help="as in the training")
-    parser.add_argument(
-        "--control-tokens", choices=CONTROL_TOKENS, default="literal", help="as in the training"
-    )
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "float16", "bfloat16"),
         default="auto",
         help="auto: bfloat16 on a GPU, float32 on a CPU",
     )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
-    )
+    add_settings(parser, "chat")
     args = parser.parse_args()
 
     from evaluation.models import load_for_evaluation

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.cli import UserError, run
 from common.files import read_json, write_json
 from common.slurm import job_record
-from ftdp.encode import CONTROL_TOKENS, MASKS
+from settings.command_line import add_settings
 
 
 def main() -> None:
@@ -25,16 +25,8 @@ def main() -> None:
     parser.add_argument("hf", type=Path, help="Hugging Face folder")
     parser.add_argument("--turbomind", type=Path, help="TurboMind workspace; without it none is compared")
     parser.add_argument("--readings", type=Path, help="what encode_prompts.py wrote in another environment")
-    parser.add_argument("--prompts", type=Path, help="JSON list of further conversations")
-    parser.add_argument("--template", help="chat template of the training; default: the tokenizer's")
-    parser.add_argument("--mask", choices=MASKS, default="compat", help="as in the training")
-    parser.add_argument(
-        "--control-tokens", choices=CONTROL_TOKENS, default="literal", help="as in the training"
-    )
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
-    )
+    add_settings(parser, "check_parity")
     args = parser.parse_args()
 
     from export.checkpoint_source import find_checkpoint

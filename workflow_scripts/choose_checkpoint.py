@@ -10,6 +10,7 @@ from common import result_paths as names
 from common.cli import run
 from common.files import write_json
 from common.run_files import RunFiles
+from settings.command_line import add_settings
 
 
 def main() -> None:
@@ -32,14 +33,11 @@ def main() -> None:
         default=[],
         help="evaluations of the other checkpoints: JSON of evaluate_model.py and, if wanted, evaluate_tool_calls.py",
     )
-    parser.add_argument("--metric", default="loss", help="what the best checkpoint is best by")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument(
         "--best", type=Path, required=True, help="link to make, to the folder of the best model"
     )
-    parser.add_argument(
-        "--keep", choices=("best", "all"), default="best", help="checkpoints' models that stay"
-    )
+    add_settings(parser, "choose_checkpoint")
     args = parser.parse_args()
 
     from evaluation.checkpoint_curve import checkpoint_curve, link_best, remove_held, remove_others

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from common.cli import run
+from settings.command_line import add_settings
 
 
 def main() -> None:
@@ -22,16 +23,7 @@ def main() -> None:
     parser.add_argument(
         "--dst-path", type=Path, default=Path("workspace"), help="workspace to make; replaced as a whole"
     )
-    parser.add_argument(
-        "--chat-template", default="internlm2", help="one of lmdeploy's templates (`lmdeploy list`)"
-    )
-    parser.add_argument("--tp", type=int, default=1, help="GPUs that share the model; a power of two")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float16", "bfloat16"),
-        default="auto",
-        help="type of the written weights; auto: bfloat16 for a bfloat16 model, else float16",
-    )
+    add_settings(parser, "convert_hf_to_turbomind")
     parser.add_argument(
         "--model-format",
         choices=("hf", "awq", "gptq", "fp8"),
@@ -46,11 +38,6 @@ def main() -> None:
     )
     parser.add_argument("--revision", default=None, help="revision of a hub model")
     parser.add_argument("--download-dir", default=None, help="where a hub model is downloaded to")
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="allow a model folder that brings Python code, and run it",
-    )
     args = parser.parse_args()
 
     from export.turbomind import convert, fetch_model

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from common.cli import run
-from export.hf_folder import parse_size
+from settings.command_line import add_settings
 
 
 def main() -> None:
@@ -34,33 +34,7 @@ def main() -> None:
         help="instead of config and pth: results/<run> or a run folder, also of a training that goes on; its newest "
         "whole checkpoint is taken",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "float16", "bfloat16"),
-        default="auto",
-        help="type of the saved weights; auto: what the model was trained in",
-    )
-    parser.add_argument(
-        "--max-shard-size",
-        type=parse_size,
-        default="2GB",
-        help="size at which a new safetensors file is begun",
-    )
-    parser.add_argument(
-        "--padded-vocab",
-        choices=("keep", "trim"),
-        default="keep",
-        help="rows of the vocabulary that no token has: kept as trained, or left out",
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the base model"
-    )
-    parser.add_argument(
-        "--lora",
-        choices=("merge", "adapter"),
-        default="merge",
-        help="of a LoRA run: merge writes a model like any other, adapter also the adapter, in dst/adapter",
-    )
+    add_settings(parser, "convert_pth_to_hf")
     args = parser.parse_intermixed_args()
     if (args.run is None) != (args.pth is not None):
         parser.error("give config, pth and dst, or --run and dst")

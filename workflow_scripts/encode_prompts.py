@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common.cli import run
 from common.files import write_json
+from settings.command_line import add_settings
 
 
 def main() -> None:
@@ -20,12 +21,8 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", type=Path, help="folder with the tokenizer: Hugging Face or TurboMind")
-    parser.add_argument(
-        "--template", default="internlm2_chat", help="chat template of the training, or a file"
-    )
-    parser.add_argument("--chat-template", default="internlm2", help="lmdeploy's chat template for serving")
-    parser.add_argument("--prompts", type=Path, help="JSON list of further conversations")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    add_settings(parser, "encode_prompts")
     args = parser.parse_args()
 
     from export.prompt_readers import parity_prompts, read_with_lmdeploy, read_with_transformers

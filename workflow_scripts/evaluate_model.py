@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from common.cli import run
 from common.files import write_json
@@ -19,18 +18,8 @@ def main() -> None:
         "predict, and answer fixed prompts greedily. Conversations are seen one by one, so none leaks into another.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add_model_arguments(parser)
-    parser.add_argument("--prompts", type=Path, help="JSON list of conversations to answer; without it none")
-    parser.add_argument(
-        "--max-length", type=int, default=2048, help="tokens after which a conversation is cut"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens")
+    add_model_arguments(parser, "evaluate_model")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens in a padded batch")
-    parser.add_argument(
-        "--template",
-        help="chat template that the model is trained with: a shipped name, or a path to a template file; without it "
-        "the one saved with the tokenizer",
-    )
     args = parser.parse_args()
 
     # Bad input shows before the seconds that torch and transformers take.

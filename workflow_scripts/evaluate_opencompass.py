@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.cli import run
 from common.files import write_json
+from settings.command_line import add_settings
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument(
         "--work-dir", type=Path, required=True, help="folder for predictions, logs and summaries"
     )
-    parser.add_argument("--data-dir", type=Path, help="OpenCompass's folder `data`, with the datasets")
+    add_settings(parser, "evaluate_opencompass")
     args = parser.parse_args()
 
     from benchmark_suites.eval_run import evaluate

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from common.cli import run
 from common.files import sha256_file, write_json
@@ -20,29 +19,7 @@ def main() -> None:
         "the same call, does the answer end? Also measure the loss by role of the trained tokens, and on plain text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--max-points",
-        type=int,
-        default=200,
-        help="answers to ask for, half of them such that call a tool; chosen by their content",
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
-    parser.add_argument(
-        "--max-length",
-        type=int,
-        default=4096,
-        help="tokens before an answer; those with more are passed over",
-    )
-    parser.add_argument(
-        "--plain-text", type=Path, help="UTF-8 text whose loss shows what training made the model forget"
-    )
-    parser.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=16384,
-        help="tokens in a padded batch of answers, which bounds memory",
-    )
+    add_model_arguments(parser, "evaluate_tool_calls")
     args = parser.parse_args()
 
     # Bad input shows before the seconds that torch and transformers take.

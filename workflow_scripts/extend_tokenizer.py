@@ -13,7 +13,7 @@ import argparse
 
 from common.cli import run
 from ftdp.base_tokenizer import open_tokenizer
-from ftdp.template_file import DEFAULT_TEMPLATE, shipped_templates
+from settings.command_line import add_settings
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,16 +30,7 @@ def parse_args() -> argparse.Namespace:
         required=True,
         help="receives tokenizer.json and its settings, chat_template.yaml and manifest.json",
     )
-    parser.add_argument(
-        "--template",
-        default=DEFAULT_TEMPLATE,
-        help=f"chat template: {', '.join(shipped_templates())}, or a path to a template file",
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the base's own code if it has no tokenizer.json (only for models that you trust)",
-    )
+    add_settings(parser, "extend_tokenizer")
     return parser.parse_args()
 
 

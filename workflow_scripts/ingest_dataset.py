@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 
-from common.cli import UserError, run
+from common.cli import run
 from ingest.formats import FORMATS
 from ingest.ingesting import IngestOptions, ingest
+from settings.command_line import add_settings
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,25 +41,12 @@ def parse_args() -> argparse.Namespace:
         default=default.arguments_key,
         help="what a tool call's arguments are called in the result: as InternLM2's models write them, or as OpenAI",
     )
-    parser.add_argument(
-        "--on-bad-sample",
-        choices=("stop", "quarantine"),
-        default=default.on_bad_sample,
-        help="a bad row: stop, or move it unchanged to <dataset>/quarantine/ and go on",
-    )
-    parser.add_argument(
-        "--max-bad-share",
-        type=float,
-        default=default.max_bad_share,
-        help="share of a file's rows above which quarantine fails too",
-    )
+    add_settings(parser, "ingest_dataset")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    if not 0 <= args.max_bad_share <= 1:
-        raise UserError("--max-bad-share is out of range", found=args.max_bad_share, expected="0 to 1")
     options = IngestOptions(args.format, args.arguments_key, args.on_bad_sample, args.max_bad_share)
     manifest = ingest(args.input, args.processed_dir, args.dataset, options)
     totals = manifest["totals"]

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from common.cli import run
+from settings.command_line import add_settings
 
 
 def main() -> None:
@@ -18,10 +19,7 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, help="Hugging Face folder")
     parser.add_argument("dst", type=Path, help="folder to make; replaced as a whole if it exists")
-    parser.add_argument(
-        "--model-name", default="internlm2-chat-7b", help="name under which the model is served"
-    )
-    parser.add_argument("--tp", type=int, default=1, help="GPUs that share the model")
+    add_settings(parser, "link_serving_folder")
     parser.add_argument("--session-len", type=int, help="longest context; without it the model's own")
     args = parser.parse_args()
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import UserError, run
+from common.cli import run
 from common.fingerprints import FingerprintCache
 from ftdp.bin_digests import bin_digests
 from ftdp.data_order import find_train_folder, list_train_files, read_data_order
 from ftdp.made_with import UNKNOWN, made_with
-from ftdp.pack_plan import MODES, SEED
 from ftdp.pack_planning import make_plan
+from settings.command_line import add_settings
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,27 +30,12 @@ def parse_args() -> argparse.Namespace:
         help="<tokenized-dir>/chatml_llamav13_32k/train, or a folder above it",
     )
     add("--data-order", type=Path, help="data_order.txt; without it the folder is walked")
-    add("--max-length", type=int, required=True, help="tokens of a full row")
-    add(
-        "--mode",
-        choices=MODES,
-        default="best_fit",
-        help="best_fit packs across files and cuts only what is longer than a row; xtuner packs as XTuner 0.2.0",
-    )
-    add("--seed", type=int, default=SEED, help="of the packing and of the order of rows")
+    add_settings(parser, "plan_packing")
     add(
         "--epochs",
         type=int,
         default=1,
         help="epochs whose order of rows is written down; others follow from the seed",
-    )
-    add(
-        "--weight",
-        nargs="+",
-        default=[],
-        metavar="DATASET=NUMBER",
-        help="how often the documents of a dataset are seen an epoch: 0 leaves it out, 2.5 shows each twice and half of "
-        "them once more; without it once",
     )
     add("--min-length", type=int, default=0, help="leave out documents with fewer tokens")
     add(
@@ -64,7 +49,6 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    weights = read_weights(args.weight)
     train_folder = find_train_folder(args.train_folder)
     names = read_data_order(args.data_order) if args.data_order else list_train_files(train_folder)
     cache = FingerprintCache(args.output.parent / ".digests.json")
@@ -82,7 +66,7 @@ def main() -> None:
         bin_sha256=digests,
         made_with=made,
         processed_dir=args.processed_dir,
-        weights=weights,
+        weights=dict(args.weight or ()),
     )
     manifest = plan.write(args.output)
     totals = manifest["totals"]
@@ -114,18 +98,6 @@ def main() -> None:
             f"  weight   {each['weight']:g} of {name}: {seen['documents']:,} times one of {each['documents']:,} documents,"
             f" {seen['tokens']:,} tokens; {out['documents']:,} documents, {out['tokens']:,} tokens left out"
         )
-
-
-def read_weights(words: list[str]) -> dict[str, float]:
-    """Returns the weights of datasets, given as `name=number`."""
-    weights = {}
-    for word in words:
-        name, _, number = word.rpartition("=")
-        try:
-            weights[name] = float(number)
-        except ValueError:
-            raise UserError("--weight cannot be read", found=word, expected="DATASET=NUMBER") from None
-    return weights
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.cli import run
 from common.files import read_json, write_json
+from settings.command_line import add_settings
 
 
 def main() -> None:
@@ -22,9 +23,7 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer-path", type=Path, help="folder of the extended tokenizer, which adds rows"
     )
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs, on all nodes; 0 plans for CPU processes")
-    parser.add_argument("--memory-gib", type=float, default=80.0, help="memory of a GPU, or of a CPU process")
-    parser.add_argument("--tokens-per-second", type=float, help="of all processes together")
+    add_settings(parser, "plan_run")
     parser.add_argument(
         "--metrics", type=Path, help="take the speed from this metrics.jsonl of an earlier run"
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from common.cli import UserError, run
 from common.files import read_json, write_json, write_text
+from settings.command_line import add_settings
 
 NONCE, ANSWERS, PASSED = "nonce.json", "answers", "passed.json"
 
@@ -44,10 +45,7 @@ def parse_arguments() -> argparse.Namespace:
         default="none",
         help="who starts the ranks, as for train_model.py (default: none, this command)",
     )
-    probe.add_argument("--nodes", type=int, default=1, help="with --launcher srun: nodes (default: 1)")
-    probe.add_argument(
-        "--gpus-per-node", type=int, default=0, help="with --launcher srun: GPUs on each (default: 0)"
-    )
+    add_settings(probe, "preflight")
     probe.add_argument(
         "--processes", type=int, help="with --launcher none: ranks (default: one a GPU, or two without GPUs)"
     )

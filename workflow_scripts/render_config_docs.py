@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 from common.files import write_text
-from settings.load import load_schema
+from settings.schema import load_schema
 
 REPO = Path(__file__).resolve().parent.parent
-SCHEMA = REPO / "rules" / "schemas" / "config.schema.yaml"
 LANGUAGES = {
     "en": {
         "file": REPO / "docs" / "config.md",
@@ -86,7 +85,7 @@ def main() -> int:
         "--check", action="store_true", help="write nothing; exit 1 when a page is out of step"
     )
     args = parser.parse_args()
-    schema = load_schema(SCHEMA)
+    schema = load_schema()
     stale = []
     for words in LANGUAGES.values():
         text, file = render(schema, words), words["file"]

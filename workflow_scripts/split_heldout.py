@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 
 from common.cli import UserError, run
-from ftdp.chat_template import MAX_LENGTH
 from ftdp.heldout import line_check, write_heldout, write_heldout_part
+from settings.command_line import add_settings
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,16 +39,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--part", help="do this part of all datasets; their manifests go to <output-dir>/<dataset>.json"
     )
-    parser.add_argument("--share", type=float, default=0.05, help="share of the lines, 0 <= share < 1")
-    parser.add_argument("--seed", type=int, default=1024, help="another seed sets other lines aside")
-    same = "as tokenize_dataset.py has it, which decides what a bad line is"
-    parser.add_argument("--template", default="internlm2_chat", help=f"chat template, {same}")
-    parser.add_argument("--max-length", type=int, default=MAX_LENGTH, help=same)
-    parser.add_argument("--mask", choices=("compat", "exact"), default="compat", help=same)
-    parser.add_argument(
-        "--control-tokens", choices=("literal", "control", "error"), default="literal", help=same
-    )
-    parser.add_argument(
+    add_settings(parser.add_argument_group("what to set aside"), "split_heldout", "heldout")
+    same = parser.add_argument_group("what is a bad line: as tokenize_dataset.py has it")
+    add_settings(same, "split_heldout", "data", "tokenize")
+    same.add_argument(
         "--tokenizer-path", help="folder of the extended tokenizer; only --control-tokens error needs it"
     )
     return parser.parse_args()

@@ -16,10 +16,10 @@ from typing import Any
 from common.cli import UserError, run
 from ftdp.base_tokenizer import open_tokenizer
 from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.chat_template import MAX_LENGTH
-from ftdp.planning import DEFAULT_BATCH_BYTES, DEFAULT_SHARD_BYTES, MEGABYTE
+from ftdp.planning import MEGABYTE
 from ftdp.tokenizing import merge_parts, tokenize_datasets, tokenize_part
 from ftdp.workers import available_cpus
+from settings.command_line import add_settings
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,19 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--dataset", action="append", help="name of a dataset folder; may be repeated; all of them by default"
     )
-    parser.add_argument(
-        "--max-length", type=int, default=MAX_LENGTH, help="tokens after which a conversation is cut"
-    )
-    parser.add_argument(
-        "--heldout-share",
-        type=float,
-        default=0.0,
-        help="share of the lines to leave out because split_heldout.py sets them aside",
-    )
-    parser.add_argument(
-        "--heldout-seed", type=int, default=1024, help="the seed that split_heldout.py was given"
-    )
-    add_option_flags(parser)
+    add_settings(parser, "tokenize_dataset")
     add_part_flags(parser)
     parser.add_argument(
         "--threads",
@@ -62,56 +50,7 @@ def parse_args() -> argparse.Namespace:
         default=available_cpus(),
         help="worker processes; the bytes do not depend on it",
     )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the base tokenizer's own code if it has no tokenizer.json (only for models that you trust)",
-    )
     return parser.parse_args()
-
-
-def add_option_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of masks, templates, the valid folder and bad lines; each is a field of `TokenizeOptions`."""
-    default = TokenizeOptions()
-    parser.add_argument(
-        "--template",
-        default=default.template,
-        help="chat template: a shipped name, or a path to a template file",
-    )
-    parser.add_argument(
-        "--mask",
-        choices=("compat", "exact"),
-        default=default.mask,
-        help="which tokens are trained on: compat as XTuner, exact without its faults",
-    )
-    parser.add_argument(
-        "--control-tokens",
-        choices=("literal", "control", "error"),
-        default=default.control_tokens,
-        help="a control token typed inside a message: as ordinary text, as the token (XTuner), or refused",
-    )
-    parser.add_argument(
-        "--valid",
-        choices=("copy", "holdout"),
-        default=default.valid,
-        help="valid folder: copies of every 100th sample (XTuner), or a share moved out of training",
-    )
-    parser.add_argument(
-        "--valid-share", type=float, default=default.valid_share, help="share that --valid holdout moves"
-    )
-    parser.add_argument("--valid-seed", type=int, default=default.valid_seed, help="seed of that choice")
-    parser.add_argument(
-        "--on-bad-sample",
-        choices=("stop", "quarantine"),
-        default=default.on_bad_sample,
-        help="a bad line: stop, or move it unchanged to manifests/<dataset>/<file>.quarantine.jsonl and go on",
-    )
-    parser.add_argument(
-        "--max-bad-share",
-        type=float,
-        default=default.max_bad_share,
-        help="share of a file's lines above which quarantine fails too",
-    )
 
 
 def add_part_flags(parser: argparse.ArgumentParser) -> None:
@@ -132,18 +71,6 @@ def add_part_flags(parser: argparse.ArgumentParser) -> None:
         "--prune",
         action="store_true",
         help="with --merge: remove datasets from the tokenised folder that are not asked for",
-    )
-    parser.add_argument(
-        "--shard-mb",
-        type=int,
-        default=DEFAULT_SHARD_BYTES // MEGABYTE,
-        help="megabytes after which a JSONL file is split; the bytes do not depend on it",
-    )
-    parser.add_argument(
-        "--batch-mb",
-        type=int,
-        default=DEFAULT_BATCH_BYTES // MEGABYTE,
-        help="with --part: megabytes of small files in one part",
     )
 
 
@@ -171,10 +98,8 @@ def summary(manifest: dict[str, Any]) -> str:
 
 def main() -> None:
     args = parse_args()
-    for name in ("threads", "shard_mb", "batch_mb"):
-        if getattr(args, name) < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} is out of range", found=getattr(args, name), expected="1 or more")
+    if args.threads < 1:
+        raise UserError("--threads is out of range", found=args.threads, expected="1 or more")
     # The worker processes are the parallelism: no threads of the tokenizers library beside them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = open_tokenizer(

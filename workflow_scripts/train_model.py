@@ -17,6 +17,7 @@ from pathlib import Path
 
 from common.cli import UserError, run
 from common.result_paths import METRICS
+from settings.command_line import add_settings
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,11 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         "(default: auto)",
     )
     step = parser.add_argument_group("with --launcher srun")
-    step.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
-    step.add_argument("--cpus-per-process", type=int, default=1, help="processors of a rank (default: 1)")
-    step.add_argument(
-        "--gpus-per-node", type=int, default=0, help="GPUs of the job on each node (default: 0)"
-    )
+    add_settings(step, "train_model")
     parser.add_argument(
         "--time-limit",
         type=float,

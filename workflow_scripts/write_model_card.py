@@ -10,6 +10,7 @@ from common import result_paths as names
 from common.cli import run
 from common.files import read_json, write_json, write_text
 from common.run_files import RunFiles
+from settings.command_line import add_settings
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--parity", type=Path, help="parity.json of the run")
     parser.add_argument("--turbomind", type=Path, help="folder that lmdeploy 0.9.2.post1 serves, converted")
     parser.add_argument("--direct", type=Path, help="folder that lmdeploy 0.10 and later serve")
-    parser.add_argument("--chat-template", default="internlm2", help="lmdeploy's template, for --turbomind")
+    add_settings(parser, "write_model_card")
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--commands", type=Path, required=True, help="text file to write")
     args = parser.parse_args()

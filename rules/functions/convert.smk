@@ -3,8 +3,7 @@
 
 def hf_flags(wildcards):
     """The flags of convert_pth_to_hf.py."""
-    run = RUNS[wildcards.run]
-    return flags(**run["hf"], trust_remote_code=run["model"]["trust_remote_code"])
+    return flags(**options_of("convert_pth_to_hf", RUNS[wildcards.run], "hf", "model"))
 
 
 def has_turbomind(wildcards):
@@ -32,15 +31,10 @@ def has_parity(wildcards):
 
 def parity_flags(wildcards, input):
     """The flags of check_parity.py; what the run does not have is not compared."""
-    settings = RUNS[wildcards.run]
     return flags(
         turbomind=input.get("turbomind") or None,
         readings=input.get("readings") or None,
-        prompts=settings["evaluate"]["prompts"],
-        template=settings["tokenize"]["template"],
-        mask=settings["tokenize"]["mask"],
-        control_tokens=settings["tokenize"]["control_tokens"],
-        trust_remote_code=settings["model"]["trust_remote_code"],
+        **options_of("check_parity", RUNS[wildcards.run], "evaluate", "tokenize", "model"),
     )
 
 
@@ -58,5 +52,5 @@ def model_card_flags(wildcards, input):
         parity=input.get("parity") or None,
         turbomind=input.get("turbomind") if converted else None,
         direct=None if converted else input.get("turbomind") or None,
-        chat_template=RUNS[wildcards.run]["turbomind"]["chat_template"] if converted else None,
+        **(options_of("write_model_card", RUNS[wildcards.run], "turbomind") if converted else {}),
     )

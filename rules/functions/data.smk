@@ -24,17 +24,21 @@ def digest_of(files):
 
 def tokenize_flags(wildcards):
     """The flags of tokenize_dataset.py that parts and their merge have in common."""
-    spec = DATA_SPECS[wildcards.data]
-    options = {key: value for key, value in spec["tokenize"].items() if key != "template_sha256"}
     return flags(
-        processed_dir=spec["processed_dir"],
+        processed_dir=DATA_SPECS[wildcards.data]["processed_dir"],
         tokenized_dir=DATA.format(data=wildcards.data),
-        max_length=spec["max_tokens"],
-        heldout_share=spec["heldout_share"],
-        heldout_seed=spec["heldout_seed"],
-        **options,
-        **BAD_LINES[wildcards.data],
+        **options_of("tokenize_dataset", data_settings(wildcards), "data", "heldout", "tokenize"),
     ) + dataset_flags(wildcards)
+
+
+def data_settings(wildcards):
+    """The settings of the runs that share these data, by section."""
+    spec = DATA_SPECS[wildcards.data]
+    return {
+        "data": {"max_tokens": spec["max_tokens"]},
+        "heldout": {"share": spec["heldout_share"], "seed": spec["heldout_seed"]},
+        "tokenize": spec["tokenize"] | BAD_LINES[wildcards.data],
+    }
 
 
 def heldout_tokenizer(wildcards):
@@ -50,11 +54,8 @@ def heldout_flags(wildcards, input):
     return flags(
         processed_dir=spec["processed_dir"],
         output_dir=f"{DATA}/heldout".format(data=wildcards.data),
-        share=spec["heldout_share"],
-        seed=spec["heldout_seed"],
-        max_length=spec["max_tokens"],
         tokenizer_path=str(input.tokenizer) or None,
-        **{key: spec["tokenize"][key] for key in ("template", "mask", "control_tokens")},
+        **options_of("split_heldout", data_settings(wildcards), "heldout", "data", "tokenize"),
     ) + dataset_flags(wildcards)
 
 
@@ -75,6 +76,5 @@ def plan_flags(wildcards):
         train_folder=TRAIN_FOLDER.format(data=data),
         processed_dir=DATA_SPECS[data]["processed_dir"],
         output=PACK.format(data=data, pack=wildcards.pack),
-        weight=[f"{name}={weight!r}" for name, weight in pack.get("weights", {}).items()] or None,
-        **{key: pack[key] for key in ("mode", "seed", "max_length")},
+        **options_of("plan_packing", {"packing": pack, "train": pack}, "packing.weights", "packing", "train"),
     )

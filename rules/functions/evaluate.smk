@@ -13,29 +13,17 @@ def model_options(wildcards):
 
 def evaluate_flags(wildcards):
     """The flags of evaluate_model.py; checkpoints answer no prompts."""
-    settings = RUNS[wildcards.run]["evaluate"]
-    return flags(
-        **model_options(wildcards),
-        prompts=settings["prompts"] if wildcards.get("label") else None,
-        max_length=settings["max_tokens"],
-        max_samples=settings["max_samples"],
-        max_new_tokens=settings["max_new_tokens"],
-        **{key: RUNS[wildcards.run]["tokenize"][key] for key in ("template", "mask", "control_tokens")},
-        trust_remote_code=RUNS[wildcards.run]["model"]["trust_remote_code"],
-    )
+    options = options_of("evaluate_model", RUNS[wildcards.run], "evaluate", "tokenize", "model")
+    if not wildcards.get("label"):
+        options["prompts"] = None
+    return flags(**model_options(wildcards), **options)
 
 
 def tool_call_flags(wildcards, input):
-    """The flags of evaluate_tool_calls.py."""
-    settings = RUNS[wildcards.run]["tool_calls"]
-    return flags(
-        **model_options(wildcards),
-        plain_text=input.get("plain_text") or None,
-        max_length=settings["max_tokens"],
-        **{key: settings[key] for key in ("max_points", "max_new_tokens", "max_samples", "batch_tokens")},
-        **{key: RUNS[wildcards.run]["tokenize"][key] for key in ("mask", "control_tokens")},
-        trust_remote_code=RUNS[wildcards.run]["model"]["trust_remote_code"],
-    )
+    """The flags of evaluate_tool_calls.py. With `input` among its arguments Snakemake does not compare them."""
+    sections = ("tool_calls.plain_text", "tool_calls.max_tokens", "tool_calls", "tokenize", "model")
+    options = options_of("evaluate_tool_calls", RUNS[wildcards.run], *sections)
+    return flags(**model_options(wildcards), **options)
 
 
 def tool_calls_of(label):
@@ -71,8 +59,7 @@ def checkpoint_evaluations(wildcards):
 
 def choose_flags(wildcards):
     """The flags of choose_checkpoint.py."""
-    settings = RUNS[wildcards.run]["evaluate"]
-    return flags(metric=settings["best_metric"], keep=settings["keep_models"])
+    return flags(**options_of("choose_checkpoint", RUNS[wildcards.run], "evaluate"))
 
 
 def opencompass_of(wildcards):
@@ -102,15 +89,9 @@ def benchmark_gres(wildcards):
 
 def eval_config_flags(wildcards):
     """The flags of render_eval_config.py."""
-    settings = RUNS[wildcards.run]["opencompass"]
-    other = ("enabled", "custom", "data_dir", "gpus", "groups")
-    return flags(
-        abbr=wildcards.run,
-        gpus=benchmark_gpus(wildcards),
-        groups=settings["groups"] or None,
-        custom=[f"{name}={path}" for name, path in settings["custom"].items()] or None,
-        **{key: settings[key] for key in settings if key not in other},
-    )
+    sections = ("opencompass.gpus", "opencompass.groups", "opencompass.custom", "opencompass")
+    options = options_of("render_eval_config", RUNS[wildcards.run], *sections)
+    return flags(abbr=wildcards.run, **(options | {"gpus": benchmark_gpus(wildcards)}))
 
 
 def custom_set_digests(wildcards):

@@ -11,22 +11,6 @@ def path_of(pattern):
     return fill
 
 
-def flags(**options):
-    """Quoted command-line flags from keyword arguments; None and False leave a flag out, True gives it alone."""
-    words = []
-    for name, value in options.items():
-        if value is None or value is False:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, str) and value.startswith("-"):  # would be taken for a flag
-            words.append(f"{flag}={shlex.quote(value)}")
-            continue
-        words.append(flag)
-        if value is not True:
-            words += [shlex.quote(str(item)) for item in (value if isinstance(value, list) else [value])]
-    return " ".join(words)
-
-
 def folder_digest(folder, patterns):
     """Digest over the files of a folder that decide what a model or tokenizer is; a hub name stands for itself."""
     if not Path(folder).is_dir():

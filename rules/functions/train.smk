@@ -1,39 +1,31 @@
 """What the rules of preflight and training take from the settings. No rules here."""
 
-TRAIN_CONFIG_KEYS = (
-    "lr min_lr_ratio betas weight_decay max_norm warmup_ratio max_epochs max_steps accumulative_counts global_batch"
-    " max_skipped_steps zero_stage offload zero3_init sequence_parallel"
-    " loss_normalisation cross_entropy"
-    " save_steps save_total_limit save_optimizer gradient_checkpointing dtype attention seed"
-).split()
-
 
 def render_flags(wildcards):
-    """The flags of render_train_config.py: a user's own config, or one flag for each hyperparameter."""
-    run, settings = wildcards.run, RUNS[wildcards.run]
-    train = settings["train"]
+    """The flags of render_train_config.py: a user's own config, or one flag for each setting of `train`.
+
+    What Snakemake compares is the text: flags stand where they stood when older results were made.
+    """
+    settings = RUNS[wildcards.run]
+    train, take = settings["train"], functools.partial(options_of, "render_train_config", settings)
     if train["config"] is not None:
-        return flags(from_config=train["config"])
-    switches = {key: str(value).lower() for key, value in train.items() if isinstance(value, bool)}
-    evaluate = settings["evaluate"]
-    more = {f"lora_{key}": value for key, value in (train["lora"] or {}).items()}
+        return flags(**take("train.config"))
+    watched = {}
     if train["eval_steps"]:
-        more |= {"eval_steps": train["eval_steps"], "heldout_dir": heldout_dir(wildcards)}
-        more |= {"eval_max_tokens": evaluate["max_tokens"], "eval_max_samples": evaluate["max_samples"]}
+        watched |= take("train.eval_steps") | {"heldout_dir": heldout_dir(wildcards)}
+        watched |= take("evaluate.max_tokens", "evaluate.max_samples")
     if train["generate_steps"]:
-        more |= {"generate_steps": train["generate_steps"], "prompts": evaluate["prompts"]}
-        more |= {"max_new_tokens": evaluate["max_new_tokens"]}
-    if train["eval_steps"] or train["generate_steps"]:
-        more |= {key: settings["tokenize"][key] for key in ("template", "mask", "control_tokens")}
+        watched |= take("train.generate_steps", "evaluate.prompts", "evaluate.max_new_tokens")
+    lora = dict.fromkeys(f"lora_{key}" for key in train["lora"] or {})
+    first = take("model", "train.loggers", "train.peak_tflops") | lora
+    options = first | watched | (take("tokenize") if watched else {}) | take("train")
+    # The plan says how long rows are. 0 steps need no flag.
+    options |= {"max_length": None, **{key: train[key] or None for key in ("eval_steps", "generate_steps")}}
     return flags(
-        model_path=model_source(run),
+        model_path=model_source(wildcards.run),
         tokenizer_path=path_of(TOKENIZER)(wildcards),
         plan=path_of(PACK)(wildcards),
-        trust_remote_code=settings["model"]["trust_remote_code"],
-        loggers=train["loggers"] or None,
-        peak_tflops=train["peak_tflops"],
-        **more,
-        **{key: switches.get(key, train[key]) for key in TRAIN_CONFIG_KEYS},
+        **options,
     )
 
 

@@ -14,6 +14,7 @@ from common.cli import UserError
 from common.files import read_json
 from export_models import extend_tokenizer, write_base
 from opencompass_env import opencompass_python, run_there
+from settings.command_line import defaults_of
 
 HERE = Path(__file__).parent
 SUMS = [("What is 1 + 1?", "2"), ("What is 2 + 2?", "4"), ("你好", "你好")]
@@ -175,14 +176,12 @@ def test_turbomind_gets_the_prompt_and_the_stop_words_of_training(tmp_path, tiny
         folder, name = tmp_path / case, case.split()[0]
         tokenizers[case] = extend_tokenizer(base, folder / "model", template=name)
         (folder / "model" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        own = {"backend": "turbomind", "gpus": 2, "max_seq_len": 777}
         settings = EvalSettings(
             model=folder / "model",
-            backend="turbomind",
             abbr="demo",
             iteration="iter_7",
-            custom={"set": write_set(folder / "set.jsonl")},
-            gpus=2,
-            max_seq_len=777,
+            **defaults_of("render_eval_config") | own | {"custom": {"set": write_set(folder / "set.jsonl")}},
         )
         (folder / "config.py").write_text(render_eval_config(settings, tokenizers[case]))
         # Mistral's system text stands inside the user's turn, which OpenCompass cannot write.
@@ -220,12 +219,10 @@ def test_more_options_of_srun_reach_the_runner(model, options, words):
 
     settings = EvalSettings(
         model=model / "hf",
-        backend="hf",
         abbr="demo",
         iteration="iter_7",
-        groups=["base"],
-        runner="slurm",
-        srun_options=options,
+        **defaults_of("render_eval_config")
+        | {"groups": ["base"], "runner": "slurm", "srun_options": options},
     )
     tokenizer = load_tokenizer(str(model / "tokenizer"))
     assert render_eval_config(settings, tokenizer).count(f"'extra_command': {words}") == 2

@@ -144,6 +144,15 @@ def test_the_valid_copy_counts_over_the_whole_file(tmp_path, tokenizer):
     valid = "chatml_llamav13_32k/valid/cn/{}/f.bin"
     assert one[valid.format("d")].count(b"\n") == 501
     assert valid.format("e") not in one
+    # Without copies nothing else changes; those of before go.
+    none = TokenizeOptions(valid="none")
+    tokenize_datasets(tmp_path / "in", tmp_path / "one", tokenizer, none)
+    in_parts(tmp_path / "in", tmp_path / "parts", tokenizer, none, **sizes)
+    without = files_below(tmp_path / "one")
+    assert files_below(tmp_path / "parts") == without
+    bins = {name for name in one if name.endswith((".bin", ".meta"))}
+    assert {name for name in without if name in bins} == {name for name in bins if "/valid/" not in name}
+    assert all(without[name] == one[name] for name in bins if "/valid/" not in name)
 
 
 def test_only_what_changed_is_done_again(tmp_path, processed, tokenizer):

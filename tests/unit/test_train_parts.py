@@ -13,6 +13,7 @@ import torch
 
 from common.cli import UserError
 from common.files import write_json
+from export_models import train_config
 from sft.checkpoints import (
     is_intact,
     is_whole,
@@ -26,7 +27,6 @@ from sft.checkpoints import (
 from sft.config import load_config
 from sft.identity import differences, run_identity
 from sft.launch import slurm_environment
-from sft.render import TrainSettings, render_config
 from warm import PARENT
 
 
@@ -34,7 +34,7 @@ from warm import PARENT
 def config_path(tmp_path):
     """A rendered config with default settings."""
     path = tmp_path / "train_config.py"
-    path.write_text(render_config(TrainSettings("base", "tokenizer", "data/train")))
+    path.write_text(train_config(model_path="base", tokenizer_path="tokenizer", train_folder="data/train"))
     return path
 
 
@@ -54,8 +54,9 @@ def test_lr_curve(tmp_path, accumulation, rows, epochs, max_steps):
 
     from sft.strategy import DeepSpeedStrategy
 
-    settings = TrainSettings("base", "tok", "train", max_epochs=epochs, max_steps=max_steps, lr=1e-3)
-    (tmp_path / "config.py").write_text(render_config(settings))
+    paths = {"model_path": "base", "tokenizer_path": "tok", "train_folder": "train"}
+    text = train_config(**paths, max_epochs=epochs, max_steps=max_steps, lr=1e-3)
+    (tmp_path / "config.py").write_text(text)
     config = load_config(tmp_path / "config.py").source
     strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
     strategy.dispatch_kwargs = {"epoch_length": rows / accumulation, "max_epochs": 1, "max_iters": 10**6}
@@ -168,8 +169,14 @@ def test_equal_configs_keep_their_identity(config_path):
     data.write_text('{"tokens": [1, -2]}\n')
     with open(f"{data}.meta", "wb") as meta:
         np.save(meta, np.array([(0, 2)], dtype=np.int64))
-    settings = TrainSettings(str(folder / "base"), "none", str(folder / "train"), dtype="float32")
-    config_path.write_text(render_config(settings).replace("tokenizer=tokenizer_path", "tokenizer=None"))
+    paths = {
+        "model_path": str(folder / "base"),
+        "tokenizer_path": "none",
+        "train_folder": str(folder / "train"),
+    }
+    config_path.write_text(
+        train_config(**paths, dtype="float32").replace("tokenizer=tokenizer_path", "tokenizer=None")
+    )
     fields = run_identity(load_config(config_path), 2, FingerprintCache(folder / "digests.json"))
     assert sha256_json(fields) == "7da7adb1fd82ddfc186937db6a92b97ae451e86a2ebc26fa6ee275a8e49e1042"
 
@@ -180,7 +187,7 @@ def test_render_script(run_script, tmp_path):
         "render_train_config.py", "--output", tmp_path / "a.py", *paths, "--lr", "1e-5", "--max-steps", 7
     )
     text = (tmp_path / "a.py").read_text()
-    assert "lr = 1e-05\n" in text and "max_steps = 7 " in text and str(tmp_path) not in text
+    assert "\nlr = 1e-05 " in text and "\nmax_steps = 7 " in text and str(tmp_path) not in text
     mine = tmp_path / "mine.py"
     mine.write_text(text + "\n# mine\n")
     run_script("render_train_config.py", "--output", tmp_path / "b.py", "--from-config", mine)
@@ -197,7 +204,7 @@ def test_render_script(run_script, tmp_path):
     refused = run_script(
         "render_train_config.py", "--output", tmp_path / "c.py", *paths, "--lr", 0, check=False
     )
-    assert refused.returncode == 2 and "--lr cannot be used" in refused.stderr
+    assert refused.returncode == 2 and "argument --lr: found 0, expected more than 0" in refused.stderr
 
 
 def test_differences_name_the_fields():

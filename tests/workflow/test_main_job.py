@@ -177,7 +177,7 @@ def test_a_run_that_truncates_elsewhere_has_files_of_its_own(finished):
 
 
 @pytest.mark.parametrize(
-    "tokenize", [{"mask": "exact"}, {"control_tokens": "control"}, {"valid": "holdout"}], ids=str
+    "tokenize", [{"mask": "compat"}, {"control_tokens": "control"}, {"valid": "copy"}], ids=str
 )
 def test_other_masks_have_files_of_their_own(finished, tokenize):
     with kept(finished.config_file):

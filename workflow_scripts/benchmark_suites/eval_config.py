@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,10 @@ from ftdp.tokenizer import ExtendedTokenizer
 
 from .groups import GROUPS
 
-BACKENDS = ("hf", "turbomind")
-RUNNERS = ("local", "slurm")
 _CONFIGS = "opencompass.configs"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalSettings:
     """What an evaluation is made of.
 
@@ -48,21 +46,21 @@ class EvalSettings:
     backend: str
     abbr: str
     iteration: str
-    groups: Sequence[str] = ()
-    custom: Mapping[str, Path] = field(default_factory=dict)
-    runner: str = "local"
-    partition: str | None = None
-    quotatype: str | None = None
-    srun_options: str | None = None
-    max_num_workers: int = 1
-    eval_max_num_workers: int = 1
-    datasets_per_task: int = 4
-    max_samples: int | None = None
-    max_seq_len: int = 4096
-    longtext_max_seq_len: int = 32768
-    max_out_len: int = 512
-    batch_size: int = 8
-    gpus: int = 0
+    groups: Sequence[str]
+    custom: Mapping[str, Path]
+    runner: str
+    partition: str | None
+    quotatype: str | None
+    srun_options: str | None
+    max_num_workers: int
+    eval_max_num_workers: int
+    datasets_per_task: int
+    max_samples: int | None
+    max_seq_len: int
+    longtext_max_seq_len: int
+    max_out_len: int
+    batch_size: int
+    gpus: int
 
 
 def meta_template(template: ChatTemplate) -> dict[str, Any]:

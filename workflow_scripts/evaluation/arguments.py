@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 
 from common.fingerprints import FingerprintCache
-from ftdp.encode import CONTROL_TOKENS, MASKS
 from ftdp.tokenizer import ExtendedTokenizer
+from settings.command_line import add_settings
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the model, its tokenizer, the held-out conversations and the file that is written."""
+def add_model_arguments(parser: argparse.ArgumentParser, script: str) -> None:
+    """Adds the model, its tokenizer, the held-out conversations, the file that is written and the script's settings."""
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
     parser.add_argument("--tokenizer-path", required=True, help="folder of the extended tokenizer")
     parser.add_argument(
@@ -22,16 +22,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="conversations as <dataset>/processed/<any>/<file>.jsonl",
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--max-samples", type=int, help="conversations per dataset; without it all")
-    parser.add_argument(
-        "--mask", choices=MASKS, default="compat", help="which tokens are trained on, and so predicted here"
-    )
-    parser.add_argument(
-        "--control-tokens",
-        choices=CONTROL_TOKENS,
-        default="literal",
-        help="what training makes of control tokens typed inside a message",
-    )
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "float16", "bfloat16"),
@@ -45,9 +35,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="grow the embedding to the tokenizer as training does at its start",
     )
     parser.add_argument("--label", default=None, help="what the report calls it; default base or tuned")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
-    )
+    add_settings(parser, script)
 
 
 def label_of(args: argparse.Namespace) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,15 +120,6 @@ def describe_files(
         name: known.get(name) or {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for name, path in names.items()
     }
-
-
-def parse_size(text: str) -> str:
-    """Returns a shard size such as `2GB` or `500MB` unchanged; raises a `UserError` for anything else."""
-    if not re.fullmatch(r"[1-9][0-9]*\s*[KMGT]i?B", text):
-        raise UserError(
-            "not a size of a weight file", found=text, expected="a whole number and a unit: 2GB, 500MB"
-        )
-    return text
 
 
 def require_in_range(name: str, tensor: torch.Tensor, dtype: str) -> None:

@@ -51,9 +51,8 @@ def write_chunk(
             refuse_too_many_in(chunk, tally, options, paths["quarantine"])
 
     with QuarantineFile(paths["quarantine"]) as quarantine:
-        written = write_tokenized(
-            paths["train"], paths["valid"], parts(), copy=not holdout and chunk.count == 1
-        )
+        copy = options.valid == "copy" and chunk.count == 1
+        written = write_tokenized(paths["train"], paths["valid"], parts(), copy=copy)
     return {"tally": tally.as_json(), "written": written._asdict(), "digests": digests(store, paths, written)}
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import yaml
 
 from common.cli import UserError
 from ftdp.template_file import check_mask, load_template
@@ -36,11 +35,6 @@ class Settings:
     environments: dict[str, Any]
     runs: dict[str, dict[str, Any]]
     compared: list[str]
-
-
-def load_schema(path: str | Path) -> dict:
-    """Reads the JSON schema (kept in YAML)."""
-    return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
 
 
 def load_settings(config: dict, schema: dict) -> Settings:

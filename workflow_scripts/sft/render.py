@@ -5,89 +5,80 @@ The five parts and the names follow XTuner's `mistral_7b_w_tokenized_dataset`, s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Mapping
 from string import Template
+from typing import Any
+
+from settings.command_line import Flag, help_text, script_flags
+
+_WIDTH = 120
 
 
-@dataclass
-class TrainSettings:
-    """The settings of PART 1 of a training config; defaults are XTuner's for Mistral-7B.
+def render_config(
+    settings: Mapping[str, Any],
+    *,
+    model_path: str,
+    tokenizer_path: str,
+    num_workers: int,
+    log_interval: int,
+    plan: str | None = None,
+    train_folder: str | None = None,
+    data_order: str | None = None,
+    heldout_dir: str | None = None,
+) -> str:
+    """Returns the text of a training config.
 
-    Attributes:
+    Args:
+        settings: The settings that render_train_config.py takes, by the names of their flags: `lr`, `lora_rank`, ...
         model_path: Base model, a folder or a hub name.
         tokenizer_path: Folder of the extended tokenizer.
-        train_folder: `.../chatml_llamav13_32k/train`, to train without a plan, on rows as XTuner makes them.
-        data_order: Without a plan: `data_order.txt`; None walks the folder.
-        max_length: Without a plan: tokens of a packed row.
+        num_workers: Processes that load data; 0 for a thread.
+        log_interval: Optimizer steps between progress lines.
         plan: A plan folder of plan_packing.py.
-        max_steps: Optimizer steps; None trains `max_epochs`.
-        save_steps: Optimizer steps between checkpoints; 0 saves at the end only.
-        max_norm: Greatest gradient norm; 0 does not clip.
-        global_batch: Rows of an optimizer step over all ranks, in place of `accumulative_counts` a rank.
-        max_skipped_steps: Steps in a row that may be skipped because their loss or gradient is not finite.
-        lora: `rank`, `alpha`, `dropout`, `target_modules`; None trains all parameters.
-        eval_steps: Optimizer steps between held-out losses; 0 for none.
-        generate_steps: Optimizer steps between answers to the prompts; 0 for none.
-        template: Chat template of what is evaluated; None for the one saved with the tokenizer.
-        mask: As the data was tokenised; `control_tokens` likewise.
-        peak_tflops: Of a device, for the utilisation; None looks it up by the device's name.
+        train_folder: Without a plan: `.../chatml_llamav13_32k/train`, whose rows are made as XTuner makes them.
+        data_order: Without a plan: `data_order.txt`; None walks the folder.
+        heldout_dir: Conversations to evaluate on while training.
     """
-
-    model_path: str
-    tokenizer_path: str
-    train_folder: str | None = None
-    data_order: str | None = None
-    max_length: int = 32768
-    plan: str | None = None
-    lr: float = 4e-5
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    max_norm: float = 1.0
-    warmup_ratio: float = 0.025
-    min_lr_ratio: float = 0.15
-    max_epochs: float = 1
-    max_steps: int | None = None
-    accumulative_counts: int = 1
-    global_batch: int | None = None
-    max_skipped_steps: int = 3
-    loss_normalisation: str = "token"
-    zero_stage: int = 2
-    offload: str = "none"
-    zero3_init: bool = False
-    sequence_parallel: int = 1
-    save_steps: int = 500
-    save_total_limit: int = 2
-    save_optimizer: bool = True
-    gradient_checkpointing: bool = True
-    cross_entropy: str = "chunked"
-    dtype: str = "auto"
-    attention: str = "auto"
-    seed: int = 42
-    log_interval: int = 1
-    num_workers: int = 0
-    trust_remote_code: bool = False
-    lora: dict | None = None
-    eval_steps: int = 0
-    heldout_dir: str | None = None
-    eval_max_tokens: int = 4096
-    eval_max_samples: int | None = None
-    generate_steps: int = 0
-    prompts: str | None = None
-    max_new_tokens: int = 128
-    template: str | None = None
-    mask: str = "compat"
-    control_tokens: str = "literal"
-    loggers: tuple[str, ...] = ()
-    peak_tflops: float | None = None
+    lines, values = [], {"lora": _lora(settings)}
+    for flag in script_flags("render_train_config"):
+        if flag.key.startswith("train.lora."):
+            continue
+        values[flag.dest] = settings[flag.dest]
+        if flag.key not in ("train.config", "train.max_length"):
+            lines.append(_setting(flag, values[flag.dest]))
+    values |= {"model_path": model_path, "tokenizer_path": tokenizer_path, "plan": plan}
+    values |= {"train_folder": train_folder, "data_order": data_order, "heldout_dir": heldout_dir}
+    values |= {"num_workers": num_workers, "log_interval": log_interval}
+    text = {name: repr(value) for name, value in values.items()}
+    blocks = _FROM_FOLDER if plan is None else _FROM_PLAN
+    blocks = {name: Template(block).substitute(text) for name, block in blocks.items()}
+    return _TEMPLATE.substitute(text, **blocks, settings="\n".join(lines))
 
 
-def render_config(settings: TrainSettings) -> str:
-    """Returns the text of a training config."""
-    values = {name: repr(value) for name, value in vars(settings).items()}
-    blocks = _FROM_FOLDER if settings.plan is None else _FROM_PLAN
-    return _TEMPLATE.substitute(
-        values, **{name: Template(text).substitute(values) for name, text in blocks.items()}
+def _setting(flag: Flag, value: Any) -> str:
+    """Returns an assignment, and what the setting means: behind it, or above it where it is long."""
+    line = f"{flag.dest} = {value!r}"
+    meaning = help_text(flag.rule["description"])
+    if len(line) + len(meaning) + 4 <= _WIDTH:
+        return f"{line}  # {meaning}"
+    comment = textwrap.wrap(
+        meaning, _WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
     )
+    return "\n".join([*comment, line])
+
+
+def _lora(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    rank, alpha = settings["lora_rank"], settings["lora_alpha"]
+    targets = settings["lora_target_modules"]
+    if rank is None:
+        return None
+    return {
+        "rank": rank,
+        "alpha": 2 * rank if alpha is None else alpha,
+        "dropout": settings["lora_dropout"],
+        "target_modules": "auto" if targets in (None, ["auto"]) else targets,
+    }
 
 
 _FROM_PLAN = {
@@ -146,57 +137,23 @@ from torch.utils.data import BatchSampler
 # Model: a folder or a hub name, and the tokenizer that extend_tokenizer.py wrote for it.
 pretrained_model_name_or_path = $model_path
 tokenizer_path = $tokenizer_path
-trust_remote_code = $trust_remote_code  # run Python code that comes with the model
-dtype = $dtype  # auto: bfloat16 on a GPU, float32 on a CPU
-attention = $attention  # auto: flash_attention_2 on a GPU that has it, else sdpa one document at a time
-gradient_checkpointing = $gradient_checkpointing  # recompute activations: less memory, about a third more time
-cross_entropy = $cross_entropy  # chunked: logits of a few hundred tokens at a time; liger: its kernel, GPU only
-lora = $lora  # None: train all parameters; else dict(rank, alpha, dropout, target_modules)
 
 $data_settings
 dataloader_num_workers = $num_workers  # 0: a thread reads ahead
-
-# Scheduler & optimizer
 batch_size = 1  # rows; stays 1: plan longer rows, or raise accumulative_counts
-accumulative_counts = $accumulative_counts  # micro-batches of a rank per optimizer step
-global_batch = $global_batch  # rows of an optimizer step over all ranks, however many; None: accumulative_counts a rank
-max_epochs = $max_epochs
-max_steps = $max_steps  # optimizer steps; None: as many as max_epochs takes
-lr = $lr
-betas = $betas
-weight_decay = $weight_decay
-max_norm = $max_norm  # gradient clipping; 0: none
-warm_up_ratio = $warmup_ratio  # share of the run in which lr rises from lr / 40
-min_lr_ratio = $min_lr_ratio  # lr falls to this share of lr
-max_skipped_steps = $max_skipped_steps  # in a row, for a loss or gradient that is not finite; one more ends the run
-# token: mean over the trained tokens of the whole step. micro_batch: mean of micro-batches' means, as XTuner.
-loss_normalisation = $loss_normalisation
-seed = $seed
 
-# Memory: 0 keeps everything on every rank, 1 shards the optimizer, 2 the gradients too, 3 the weights too.
-zero_stage = $zero_stage
-offload = $offload  # to the host's memory: none, optimizer, or all (the weights too; stage 3)
-zero3_init = $zero3_init  # stage 3: load the model in shards, for one too large for a host once a rank
-sequence_parallel = $sequence_parallel  # ranks that share the tokens of each row; divides the ranks and the heads
-
-# Save
-save_steps = $save_steps  # optimizer steps between checkpoints; 0: at the end only
-save_total_limit = $save_total_limit  # newest checkpoints to keep; -1: all
-save_optimizer = $save_optimizer  # False: weights only, and the run cannot be resumed
+# Conversations to evaluate on while training, as <dataset>/processed/<any>/<file>.jsonl, and the progress lines.
+heldout_dir = $heldout_dir
 log_interval = $log_interval  # optimizer steps between progress lines
-loggers = $loggers  # "wandb", "mlflow": installed by you; TensorBoard is always written
-peak_tflops = $peak_tflops  # of a device, for the utilisation; None: by the device's name
 
-# Evaluation while training: optimizer steps between two; 0: none
-eval_steps = $eval_steps
-heldout_dir = $heldout_dir  # <dataset>/processed/<any>/<file>.jsonl
-eval_max_tokens = $eval_max_tokens  # a longer conversation is cut here
-eval_max_samples = $eval_max_samples  # of each dataset; None: all
-generate_steps = $generate_steps
-prompts = $prompts  # JSON list of conversations to answer
-max_new_tokens = $max_new_tokens
+# LoRA: None trains all parameters; else dict(rank, alpha, dropout, target_modules).
+lora = $lora
+
+# The settings of docs/config.md. What is empty there is None here.
+$settings
+
 # How conversations become tokens, as in the training data; template None: the one saved with the tokenizer.
-encoding = dict(template=$template, mask=$mask, control_tokens=$control_tokens)
+encoding = dict(template=template, mask=mask, control_tokens=control_tokens)
 
 #######################################################################
 #                      PART 2  Model & Tokenizer                      #
@@ -243,10 +200,10 @@ optim_wrapper = dict(
 
 # Linear warm-up, then cosine; both count optimizer steps.
 if max_steps is None:
-    warm_up_end, schedule_end = warm_up_ratio * max_epochs, max_epochs
+    warm_up_end, schedule_end = warmup_ratio * max_epochs, max_epochs
     schedule_unit = dict(by_epoch=True, convert_to_iter_based=True)
 else:
-    warm_up_end, schedule_end = int(warm_up_ratio * max_steps), max_steps
+    warm_up_end, schedule_end = int(warmup_ratio * max_steps), max_steps
     schedule_unit = dict(by_epoch=False)
 
 param_scheduler = [
