@@ -172,4 +172,4 @@ def test_the_script_and_what_changed(three, run_script):
     assert (counts["cut_otherwise"], counts["more_or_less_often"]) == (0, 20)
     assert "more or less often an epoch: 20" in run_script("diff_plans.py", *plans).stdout
     refused = run_script("plan_packing.py", *flags, "--weight", "a=x", "--output", folder / "x", check=False)
-    assert refused.returncode == 2 and "DATASET=NUMBER" in refused.stderr
+    assert refused.returncode == 2 and "found a=x, expected NAME=NUMBER" in refused.stderr

@@ -159,7 +159,8 @@ def _reading(flag: Flag) -> dict[str, Any]:
         fixed = rule.get("minItems") == rule.get("maxItems") and rule.get("minItems")
         return {**_one(rule["items"], ()), "nargs": fixed or ("+" if rule.get("minItems") else "*")}
     if kind == "object":
-        return {"type": _pair(rule["additionalProperties"]), "nargs": "*", "metavar": "NAME=VALUE"}
+        inner = rule["additionalProperties"]
+        return {"type": _pair(inner), "nargs": "*", "metavar": _pair_name(inner)}
     return _one(rule, flag.also)
 
 
@@ -215,8 +216,15 @@ def _pair(rule: Mapping[str, Any]) -> Callable[[str], tuple[str, Any]]:
 
     def read(text: str) -> tuple[str, Any]:
         name, equals, value = split(text, "=")
-        if not equals:
-            raise argparse.ArgumentTypeError(f"found {text}, expected NAME=VALUE")
-        return name, convert(value)
+        try:
+            if equals:
+                return name, convert(value)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"found {text}, expected {_pair_name(rule)}")
 
     return read
+
+
+def _pair_name(rule: Mapping[str, Any]) -> str:
+    return "NAME=TEXT" if rule["type"] == "string" else "NAME=NUMBER"
