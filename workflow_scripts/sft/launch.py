@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import multiprocessing
 import os
 import runpy
@@ -32,6 +33,8 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 _STEP_IN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _HANDED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# What training comes to import in its first step. DeepSpeed asks every optimizer whether it is Muon, whose code compiles.
+_LATE_IMPORTS = ("deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard")
 _PARENT_SECONDS = (
     "SNAKETUNE_PARENT_SECONDS"  # of processor, that the parent of a host's ranks took for them all
 )
@@ -115,7 +118,7 @@ def import_for_training(model_path: str | os.PathLike | None = None) -> None:
     torch.set_num_threads(1)  # a pool of OpenMP threads would not survive the fork
     import sft
 
-    for name in ("sft.trainer", *sft.HOMES.values()):
+    for name in ("sft.trainer", *sft.HOMES.values(), *_LATE_IMPORTS):
         import_module(name)
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -124,6 +127,7 @@ def import_for_training(model_path: str | os.PathLike | None = None) -> None:
     model_type = read_json(config).get("model_type") if config.is_file() else None
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])  # transformers imports by name
+    gc.freeze()  # a collection in a rank would copy every page that all share
 
 
 def run_ranks(
