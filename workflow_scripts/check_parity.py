@@ -9,7 +9,7 @@ from pathlib import Path
 from common.cli import UserError, run
 from common.files import read_json, write_json
 from common.slurm import job_record
-from ftdp.encode import CONTROL_TOKENS, MASKS
+from ftdp.chat_encoding import CONTROL_TOKENS, MASKS, ChatEncoding
 
 
 def main() -> None:
@@ -47,9 +47,10 @@ def main() -> None:
 
     config = training.load_config(args.config)
     base = training.model_path(config)
-    tokenizer = load_tokenizer(training.tokenizer_path(config) or base).with_template(args.template)
+    encoding = ChatEncoding.from_options(vars(args))
+    tokenizer = load_tokenizer(training.tokenizer_path(config) or base).with_template(encoding.template)
     prompts = parity_prompts(args.prompts)
-    expected = training_ids(prompts, tokenizer, mask=args.mask, control_tokens=args.control_tokens)
+    expected = training_ids(prompts, tokenizer, encoding)
     readings = [read_with_transformers(args.hf, prompts)]
     if reads_openai_tools(tokenizer.template):
         readings.append(read_with_transformers(args.hf, prompts, openai=True))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from common.fingerprints import FingerprintCache
-from ftdp.encode import CONTROL_TOKENS, MASKS
+from ftdp.chat_encoding import CONTROL_TOKENS, MASKS, ChatEncoding
 from ftdp.tokenizer import ExtendedTokenizer
 
 
@@ -53,6 +54,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def label_of(args: argparse.Namespace) -> str:
     """Returns what the report calls the model."""
     return args.label or ("base" if args.base_model else "tuned")
+
+
+def encoding_record(tokenizer: ExtendedTokenizer, encoding: ChatEncoding) -> dict[str, str]:
+    """Returns what an evaluation writes of the encoding; the template by the name that it has with the tokenizer."""
+    return asdict(replace(encoding, template=tokenizer.template.name))
 
 
 def model_sha256(args: argparse.Namespace) -> str | None:
