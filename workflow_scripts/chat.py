@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from common.cli import run
+from ftdp.chat_encoding import ChatEncoding
 from settings.command_line import add_settings
 
 
@@ -48,8 +49,8 @@ def main() -> None:
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
     )
-    options = {"mask": args.mask, "control_tokens": args.control_tokens}
-    answers = StreamedAnswers(model, tokenizer, args.max_new_tokens, args.temperature, **options)
+    encoding = ChatEncoding.from_options(vars(args))
+    answers = StreamedAnswers(model, tokenizer, encoding, args.max_new_tokens, args.temperature)
     has_tools = {"tool", "environment"} <= tokenizer.template.roles.keys() and not args.no_plugins
     plugins = {calculator.NAME: calculator.call} if has_tools else {}
     described = [calculator.DESCRIPTION] if has_tools else []

@@ -9,6 +9,7 @@ from pathlib import Path
 from common.cli import UserError, run
 from common.files import read_json, write_json
 from common.slurm import job_record
+from ftdp.chat_encoding import ChatEncoding
 from settings.command_line import add_settings
 
 
@@ -38,9 +39,10 @@ def main() -> None:
     from sft.config import load_config
 
     config = load_config(args.config)
-    tokenizer = load_tokenizer(config.tokenizer_path or config.model_path).with_template(args.template)
+    encoding = ChatEncoding.from_options(vars(args))
+    tokenizer = load_tokenizer(config.tokenizer_path or config.model_path).with_template(encoding.template)
     prompts = parity_prompts(args.prompts)
-    expected = training_ids(prompts, tokenizer, mask=args.mask, control_tokens=args.control_tokens)
+    expected = training_ids(prompts, tokenizer, encoding)
     readings = [read_with_transformers(args.hf, prompts)]
     if reads_openai_tools(tokenizer.template):
         readings.append(read_with_transformers(args.hf, prompts, openai=True))

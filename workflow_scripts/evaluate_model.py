@@ -8,7 +8,7 @@ import argparse
 from common.cli import run
 from common.files import write_json
 from common.slurm import job_record
-from evaluation.arguments import add_model_arguments, label_of, load_model, model_sha256
+from evaluation.arguments import add_model_arguments, encoding_record, label_of, load_model, model_sha256
 
 
 def main() -> None:
@@ -26,12 +26,13 @@ def main() -> None:
     from evaluation.generation import generate
     from evaluation.heldout import heldout_digest, load_heldout
     from evaluation.prompts import read_prompts
+    from ftdp.chat_encoding import ChatEncoding
     from ftdp.tokenizer import load_tokenizer
 
     prompts = read_prompts(args.prompts) if args.prompts else []
-    tokenizer = load_tokenizer(args.tokenizer_path).with_template(args.template)
-    options = {"mask": args.mask, "control_tokens": args.control_tokens}
-    samples = load_heldout(args.heldout_dir, tokenizer, args.max_length, args.max_samples, **options)
+    encoding = ChatEncoding.from_options(vars(args))
+    tokenizer = load_tokenizer(args.tokenizer_path).with_template(encoding.template)
+    samples = load_heldout(args.heldout_dir, tokenizer, encoding, args.max_length, args.max_samples)
     print(
         f"{len(samples)} held-out conversations, {sum(len(sample.ids) for sample in samples)} tokens",
         flush=True,
@@ -52,9 +53,8 @@ def main() -> None:
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_length": args.max_length,
             **result,
-            "template": tokenizer.template.name,
-            **options,
-            "generations": generate(model, prompts, tokenizer, args.max_new_tokens, **options)
+            **encoding_record(tokenizer, encoding),
+            "generations": generate(model, prompts, tokenizer, encoding, args.max_new_tokens)
             if prompts
             else [],
             "heldout_sha256": heldout_digest(args.heldout_dir),

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from common.cli import run
 from common.files import sha256_file, write_json
 from common.slurm import job_record
-from evaluation.arguments import add_model_arguments, label_of, load_model, model_sha256
+from evaluation.arguments import add_model_arguments, encoding_record, label_of, load_model, model_sha256
 
 
 def main() -> None:
@@ -27,14 +28,13 @@ def main() -> None:
     from evaluation.heldout import heldout_digest
     from evaluation.role_losses import plain_text_blocks
     from evaluation.tool_calls import choose_points
+    from ftdp.chat_encoding import ChatEncoding
     from ftdp.encode import BatchEncoder
     from ftdp.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer_path)
-    encoder, exact = (
-        BatchEncoder(tokenizer, mask=mask, control_tokens=args.control_tokens)
-        for mask in (args.mask, "exact")
-    )
+    encoding = ChatEncoding.from_options(vars(args))
+    encoder, exact = (BatchEncoder(tokenizer, each) for each in (encoding, replace(encoding, mask="exact")))
     conversations = read_conversations(args.heldout_dir, encoder, args.max_samples)
     points, selection = choose_points(conversations, encoder, args.max_points, args.max_length)
     blocks = plain_text_blocks(args.plain_text, tokenizer) if args.plain_text else []
@@ -58,9 +58,7 @@ def main() -> None:
         "model": str(args.model),
         "model_sha256": model_sha256(args),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "template": tokenizer.template.name,
-        "mask": args.mask,
-        "control_tokens": args.control_tokens,
+        **encoding_record(tokenizer, encoding),
         "max_points": args.max_points,
         "max_new_tokens": args.max_new_tokens,
         "max_length": args.max_length,

@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 
 from common.cli import UserError, run
-from ftdp.heldout import line_check, write_heldout, write_heldout_part
+from ftdp.chat_encoding import ChatEncoding
+from ftdp.heldout import HeldoutSplitter, line_check
 from settings.command_line import add_settings
 
 
@@ -50,15 +51,13 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    check = line_check(args.template, args.max_length, args.mask, args.control_tokens, args.tokenizer_path)
-    options = (args.share, args.seed, check)
+    check = line_check(ChatEncoding.from_options(vars(args)), args.max_length, args.tokenizer_path)
+    splitter = HeldoutSplitter(args.processed_dir, args.output_dir, args.share, args.seed, check)
     if args.part:
-        manifests = write_heldout_part(
-            args.processed_dir, args.dataset, args.output_dir, args.part, args.manifest, *options
-        )
+        manifests = splitter.write_part(args.dataset, args.part, args.manifest)
     elif args.dataset and len(args.dataset) == 1:
         (name,) = args.dataset
-        manifests = {name: write_heldout(args.processed_dir, name, args.output_dir, args.manifest, *options)}
+        manifests = {name: splitter.write(name, args.manifest)}
     else:
         raise UserError("one --dataset is needed", found=args.dataset, fix="name it, or use --part")
     for name, manifest in manifests.items():

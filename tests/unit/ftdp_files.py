@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -44,3 +45,8 @@ def finals(folder: Path) -> list[str]:
     out = folder / "out"
     names = [path for path in out.rglob("*") if path.is_file() and "chunks" not in path.parts]
     return sorted(path.relative_to(out).as_posix() for path in names if "quarantine" not in path.name)
+
+
+def raw_line(record: dict) -> bytes:
+    """Returns the line that a record of a quarantine file holds."""
+    return base64.b64decode(record["raw_base64"]) if "raw_base64" in record else record["raw"].encode()

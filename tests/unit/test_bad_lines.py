@@ -7,13 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from ftdp_files import GOOD, SET_ASIDE, bin_of, finals, quarantined, source_of, tokenize
+from ftdp_files import GOOD, SET_ASIDE, bin_of, finals, quarantined, raw_line, source_of, tokenize
 from ftdp_small_tokenizers import extended_folder, small_tokenizer
 
 from common.cli import UserError
 from ftdp import chunk_writer, reading
 from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.quarantine import raw_line
 from ftdp.reading import LineReader
 from ftdp.tokenized_writer import write_tokenized
 from ftdp.tokenizing import _Run, tokenize_datasets

@@ -9,6 +9,7 @@ import torch
 
 from evaluation.generation import encode_prompt
 from export_models import write_tuned
+from ftdp.chat_encoding import ChatEncoding
 from serving import calculator
 from serving.conversation import Conversation
 
@@ -51,10 +52,10 @@ def test_a_call_is_computed_and_its_result_comes_back_as_in_training(tuned):
         ("assistant", None),
     ]
     # What the model reads next begins with what it was given and what it wrote, id for id.
-    prompt = encode_prompt(talk.messages[:2], tokenizer, max_length=None)
+    prompt = encode_prompt(talk.messages[:2], tokenizer, ChatEncoding(), max_length=None)
     written = tokenizer.tokenizer.encode(CALL, add_special_tokens=False).ids
     assert (
-        encode_prompt(talk.messages[:5], tokenizer, max_length=None)[: len(prompt + written)]
+        encode_prompt(talk.messages[:5], tokenizer, ChatEncoding(), max_length=None)[: len(prompt + written)]
         == prompt + written
     )
 

@@ -9,6 +9,7 @@ from ftdp_small_tokenizers import small_tokenizer
 
 from common.cli import UserError
 from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.chat_encoding import ChatEncoding
 from ftdp.encode import BatchEncoder
 from ftdp.packing import TokenizedFile
 from ftdp.template_file import load_template
@@ -31,7 +32,7 @@ def talk(text):
 
 
 def encode(messages, tokenizer, how, mask="exact"):
-    encoder = BatchEncoder(tokenizer, mask=mask, control_tokens=how)
+    encoder = BatchEncoder(tokenizer, ChatEncoding(mask=mask, control_tokens=how))
     (pieces,) = encoder.encode_turns([encoder.turns(messages)])
     return [token for piece in pieces for token in piece.ids], encoder.take_counts()["control_messages"]
 

@@ -13,6 +13,7 @@ import torch
 from common.cli import UserError
 from common.files import read_json, write_json
 from export_models import write_tuned
+from ftdp.chat_encoding import ChatEncoding
 
 TOOL_TALK = [
     {"role": "system", "content": "You are a helpful assistant."},
@@ -88,7 +89,7 @@ def test_loss_equals_a_plain_loop(setting):
 
     tokenizer_dir, tokenizer, hf, heldout = setting
     model = load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
-    samples = load_heldout(heldout, tokenizer, 2048)
+    samples = load_heldout(heldout, tokenizer, ChatEncoding(), 2048)
     results = [
         score(model, samples, tokenizer.bos_token_id, batch_tokens) for batch_tokens in (1, 300, 100_000)
     ]
@@ -113,10 +114,10 @@ def test_bos_is_no_target_and_long_conversations_are_cut(setting):
     from evaluation.heldout import batches_by_length, load_heldout
 
     _, tokenizer, _, heldout = setting
-    samples = load_heldout(heldout, tokenizer, 2048)
+    samples = load_heldout(heldout, tokenizer, ChatEncoding(), 2048)
     assert all(sample.ids[0] == tokenizer.bos_token_id for sample in samples)
     assert all(sample.targets == sum(sample.trained) - 1 for sample in samples)
-    cut = load_heldout(heldout, tokenizer, 30)
+    cut = load_heldout(heldout, tokenizer, ChatEncoding(), 30)
     assert all(short.ids == whole.ids[:30] for short, whole in zip(cut, samples, strict=True))
     assert [s.truncated for s in cut] == [len(s.ids) > 30 for s in samples]
     batches = batches_by_length(samples, 200)
@@ -128,12 +129,12 @@ def test_max_samples_depends_on_content_alone(setting, tmp_path, write_processed
     from evaluation.heldout import load_heldout
 
     _, tokenizer, _, heldout = setting
-    chosen = load_heldout(heldout, tokenizer, 2048, max_samples=3)
+    chosen = load_heldout(heldout, tokenizer, ChatEncoding(), 2048, max_samples=3)
     lines = [json.dumps(talk, ensure_ascii=False).encode() for talk in DATASETS["sums"]]
     expected = set(sorted(lines, key=lambda line: hashlib.sha256(line).digest())[:3])
     assert sum(sample.dataset == "tools" for sample in chosen) == 2
     kept = [talk for talk, line in zip(DATASETS["sums"], lines, strict=True) if line in expected]
-    alone = load_heldout(write_processed(tmp_path, {"sums": kept}), tokenizer, 2048)
+    alone = load_heldout(write_processed(tmp_path, {"sums": kept}), tokenizer, ChatEncoding(), 2048)
     assert [s.ids for s in chosen if s.dataset == "sums"] == [s.ids for s in alone]
 
 
@@ -165,14 +166,14 @@ def test_answers_equal_a_greedy_loop_without_cache(setting):
 
     tokenizer_dir, tokenizer, hf, _ = setting
     model = load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
-    answers = generate(model, PROMPTS, tokenizer, max_new_tokens=12)
-    prompt = encode_prompt(PROMPTS[1], tokenizer)
+    answers = generate(model, PROMPTS, tokenizer, ChatEncoding(), max_new_tokens=12)
+    prompt = encode_prompt(PROMPTS[1], tokenizer, ChatEncoding())
     text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhat is the weather in Shanghai?"
     assert tokenizer.tokenizer.decode(prompt, skip_special_tokens=False) == (
         f"<s>{text}<|im_end|>\n<|im_start|>assistant\n"
     )
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        ids = encode_prompt(prompt, tokenizer)
+        ids = encode_prompt(prompt, tokenizer, ChatEncoding())
         start = len(ids)
         while len(ids) - start < 12:
             with torch.no_grad():
@@ -199,7 +200,7 @@ def test_an_answer_ends_at_the_end_of_the_turn(setting):
         model.model.norm.weight.zero_()
         model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.lm_head.out_features))
         model.lm_head.bias[tokenizer.ids["<|im_end|>"]] = 1.0
-    answer = generate(model, PROMPTS[:1], tokenizer, max_new_tokens=5)[0]
+    answer = generate(model, PROMPTS[:1], tokenizer, ChatEncoding(), max_new_tokens=5)[0]
     assert answer["text"] == "" and answer["finished"] and answer["tokens"] == 1
 
 
@@ -217,7 +218,7 @@ def test_bad_lines_are_named(setting, tmp_path, line, message):
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(_talk(1)) + "\n" + line + "\n")
     with pytest.raises(UserError, match=message):
-        load_heldout(tmp_path, setting[1], 2048)
+        load_heldout(tmp_path, setting[1], ChatEncoding(), 2048)
 
 
 @pytest.mark.parametrize(
@@ -243,13 +244,13 @@ def test_held_out_conversations_are_what_training_would_see(
         made = tokenize_datasets(folder, tmp_path / control_tokens, tokenizer, options)
         (path,) = (tmp_path / control_tokens).rglob("*.bin")
         expected = [TokenizedFile(path)[number] for number in range(len(talks))]
-        samples = load_heldout(folder, tokenizer, 70, mask=mask, control_tokens=control_tokens)
+        samples = load_heldout(folder, tokenizer, options, 70)
         assert [sample.ids for sample in samples] == [ids.tolist() for ids, _ in expected]
         assert [sample.trained for sample in samples] == [
             (labels != IGNORE_INDEX).tolist() for _, labels in expected
         ]
         assert sum(sample.truncated for sample in samples) == made["d"]["totals"]["truncated"] > 0
-        prompt = encode_prompt(talks[1], tokenizer, mask=mask, control_tokens=control_tokens)
+        prompt = encode_prompt(talks[1], tokenizer, options)
         begin = tokenizer.tokenizer.encode(tokenizer.template.generation_prompt, add_special_tokens=False).ids
         assert prompt[-len(begin) :] == begin
         assert (prompt[: -len(begin)])[:70] == samples[1].ids
@@ -259,10 +260,10 @@ def test_nothing_to_measure_is_an_error(setting, tmp_path, write_processed):
     from evaluation.heldout import load_heldout
 
     with pytest.raises(UserError, match="no held-out conversations"):
-        load_heldout(tmp_path / "absent", setting[1], 2048)
+        load_heldout(tmp_path / "absent", setting[1], ChatEncoding(), 2048)
     silent = write_processed(tmp_path, {"silent": [[{"role": "user", "content": "Hello"}]]})
     with pytest.raises(UserError, match="no trained token"):
-        load_heldout(silent, setting[1], 2048)
+        load_heldout(silent, setting[1], ChatEncoding(), 2048)
 
 
 def test_the_command_writes_what_the_library_measures(setting, tmp_path, run_script):
@@ -281,7 +282,7 @@ def test_the_command_writes_what_the_library_measures(setting, tmp_path, run_scr
     result = read_json(tmp_path / "out.json")
     assert result["slurm_job_id"] == "4711"
     model = load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
-    expected = score(model, load_heldout(heldout, tokenizer, 2048), tokenizer.bos_token_id)
+    expected = score(model, load_heldout(heldout, tokenizer, ChatEncoding(), 2048), tokenizer.bos_token_id)
     assert result["loss"] == pytest.approx(expected["loss"], abs=1e-6)
     assert set(result["datasets"]) == {"tools", "sums"}
     assert result["label"] == "tuned" and result["format"] == 1 and result["samples"] == 11

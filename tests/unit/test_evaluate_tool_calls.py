@@ -77,10 +77,11 @@ def by_hand(tokenizer, messages):
 def test_losses_by_role_equal_a_plain_loop(setting, model, mask):
     from evaluation.conversations import read_conversations
     from evaluation.role_losses import conversation_losses
+    from ftdp.chat_encoding import ChatEncoding
     from ftdp.encode import BatchEncoder
 
     _, tokenizer, _, folder = setting
-    encoder, exact = (BatchEncoder(tokenizer, mask=each) for each in (mask, "exact"))
+    encoder, exact = (BatchEncoder(tokenizer, ChatEncoding(mask=each)) for each in (mask, "exact"))
     conversations = read_conversations(folder, encoder)
     found = conversation_losses(model, conversations, encoder, exact, 4096, tokenizer.end_of_turn_id, 300)
     assert [each["conversation"] for each in found] == [each.place for each in conversations]
@@ -108,12 +109,13 @@ def test_a_border_that_the_tokenizer_merges_across_makes_the_roles_unclear(
     """`compat` cuts by numbers of ids: where that cuts other ids than the text's, no role is claimed."""
     from evaluation.conversations import read_conversations
     from evaluation.role_losses import conversation_losses
+    from ftdp.chat_encoding import ChatEncoding
     from ftdp.encode import BatchEncoder
 
     _, tokenizer, _, _ = setting
     talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "\n"}]
     folder = write_processed(tmp_path, {"d": [talk]})
-    compat, exact = (BatchEncoder(tokenizer, mask=mask) for mask in ("compat", "exact"))
+    compat, exact = (BatchEncoder(tokenizer, ChatEncoding(mask=mask)) for mask in ("compat", "exact"))
     conversations = read_conversations(folder, compat)
     compat.encode_turns([conversations[0].turns])
     assert compat.take_counts()["straddling_messages"] == 1, "the tokenizer must merge two line breaks"

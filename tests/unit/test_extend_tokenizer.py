@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from common.cli import UserError
 from ftdp.base_tokenizer import open_tokenizer
+from ftdp.chat_encoding import ChatEncoding
 from ftdp.encode import encode_conversation
 from ftdp.template_file import load_template
 from ftdp.tokenizer import load_tokenizer
@@ -134,7 +135,9 @@ def test_chat_template_renders_as_the_data_is_made(kind):
         prompt = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert prompt == bos + render(messages) + "<|im_start|>assistant\n"
         ids = loaded.apply_chat_template(messages, tokenize=True, return_dict=False)
-        assert ids == [abs(token) for token in encode_conversation(messages, small_tokenizer(kind))]
+        assert ids == [
+            abs(token) for token in encode_conversation(messages, small_tokenizer(kind), ChatEncoding())
+        ]
 
 
 def test_twice_gives_the_same_and_in_place_is_refused(tmp_path):
@@ -183,8 +186,8 @@ def test_tokenizer_with_truncation_and_padding(tmp_path):
     tokenizer.save(str(base / "tokenizer.json"))
     extended = open_tokenizer(base, tmp_path / "extended")
     messages = [{"role": "user", "content": "hello, how are you today?"}]
-    expected = encode_conversation(messages, small_tokenizer("byte_level"))
-    assert encode_conversation(messages, extended) == expected
+    expected = encode_conversation(messages, small_tokenizer("byte_level"), ChatEncoding())
+    assert encode_conversation(messages, extended, ChatEncoding()) == expected
 
 
 def config_of(base, **changes):

@@ -12,7 +12,9 @@ from ftdp_small_tokenizers import extended_folder, small_tokenizer
 from common.cli import UserError
 from evaluation.heldout import load_heldout
 from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.heldout import held_out_lines, is_held_out, is_valid, line_check, split_heldout, write_heldout
+from ftdp.chat_encoding import ChatEncoding
+from ftdp.heldout import HeldoutSplitter, line_check
+from ftdp.line_choice import is_held_out, is_valid
 from ftdp.tokenizing import tokenize_datasets
 
 
@@ -25,6 +27,10 @@ def write_source(root, numbers, end="\n"):
     source.parent.mkdir(parents=True)
     source.write_text("".join(conversation(number) + end for number in numbers), newline="")
     return source
+
+
+def splitter(folder, share, seed):
+    return HeldoutSplitter(folder / "in", folder / "held", share, seed, line_check(ChatEncoding(), 2048))
 
 
 def test_the_rule_itself():
@@ -90,9 +96,10 @@ def test_train_and_valid_make_the_whole(tmp_path, lines_twice):
 def test_train_and_heldout_make_the_whole(tmp_path):
     numbers = [number % 300 for number in range(400)]  # 100 duplicates
     source = write_source(tmp_path / "in", numbers, end="\r\n")
-    manifest = write_heldout(tmp_path / "in", "d", tmp_path / "held", tmp_path / "d.json", 0.2, 7)
+    manifest = splitter(tmp_path, 0.2, 7).write("d", tmp_path / "d.json")
     held = (tmp_path / "held" / "d" / "processed" / "sft_chat" / "f.jsonl").read_text().splitlines()
-    assert held == [line.decode() for line in held_out_lines(source, 0.2, 7)]
+    lines = source.read_bytes().splitlines()
+    assert held == [line.decode() for line in lines if is_held_out(line, 0.2, 7)]
     assert manifest["totals"] == {"lines": 400, "heldout": len(held), "bad": 0}
     assert json.loads((tmp_path / "d.json").read_text()) == manifest
     assert 40 < len(held) < 120
@@ -101,7 +108,11 @@ def test_train_and_heldout_make_the_whole(tmp_path):
 
     tokenizer = small_tokenizer("byte_level")
     made = tokenize_datasets(
-        tmp_path / "in", tmp_path / "out", tokenizer, TokenizeOptions(32768, 0.2, 7), processes=2
+        tmp_path / "in",
+        tmp_path / "out",
+        tokenizer,
+        TokenizeOptions(heldout_share=0.2, heldout_seed=7),
+        processes=2,
     )
     assert made["d"]["totals"]["heldout"] == len(held)
     write_source(tmp_path / "rest", [json.loads(line)[0]["content"].split()[1] for line in rest])
@@ -149,13 +160,13 @@ def test_a_bad_line_is_quarantined_and_nowhere_else(tmp_path, run_script, contro
     assert split["bad"] == sum(is_held_out(line.encode(), 0.3, 3) for line in refused) > 30
     assert totals["valid_samples"] > 20
     # Evaluation stops at no line, hours later.
-    assert len(load_heldout(tmp_path / "held", small_tokenizer(), 2048)) == len(held)
+    assert len(load_heldout(tmp_path / "held", small_tokenizer(), ChatEncoding(), 2048)) == len(held)
     assert len(lines) == sum(totals[key] for key in ("samples", "valid_samples", "heldout", "quarantined"))
 
 
 def test_control_tokens_need_the_tokenizer():
     with pytest.raises(UserError, match="give --tokenizer-path"):
-        line_check(control_tokens="error")
+        line_check(ChatEncoding(control_tokens="error"), 2048)
 
 
 def test_script_and_repeat(tmp_path, run_script):
@@ -172,10 +183,10 @@ def test_script_and_repeat(tmp_path, run_script):
 def test_share_out_of_range(tmp_path, share):
     write_source(tmp_path / "in", range(3))
     with pytest.raises(UserError, match="share is out of range"):
-        split_heldout(tmp_path / "in", "d", tmp_path / "held", share, 1)
+        splitter(tmp_path, share, 1)
 
 
 def test_unknown_dataset(tmp_path):
     write_source(tmp_path / "in", range(3))
     with pytest.raises(UserError, match="no dataset 'x'"):
-        split_heldout(tmp_path / "in", "x", tmp_path / "held", 0.1, 1)
+        splitter(tmp_path, 0.1, 1).write("x", tmp_path / "x.json")

@@ -12,7 +12,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from ftdp_files import SET_ASIDE
+from ftdp_files import SET_ASIDE, raw_line
 from ftdp_small_tokenizers import extended_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +20,6 @@ from ingest_rows import EXPECTED, GOOD, ROWS, as_lines, convert, written
 
 from common.cli import UserError
 from ftdp.layout import find_datasets
-from ftdp.quarantine import raw_line
 from ingest import ingesting
 from ingest.ingesting import IngestOptions, ingest
 

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from ftdp_files import raw_line
 from ftdp_small_tokenizers import small_tokenizer
 from ingest_rows import GOOD, HI, answer, as_lines, call, convert, human, openai_call, says, written
 
@@ -13,7 +14,6 @@ from common.cli import UserError
 from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.inspecting import Sample
 from ftdp.layout import find_datasets
-from ftdp.quarantine import raw_line
 from ftdp.template_file import load_template
 from ftdp.tokenizing import tokenize_datasets
 

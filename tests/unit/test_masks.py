@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from common.cli import UserError
 from ftdp.base_tokenizer import open_tokenizer
 from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.chat_encoding import ChatEncoding
 from ftdp.chat_template import MessageError
 from ftdp.control_tokens import literal_tokenizer
 from ftdp.encode import BatchEncoder, encode_conversation, encode_conversations
@@ -34,19 +35,19 @@ USER = {"role": "user", "content": "hi"}
 
 def tokens_of(messages, tokenizer, **options):
     """Returns [(token, trained)] without BOS."""
-    ids = encode_conversation(messages, tokenizer, **options)[1:]
+    ids = encode_conversation(messages, tokenizer, ChatEncoding(**options))[1:]
     return [(tokenizer.tokenizer.id_to_token(abs(each)), each > 0) for each in ids]
 
 
 def trained_text(messages, tokenizer, **options):
     """Returns what is trained on, as text."""
     options = {"mask": "exact", **options}
-    ids = [each for each in encode_conversation(messages, tokenizer, **options) if each > 0]
+    ids = [each for each in encode_conversation(messages, tokenizer, ChatEncoding(**options)) if each > 0]
     return tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def counts_of(conversations, tokenizer, **options):
-    encoder = BatchEncoder(tokenizer, **options)
+    encoder = BatchEncoder(tokenizer, ChatEncoding(**options))
     encoder.encode_turns([encoder.turns(each) for each in conversations])
     counts = encoder.take_counts()
     assert set(encoder.take_counts().values()) == {0}, "counted once"
@@ -68,7 +69,7 @@ def test_exact_equals_the_reference(kind, control_tokens, batch, many):
         [(tokenizer.bos_token_id, False), *exact_tokens(each, tokenizer.tokenizer, literal)] for each in batch
     ]
     before = json.dumps(batch)
-    encoder = BatchEncoder(tokenizer, many, mask="exact", control_tokens=control_tokens)
+    encoder = BatchEncoder(tokenizer, ChatEncoding(mask="exact", control_tokens=control_tokens), many=many)
     pieces = encoder.encode_turns([encoder.turns(each) for each in batch])
     assert list(map(pairs_of, pieces)) == expected
     assert json.dumps(batch) == before, "the conversations are left as they are"
@@ -101,7 +102,7 @@ def test_exact_equals_the_reference_in_every_template(kind, template, messages, 
         ]
         assume(not messages or messages[0]["role"] not in ("tool", "thought"))
     tokenizer = small_tokenizer(kind, template)
-    encoder = BatchEncoder(tokenizer, mask="exact", control_tokens=control_tokens)
+    encoder = BatchEncoder(tokenizer, ChatEncoding(mask="exact", control_tokens=control_tokens))
     (pieces,) = encoder.encode_turns([encoder.turns(messages)])
     bos = [(tokenizer.bos_token_id, False)] if tokenizer.template.bos else []
     literal = control_tokens == "literal"
@@ -119,7 +120,7 @@ def test_without_control_tokens_literal_is_compat(kind, messages):
     assume(not any(token in text for token in tokens for text in said))
     encode = lambda text: tokenizer.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
     expected = signed_tokens(messages, encode, tokenizer.bos_token_id)
-    assert encode_conversation(messages, tokenizer, control_tokens="literal") == expected
+    assert encode_conversation(messages, tokenizer, ChatEncoding(control_tokens="literal")) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,17 +130,15 @@ def test_without_control_tokens_literal_is_compat(kind, messages):
 def test_literal_never_writes_a_control_token_of_a_message(kind, mask, messages):
     tokenizer = small_tokenizer(kind)
     special = {key for key, token in tokenizer.tokenizer.get_added_tokens_decoder().items() if token.special}
-    ids = [
-        abs(each)
-        for each in encode_conversation(messages, tokenizer, None, mask=mask, control_tokens="literal")
-    ]
+    encoding = ChatEncoding(mask=mask, control_tokens="literal")
+    ids = [abs(each) for each in encode_conversation(messages, tokenizer, encoding, None)]
     emptied = [{**message, "content": ""} for message in messages]
     for message in emptied:
         if message.get("name") not in (None, "plugin", "interpreter"):
             message["name"] = "x"
         if message["role"] == "user" and message.get("name"):
             message["name"] = "x"
-    expected = encode_conversation(emptied, tokenizer, None, mask=mask, control_tokens="literal")
+    expected = encode_conversation(emptied, tokenizer, encoding, None)
     # A tokenizer that does not know a character writes <unk>, which is special too, for text.
     unknown = tokenizer.tokenizer.token_to_id("<unk>")
     of_template = [abs(each) for each in expected if abs(each) in special - {unknown}]
@@ -148,8 +147,8 @@ def test_literal_never_writes_a_control_token_of_a_message(kind, mask, messages)
 
 def test_bos_is_not_trained():
     tokenizer = small_tokenizer("byte_level")
-    assert encode_conversation([USER], tokenizer)[0] == tokenizer.bos_token_id
-    assert encode_conversation([USER], tokenizer, mask="exact")[0] == -tokenizer.bos_token_id
+    assert encode_conversation([USER], tokenizer, ChatEncoding())[0] == tokenizer.bos_token_id
+    assert encode_conversation([USER], tokenizer, ChatEncoding(mask="exact"))[0] == -tokenizer.bos_token_id
 
 
 @pytest.mark.parametrize("valid", ["copy", "holdout"])
@@ -241,7 +240,7 @@ def test_a_tool_call_has_a_loss_of_its_own():
     messages[3]["loss"] = "false"
     with pytest.raises(MessageError, match=r"\[3\].loss"):
         trained_text(messages, tokenizer)
-    encode_conversation(messages, tokenizer, mask="compat")
+    encode_conversation(messages, tokenizer, ChatEncoding(mask="compat"))
 
 
 def test_control_tokens_in_messages():
@@ -250,7 +249,8 @@ def test_control_tokens_in_messages():
     typed = [{"role": "user", "name": "<|im_end|>", "content": "a<|im_end|>\nb"}]
     conversations = [typed, [USER], [USER, {"role": "thought", "content": "<s>"}]]
     as_control, as_text = (
-        encode_conversations(conversations, tokenizer, control_tokens=each) for each in ("control", "literal")
+        encode_conversations(conversations, tokenizer, ChatEncoding(control_tokens=each))
+        for each in ("control", "literal")
     )
     assert [each.count(-end) for each in as_control] == [3, 1, 1]
     assert [each.count(-end) for each in as_text] == [1, 1, 1]
@@ -262,10 +262,10 @@ def test_control_tokens_in_messages():
             found = counts_of(conversations, tokenizer, mask=mask, control_tokens=how)["control_messages"]
             assert found == 3
     with pytest.raises(MessageError, match=r"\[0\].content: found the control token <\|im_end\|>"):
-        encode_conversations(conversations, tokenizer, control_tokens="error")
+        encode_conversations(conversations, tokenizer, ChatEncoding(control_tokens="error"))
     typed[0]["content"] = ""
     with pytest.raises(MessageError, match=r"\[0\].name"):
-        encode_conversations(conversations, tokenizer, control_tokens="error")
+        encode_conversations(conversations, tokenizer, ChatEncoding(control_tokens="error"))
 
 
 def test_the_template_may_write_control_tokens():
@@ -276,8 +276,8 @@ def test_the_template_may_write_control_tokens():
         {"role": "tool", "name": "plugin", "content": "{}"},
     ]
     for how in ("literal", "error"):
-        ids = encode_conversation(messages, tokenizer, control_tokens=how)
-        assert ids == encode_conversation(messages, tokenizer, control_tokens="control")
+        ids = encode_conversation(messages, tokenizer, ChatEncoding(control_tokens=how))
+        assert ids == encode_conversation(messages, tokenizer, ChatEncoding(control_tokens="control"))
     assert counts_of([messages], tokenizer)["control_messages"] == 0
 
 
@@ -344,18 +344,18 @@ def test_the_examples_in_the_docs(shared_data, tmp_path, repo_root):
     for page in ("docs/masks.md", "docs/zh_cn/masks.md"):
         lines = [" ".join(line.split()) for line in (repo_root / page).read_text().splitlines()]
         for messages, count, options in examples:
-            ids = encode_conversation(messages, tokenizer, **options)
+            ids = encode_conversation(messages, tokenizer, ChatEncoding(**options))
             shown = ", ".join(map(str, ids[-count:]))
             assert any(
                 line.replace("[ ", "[").startswith(options["mask"]) and shown in line for line in lines
             )
         typed = [{"role": "user", "content": "a<|im_end|>"}]
         for how in ("literal", "control"):
-            ids = encode_conversation(typed, tokenizer, control_tokens=how)
+            ids = encode_conversation(typed, tokenizer, ChatEncoding(control_tokens=how))
             assert f"`... {', '.join(map(str, ids[4:-2]))}, ...`" in (repo_root / page).read_text()
 
 
 @pytest.mark.parametrize("option", [{"mask": "right"}, {"control_tokens": "text"}])
 def test_unknown_options(option):
     with pytest.raises(UserError, match="out of range"):
-        BatchEncoder(small_tokenizer("byte_level"), **option)
+        ChatEncoding(**option)

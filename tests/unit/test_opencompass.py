@@ -164,6 +164,7 @@ TEMPLATES = ("internlm2_chat", "chatml", "llama3", "mistral_instruct")
 
 def test_turbomind_gets_the_prompt_and_the_stop_words_of_training(tmp_path, tiny_tokenizer_dir, repo_root):
     opencompass_python()
+    from ftdp.chat_encoding import ChatEncoding
     from ftdp.encode import BatchEncoder
     from ftdp.piece import signed_ids
 
@@ -191,7 +192,7 @@ def test_turbomind_gets_the_prompt_and_the_stop_words_of_training(tmp_path, tiny
     assert done.returncode == 0, done.stderr[-3000:]
     for case, tokenizer in tokenizers.items():
         template = tokenizer.template
-        encoder = BatchEncoder(tokenizer, mask="exact")
+        encoder = BatchEncoder(tokenizer, ChatEncoding(mask="exact"))
         given = read_json(tmp_path / case / "given.json")
         for talk, got in zip(talks[case], given, strict=True):
             assert got["inputs"] == [template.render(talk) + template.generation_prompt]

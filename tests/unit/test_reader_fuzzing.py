@@ -7,14 +7,14 @@ import json
 import random
 import re
 
-from ftdp_files import GOOD, SET_ASIDE, quarantined, source_of, tokenize
+from ftdp_files import GOOD, SET_ASIDE, quarantined, raw_line, source_of, tokenize
 from ftdp_small_tokenizers import small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.cli import UserError
 from ftdp.block_tokenizer import BlockTokenizer, TokenizeOptions
-from ftdp.quarantine import quarantine_record, raw_line
+from ftdp.quarantine import quarantine_record
 from ftdp.reading import LineReader
 
 QUARANTINE = TokenizeOptions(**SET_ASIDE)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, assume, given, settings
 
 from common.cli import UserError
 from ftdp.base_tokenizer import open_tokenizer
+from ftdp.chat_encoding import ChatEncoding
 from ftdp.chat_template import MessageError
 from ftdp.encode import BatchEncoder, encode_conversation, signed_ids
 from ftdp.jinja_template import jinja_template
@@ -100,12 +101,12 @@ def test_jinja_gives_the_ids_of_training(kind, template, messages):
     assert library.apply_chat_template(messages, tokenize=False) == bos + text
     prompt = library.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert prompt == bos + text + tokenizer.template.generation_prompt
-    encoder = BatchEncoder(tokenizer, mask="exact", control_tokens="control")
+    encoder = BatchEncoder(tokenizer, ChatEncoding(mask="exact", control_tokens="control"))
     pieces = encoder.encode_turns([encoder.turns(messages)])[0]
     ids = [abs(each) for each in signed_ids(pieces)]
     assert library.apply_chat_template(messages, tokenize=True, return_dict=False) == ids
     if template == "internlm2_chat" and not encoder.take_counts()["straddling_messages"]:
-        compat = encode_conversation(messages, tokenizer, None, control_tokens="control")
+        compat = encode_conversation(messages, tokenizer, ChatEncoding(control_tokens="control"), None)
         assert [abs(each) for each in compat] == ids
 
 
@@ -115,7 +116,7 @@ def test_jinja_gives_the_ids_of_training_on_real_data(template, mask, shared_dat
 
     tokenizer = open_tokenizer(shared_data / "mistral_v1_tokenizer", tmp_path / "x", template=template)
     library = AutoTokenizer.from_pretrained(tmp_path / "x")
-    encoder = BatchEncoder(tokenizer, many=True, mask=mask)
+    encoder = BatchEncoder(tokenizer, ChatEncoding(mask=mask), many=True)
     batch = [
         json.loads(line)
         for source in sorted((shared_data / "ftdp").rglob("*.jsonl"))
@@ -132,7 +133,7 @@ def test_jinja_gives_the_ids_of_training_on_real_data(template, mask, shared_dat
 @pytest.mark.parametrize(("template", "mask"), MASKED)
 def test_what_is_trained(template, mask):
     tokenizer = small_tokenizer("byte_level", template)
-    ids = encode_conversation(TALK, tokenizer, mask=mask)[tokenizer.template.bos :]
+    ids = encode_conversation(TALK, tokenizer, ChatEncoding(mask=mask))[tokenizer.template.bos :]
     trained = tokenizer.tokenizer.decode([each for each in ids if each > 0], skip_special_tokens=False)
     assert (
         trained
@@ -155,7 +156,7 @@ def test_the_template_is_saved_with_the_tokenizer():
         assert config["chat_template"] == jinja_template(tokenizer.template)
         assert list(tokenizer.template.roles) == list(load_template(name).roles)
     with pytest.raises(UserError, match=r"lacks tokens(.|\n)*<\|eot_id\|>(.|\n)*--template llama3"):
-        BatchEncoder(small_tokenizer("byte_level"), template="llama3", mask="exact")
+        BatchEncoder(small_tokenizer("byte_level"), ChatEncoding(template="llama3", mask="exact"))
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -201,7 +202,7 @@ def test_a_saved_template_that_was_changed_is_refused(tmp_path):
 def test_compat_is_for_internlm2_alone(template, tmp_path, run_script):
     tokenizer = small_tokenizer("byte_level", template)
     with pytest.raises(UserError, match=rf"template {template} with mask compat(.|\n)*tokenize\.mask: exact"):
-        BatchEncoder(tokenizer)
+        BatchEncoder(tokenizer, ChatEncoding())
     folder = extended_folder("byte_level", template)
     places = ("--processed-dir", tmp_path, "--tokenized-dir", tmp_path / "out", "--tokenizer-path", folder)
     source = tmp_path / "d" / "processed" / "f.jsonl"
@@ -223,7 +224,7 @@ def test_a_template_without_bos_needs_none(tmp_path):
     tokenizer = open_tokenizer(tmp_path / "base", tmp_path / "x", template="chatml")
     assert tokenizer.bos_token_id is None
     assert load_tokenizer(tmp_path / "x").template.bos is False
-    first = encode_conversation(TALK, tokenizer, mask="exact")[0]
+    first = encode_conversation(TALK, tokenizer, ChatEncoding(mask="exact"))[0]
     assert first == -tokenizer.ids["<|im_start|>"]
 
 

@@ -9,6 +9,7 @@ from ftdp_small_tokenizers import small_tokenizer
 
 from common.cli import UserError
 from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.chat_encoding import ChatEncoding
 from ftdp.chat_template import MessageError
 from ftdp.encode import encode_conversation
 from ftdp.tokenizing import tokenize_datasets
@@ -94,7 +95,9 @@ def test_bad_line(tmp_path, case):
 
 def test_half_a_character_in_memory():
     with pytest.raises(MessageError, match="surrogate"):
-        encode_conversation([{"role": "user", "content": "a\ud83d"}], small_tokenizer("byte_level"))
+        encode_conversation(
+            [{"role": "user", "content": "a\ud83d"}], small_tokenizer("byte_level"), ChatEncoding()
+        )
 
 
 def test_the_first_bad_line_of_many_blocks_is_named(tmp_path):

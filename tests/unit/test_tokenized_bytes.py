@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.chat_encoding import ChatEncoding
 from ftdp.encode import BatchEncoder, encode_conversation, encode_conversations, signed_ids
 from ftdp.layout import find_datasets
 from ftdp.tokenizing import tokenize_datasets
@@ -30,10 +31,10 @@ def test_ids_equal_the_reference(kind, batch, max_length):
     encode, bos = encoder_of(tokenizer), tokenizer.bos_token_id
     expected = [signed_tokens(each, encode, bos, max_length) for each in batch]
     before = json.dumps(batch)
-    as_xtuner = {"mask": "compat", "control_tokens": "control"}
-    assert encode_conversations(batch, tokenizer, max_length, **as_xtuner) == expected
-    assert [encode_conversation(each, tokenizer, max_length, **as_xtuner) for each in batch] == expected
-    fast = BatchEncoder(tokenizer, many=True, **as_xtuner)
+    as_xtuner = ChatEncoding(mask="compat", control_tokens="control")
+    assert encode_conversations(batch, tokenizer, as_xtuner, max_length) == expected
+    assert [encode_conversation(each, tokenizer, as_xtuner, max_length) for each in batch] == expected
+    fast = BatchEncoder(tokenizer, as_xtuner, many=True)
     pieces = fast.encode_turns([fast.turns(each) for each in batch])
     assert [signed_ids(each, max_length) for each in pieces] == expected
     for each in batch:
@@ -59,7 +60,7 @@ def test_files_equal_the_reference(kind, batch, max_length, escape, tmp_path_fac
     lines = [json.dumps(each, ensure_ascii=escape) + "\n" for each in batch]
     source.write_text("".join(lines), encoding="utf-8", newline="")
     manifests = tokenize_datasets(
-        root / "in", root / "out", tokenizer, TokenizeOptions(max_length, control_tokens="control")
+        root / "in", root / "out", tokenizer, TokenizeOptions(max_length=max_length, control_tokens="control")
     )
     expected = bin_and_meta(batch, encoder_of(tokenizer), tokenizer.bos_token_id, max_length)
     files = root / "out" / "chatml_llamav13_32k" / "train" / "cn" / "data 1"

@@ -16,6 +16,7 @@ from evaluation.languages import language_of
 from evaluation.tool_call_tables import METRICS, comparison_rows, summarize
 from evaluation.tool_calls import answer_points, choose_points
 from export_models import extend_tokenizer
+from ftdp.chat_encoding import ChatEncoding
 from ftdp.encode import BatchEncoder
 
 
@@ -24,7 +25,11 @@ def setting(request, tmp_path_factory, tiny_tokenizer_dir, write_processed):
     """(tokenizer, encoder, held-out folder), in each of the shipped templates."""
     root = tmp_path_factory.mktemp("calls")
     tokenizer = extend_tokenizer(tiny_tokenizer_dir, root / "tokenizer", request.param)
-    return tokenizer, BatchEncoder(tokenizer, mask="exact"), write_processed(root / "heldout", DATASETS)
+    return (
+        tokenizer,
+        BatchEncoder(tokenizer, ChatEncoding(mask="exact")),
+        write_processed(root / "heldout", DATASETS),
+    )
 
 
 class Oracle:

@@ -146,6 +146,7 @@ def test_checkpoint_of_lora_is_small_and_its_model_is_the_one_in_memory(
     from evaluation.heldout import load_heldout
     from evaluation.models import load_for_evaluation
     from evaluation.scoring import score
+    from ftdp.chat_encoding import ChatEncoding
     from ftdp.tokenizer import load_tokenizer
     from sft.checkpoints import read_state_dict
 
@@ -189,7 +190,7 @@ def test_checkpoint_of_lora_is_small_and_its_model_is_the_one_in_memory(
 
     tokenizer = load_tokenizer(world / "tokenizer")
     merged = load_for_evaluation(str(world / "hf"), str(world / "tokenizer"), tokenizer)
-    samples = load_heldout(world / "heldout", tokenizer, 4096, 5)
+    samples = load_heldout(world / "heldout", tokenizer, ChatEncoding(), 4096, 5)
     loss = score(merged, samples, tokenizer.end_of_turn_id)["loss"]
     assert loss == pytest.approx(lines_of(folder / "evals.jsonl")[-1]["loss"], abs=1e-5)
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
+from ftdp.chat_encoding import ChatEncoding
 from ftdp.encode import BatchEncoder
 from ftdp.sentencepiece_bpe import build_tokenizer_json
 from ftdp.template_file import load_template
@@ -187,6 +188,6 @@ def test_the_batch_encoder_gives_the_same_either_way(kind):
     ]
     results = []
     for many in (True, False):
-        encoder = BatchEncoder(tokenizer, many)
+        encoder = BatchEncoder(tokenizer, ChatEncoding(), many=many)
         results.append(encoder.encode_turns([encoder.turns(messages), encoder.turns(messages[:2]), []]))
     assert results[0] == results[1]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ftdp import word_lines
 from ftdp.block_tokenizer import BlockTokenizer, TokenizeOptions
+from ftdp.chat_encoding import ChatEncoding
 from ftdp.encode import BatchEncoder
 from ftdp.piece import trained_mask
 from ftdp.reading import Block
@@ -50,7 +51,7 @@ def pair(kind, template="internlm2_chat", **options):
     """Returns an encoder with the hot path, and one that asks the library for every text."""
     tokenizer = small_tokenizer(kind, template)
     # A process has one literal spelling, so the turns of both are the same.
-    return tuple(BatchEncoder(tokenizer, many, **options) for many in (True, False))
+    return tuple(BatchEncoder(tokenizer, ChatEncoding(**options), many=many) for many in (True, False))
 
 
 def talk(*contents):
@@ -136,7 +137,7 @@ def test_lines_are_cut_and_counted(kind, mask, max_length):
     ]
     options = TokenizeOptions(mask=mask, control_tokens="control", max_length=max_length)
     result = BlockTokenizer(tokenizer, options)("file", Block(1, lines, 1))
-    plain = BatchEncoder(tokenizer, mask=mask, control_tokens="control")
+    plain = BatchEncoder(tokenizer, options)
     expected, trained = b"", 0
     for line in lines:
         (pieces,) = plain.encode_turns([plain.turns(json.loads(line))])

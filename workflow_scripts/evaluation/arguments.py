@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from common.fingerprints import FingerprintCache
+from ftdp.chat_encoding import ChatEncoding
 from ftdp.tokenizer import ExtendedTokenizer
 from settings.command_line import add_settings
 
@@ -41,6 +43,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, script: str) -> None:
 def label_of(args: argparse.Namespace) -> str:
     """Returns what the report calls the model."""
     return args.label or ("base" if args.base_model else "tuned")
+
+
+def encoding_record(tokenizer: ExtendedTokenizer, encoding: ChatEncoding) -> dict[str, str]:
+    """Returns what an evaluation writes of the encoding; the template by the name that it has with the tokenizer."""
+    return asdict(replace(encoding, template=tokenizer.template.name))
 
 
 def model_sha256(args: argparse.Namespace) -> str | None:

@@ -8,23 +8,26 @@ import torch
 
 from common.cli import UserError
 from common.progress import Progress
-from ftdp.chat_template import MessageError
-from ftdp.encode import encode_conversations
+from ftdp.chat_encoding import ChatEncoding
+from ftdp.chat_template import MAX_LENGTH, MessageError
+from ftdp.encode import encode_conversation
 from ftdp.tokenizer import ExtendedTokenizer
 
 
 def encode_prompt(
-    prompt: list[dict], tokenizer: ExtendedTokenizer, where: str = "prompt", **options: Any
+    prompt: list[dict],
+    tokenizer: ExtendedTokenizer,
+    encoding: ChatEncoding,
+    where: str = "prompt",
+    max_length: int | None = MAX_LENGTH,
 ) -> list[int]:
     """Returns the ids of a conversation and of the assistant's beginning turn, as training would see them.
-
-    `options` are those of `ftdp.encode.encode_conversations`.
 
     Raises:
         UserError: When a message is not in the format.
     """
     try:
-        signed = encode_conversations([prompt], tokenizer, **options)[0]
+        signed = encode_conversation(prompt, tokenizer, encoding, max_length)
     except MessageError as error:
         raise UserError(
             f"{where}: {error.field}", found=error.found, expected=error.expected, fix=error.fix
@@ -38,9 +41,9 @@ def generate(
     model,
     prompts: list[list[dict]],
     tokenizer: ExtendedTokenizer,
+    encoding: ChatEncoding,
     max_new_tokens: int,
     show_progress: bool = True,
-    **options: str,
 ) -> list[dict[str, Any]]:
     """Returns one greedy answer per prompt, up to the end of the turn, the base's end token, or `max_new_tokens`.
 
@@ -51,9 +54,9 @@ def generate(
         model: A transformers causal language model in eval mode.
         prompts: Conversations without the answer.
         tokenizer: The extended tokenizer.
+        encoding: As in training.
         max_new_tokens: Longest answer.
         show_progress: Tells how far it is.
-        **options: `mask` and `control_tokens`, as in training.
 
     Returns:
         [{"prompt": messages, "text": answer without the end token, "tokens": count, "finished": bool}]
@@ -74,7 +77,8 @@ def generate(
     progress = Progress("prompts", len(prompts), "tokens") if show_progress else None
     answers = []
     for number, prompt in enumerate(prompts, 1):
-        ids = torch.tensor([encode_prompt(prompt, tokenizer, f"prompt {number}", **options)], device=device)
+        prompt_ids = encode_prompt(prompt, tokenizer, encoding, f"prompt {number}")
+        ids = torch.tensor([prompt_ids], device=device)
         output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
         new = output[0, ids.shape[1] :].tolist()
         finished = bool(new) and new[-1] in ends

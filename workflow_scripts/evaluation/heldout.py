@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from common.cli import UserError
 from common.files import sha256_file, sha256_json
+from ftdp.chat_encoding import ChatEncoding
 from ftdp.chat_template import MessageError, Turn, refuse_half_characters
 from ftdp.encode import BatchEncoder
 from ftdp.layout import find_datasets
@@ -130,21 +131,19 @@ def parse_line(line: HeldoutLine, encoder: BatchEncoder) -> tuple[list[dict], li
 def load_heldout(
     folder: Path,
     tokenizer: ExtendedTokenizer,
+    encoding: ChatEncoding,
     max_length: int,
     max_samples: int | None = None,
-    mask: str = "compat",
-    control_tokens: str = "literal",
 ) -> list[Sample]:
     """Reads and tokenises held-out conversations.
 
     Args:
         folder: Held-out conversations, `<dataset>/processed/<any>/<file>.jsonl`.
         tokenizer: The extended tokenizer.
+        encoding: As in training.
         max_length: Tokens after which a conversation is cut.
         max_samples: Conversations per dataset; those whose lines have the smallest SHA-256, so that the choice
             depends neither on the order of the file nor on other lines.
-        mask: As in training, see `ftdp.encode.BatchEncoder`.
-        control_tokens: As in training.
 
     Returns:
         The samples, in the order of the files.
@@ -152,9 +151,9 @@ def load_heldout(
     Raises:
         UserError: When there are none, or a line is no conversation.
     """
-    encoder = BatchEncoder(tokenizer, mask=mask, control_tokens=control_tokens)
+    encoder = BatchEncoder(tokenizer, encoding)
     samples = [
-        _encode(line.dataset, parse_line(line, encoder)[1], encoder, mask == "exact", max_length)
+        _encode(line.dataset, parse_line(line, encoder)[1], encoder, max_length)
         for line in read_lines(folder, max_samples)
     ]
     if not any(sample.targets for sample in samples):
@@ -181,8 +180,8 @@ def batches_by_length(samples: list[Sample], batch_tokens: int) -> list[list[Sam
     return batches
 
 
-def _encode(dataset: str, turns: list[Turn], encoder: BatchEncoder, exact: bool, max_length: int) -> Sample:
+def _encode(dataset: str, turns: list[Turn], encoder: BatchEncoder, max_length: int) -> Sample:
     (pieces,) = encoder.encode_turns([turns])
     ids = [token for piece in pieces for token in piece.ids]
-    trained = trained_mask(pieces, exact, max_length)
+    trained = trained_mask(pieces, encoder.encoding.exact, max_length)
     return Sample(dataset, ids[:max_length], trained, len(ids) > max_length)

@@ -15,6 +15,7 @@ import torch
 
 from common.cli import UserError
 from evaluation.generation import encode_prompt
+from ftdp.chat_encoding import ChatEncoding
 from ftdp.tokenizer import ExtendedTokenizer
 from sft.checkpoints import read_state_dict
 from sft.config import TrainConfig
@@ -183,13 +184,12 @@ def compare_ids(
     return rows
 
 
-def training_ids(prompts: list[list[dict]], tokenizer: ExtendedTokenizer, **options: str) -> list[list[int]]:
-    """Returns the ids of each prompt and of the assistant's beginning turn, as training would see them.
-
-    `options` are the training's `mask` and `control_tokens`.
-    """
+def training_ids(
+    prompts: list[list[dict]], tokenizer: ExtendedTokenizer, encoding: ChatEncoding
+) -> list[list[int]]:
+    """Returns the ids of each prompt and of the assistant's beginning turn, as training, with this encoding, would see them."""
     return [
-        encode_prompt(prompt, tokenizer, f"prompt {number}", max_length=None, **options)
+        encode_prompt(prompt, tokenizer, encoding, f"prompt {number}", max_length=None)
         for number, prompt in enumerate(prompts, 1)
     ]
 

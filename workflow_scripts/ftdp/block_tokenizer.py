@@ -8,25 +8,24 @@ from typing import NamedTuple
 import numpy as np
 
 from ftdp.bad_lines import BadLine, read_conversation
+from ftdp.chat_encoding import ChatEncoding
 from ftdp.chat_template import MAX_LENGTH, Turn
 from ftdp.encode import BatchEncoder
-from ftdp.heldout import is_held_out, is_valid
+from ftdp.line_choice import is_held_out, is_valid
 from ftdp.piece import Piece
 from ftdp.reading import Block
+from ftdp.template_file import DEFAULT_TEMPLATE
 from ftdp.tokenizer import ExtendedTokenizer
 
 
-@dataclass(frozen=True)
-class TokenizeOptions:
-    """What the tokenised bytes depend on besides the conversations and the tokenizer.
+@dataclass(frozen=True, kw_only=True)
+class TokenizeOptions(ChatEncoding):
+    """What the tokenised bytes depend on besides the conversations and the tokenizer: the encoding, and which lines.
 
     Attributes:
         max_length: Tokens after which a conversation is cut.
         heldout_share: Share of the lines that split_heldout.py sets aside.
         heldout_seed: Its seed.
-        template: Name of a shipped chat template, or the path of a template file.
-        mask: "compat" trains on what XTuner trains on, "exact" corrects it.
-        control_tokens: What a control token inside a content is: "literal" text, "control", or an "error".
         valid: "copy" every 100th sample, or "holdout" a seeded share.
         valid_share: That share.
         valid_seed: Its seed.
@@ -34,12 +33,10 @@ class TokenizeOptions:
         max_bad_share: Share of bad lines in a file above which the job fails all the same.
     """
 
+    template: str = DEFAULT_TEMPLATE
     max_length: int = MAX_LENGTH
     heldout_share: float = 0.0
     heldout_seed: int = 1024
-    template: str = "internlm2_chat"
-    mask: str = "compat"
-    control_tokens: str = "literal"
     valid: str = "copy"
     valid_share: float = 0.01
     valid_seed: int = 1024
@@ -103,13 +100,7 @@ class BlockTokenizer:
     """
 
     def __init__(self, tokenizer: ExtendedTokenizer, options: TokenizeOptions):
-        self._encoder = BatchEncoder(
-            tokenizer,
-            many=True,
-            template=options.template,
-            mask=options.mask,
-            control_tokens=options.control_tokens,
-        )
+        self._encoder = BatchEncoder(tokenizer, options, many=True)
         self._options = options
 
     def __call__(self, source: str, block: Block) -> TokenizedBlock:
@@ -153,9 +144,10 @@ class BlockTokenizer:
             if line is not None
             for turn in turns
         )
-        exact = self._options.mask == "exact"
         return [
-            _line_of_pieces(next(encoded), max_length, exact) if line is None else _line(line, max_length)
+            _line_of_pieces(next(encoded), max_length, self._options.exact)
+            if line is None
+            else _line(line, max_length)
             for line in straight
         ]
 

@@ -15,20 +15,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from common.cli import UserError
-from ftdp.chat_template import MAX_LENGTH, ChatTemplate, MessageError, Turn, refuse_half_characters
+from ftdp.chat_encoding import ChatEncoding
+from ftdp.chat_template import MAX_LENGTH, MessageError, Turn, refuse_half_characters
 from ftdp.control_tokens import control_pattern, literal_spelling, literal_tokenizer, without_trimming
 from ftdp.control_tokens import control_tokens as find_control_tokens
 from ftdp.exact_mask import Span, difference, encode_spans, one_answer, spans_of
 from ftdp.piece import Piece, signed_ids
-from ftdp.template_file import check_mask, load_template
+from ftdp.template_file import check_mask
 from ftdp.tokenizer import ExtendedTokenizer
 from ftdp.word_encoder import WordEncoder, word_encoder
 from ftdp.word_lines import WordLines, word_lines
 from ftdp.word_rules import WordRules, word_rules
-
-MASKS = ("compat", "exact")
-CONTROL_TOKENS = ("literal", "control", "error")
 
 
 class BatchEncoder:
@@ -36,44 +33,32 @@ class BatchEncoder:
 
     Make turns with its method `turns`, not with another template's: with `control_tokens="literal"` the control tokens
     of a turn have names of their own.
+
+    Attributes:
+        encoding: How conversations become ids.
+        template: The chat template, its control tokens renamed where they are literal in messages.
     """
 
     # Names are free text: a corpus with a name a user must not fill the memory.
     _MAX_CACHED = 4096
 
-    def __init__(
-        self,
-        tokenizer: ExtendedTokenizer,
-        many: bool = False,
-        *,
-        template: ChatTemplate | str | None = None,
-        mask: str = "compat",
-        control_tokens: str = "literal",
-    ):
+    def __init__(self, tokenizer: ExtendedTokenizer, encoding: ChatEncoding, *, many: bool = False):
         """Prepares an encoder.
 
         Args:
             tokenizer: The extended tokenizer.
+            encoding: How conversations become ids.
             many: Prepare `line`, where the tokenizer allows it.
-            template: A chat template, a shipped one's name or a file; None takes the one saved with the tokenizer.
-            mask: "compat" trains on what XTuner trains on, "exact" corrects it.
-            control_tokens: A control token inside a message becomes "literal" text, the token ("control"), or an
-                "error".
 
         Raises:
-            UserError: The tokenizer lacks tokens of the template, an option has no such value, or the mask is compat
-                and the template not InternLM2's.
+            UserError: The tokenizer lacks tokens of the template, or the mask is compat and the template not
+                InternLM2's.
         """
-        _check_choice("mask", mask, MASKS)
-        _check_choice("control_tokens", control_tokens, CONTROL_TOKENS)
-        if template is None:
-            template = tokenizer.template
-        elif not isinstance(template, ChatTemplate):
-            template = load_template(template)
-        check_mask(template, mask)
+        template = tokenizer.with_template(encoding.template).template
+        check_mask(template, encoding.mask)
         tokenizer.require(template)
-        self._exact = mask == "exact"
-        self._refuse, literal = control_tokens == "error", control_tokens == "literal"
+        self.encoding, self._exact = encoding, encoding.exact
+        literal = encoding.control_tokens == "literal"
         self._extended, self._also, self._many = tokenizer, template.special_tokens, many
         tokens = find_control_tokens(tokenizer.tokenizer, template.special_tokens)
         self._control_tokens, self._control = tokens, control_pattern(tokens).search
@@ -99,7 +84,7 @@ class BatchEncoder:
         Raises:
             MessageError: It is not in the format, or it holds a control token and these are errors.
         """
-        if self._refuse:
+        if self.encoding.control_tokens == "error":
             self._refuse_control_tokens(messages)
         return self.template.turns(messages, self._exact)
 
@@ -314,21 +299,21 @@ class BatchEncoder:
 def encode_conversations(
     conversations: Iterable[list[dict]],
     tokenizer: ExtendedTokenizer,
+    encoding: ChatEncoding,
     max_length: int | None = MAX_LENGTH,
-    **options: Any,
 ) -> list[list[int]]:
     """Returns the signed ids of each conversation: BOS first, untrained ids negated, cut at `max_length`.
 
     Args:
         conversations: Lists of messages.
         tokenizer: The extended tokenizer.
+        encoding: How conversations become ids.
         max_length: Tokens after which a conversation is cut; None cuts none.
-        **options: `template`, `mask` and `control_tokens` of `BatchEncoder`.
 
     Raises:
         MessageError: A conversation is not in the format.
     """
-    encoder = BatchEncoder(tokenizer, **options)
+    encoder = BatchEncoder(tokenizer, encoding)
     as_turns = [encoder.turns(messages) for messages in conversations]
     for each in as_turns:
         refuse_half_characters(each)
@@ -336,10 +321,13 @@ def encode_conversations(
 
 
 def encode_conversation(
-    messages: list[dict], tokenizer: ExtendedTokenizer, max_length: int | None = MAX_LENGTH, **options: Any
+    messages: list[dict],
+    tokenizer: ExtendedTokenizer,
+    encoding: ChatEncoding,
+    max_length: int | None = MAX_LENGTH,
 ) -> list[int]:
     """Returns the signed ids of one conversation (see `encode_conversations`)."""
-    return encode_conversations([messages], tokenizer, max_length, **options)[0]
+    return encode_conversations([messages], tokenizer, encoding, max_length)[0]
 
 
 def _cut(ids: list[int], begin: list[int], end: list[int]) -> list[int] | None:
@@ -370,8 +358,3 @@ def _flat(pieces: list) -> list[Piece]:
 def _unknown_id(tokenizer: Tokenizer) -> int | None:
     unknown = getattr(tokenizer.model, "unk_token", None)
     return tokenizer.token_to_id(unknown) if isinstance(unknown, str) else None
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{name} is out of range", found=value, expected=", ".join(choices))

@@ -77,11 +77,6 @@ def quarantine_record(file: str, number: int, raw: bytes, reason: str) -> bytes:
     return orjson.dumps(record) + b"\n"
 
 
-def raw_line(record: dict) -> bytes:
-    """Returns the line that a record of a quarantine file holds."""
-    return base64.b64decode(record["raw_base64"]) if "raw_base64" in record else record["raw"].encode()
-
-
 def refuse_too_many(file: str, bad: int, lines: int, max_share: float, quarantine: str) -> None:
     """Raises a UserError if more than a share of a file's lines is bad.
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from common.cli import UserError
-from ftdp.heldout import is_held_out, is_valid
 from ftdp.layout import manifest_path
+from ftdp.line_choice import is_held_out, is_valid
 from ftdp.reading import LineReader
 
 

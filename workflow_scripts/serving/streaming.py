@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from evaluation.generation import encode_prompt
+from ftdp.chat_encoding import ChatEncoding
 from ftdp.tokenizer import ExtendedTokenizer
 
 _UNFINISHED = "\ufffd"  # what the decoder makes of the first bytes of a character
@@ -51,22 +52,22 @@ class StreamedAnswers:
     Args:
         model: A transformers causal language model in eval mode.
         tokenizer: Its tokenizer.
+        encoding: As in training.
         max_new_tokens: Longest answer.
         temperature: 0 takes the likeliest token each time.
         stream: Where to print.
-        **options: `mask` and `control_tokens`, as in training.
     """
 
     def __init__(
         self,
         model,
         tokenizer: ExtendedTokenizer,
+        encoding: ChatEncoding,
         max_new_tokens: int,
         temperature: float = 0.0,
         stream: TextIO = sys.stdout,
-        **options: str,
     ):
-        self._model, self._tokenizer, self._stream, self._options = model, tokenizer, stream, options
+        self._model, self._tokenizer, self._encoding, self._stream = model, tokenizer, encoding, stream
         self._ends = {tokenizer.end_of_turn_id, tokenizer.eos_token_id} - {None}
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         model.generation_config = GenerationConfig(
@@ -81,7 +82,7 @@ class StreamedAnswers:
     @torch.inference_mode()
     def __call__(self, messages: list[dict[str, Any]]) -> list[int]:
         """Returns the ids of the assistant's next turn, without the one that ends it."""
-        ids = torch.tensor([encode_prompt(messages, self._tokenizer, max_length=None, **self._options)])
+        ids = torch.tensor([encode_prompt(messages, self._tokenizer, self._encoding, max_length=None)])
         ids = ids.to(self._model.device)
         output = self._model.generate(
             input_ids=ids,

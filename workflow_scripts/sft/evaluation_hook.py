@@ -23,6 +23,7 @@ from evaluation.generation import generate
 from evaluation.heldout import Sample, batches_by_length, load_heldout
 from evaluation.prompts import read_prompts
 from evaluation.scoring import add_losses, summarise
+from ftdp.chat_encoding import ChatEncoding
 from ftdp.tokenizer import load_tokenizer
 from sft.metrics_file import cut_metrics
 from sft.metrics_hook import MetricsHook
@@ -35,15 +36,12 @@ class _EverySteps(Hook):
     priority = "LOW"  # after the metrics, and before the checkpoint: a step that is saved has been looked at
     file: str
 
-    def __init__(
-        self, interval: int, tokenizer: str | None, template: str | None, mask: str, control_tokens: str
-    ):
-        self.interval, self.tokenizer_folder, self.template = interval, tokenizer, template
-        self.options = {"mask": mask, "control_tokens": control_tokens}
+    def __init__(self, interval: int, tokenizer: str | None, encoding: ChatEncoding):
+        self.interval, self.tokenizer_folder, self.encoding = interval, tokenizer, encoding
 
     def load_tokenizer(self):
         """Returns the tokenizer, with the template that training uses."""
-        return load_tokenizer(self.tokenizer_folder).with_template(self.template)
+        return load_tokenizer(self.tokenizer_folder).with_template(self.encoding.template)
 
     def before_train(self, runner) -> None:
         if self.interval > 0:
@@ -86,8 +84,7 @@ class HeldoutLossHook(_EverySteps):
         max_length: Tokens after which a conversation is cut.
         max_samples: Conversations per dataset; None for all.
         batch_tokens: Tokens in a padded batch.
-        template: Chat template; None for the one saved with the tokenizer.
-        mask: As the data was tokenised, see `ftdp.encode.BatchEncoder`; `control_tokens` likewise.
+        **encoding: `template`, `mask` and `control_tokens` of `ChatEncoding`, as the data was tokenised.
     """
 
     file = EVALS
@@ -100,11 +97,9 @@ class HeldoutLossHook(_EverySteps):
         max_length: int = 4096,
         max_samples: int | None = None,
         batch_tokens: int = 2048,
-        template: str | None = None,
-        mask: str = "compat",
-        control_tokens: str = "literal",
+        **encoding: str | None,
     ):
-        super().__init__(interval, tokenizer, template, mask, control_tokens)
+        super().__init__(interval, tokenizer, ChatEncoding(**encoding))
         self.folder = folder
         self.max_length, self.max_samples, self.batch_tokens = max_length, max_samples, batch_tokens
 
@@ -115,7 +110,7 @@ class HeldoutLossHook(_EverySteps):
         tokenizer = self.load_tokenizer()
         self.pad_id = tokenizer.end_of_turn_id
         self.samples = load_heldout(
-            Path(self.folder), tokenizer, self.max_length, self.max_samples, **self.options
+            Path(self.folder), tokenizer, self.encoding, self.max_length, self.max_samples
         )
 
     def evaluate(self, runner, model, step: int) -> dict:
@@ -159,7 +154,7 @@ class GenerateHook(_EverySteps):
         prompts: JSON file, a list of conversations without the answer.
         tokenizer: Folder of the extended tokenizer.
         max_new_tokens: Longest answer.
-        template: As for `HeldoutLossHook`; `mask` and `control_tokens` too.
+        **encoding: As for `HeldoutLossHook`.
     """
 
     file = GENERATIONS
@@ -170,11 +165,9 @@ class GenerateHook(_EverySteps):
         prompts: str | None = None,
         tokenizer: str | None = None,
         max_new_tokens: int = 128,
-        template: str | None = None,
-        mask: str = "compat",
-        control_tokens: str = "literal",
+        **encoding: str | None,
     ):
-        super().__init__(interval, tokenizer, template, mask, control_tokens)
+        super().__init__(interval, tokenizer, ChatEncoding(**encoding))
         self.prompts_file, self.max_new_tokens = prompts, max_new_tokens
 
     def load(self) -> None:
@@ -189,7 +182,7 @@ class GenerateHook(_EverySteps):
         if not is_main_process() and not _weights_are_sharded(runner.model.model):
             return None
         answers = generate(
-            model, self.prompts, self.tokenizer, self.max_new_tokens, show_progress=False, **self.options
+            model, self.prompts, self.tokenizer, self.encoding, self.max_new_tokens, show_progress=False
         )
         if is_main_process():
             for number, answer in enumerate(answers, 1):
