@@ -129,11 +129,15 @@ class WarmParent:
         return start(self.address, args, env, cwd, stdin, stdout, stderr, start_new_session)
 
     def run(
-        self, args: Sequence[object], timeout: float, stdin: int | None = None, **options
+        self, args: Sequence[object], timeout: float, input: str = "", **options
     ) -> subprocess.CompletedProcess:
         """Runs a script to its end, like `subprocess.run(..., capture_output=True, text=True)`."""
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            process = self.start(args, stdin=stdin, stdout=out.fileno(), stderr=err.fileno(), **options)
+        with contextlib.ExitStack() as stack:
+            given, out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
+            given.write(input)
+            given.seek(0)
+            files = {"stdin": given.fileno(), "stdout": out.fileno(), "stderr": err.fileno()}
+            process = self.start(args, **files, **options)
             try:
                 code = process.wait(timeout)
             finally:
