@@ -85,10 +85,10 @@ def main() -> int:
         config = render(world, "config.py", *flags)
         whole, killed = world / "whole", world / "killed"
         started = time.perf_counter()
-        train(config, whole)
+        train(config, whole, warm=False)
         print(f"uninterrupted: {time.perf_counter() - started:.0f} s, weights {weights_sha256(whole)[:16]}")
         started = time.perf_counter()
-        kills = train_with_kills(config, killed, arguments.kills, seed, arguments.steps)
+        kills = train_with_kills(config, killed, arguments.kills, seed, arguments.steps, warm=False)
         for number, kill in enumerate(kills, start=1):
             where = "during a save" if kill.moment == "save" else f"({kill.moment})"
             print(f"kill {number}: {kill.victim} after step {kill.step} {where}")

@@ -155,8 +155,12 @@ class Kill:
     lines: list[dict] = field(repr=False)
 
 
-def train_with_kills(config: Path, work_dir: Path, kills: int, seed: int, total_steps: int) -> list[Kill]:
+def train_with_kills(
+    config: Path, work_dir: Path, kills: int, seed: int, total_steps: int, warm: bool = True
+) -> list[Kill]:
     """Trains to the end on two ranks, killed `kills` times at moments drawn with `seed` and started again each time.
+
+    The first start is always the plain command; with `warm` the others are warm.
 
     Of every three moments one lies in a step, one in a save (some time after its temporary folder appeared; everything
     is stopped, and killed only if the folder is still there), and one anywhere in the start-up. The victim is one rank,
@@ -170,7 +174,7 @@ def train_with_kills(config: Path, work_dir: Path, kills: int, seed: int, total_
         victim = rng.choice(("rank 0", "rank 1", "launcher", "all"))
         target = furthest + rng.randint(1, max(1, 2 * (limit - furthest) // (kills - number + 1)))
         began = time.monotonic()
-        running = start(config, work_dir)
+        running = start(config, work_dir, warm=warm and number > 0)
         if moment == "start":
             until, before = began + rng.uniform(0, start_up), metrics(work_dir)
             while time.monotonic() < until and metrics(work_dir) == before[: len(metrics(work_dir))]:
@@ -196,7 +200,7 @@ def train_with_kills(config: Path, work_dir: Path, kills: int, seed: int, total_
         step = lines[-1]["step"] if lines else 0
         done.append(Kill(victim, moment, step, [line for line in lines if line["attempt"] not in known]))
         furthest = max(furthest, step)
-    train(config, work_dir)
+    train(config, work_dir, warm=warm)
     return done
 
 
