@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-STEPS, GLOBAL_BATCH, LR, CLIP, BETAS, DECAY = 20, 4, 5e-3, 0.5, (0.9, 0.95), 0.01
+STEPS, GLOBAL_BATCH, LR, CLIP, BETAS, DECAY = 9, 4, 5e-3, 0.5, (0.9, 0.95), 0.01
 VOCABULARY = 160
 SHARED = {"sequence_parallel": 2}
 # name: (world size, model, ZeRO stage, what differs from the defaults)

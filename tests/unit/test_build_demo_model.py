@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 WHEELS = Path(os.environ.get("SNAKETUNE_WHEELS", Path(__file__).parents[2] / "resources" / "wheels"))
 
 

@@ -13,6 +13,8 @@ from ftdp.chat_encoding import ChatEncoding
 from serving import calculator
 from serving.conversation import Conversation
 
+pytestmark = pytest.mark.slow
+
 CALL = 'I compute it.\n<|action_start|><|plugin|>\n{"name": "calculator", "parameters": {"expression": "12 * (3 + 4)"}}'
 CALL += "<|action_end|>\n"
 

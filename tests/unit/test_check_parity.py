@@ -13,6 +13,8 @@ from common.files import read_json, write_json
 from environments import REPO
 from export_models import converter_python, extend_tokenizer, write_base, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = REPO / "workflow_scripts"
 
 

@@ -15,6 +15,8 @@ from common.files import read_json, sha256_file, write_json
 from environments import REPO
 from export_models import converter_python, extend_tokenizer, write_base, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 HEADS, KV_HEADS, SIZE, HIDDEN = 2, 1, 64, 128
 
 # One process for what needs no command line of its own: importing the converter takes seconds.

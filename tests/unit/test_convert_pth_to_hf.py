@@ -20,6 +20,8 @@ from export_models import (
     write_lora_checkpoint,
 )
 
+pytestmark = pytest.mark.slow
+
 TEXT = 'Hello  there\n<|im_start|>user\n你好 {"city": 25}<|im_end|>\n'
 LLAMA3 = {
     "rope_type": "llama3",

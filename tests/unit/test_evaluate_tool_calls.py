@@ -13,6 +13,8 @@ from common.cli import UserError
 from common.files import read_json, write_json
 from export_models import write_tuned
 
+pytestmark = pytest.mark.slow
+
 TEXT = "The quick brown fox jumps over the lazy dog. <|im_end|> It was a sunny day in Shanghai.\n" * 40
 
 

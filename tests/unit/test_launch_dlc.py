@@ -10,6 +10,8 @@ import tiny_run
 from pods import exit_codes, start_pods
 from sft.pods import DEFAULTS, set_network_defaults
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ("--max-steps", 12, "--save-steps", 4, "--lr", 5e-3)
 POD = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 

@@ -16,6 +16,8 @@ from export_models import extend_tokenizer, write_base
 from opencompass_env import opencompass_python, run_there
 from settings.command_line import defaults_of
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 SUMS = [("What is 1 + 1?", "2"), ("What is 2 + 2?", "4"), ("你好", "你好")]
 

@@ -15,6 +15,8 @@ from readiness.ranks import check_all_reduce, check_shared_files
 from sft.launch import free_port
 from warm import PARENT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def settings(tiny_model_dir, tmp_path):

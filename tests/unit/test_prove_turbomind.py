@@ -19,6 +19,8 @@ from export.hf_folder import save_model
 from export.turbomind_proof import prove
 from export_models import converter_python, write_base
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = Path("triton_models/weights")
 LLAMA3_ROPE = {
     "rope_type": "llama3",

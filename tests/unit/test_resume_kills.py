@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import random
 
+import pytest
+
 from tiny_run import curve, make_world, metrics, render, train, train_with_kills, weights_sha256
+
+pytestmark = pytest.mark.slow
 
 STEPS, KILLS = 72, 10
 

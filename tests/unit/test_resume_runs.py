@@ -13,6 +13,8 @@ import tiny_run
 from sft.checkpoints import list_checkpoints, read_state_dict
 from tiny_run import curve, metrics, train, weights_sha256
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 FLAGS = ("--max-steps", STEPS, "--save-steps", 4, "--save-total-limit", 3, "--lr", 5e-3, "--global-batch", 4)
 HOOKS = "RaiseAt, PoisonWeight"

@@ -11,6 +11,8 @@ import tiny_run
 from sft.trace import trace_step
 from tiny_run import metrics, train
 
+pytestmark = pytest.mark.slow
+
 STEPS = 16
 FLAGS = ("--max-steps", STEPS, "--save-steps", 0, "--lr", 5e-3, "--global-batch", 4)
 

@@ -23,6 +23,8 @@ from test_tokenize_runs import files_below, random_lines, write_dataset
 from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.tokenizing import merge_parts, tokenize_datasets, tokenize_part
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = TokenizeOptions(on_bad_sample="quarantine", max_bad_share=1)
 # A part has about 45 file operations, the merge about 100.
 PARTS_KILLS, MERGES = 12, 6

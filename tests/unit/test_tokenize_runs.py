@@ -20,6 +20,8 @@ from ftdp.packing import TokenizedFile
 from ftdp.tokenizer import load_tokenizer
 from ftdp.tokenizing import tokenize_datasets
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["hello", "world", "你好", "x = 1", "12 * 7", "\n", "name", "{}"]
 
 

@@ -21,10 +21,12 @@ import parity_ranks as parity
 from sft.checkpoints import read_state_dict
 from warm import PARENT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, repo_root):
-    """A folder with the finished runs of all cases: 20 steps each."""
+    """A folder with the finished runs of all cases: 9 steps each."""
     folder = tmp_path_factory.mktemp("parity")
     parity.prepare(folder)
     tests = repo_root / "tests"
@@ -97,7 +99,7 @@ IN_FP32 = [case for case, (*_, changes) in parity.CASES.items() if "dtype" not i
 
 
 @pytest.mark.parametrize("case", IN_FP32)
-def test_twenty_steps_equal_a_plain_loop(case, folder, reference):
+def test_the_steps_equal_a_plain_loop(case, folder, reference):
     _, model, _, changes = parity.CASES[case]
     losses, weights = reference(model, changes.get("loss_normalisation", "token"))
     lines = [json.loads(line) for line in (folder / case / "metrics.jsonl").read_text().splitlines()]

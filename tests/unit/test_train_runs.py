@@ -26,6 +26,8 @@ from sft.checkpoints import newest_whole_checkpoint, read_state_dict
 from sft.metrics_hook import MEASURED
 from warm import PARENT
 
+pytestmark = pytest.mark.slow
+
 STEPS, ACCUMULATION, RANKS, LR, LENGTH = 8, 2, 2, 5e-3, 64
 NEW_TOKENS = 6
 

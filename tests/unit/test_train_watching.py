@@ -14,6 +14,8 @@ from common.cli import UserError
 from sft.metrics_hook import MEASURED
 from warm import PARENT
 
+pytestmark = pytest.mark.slow
+
 STEPS = 5
 RANK, ALPHA = 4, 12.0
 WORDS = ["the", "weather", "in", "Shanghai", "is", "sunny", "today", "and", "I", "am", "fine", "thank", "you"]
