@@ -30,7 +30,7 @@ rule train_model:
     conda:
         "../envs/snaketune.yaml"
     threads: train_threads
-    # On Slurm one job over all nodes, in which the script starts one task a rank. `launcher` is the profile's to say.
+    # On Slurm one job over all nodes, in which the script starts one task a node. `launcher` is the profile's to say.
     resources:
         mem_mb=train_memory,
         runtime=cluster_of("runtime"),
