@@ -58,18 +58,15 @@ def follows_checkpoints(wildcards):
 
 
 def train_threads(wildcards):
-    """All cores of this machine, but for those that checkpoints are evaluated on meanwhile.
+    """All cores of this machine, but for those that checkpoints are evaluated on meanwhile; on Slurm those of a rank.
 
     With one core, or with GPUs, which the training takes, they are evaluated after it.
     """
+    if workflow.resource_settings.nodes is not None:  # `workflow.cores` is no limit there
+        return cluster_of("cpus_per_process")(wildcards)
     cores = workflow.cores or 1
     gpus = any(shutil.which(program) for program in ("nvidia-smi", "rocm-smi"))
-    if (
-        gpus
-        or workflow.resource_settings.nodes is not None
-        or cores == 1
-        or not follows_checkpoints(wildcards)
-    ):
+    if gpus or cores == 1 or not follows_checkpoints(wildcards):
         return cores
     return cores - CHECKPOINT_THREADS
 

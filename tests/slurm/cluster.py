@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd")
@@ -42,7 +43,8 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
+SelectTypeParameters=CR_CPU_Memory
+DefMemPerNode=1000
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=100000,batch_sched_delay=0
 PreemptType=preempt/partition_prio
@@ -51,6 +53,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=15
 SlurmctldTimeout=30
+MessageTimeout=30
 InactiveLimit=0
 KillWait=10
 MinJobAge=1200
@@ -59,6 +62,7 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=UNLIMITED State=UP PriorityTier=1
+PartitionName=long Nodes=ALL Default=NO MaxTime=UNLIMITED State=UP PriorityTier=1
 PartitionName=urgent Nodes=ALL Default=NO MaxTime=UNLIMITED State=UP PriorityTier=10
 """
 
@@ -137,7 +141,10 @@ class SlurmCluster:
             deadline = time.monotonic() + 15
             while time.monotonic() < deadline and self.run("squeue", "-h", check=False).stdout.strip():
                 time.sleep(0.3)
-        for name in [*self.nodes, "slurmctld", "munged"]:
+        for pid in pids.values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        for name in pids:
             self._end(name)
 
     def fail_node(self, node: str, job: str) -> None:
