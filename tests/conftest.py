@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from warm import PARENT
+from warm import PARENT, SNAKEMAKE
 
 REPO = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -115,9 +115,10 @@ def write_processed():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _end_the_warm_parent():
+def _end_the_warm_parents():
     yield
     PARENT.close()
+    SNAKEMAKE.close()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ import signal
 from pathlib import Path
 
 from sft.launch import free_port
-from warm import PARENT, WarmProcess
+from warm import PARENT
+from warm_client import WarmProcess
 
 LAUNCHER = Path(__file__).parents[1] / "workflow_scripts" / "launch_dlc.py"
 

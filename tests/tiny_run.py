@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from warm import PARENT, WarmProcess
+from warm import PARENT
+from warm_client import WarmProcess
 
 REPO = Path(__file__).resolve().parent.parent
 VOCABULARY = 384

@@ -90,11 +90,18 @@ class Slow(Hook):
 
 
 class StandStill(Hook):
-    """Waits before step $TEST_STAND_STILL, if it is set, for a test to kill the run; ten minutes at most."""
+    """Waits before step N for the file F, when $TEST_STAND_STILL is "N:F"; ten minutes at most.
+
+    A test signals the run meanwhile; one that kills it need not make the file.
+    """
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        if os.environ.get("TEST_STAND_STILL") == str(batch_idx + 1):
-            time.sleep(600)
+        step, _, file = os.environ.get("TEST_STAND_STILL", "").partition(":")
+        if step != str(batch_idx + 1):
+            return
+        end = time.monotonic() + 600
+        while not os.path.exists(file) and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 class Pace(Hook):

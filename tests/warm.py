@@ -5,8 +5,9 @@ scripts. A warm child is a process like any other: arguments, environment, worki
 are its own. What it cannot show is a fresh interpreter's start, so tests of kills and launchers, and one plain command a
 script, start Python themselves (`run_script(..., warm=False)`).
 
-The parent is this file run as a script; it holds a Unix socket, and one connection is one child. A child dies with the
-process that asked for it.
+A parent is this file run as a script; it holds a Unix socket, and one connection is one child (tests/warm_client.py). A
+child dies with the process that asked for it. `PARENT` is for our scripts, `SNAKEMAKE` for Snakemake, of whose modules
+and paths no script may see anything.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+
+from warm_client import WarmProcess, start
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = REPO / "workflow_scripts"
@@ -40,6 +44,11 @@ _LIBRARIES = (
         "transformers.models.mistral.modeling_mistral",
     ),
     *("transformers.generation.utils", "peft", "deepspeed", "mmengine.runner", "matplotlib.figure"),
+    "sft.launch:import_for_training",
+)
+_SNAKEMAKE = (
+    *("snakemake.cli", "snakemake.storage", "snakemake.report.html_reporter"),
+    *("snakemake_executor_plugin_slurm", "requests", "jsonschema", "pulp"),
 )
 _START_SECONDS = 300
 
@@ -51,52 +60,15 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class WarmProcess:
-    """A forked script, with the part of `subprocess.Popen` that the tests use."""
-
-    def __init__(self, args: Sequence[str], connection: socket.socket, pid: int):
-        self.args, self.pid, self.returncode = list(args), pid, None
-        self._connection = connection
-
-    def poll(self) -> int | None:
-        """Returns the exit code (negative: the signal), or None while it runs."""
-        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
-            self._read_code()
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Waits for the end and returns the exit code."""
-        if self.returncode is None:
-            if not select.select([self._connection], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired(self.args, timeout)
-            self._read_code()
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        """Signals the script, unless it has ended."""
-        if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        """Kills the script."""
-        self.send_signal(signal.SIGKILL)
-
-    def terminate(self) -> None:
-        """Sends SIGTERM to the script."""
-        self.send_signal(signal.SIGTERM)
-
-    def _read_code(self) -> None:
-        said = self._connection.recv(64)
-        assert said, "the parent of the warm scripts is gone"
-        self.returncode = int(said)
-        self._connection.close()
-
-
 class WarmParent:
-    """Starts the parent at the first script, and ends it."""
+    """Starts a parent at the first script, and ends it.
 
-    def __init__(self):
+    Args:
+        libraries: Modules that it imports; of `module:function` it calls the function as well.
+    """
+
+    def __init__(self, libraries: Sequence[str]):
+        self._libraries = libraries
         self._process: subprocess.Popen | None = None
         self._folder: tempfile.TemporaryDirectory | None = None
 
@@ -105,7 +77,7 @@ class WarmParent:
         """The socket of the parent, which is there once this returns."""
         if self._process is None:
             self._folder = tempfile.TemporaryDirectory(prefix="warm-")  # a short path: a socket lies in it
-            command = [sys.executable, __file__, f"{self._folder.name}/socket"]
+            command = [sys.executable, __file__, f"{self._folder.name}/socket", *self._libraries]
             own = {"PYTHONPATH": f"{SCRIPTS}:{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
             self._process = subprocess.Popen(command, env={**os.environ, **own}, stdin=subprocess.DEVNULL)
         path = Path(self._folder.name, "socket")
@@ -115,18 +87,15 @@ class WarmParent:
             time.sleep(0.02)
         return path
 
-    def start(
-        self,
-        args: Sequence[object],
-        env: Mapping[str, str] | None = None,
-        cwd: str | os.PathLike | None = None,
-        stdin: int | None = None,
-        stdout: int | None = None,
-        stderr: int | None = None,
-        start_new_session: bool = False,
-    ) -> WarmProcess:
-        """Starts a script: `args` are its path and its arguments; `stdin` ... are file descriptors."""
-        return start(self.address, args, env, cwd, stdin, stdout, stderr, start_new_session)
+    def start(self, args: Sequence[object], **options) -> WarmProcess:
+        """Starts a script.
+
+        Args:
+            args: Its path and its arguments; or `-m`, a module, and its arguments.
+            options: `env`, `cwd` and `start_new_session` as of `subprocess.Popen`; `stdin`, `stdout` and `stderr` are
+                file descriptors; `executable` is what the script takes for its interpreter (`sys.executable`).
+        """
+        return start(self.address, args, **options)
 
     def run(
         self, args: Sequence[object], timeout: float, input: str = "", **options
@@ -157,47 +126,17 @@ class WarmParent:
             self._process = None
 
 
-PARENT = WarmParent()
+PARENT = WarmParent(_LIBRARIES)
+SNAKEMAKE = WarmParent(_SNAKEMAKE)
 
 
-def start(
-    address: str | os.PathLike,
-    args: Sequence[object],
-    env: Mapping[str, str] | None = None,
-    cwd: str | os.PathLike | None = None,
-    stdin: int | None = None,
-    stdout: int | None = None,
-    stderr: int | None = None,
-    start_new_session: bool = False,
-) -> WarmProcess:
-    """Asks the parent at `address` for a script, see `WarmParent.start`."""
-    words = [str(word) for word in args]
-    asked = {
-        "args": words,
-        "env": dict(os.environ if env is None else env),
-        "cwd": str(cwd or Path.cwd()),
-        "new_session": start_new_session,
-    }
-    with open(os.devnull) as null:
-        files = [null.fileno() if stdin is None else stdin]
-        files += [1 if stdout is None else stdout, 2 if stderr is None else stderr]
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection.connect(str(address))
-        with tempfile.TemporaryFile() as request:  # an environment may be larger than a packet
-            request.write(json.dumps(asked).encode())
-            request.flush()
-            socket.send_fds(connection, [b"."], [request.fileno(), *files])
-    pid = int(connection.recv(64))
-    return WarmProcess(words, connection, pid)
-
-
-def serve(address: str) -> tuple[dict, list[int]]:
+def serve(address: str, libraries: Sequence[str]) -> tuple[dict, list[int]]:
     """Forks a child for each connection. Returns in a child only: what was asked for, and its three files."""
-    for name in _LIBRARIES:
-        __import__(name)
-    from sft.launch import import_for_training
-
-    import_for_training()
+    for name in libraries:
+        name, _, function = name.partition(":")
+        module = import_module(name)
+        if function:
+            getattr(module, function)()
     gc.freeze()  # a collection in a child would copy every page
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(f"{address}.new")
@@ -258,27 +197,34 @@ def become(asked: dict, files: list[int]) -> None:
     before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ.clear()
     os.environ.update(asked["env"])
-    script, home = asked["args"][0], os.path.dirname(os.path.abspath(asked["args"][0]))
+    sys.executable = asked["executable"] or sys.executable
+    script, *arguments = asked["args"]
+    home = os.getcwd() if script == "-m" else os.path.dirname(os.path.abspath(script))
     paths = [path for path in asked["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [home, *paths, *(path for path in sys.path if path not in (*before, str(REPO / "tests")))]
     if Path(home) != SCRIPTS:  # another copy of the code, which imports its own
         for name, module in list(sys.modules.items()):
             if (getattr(module, "__file__", None) or "").startswith(f"{SCRIPTS}/"):
                 del sys.modules[name]
-    import numpy
-    import torch
+    if "torch" in sys.modules:
+        import numpy
+        import torch
 
-    numpy.random.seed()
-    threads = asked["env"].get("OMP_NUM_THREADS", "")
-    torch.set_num_threads(int(threads) if threads.isdecimal() else len(os.sched_getaffinity(0)))
-    sys.argv = asked["args"]
-    runpy.run_path(script, run_name="__main__")
+        numpy.random.seed()
+        threads = asked["env"].get("OMP_NUM_THREADS", "")
+        torch.set_num_threads(int(threads) if threads.isdecimal() else len(os.sched_getaffinity(0)))
+    if script == "-m":
+        sys.argv = arguments
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = asked["args"]
+        runpy.run_path(script, run_name="__main__")
 
 
 def main() -> None:
     """Serves; in a child, runs the script and ends as Python would, but without clearing away what all share."""
     die_with_parent(os.getppid())
-    asked, files = serve(sys.argv[1])
+    asked, files = serve(sys.argv[1], sys.argv[2:])
     code = 0
     try:
         become(asked, files)

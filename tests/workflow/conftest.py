@@ -1,24 +1,43 @@
-"""The whole workflow, run once for real on a small copy of the demo; the tests then ask what a change costs."""
+"""The whole workflow, run once for real on a small copy of the demo; the tests then ask what a change costs.
+
+That run, `finished`, and every run that a test kills, stops or measures are the plain commands, with a process for each
+job. In the others, Snakemake and the jobs' scripts are warm (tests/warm.py).
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from warm import PARENT, SNAKEMAKE
+
+_WARM_PYTHON = """#!/bin/sh
+case "$1" in
+    *.py) exec {python} -I -S {client} {address} "$@" ;;
+esac
+exec {python} "$@"
+"""
+
 
 @dataclass
 class Project:
-    """A working folder with its own config, data and copy of the code, driven by the real `snakemake` command."""
+    """A working folder with its own config, data and copy of the code, driven by the real `snakemake` command.
+
+    `python` is what the rules call as `python`, and what Snakemake takes for its interpreter.
+    """
 
     code: Path
     folder: Path
+    python: Path
 
     @property
     def config_file(self) -> Path:
@@ -36,6 +55,7 @@ class Project:
         self.config_file.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
 
     def command(self, *args: object) -> list[str]:
+        """The command as a user types it."""
         return [
             *(sys.executable, "-m", "snakemake", "--snakefile", str(self.code / "Snakefile")),
             *("--configfile", str(self.config_file), "--directory", str(self.folder), "--cores", "2"),
@@ -43,12 +63,33 @@ class Project:
         ]
 
     def run(self, *args: object, check: bool = True) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            self.command(*args), capture_output=True, text=True, cwd=self.code, timeout=1200
-        )
+        """Runs the command to its end; its scripts are warm, unless `python` is the plain one."""
+        command, options = self.command(*args), {"cwd": self.code, "timeout": 1200}
+        if self.python == Path(sys.executable):
+            done = subprocess.run(command, capture_output=True, text=True, **options)
+        else:
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            options["env"] = {**os.environ, "PATH": path}
+            done = SNAKEMAKE.run(command[1:], executable=self.python, **options)
         if check and done.returncode != 0:
             raise AssertionError(f"snakemake failed\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
         return done
+
+    def plain(self) -> Project:
+        """The same project, run by the plain command."""
+        return replace(self, python=Path(sys.executable))
+
+    def stand_still(self) -> None:
+        """Prepares a training whose config has the hook `StandStill` (tests/train_hooks.py), which must be on its path."""
+        self.run("results/demo/train_config.py")
+        text = (self.folder / "results" / "demo" / "train_config.py").read_text(encoding="utf-8")
+        text = text.replace("from torch.optim", "from train_hooks import StandStill\nfrom torch.optim")
+        text = text.replace("custom_hooks = []", "custom_hooks = [dict(type=StandStill)]")
+        assert text.count("StandStill") == 2
+        own = self.folder / "own_config.py"
+        own.write_text(text, encoding="utf-8")
+        self.configure(train={"config": str(own)})
+        self.run("plan", "results/demo/train_config.py")
 
     def planned(self, *args: object) -> dict[str, int]:
         """Returns what `snakemake -n` would run: jobs by rule, without the target rules."""
@@ -64,7 +105,21 @@ class Project:
 
 
 @pytest.fixture(scope="session")
-def make_project(repo_root, tmp_path_factory):
+def warm_python(repo_root, tmp_path_factory) -> Path:
+    """A `python` whose scripts are warm; whatever else it is told to run, it hands to the real one."""
+    python = tmp_path_factory.mktemp("bin") / "python"
+    words = {
+        "python": sys.executable,
+        "client": repo_root / "tests" / "warm_client.py",
+        "address": PARENT.address,
+    }
+    python.write_text(_WARM_PYTHON.format_map({name: shlex.quote(str(word)) for name, word in words.items()}))
+    python.chmod(0o755)
+    return python
+
+
+@pytest.fixture(scope="session")
+def make_project(repo_root, tmp_path_factory, warm_python):
     """Returns a function that lays out a small copy of the demo in a folder of its own."""
     model = repo_root / "resources" / "tiny-mistral"
     if not (model / "config.json").is_file():
@@ -95,14 +150,31 @@ def make_project(repo_root, tmp_path_factory):
         }
         config["train"] |= {"max_length": 128, "max_steps": 6, "save_steps": 2}
         (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-        return Project(folder / "code", folder)
+        return Project(folder / "code", folder, warm_python)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def finished(make_project) -> Project:
-    """A project whose main job has run to the end. Tests that change it put it back."""
+    """A project whose main job has run to the end, as a user runs it. Tests that change it put it back."""
     project = make_project("finished")
-    project.run()
+    project.plain().run()
     return project
+
+
+@pytest.fixture(scope="session")
+def tokenised(finished, tmp_path_factory):
+    """Returns a function that makes a project of the finished one's tokenised data, and of what is named below its run."""
+
+    def make(name: str, *files: str) -> Project:
+        folder = tmp_path_factory.mktemp(name) / "project"
+        left_out = shutil.ignore_patterns("demo", "locks", "logs", "benchmarks")
+        shutil.copytree(finished.folder, folder, ignore=left_out)
+        for file in files:
+            copy = folder / "results" / "demo" / file
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(finished.folder / "results" / "demo" / file, copy)
+        return replace(finished, code=folder / "code", folder=folder)
+
+    return make

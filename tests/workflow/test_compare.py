@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 from training_cost import core_hours
@@ -21,7 +22,7 @@ def project(finished, tmp_path_factory):
     """The finished project with two runs more: what is done is linked, not copied, and not changed."""
     folder = tmp_path_factory.mktemp("several") / "project"
     shutil.copytree(finished.folder, folder, copy_function=os.link, symlinks=True)
-    project = type(finished)(folder / "code", folder)
+    project = replace(finished, code=folder / "code", folder=folder)
     config = project.config
     project.config_file.unlink()
     project.config_file.write_text(json.dumps(config))

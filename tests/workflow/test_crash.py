@@ -7,47 +7,52 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kept import kept
+from sft.metrics_file import whole_lines
+
+
+def metrics(project) -> list[dict]:
+    """The lines of every attempt's steps."""
+    files = project.folder.glob("results/demo/checkpoints/*/metrics.jsonl")
+    return [values for file in files for _, values in whole_lines(file)]
 
 
 def losses(project):
     train = json.loads((project.folder / "results" / "demo" / "train.json").read_text())
-    metrics = project.folder / "results" / "demo" / train["run_folder"] / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [(line["step"], line["loss"], line["lr"]) for line in lines], train
+    return [(line["step"], line["loss"], line["lr"]) for line in metrics(project)], train
 
 
-def test_everything_killed_during_training_and_started_again(finished, make_project):
-    project = make_project("crash")
-    running = subprocess.Popen(
-        project.command("train"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd=project.code,
-    )
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and running.poll() is None:
-        saved = list(project.folder.glob("results/demo/checkpoints/*/iter_*.pth"))
-        if saved:
-            break
-        time.sleep(0.05)
-    assert running.poll() is None, "the training was over before it could be killed"
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
-    assert saved
-    assert not (project.folder / "results" / "demo" / "train.json").exists()
+def test_a_training_killed_with_everything_and_then_told_to_stop(finished, tokenised, repo_root, monkeypatch):
+    """As when the power fails, and when a cluster takes its node back: then it saves, ends with code 75 and is started again."""
+    project = tokenised("crash")
+    results = project.folder / "results" / "demo"
+    go_on = project.folder / "go_on"
+    monkeypatch.setenv("PYTHONPATH", str(repo_root / "tests"))
+    monkeypatch.setenv("TEST_STAND_STILL", f"4:{go_on}")
+    project.stand_still()
+    project = project.plain()
+
+    with training(project) as running:
+        trainer_at(project, running, attempt=1, step=3)
+    assert list(results.glob("checkpoints/*/iter_2.pth")) and not (results / "train.json").exists()
 
     project.run("--unlock")
-    project.run("train")
+    with training(project) as running:
+        os.kill(trainer_at(project, running, attempt=2, step=3), signal.SIGTERM)
+        go_on.touch()
+        output = running.communicate(timeout=600)[0]
+    assert running.returncode == 0, output[-6000:]
+    assert "(SIGTERM); start again to go on" in output and "Trying to restart" in output
+
     again, manifest = losses(project)
     undisturbed, expected = losses(finished)
     assert again == undisturbed
     assert manifest["weights_sha256"] == expected["weights_sha256"]
-    attempts = project.folder / "results" / "demo" / manifest["run_folder"] / "metrics.jsonl"
-    assert {json.loads(line)["attempt"] for line in attempts.read_text().splitlines()} == {1, 2}
+    assert {line["attempt"] for line in metrics(project)} == {1, 2, 3}
 
 
 def test_a_finished_training_is_not_repeated(finished):
@@ -61,31 +66,32 @@ def test_a_finished_training_is_not_repeated(finished):
     assert finished.planned() == {}
 
 
-def test_a_training_that_is_told_to_stop_goes_on_by_itself(finished, make_project):
-    """As when a cluster takes its node back: it saves and ends with code 75, and Snakemake starts it again."""
-    project = make_project("stopped")
+@contextmanager
+def training(project) -> Iterator[subprocess.Popen]:
+    """Runs `snakemake train` in a process group of its own; kills everything in it that is left after the block."""
     running = subprocess.Popen(
         project.command("train"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
         cwd=project.code,
     )
-    trainer = None
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and running.poll() is None and trainer is None:
-        if list(project.folder.glob("results/demo/checkpoints/*/iter_*.pth")):
-            trainer = trainer_of(project)
-        time.sleep(0.02)
-    assert trainer is not None, "the training was over before it could be stopped"
-    os.kill(trainer, signal.SIGTERM)
-    output = running.communicate(timeout=600)[0]
-    assert running.returncode == 0, output[-6000:]
-    assert "(SIGTERM); start again to go on" in output and "Trying to restart" in output
-    again, manifest = losses(project)
-    undisturbed, expected = losses(finished)
-    assert again == undisturbed
-    assert manifest["weights_sha256"] == expected["weights_sha256"]
+    try:
+        yield running
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.communicate()
+
+
+def trainer_at(project, running, attempt: int, step: int) -> int:
+    """Waits for the metrics of a step, and returns the process that trains."""
+    deadline = time.monotonic() + 600
+    while [(line["attempt"], line["step"]) for line in metrics(project)[-1:]] != [(attempt, step)]:
+        time.sleep(0.05)
+        assert running.poll() is None and time.monotonic() < deadline, f"no step {step} in attempt {attempt}"
+    return trainer_of(project)
 
 
 def trainer_of(project) -> int | None:

@@ -17,29 +17,21 @@ LAST = 8
 
 
 @pytest.fixture(scope="module")
-def followed(make_project, repo_root):
+def followed(tokenised, repo_root):
     """A project whose training was killed when its first checkpoint had been evaluated, and went on on one core.
 
     It saves at even steps, so it trains step 3, whose weights alone were held, once more.
     """
-    project = make_project("followed")
-    train = {"max_steps": LAST, "save_steps": 2, "lr": 0.3}
+    project = tokenised("followed", "evaluation/base.json")
     project.configure(
-        train=train,
+        train={"max_steps": LAST, "save_steps": 2, "lr": 0.3},
         evaluate={"checkpoints": "every 3"},
         **dict.fromkeys(("turbomind", "parity", "tool_calls"), {"enabled": False}),
     )
-    rendered = project.folder / "results" / "demo" / "train_config.py"
-    project.run("results/demo/train_config.py")
-    text = rendered.read_text().replace(
-        "from torch.optim", "from train_hooks import StandStill\nfrom torch.optim"
-    )
-    own = project.folder / "own_config.py"
-    own.write_text(text.replace("custom_hooks = []", "custom_hooks = [dict(type=StandStill)]"))
-    project.configure(train={"config": str(own)})
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PYTHONPATH", str(repo_root / "tests"))
-        environment.setenv("TEST_STAND_STILL", "4")
+        project.stand_still()
+        environment.setenv("TEST_STAND_STILL", f"4:{project.folder / 'never'}")
         first = kill_when_evaluated(project)
         environment.delenv("TEST_STAND_STILL")
         project.run("--unlock")
@@ -56,15 +48,17 @@ def kill_when_evaluated(project):
         start_new_session=True,
         cwd=project.code,
     )
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 600
     found = []
-    while time.monotonic() < deadline and running.poll() is None and not found:
-        found = list(project.folder.glob("results/demo/evaluation/checkpoints/*/*iter_3.json"))
-        time.sleep(0.2)
-    alive = running.poll() is None
-    trained = (project.folder / "results" / "demo" / "train.json").exists()
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    try:
+        while time.monotonic() < deadline and running.poll() is None and not found:
+            found = list(project.folder.glob("results/demo/evaluation/checkpoints/*/*iter_3.json"))
+            time.sleep(0.2)
+        alive = running.poll() is None
+        trained = (project.folder / "results" / "demo" / "train.json").exists()
+    finally:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
     assert alive and found and not trained, "step 3 is evaluated while training goes on"
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
 

@@ -27,15 +27,20 @@ def test_each_template_has_its_own_tokenizer(make_project):
     }
     project.config_file.write_text(yaml.safe_dump(project.config | {"runs": runs}))
 
-    def commands(script):
+    def plan():
         done = project.run("--dry-run", "--printshellcmds", "evaluate")
-        return [line for line in (done.stdout + done.stderr).splitlines() if f"/{script}.py" in line]
+        return (done.stdout + done.stderr).splitlines()
+
+    def commands(script, lines):
+        return [line for line in lines if f"/{script}.py" in line]
 
     save_dir = "--tokenizer-w-special-tokens-save-dir"
-    made = {value_of(save_dir, line): value_of("--template", line) for line in commands("extend_tokenizer")}
+    lines = plan()
+    extended = commands("extend_tokenizer", lines)
+    made = {value_of(save_dir, line): value_of("--template", line) for line in extended}
     assert sorted(made.values()) == sorted(["internlm2_chat", "chatml", "llama3", str(own)])
 
-    evaluated = commands("evaluate_model")
+    evaluated = commands("evaluate_model", lines)
     assert len(evaluated) == 2 * len(runs)
     for line in evaluated:
         name = value_of("--output", line).split("/")[1]
@@ -44,9 +49,9 @@ def test_each_template_has_its_own_tokenizer(make_project):
         for key, value in wanted.items():
             assert value_of(f"--{key.replace('_', '-')}", line) == value
         assert made[value_of("--tokenizer-path", line)] == wanted["template"]
-    for line in commands("tokenize_dataset"):
+    for line in commands("tokenize_dataset", lines):
         assert made[value_of("--tokenizer-path", line)] == value_of("--template", line)
 
     own.write_text(own.read_text().replace("<|im_start|>user", "<|im_start|>human"))
-    again = {value_of(save_dir, line) for line in commands("extend_tokenizer")}
+    again = {value_of(save_dir, line) for line in commands("extend_tokenizer", plan())}
     assert len(again - set(made)) == 1, "the content of a template file counts"
