@@ -68,10 +68,11 @@ from common.cli import UserError
 from common.files import read_json, sha256_json
 from common.fingerprints import FingerprintCache
 from common.plan_table import planned_job, render_plan
-from ftdp.layout import TEMPLATE_FOLDER, find_datasets
+from ftdp.layout import find_datasets
 from ftdp.pack_format import PLAN_ARRAYS, PLAN_FORMAT, check_weights, own_weights
 from ftdp.planning import MEGABYTE, TOKENIZED_FORMAT, file_sizes, plan_datasets, plan_parts
 from ftdp.template_file import template_path
+from ftdp.tokenized_layout import TEMPLATE_FOLDER
 from settings.command_line import flags, options_of
 from settings.load import load_settings
 from settings.schema import load_schema

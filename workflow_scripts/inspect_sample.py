@@ -39,14 +39,14 @@ def main() -> None:
         paint,
         token_table,
     )
-    from ftdp.made_with import Manifests, refuse_other_tokenizer
+    from ftdp.made_with import refuse_other_tokenizer
+    from ftdp.manifests import Manifests
     from ftdp.tokenizer import load_tokenizer
 
-    found = Manifests().of(args.bin)
-    manifest = found and found[1]
-    folder = args.tokenizer_path or find_tokenizer(args.bin, manifest)
+    entry = Manifests().of(args.bin)
+    folder = args.tokenizer_path or find_tokenizer(args.bin, entry)
     tokenizer = load_tokenizer(folder)
-    refuse_other_tokenizer(args.bin, manifest, folder, tokenizer.sha256)
+    refuse_other_tokenizer(args.bin, entry and entry.manifest, folder, tokenizer.sha256)
     sample = Sample(args.bin, args.number, tokenizer)
     in_terminal = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     colour = args.color == "always" or (args.color == "auto" and in_terminal)

@@ -63,7 +63,7 @@ def main() -> None:
 
     from evaluation.report import render_report
     from evaluation.report_inputs import ReportInputs
-    from ftdp.index import manifest_paths
+    from ftdp.manifests import manifest_paths
 
     given = {
         names.CONFIG: args.config,

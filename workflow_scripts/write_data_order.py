@@ -13,6 +13,7 @@ from pathlib import Path
 from common.cli import run
 from ftdp.data_order import find_train_folder, list_train_files, write_data_order
 from ftdp.made_with import UNKNOWN, made_with
+from ftdp.tokenized_layout import BIN
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,7 +34,7 @@ def main() -> None:
     args = parse_args()
     target = Path(args.save_folder) / "data_order.txt"
     train = find_train_folder(args.data_folder)
-    if args.file_type == ".bin" and made_with(train, list_train_files(train)) is None:
+    if args.file_type == BIN and made_with(train, list_train_files(train)) is None:
         print(f"notice: {train} has {UNKNOWN}")
     names = write_data_order(args.data_folder, target, args.file_type)
     print(f"{target}: {len(names)} files of {train}")

@@ -40,6 +40,9 @@ def evaluation(loss: float, text: str) -> dict:
 @pytest.fixture
 def parts() -> dict:
     manifest = {
+        "format": 1,
+        "dataset": EVIL,
+        "files": [],
         "tokenizer_sha256": DIGEST,
         "options": {"valid": "copy", "mask": EVIL, "control_tokens": EVIL},
     }

@@ -20,7 +20,7 @@ from evaluation.data_summary import data_summary, load_dataset
 from evaluation.report import render_report
 from evaluation.report_inputs import ReportInputs
 from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.index import manifest_paths, write_index
+from ftdp.manifests import manifest_paths, write_index
 from ftdp.tokenizing import tokenize_datasets
 
 

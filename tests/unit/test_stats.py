@@ -12,6 +12,7 @@ from ftdp_small_tokenizers import small_tokenizer
 from common.files import read_json
 from ftdp import stats
 from ftdp.block_tokenizer import TokenizeOptions
+from ftdp.tokenized_layout import stats_path
 from ftdp.tokenizing import tokenize_datasets
 
 
@@ -48,8 +49,8 @@ def by_hand(out):
 
 def test_stats_lie_beside_the_manifest(tokenized):
     manifest = tokenized / "manifests" / "d.json"
-    assert stats.stats_path(manifest) == tokenized / "manifests" / "d" / "stats.json"
-    found = read_json(stats.stats_path(manifest))
+    assert stats_path(manifest) == tokenized / "manifests" / "d" / "stats.json"
+    found = read_json(stats_path(manifest))
     assert found == stats.dataset_stats(read_json(manifest), tokenized)
     places = by_hand(tokenized)
     lengths = [tokens for tokens, *_ in places]

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 from common.cli import UserError
 from common.files import read_json
-from ftdp.stats import LONGEST, stats_path
+from ftdp.manifests import read_manifest
+from ftdp.stats import LONGEST
+from ftdp.tokenized_layout import stats_path
 
 # A run may have thousands of datasets; a page cannot show a drawing of each.
 _HISTOGRAMS = 8
@@ -36,12 +38,12 @@ def load_dataset(manifest: Path) -> Dataset:
     """Reads a dataset's manifest and the stats beside it.
 
     Raises:
-        UserError: There are no stats.
+        UserError: It is no manifest, or there are no stats.
     """
     stats = stats_path(manifest)
     if not stats.is_file():
         raise UserError(f"{stats} is missing", expected="the stats of the dataset", fix="tokenise it again")
-    return Dataset(read_json(manifest), read_json(stats), str(manifest.parent.parent))
+    return Dataset(read_manifest(manifest), read_json(stats), str(manifest.parent.parent))
 
 
 def data_summary(datasets: list[Dataset]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from common.cli import UserError
 from common.files import read_json, resumable_dir, sha256_file, sha256_json, write_json, write_text
 from common.result_paths import IDENTITY
 from common.slurm import job_record
+from ftdp.tokenizer import template_record
 
 from .checkpoint_source import open_checkpoint
 from .hf_folder import copy_tokenizer, describe_files, write_config, write_generation_config
@@ -92,7 +93,7 @@ def convert(
         _write_generation_config(base, tokenizer, model, folder)
         identity = run_identity_fields(checkpoint)
         data = tokenized_folder(config.plan, config.train_folder)
-        manifest = _manifest(folder, checkpoint, record, model, dtype, files, _template(tokenizer))
+        manifest = _manifest(folder, checkpoint, record, model, dtype, files, template_record(tokenizer))
         card = model_card(base, manifest, record, identity, data)
         write_text(folder / "README.md", card)
         manifest["files"]["README.md"] = {
@@ -138,7 +139,7 @@ def _write_generation_config(base: str, tokenizer: Path, model, folder: Path) ->
     settings = read_json(path) if path else {}
     vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     names = read_json(tokenizer / "tokenizer_config.json")
-    saved = _template(tokenizer)
+    saved = template_record(tokenizer)
     ends = [vocabulary.token_to_id(saved["end_of_turn"] if saved else _END_OF_TURN)]
     for source in (settings.get("eos_token_id"), model.config.eos_token_id):
         ends += source if isinstance(source, list) else [source]
@@ -150,12 +151,6 @@ def _write_generation_config(base: str, tokenizer: Path, model, folder: Path) ->
         eos_token_id=list(dict.fromkeys(end for end in ends if end is not None)),
         pad_token_id=vocabulary.token_to_id(pad) if isinstance(pad, str) else None,
     )
-
-
-def _template(tokenizer: Path) -> dict[str, Any] | None:
-    """Returns what a tokenizer's manifest says of its chat template."""
-    manifest = tokenizer / "manifest.json"
-    return read_json(manifest).get("chat_template") if manifest.is_file() else None
 
 
 def _manifest(

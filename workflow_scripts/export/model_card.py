@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.files import read_json, sha256_json
-from ftdp.layout import manifest_path
+from common.files import sha256_json
+from ftdp.manifests import list_manifests, read_manifest
+from ftdp.tokenized_layout import manifests_folder
 from serving.commands import lmdeploy_command, sglang_command, vllm_command
 
 _DATASETS = 40  # a card cannot name thousands
@@ -25,7 +26,7 @@ def tokenized_folder(plan: str | None, train_folder: str | None) -> Path | None:
     """
     path = Path(plan or train_folder or "nowhere")
     folder = path.parent.parent
-    return folder if manifest_path(folder, "any").parent.is_dir() else None
+    return folder if manifests_folder(folder).is_dir() else None
 
 
 def model_card(
@@ -138,8 +139,7 @@ def _row(name: str, digest: str | None) -> list[str]:
 
 
 def _data(tokenized: Path | None) -> list[str]:
-    paths = sorted(manifest_path(tokenized, "any").parent.glob("*.json")) if tokenized else []
-    manifests = [each for each in map(read_json, paths) if "dataset" in each]
+    manifests = [read_manifest(path) for path in list_manifests(tokenized)] if tokenized else []
     if not manifests:
         return ["No manifest of the data was found."]
     lines = ["| Dataset | Conversations | Tokens | SHA-256 of its manifest |", "| --- | --- | --- | --- |"]

@@ -10,11 +10,17 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from common.cli import UserError
-from common.files import read_json
 from ftdp.chat_template import ChatTemplate
 from ftdp.sentencepiece_bpe import build_tokenizer_json
 from ftdp.template_file import DEFAULT_TEMPLATE, load_template
-from ftdp.tokenizer import TEMPLATE_FILE, ExtendedTokenizer, extend, parse_tokenizer, save_tokenizer
+from ftdp.tokenizer import (
+    TEMPLATE_FILE,
+    ExtendedTokenizer,
+    extend,
+    parse_tokenizer,
+    save_tokenizer,
+    template_record,
+)
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = (
@@ -84,8 +90,7 @@ def open_tokenizer(
 
 
 def _refuse_saved_template(folder: Path, template: ChatTemplate) -> None:
-    manifest = folder / "manifest.json"
-    saved = read_json(manifest).get("chat_template") if manifest.is_file() else None
+    saved = template_record(folder)
     if saved and saved["sha256"] != template.sha256:
         raise UserError(
             f"{folder}: the tokenizer was extended for another chat template",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.cli import UserError
 from common.fingerprints import FingerprintCache
-from ftdp.made_with import Manifests
+from ftdp.manifests import Manifests
 from ftdp.pack_plan import plan_folder, read_plan_manifest
 
 
@@ -32,8 +32,8 @@ def bin_digests(train_folder: str | os.PathLike, names: Sequence[str], cache: Fi
                 fix="tokenise the datasets again, or write the data order again",
             )
         found = manifests.of(file)
-        known = found is not None and found[2]["bin_bytes"] == file.stat().st_size
-        digests.append(found[2]["bin_sha256"] if known else cache.file(file))
+        known = found is not None and found.file["bin_bytes"] == file.stat().st_size
+        digests.append(found.file["bin_sha256"] if known else cache.file(file))
     return digests
 
 

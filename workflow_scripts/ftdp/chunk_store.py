@@ -21,9 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from common.files import sha256_file
-from ftdp.layout import bin_name, dataset_folder
 from ftdp.planning import Chunk
 from ftdp.ranges import RangeReader
+from ftdp.tokenized_layout import (
+    BIN,
+    SPLITS,
+    bin_name,
+    dataset_folder,
+    meta_path,
+    quarantine_path,
+    records_folder,
+)
 
 # A file changed within the resolution of a clock could change again unseen.
 _CLOCK_NS = 2_000_000_000
@@ -49,32 +57,25 @@ class ChunkStore:
 
     def folder(self, dataset: str, source: Path) -> Path:
         """Returns the folder of a file's records."""
-        return self.root / "chunks" / dataset / bin_name(source).removesuffix(".bin")
+        return records_folder(self.root, dataset) / source.stem
 
     def bins(self, chunk: Chunk) -> dict[str, Path]:
         """Returns where a chunk's train and valid part and its bad lines go."""
         if chunk.count == 1:
             name = bin_name(chunk.source)
-            quarantine = (
-                self.root / "manifests" / chunk.dataset / f"{name.removesuffix('.bin')}.quarantine.jsonl"
-            )
-            parts = {
-                split: dataset_folder(self.root, split, chunk.dataset) / name for split in ("train", "valid")
-            }
+            quarantine = quarantine_path(self.root, chunk.dataset, name)
+            parts = {split: dataset_folder(self.root, split, chunk.dataset) / name for split in SPLITS}
         else:
             folder, stem = self.folder(chunk.dataset, chunk.source), _stem(chunk)
             quarantine = folder / f"{stem}.quarantine.jsonl"
-            parts = {split: folder / f"{stem}.{split}.bin" for split in ("train", "valid")}
+            parts = {split: folder / f"{stem}.{split}{BIN}" for split in SPLITS}
         return parts | {"quarantine": quarantine}
 
     def outputs(self, chunk: Chunk) -> list[Path]:
         """Returns every file that a chunk may have written."""
         paths = self.bins(chunk)
-        return [
-            path
-            for split in ("train", "valid")
-            for path in (paths[split], paths[split].with_name(f"{paths[split].name}.meta"))
-        ] + [paths["quarantine"]]
+        bins = [paths[split] for split in SPLITS]
+        return [path for each in bins for path in (each, meta_path(each))] + [paths["quarantine"]]
 
     def record_path(self, chunk: Chunk) -> Path:
         """Returns the place of a chunk's record."""

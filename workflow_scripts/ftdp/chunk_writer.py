@@ -13,6 +13,7 @@ from ftdp.chunk_store import ChunkStore
 from ftdp.planning import Chunk
 from ftdp.quarantine import QuarantineFile, quarantine_record, refuse_too_many
 from ftdp.tally import Tally
+from ftdp.tokenized_layout import meta_path
 from ftdp.tokenized_writer import Lines, Written, write_tokenized
 
 EMPTY = Lines(b"", np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
@@ -58,8 +59,8 @@ def write_chunk(
 
 def digests(store: ChunkStore, paths: dict[str, Path], written: Written) -> dict[str, str]:
     """Returns the digests that need no second reading, by the outputs' names."""
-    name = paths["train"].relative_to(store.root).as_posix()
-    return {name: written.sha256, f"{name}.meta": written.meta_sha256}
+    path = paths["train"].relative_to(store.root)
+    return {path.as_posix(): written.sha256, meta_path(path).as_posix(): written.meta_sha256}
 
 
 def refuse_too_many_in(chunk: Chunk, tally: Tally, options: TokenizeOptions, quarantine: Path) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from common.cli import UserError
 from common.files import write_text
-from ftdp.layout import TEMPLATE_FOLDER
+from ftdp.tokenized_layout import BIN, TEMPLATE_FOLDER
 
 
-def list_train_files(train_folder: str | os.PathLike, file_type: str = ".bin") -> list[str]:
+def list_train_files(train_folder: str | os.PathLike, file_type: str = BIN) -> list[str]:
     """Returns the files below `train_folder` that end in `file_type`: POSIX paths relative to it, files of a folder
     (sorted) before those of its subfolders (sorted). Links are followed, a link that leads back up is not.
 
@@ -66,7 +66,7 @@ def find_train_folder(data_folder: str | os.PathLike) -> Path:
 
 
 def write_data_order(
-    data_folder: str | os.PathLike, save_path: str | os.PathLike, file_type: str = ".bin"
+    data_folder: str | os.PathLike, save_path: str | os.PathLike, file_type: str = BIN
 ) -> list[str]:
     """Writes one path a line, relative to the train folder, and returns the paths.
 

@@ -21,24 +21,25 @@ from common.files import atomic_path, write_json
 from ftdp.block_tokenizer import TokenizeOptions
 from ftdp.chunk_store import ChunkStore, SourceState, remove_unfinished
 from ftdp.chunk_writer import EMPTY, digests, refuse_too_many_in
-from ftdp.layout import bin_name, dataset_folder, manifest_path
+from ftdp.manifests import build_manifest, list_manifests, read_manifest
 from ftdp.planning import Chunk
-from ftdp.stats import stats_path, write_stats
+from ftdp.stats import write_stats
 from ftdp.tally import Tally
+from ftdp.tokenized_layout import (
+    BIN,
+    META,
+    SPLITS,
+    bin_name,
+    dataset_folder,
+    manifest_path,
+    manifests_folder,
+    quarantine_folder,
+    quarantine_path,
+    records_folder,
+    stats_path,
+)
 from ftdp.tokenized_writer import Lines, read_tokenized, write_tokenized
 
-_SUMS = (
-    "source_bytes",
-    "bin_bytes",
-    "lines",
-    "samples",
-    "valid_samples",
-    "heldout",
-    "quarantined",
-    "tokens",
-    "trained_tokens",
-    "truncated",
-)
 _READ_BYTES = 1 << 20
 
 
@@ -66,7 +67,7 @@ class Finisher:
         self.store.forget(chunk.whole)
         if chunk.count > 1:
             self.store.forget(chunk)
-        for split in ("train", "valid"):
+        for split in SPLITS:
             dataset_folder(self.store.root, split, chunk.dataset).mkdir(parents=True, exist_ok=True)
 
     def finish(self, dataset: str, chunks: list[Chunk]) -> dict[str, Any]:
@@ -149,22 +150,20 @@ class Finisher:
     def _remove_strangers(self, dataset: str, sources: list[Path]) -> None:
         """Removes tokenised files and records of sources that are there no more, and half-written files."""
         bins = {bin_name(source) for source in sources}
-        folders = [dataset_folder(self.store.root, split, dataset) for split in ("train", "valid")]
+        folders = [dataset_folder(self.store.root, split, dataset) for split in SPLITS]
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             for path in list(folder.iterdir()):
-                name = path.name.removesuffix(".meta")
-                if name.endswith(".bin") and name not in bins and not name.startswith("."):
+                name = path.name.removesuffix(META)
+                if name.endswith(BIN) and name not in bins and not name.startswith("."):
                     path.unlink()
-        stems = {name.removesuffix(".bin") for name in bins}
-        quarantine = self.store.root / "manifests" / dataset
-        if quarantine.is_dir():
-            for path in list(quarantine.glob("*.quarantine.jsonl")):
-                if path.name.removesuffix(".quarantine.jsonl") not in stems:
-                    path.unlink()
-        for folder in sorted((self.store.root / "chunks" / dataset).iterdir()):
-            if folder.name not in stems:
-                shutil.rmtree(folder, ignore_errors=True)
+        quarantine = quarantine_folder(self.store.root, dataset)
+        kept = {quarantine_path(self.store.root, dataset, name) for name in bins}
+        for path in set(quarantine.glob("*.quarantine.jsonl")) - kept:
+            path.unlink()
+        records = {self.store.folder(dataset, source) for source in sources}
+        for folder in set(records_folder(self.store.root, dataset).iterdir()) - records:
+            shutil.rmtree(folder, ignore_errors=True)
         remove_unfinished([*folders, quarantine])
         for path in self._unfinished_manifests.get(manifest_path(self.store.root, dataset).name, ()):
             path.unlink(missing_ok=True)
@@ -176,30 +175,15 @@ class Finisher:
         Looked for once: to list the folder for each of its thousands of datasets would take the square of the time.
         """
         found: dict[str, list[Path]] = {}
-        for path in (self.store.root / "manifests").glob(".*.*.tmp"):
+        for path in manifests_folder(self.store.root).glob(".*.*.tmp"):
             name, _, _ = path.name[1:].rsplit(".", 2)
             found.setdefault(name, []).append(path)
         return found
 
     def _build_manifest(self, dataset: str, records: dict[Path, dict[str, Any]]) -> dict[str, Any]:
-        identity = self.store.identity
         files = [self._entry(dataset, source, record) for source, record in records.items()]
-        totals: dict[str, Any] = {key: sum(file[key] for file in files) for key in _SUMS}
-        totals["longest"] = max(file["longest"] for file in files)
         tally = Tally.merged([record["result"]["tally"] for record in records.values()])
-        return {
-            "format": 1,
-            "dataset": dataset,
-            "tokenizer_sha256": identity["tokenizer_sha256"],
-            "template_sha256": identity["template_sha256"],
-            "tokenized_format": identity["format"],
-            "options": identity["options"],
-            "files": files,
-            "totals": totals,
-            "counts": tally.counts,
-            "length_histogram": tally.histogram.as_json(),
-            "trained_share": totals["trained_tokens"] / totals["tokens"] if totals["tokens"] else 0.0,
-        }
+        return build_manifest(dataset, self.store.identity, files, tally.counts, tally.histogram.as_json())
 
     def _entry(self, dataset: str, source: Path, record: dict[str, Any]) -> dict[str, Any]:
         tally, written = record["result"]["tally"], record["result"]["written"]
@@ -234,15 +218,14 @@ def remove_other_datasets(tokenized_dir: str | os.PathLike, keep: set[str]) -> l
     """Removes the datasets of a tokenised folder that have a manifest and are not to be kept; returns their names."""
     root = Path(tokenized_dir)
     removed = []
-    for path in sorted((root / "manifests").glob("*.json")):
-        with suppress(OSError, ValueError, KeyError):
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            name = manifest["dataset"]
+    for path in list_manifests(root):
+        with suppress(UserError):
+            name = read_manifest(path)["dataset"]
             if name in keep or name in (".", "..") or "/" in name or path != manifest_path(root, name):
                 continue
             path.unlink()
-            folders = [dataset_folder(root, split, name) for split in ("train", "valid")]
-            for folder in [*folders, root / "chunks" / name, root / "manifests" / name]:
+            folders = [dataset_folder(root, split, name) for split in SPLITS]
+            for folder in [*folders, records_folder(root, name), quarantine_folder(root, name)]:
                 shutil.rmtree(folder, ignore_errors=True)
             removed.append(name)
     return removed

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from common.cli import UserError
 from common.files import sha256_file
+from ftdp.manifests import FileEntry
 from ftdp.packing import IGNORE_INDEX, TokenizedFile
 from ftdp.tokenizer import ExtendedTokenizer
 
@@ -138,17 +139,17 @@ def token_table(sample: Sample) -> str:
     return "\n".join(lines)
 
 
-def find_tokenizer(path: Path, manifest: dict[str, Any] | None) -> Path:
+def find_tokenizer(path: Path, entry: FileEntry | None) -> Path:
     """Returns the folder of the tokenizer that made a `.bin` file, where the workflow put it.
 
     Raises:
         UserError: It is not there.
     """
-    if manifest is not None:
+    if entry is not None:
         # <results>/shared/data/<data>/... beside <results>/shared/tokenizer/<tokenizer>/
-        for folder in sorted((path.resolve().parents[4].parent.parent / "tokenizer").glob("*")):
+        for folder in sorted((entry.path.parents[1].parent.parent / "tokenizer").glob("*")):
             file = folder / "tokenizer.json"
-            if file.is_file() and sha256_file(file) == manifest["tokenizer_sha256"]:
+            if file.is_file() and sha256_file(file) == entry.manifest["tokenizer_sha256"]:
                 return folder
     raise UserError(
         f"the tokenizer of {path} is not known",

@@ -1,7 +1,6 @@
-"""Where the chat data lies, and where its tokenised files go. Imports nothing heavy: the workflow reads it too.
+"""Where the chat data lies. Imports nothing heavy: the workflow reads it too.
 
     <processed_dir>/<dataset>/processed/.../<file>.jsonl
-    <tokenized_dir>/chatml_llamav13_32k/{train,valid}/cn/<dataset>/<file>.bin and .bin.meta
 
 As in XTuner 0.2.0 the first folder names the dataset, `processed` may lie deeper and hold folders of its own, and
 links are followed. Hidden files and folders are passed over, and so is a link that leads back up.
@@ -15,7 +14,6 @@ from pathlib import Path
 
 from common.cli import UserError
 
-TEMPLATE_FOLDER = "chatml_llamav13_32k"
 _SUFFIX = ".jsonl"
 _LAYOUT = "<dataset>/processed/<any folder>/<file>.jsonl"
 
@@ -24,7 +22,7 @@ def find_datasets(processed_dir: str | os.PathLike) -> dict[str, list[Path]]:
     """Returns the JSONL files of each dataset, both sorted by name.
 
     Raises:
-        UserError: The folder is missing or holds no dataset, or two files of a dataset would become one `.bin`.
+        UserError: The folder is missing or holds no dataset, or two files of a dataset have one name.
     """
     root = Path(processed_dir)
     if not root.is_dir():
@@ -51,21 +49,6 @@ def find_datasets(processed_dir: str | os.PathLike) -> dict[str, list[Path]]:
             f"{root} holds no dataset", found="no JSONL file in the layout", expected=_LAYOUT, fix=hint
         )
     return datasets
-
-
-def bin_name(source: str | os.PathLike) -> str:
-    """Returns the name of the tokenised file of a JSONL file."""
-    return f"{os.path.splitext(os.path.basename(source))[0]}.bin"
-
-
-def dataset_folder(tokenized_dir: str | os.PathLike, split: str, dataset: str) -> Path:
-    """Returns the folder of a dataset's tokenised files; `split` is train or valid."""
-    return Path(tokenized_dir) / TEMPLATE_FOLDER / split / "cn" / dataset
-
-
-def manifest_path(tokenized_dir: str | os.PathLike, dataset: str) -> Path:
-    """Returns the default place of a dataset's manifest."""
-    return Path(tokenized_dir) / "manifests" / f"{dataset}.json"
 
 
 def _visible(folder: Path) -> list[os.DirEntry]:
@@ -107,10 +90,10 @@ def _is(kind: Callable[[], bool]) -> bool:
 def _refuse_same_names(dataset: str, files: list[Path]) -> None:
     seen: dict[str, Path] = {}
     for file in sorted(files):
-        other = seen.setdefault(bin_name(file), file)
+        other = seen.setdefault(file.stem, file)
         if other != file:
             raise UserError(
-                f"dataset {dataset!r}: two files have the same name and would both become {bin_name(file)}",
+                f"dataset {dataset!r}: two files have the same name and would become one tokenised file",
                 found=f"{other} and {file}",
                 expected="a name of its own for each JSONL file of a dataset",
                 fix="rename one of them, or put it into a dataset folder of its own",

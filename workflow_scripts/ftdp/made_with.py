@@ -11,36 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
-from common.files import read_json
-from ftdp.layout import TEMPLATE_FOLDER, manifest_path
-from ftdp.tokenizer import TEMPLATE_FILE
+from ftdp.manifests import MADE_WITH, FileEntry, Manifests
+from ftdp.tokenized_layout import (
+    dataset_of,
+    manifest_path,
+    manifests_folder,
+    records_folder,
+    tokenized_dir_of,
+)
+from ftdp.tokenizer import TEMPLATE_FILE, template_record
 
 UNKNOWN = "no manifests (tokenised by XTuner?), so nobody can tell with which tokenizer and template"
-_WITH = ("tokenizer_sha256", "template_sha256", "tokenized_format", "options")
 _AGAIN = (
     "tokenise again with one tokenizer and the same options (tokenize_dataset.py does only what is missing)"
 )
-
-
-class Manifests:
-    """Finds the manifests of `.bin` files, and reads each once."""
-
-    def __init__(self) -> None:
-        self._known: dict[Path, tuple[dict[str, Any], dict[Path, dict[str, Any]]] | None] = {}
-
-    def of(self, file: str | os.PathLike) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
-        """Returns (path, content, entry of this file) of the manifest of a `.bin` file; None if it has none.
-
-        Links are followed. A file that the manifest of its dataset does not name has none either.
-        """
-        file = Path(file).resolve()
-        path = _place(file)
-        if path is None:
-            return None
-        if path not in self._known:
-            self._known[path] = _read(path)
-        manifest, entries = self._known[path] or ({}, {})
-        return (path, manifest, entries[file]) if file in entries else None
 
 
 def made_with(train_folder: str | os.PathLike, names: Sequence[str]) -> dict[str, Any] | None:
@@ -63,7 +47,7 @@ def made_with(train_folder: str | os.PathLike, names: Sequence[str]) -> dict[str
         file = Path(train_folder) / name
         found = manifests.of(file)
         _refuse_unfinished(file, found)
-        made = found and {key: found[1].get(key) for key in _WITH}
+        made = found and {key: found.manifest.get(key) for key in MADE_WITH}
         if first is None:
             first = file, made
         elif made != first[1]:
@@ -108,9 +92,8 @@ def refuse_other_template(
 
     Args and errors: as `refuse_other_tokenizer`.
     """
-    manifest = Path(folder) / "manifest.json"
-    saved = read_json(manifest).get("chat_template") if made and manifest.is_file() else None
-    if saved and saved["sha256"] != made["template_sha256"]:
+    saved = template_record(Path(folder))
+    if made and saved and saved["sha256"] != made["template_sha256"]:
         raise UserError(
             f"{what} was made with another chat template than the one saved with the tokenizer",
             found=f"{saved['name']} ({saved['sha256'][:12]}) in {folder}",
@@ -120,10 +103,11 @@ def refuse_other_template(
         )
 
 
-def _refuse_unfinished(file: Path, found: tuple[Path, dict[str, Any], dict[str, Any]] | None) -> None:
+def _refuse_unfinished(file: Path, found: FileEntry | None) -> None:
     if found is None:
-        path = _place(file.resolve())
-        if path and any((path.parent.parent / folder).is_dir() for folder in ("manifests", "chunks")):
+        root = tokenized_dir_of(file.resolve())
+        if root and (manifests_folder(root).is_dir() or records_folder(root).is_dir()):
+            path = manifest_path(root, dataset_of(file.resolve()))
             raise UserError(
                 f"{file} is in no manifest: its dataset is not tokenised to the end, or it is not ours",
                 found=f"{path} without it" if path.is_file() else "no such manifest",
@@ -131,34 +115,13 @@ def _refuse_unfinished(file: Path, found: tuple[Path, dict[str, Any], dict[str, 
                 fix="run tokenize_dataset.py again, which does what is missing; files of other tools belong into a "
                 "tokenised folder of their own",
             )
-    elif file.is_file() and file.stat().st_size != found[2]["bin_bytes"]:
+    elif file.is_file() and file.stat().st_size != found.file["bin_bytes"]:
         raise UserError(
             f"{file} is not the file that was tokenised",
             found=f"{file.stat().st_size} bytes",
-            expected=f"{found[2]['bin_bytes']} bytes, as {found[0]} says",
+            expected=f"{found.file['bin_bytes']} bytes, as {found.path} says",
             fix="run tokenize_dataset.py again, which makes it anew",
         )
-
-
-def _place(file: Path) -> Path | None:
-    """Returns where the manifest of a `.bin` file would be: `<tokenized-dir>/manifests/<dataset>.json`."""
-    for parent in file.parents:
-        if parent.name == TEMPLATE_FOLDER:
-            return manifest_path(parent.parent, file.parent.name)
-    return None
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[Path, dict[str, Any]]] | None:
-    if not path.is_file():
-        return None
-    try:
-        manifest = read_json(path)
-        return manifest, {(path.parent.parent / entry["bin"]).resolve(): entry for entry in manifest["files"]}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{path} is not the manifest of a tokenised dataset",
-            fix="run tokenize_dataset.py again, which writes it anew",
-        ) from None
 
 
 def _difference(
@@ -167,7 +130,7 @@ def _difference(
     """Returns the first setting in which two files differ, and its two values."""
     if one is None or other is None:
         return "manifest", ("none" if one is None else "there", "none" if other is None else "there")
-    for key in _WITH[:-1]:
+    for key in MADE_WITH[:-1]:
         if one[key] != other[key]:
             return key, (str(one[key])[:12], str(other[key])[:12])
     left, right = one["options"] or {}, other["options"] or {}

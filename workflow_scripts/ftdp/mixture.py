@@ -10,14 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from pathlib import PurePosixPath
 
 import numpy as np
 
-
-def dataset_of(name: str) -> str:
-    """Returns the dataset of a `.bin` file, by its name in a data order: `cn/<dataset>/<file>.bin`."""
-    return PurePosixPath(name).parent.name
+from ftdp.tokenized_layout import dataset_of
 
 
 def copies_per_epoch(

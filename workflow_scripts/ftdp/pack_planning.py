@@ -21,10 +21,11 @@ import numpy as np
 from common.cli import UserError
 from ftdp.best_fit import assign_rows
 from ftdp.data_order import list_train_files, read_data_order
-from ftdp.mixture import copies_per_epoch, dataset_of
+from ftdp.mixture import copies_per_epoch
 from ftdp.pack_format import check_weights, own_weights
 from ftdp.pack_plan import MODES, SEED, SLICE, PackPlan, join_rows, open_plan, shuffled_rows
 from ftdp.packing import read_meta
+from ftdp.tokenized_layout import dataset_of
 
 
 class Documents(NamedTuple):

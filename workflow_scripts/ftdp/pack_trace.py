@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from common.cli import UserError
+from ftdp.manifests import Manifests
 from ftdp.pack_plan import PackPlan
+from ftdp.packing import read_meta
 from ftdp.source_lines import source_lines
+from ftdp.tokenized_layout import dataset_of
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class RowTracer:
         self.plan = plan
         self.processed_dir = Path(processed_dir) if processed_dir else plan.processed_dir
         self.notes: dict[str, str] = {}
+        self._manifests = Manifests()
         self._sources: dict[int, tuple[Path | None, np.ndarray | None]] = {}
         self._lengths: dict[int, np.ndarray] = {}
 
@@ -69,7 +73,7 @@ class RowTracer:
             source, lines = self._source(piece.file, name)
             traced.append(
                 TracedSlice(
-                    Path(name).parent.name,
+                    dataset_of(name),
                     None if source is None else str(source),
                     None if lines is None else int(lines[piece.sample]),
                     name,
@@ -83,21 +87,21 @@ class RowTracer:
 
     def _length(self, file: int, name: str) -> np.ndarray:
         if file not in self._lengths:
-            meta = np.load(f"{self.plan.train_folder / name}.meta", mmap_mode="r", allow_pickle=False)
-            self._lengths[file] = meta[:, 1]
+            self._lengths[file] = read_meta(self.plan.train_folder / name)[:, 1]
         return self._lengths[file]
 
     def _source(self, file: int, name: str) -> tuple[Path | None, np.ndarray | None]:
         if file not in self._sources:
             self._sources[file] = (None, None)
-            tokenized = self.plan.train_folder.resolve().parent.parent
             try:
                 if self.processed_dir is None:
                     raise UserError(
                         "the folder of the JSONL files is not known", fix="give it with --processed-dir"
                     )
-                path = Path(name)
-                self._sources[file] = source_lines(tokenized, path.parent.name, path.name, self.processed_dir)
+                entry = self._manifests.of(self.plan.train_folder / name)
+                if entry is None:
+                    raise UserError(f"{name} is in no manifest", fix="tokenise the dataset again")
+                self._sources[file] = source_lines(entry, self.processed_dir)
             except UserError as error:
                 self.notes[name] = str(error)
         return self._sources[file]

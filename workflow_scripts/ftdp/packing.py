@@ -10,6 +10,7 @@ import numpy as np
 import orjson
 
 from common.cli import UserError
+from ftdp.tokenized_layout import meta_path
 
 IGNORE_INDEX = -100
 
@@ -89,23 +90,23 @@ def read_meta(path: Path) -> np.ndarray:
     Raises:
         UserError: A file is missing, or the meta file is broken or of another `.bin`.
     """
-    meta_path = Path(f"{path}.meta")
+    meta_file = meta_path(path)
     fix = "tokenise the dataset again (tokenize_dataset.py), or take the file out of the data order"
-    if not path.is_file() or not meta_path.is_file():
-        missing = meta_path if path.is_file() else path
+    if not path.is_file() or not meta_file.is_file():
+        missing = meta_file if path.is_file() else path
         raise UserError(f"{missing} is missing", expected="a .bin file and its .bin.meta", fix=fix)
     try:
-        with open(meta_path, "rb") as file:
+        with open(meta_file, "rb") as file:
             meta = np.load(file, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise UserError(
-            f"{meta_path} cannot be read", found=error, expected="a NumPy array", fix=fix
+            f"{meta_file} cannot be read", found=error, expected="a NumPy array", fix=fix
         ) from None
     if meta.size == 0:
         return np.zeros((0, 2), dtype=np.int64)
     if meta.ndim != 2 or meta.shape[1] < 2 or meta.dtype.kind not in "iu":
         raise UserError(
-            f"{meta_path} is not a meta file",
+            f"{meta_file} is not a meta file",
             found=f"{meta.dtype} array of shape {meta.shape}",
             expected="int64 rows (byte offset, token count)",
             fix=fix,
@@ -113,7 +114,7 @@ def read_meta(path: Path) -> np.ndarray:
     meta = meta[:, [0, -1]].astype(np.int64)
     if meta[-1, 0] >= path.stat().st_size or (meta < 0).any():
         raise UserError(
-            f"{meta_path} does not belong to its .bin",
+            f"{meta_file} does not belong to its .bin",
             found=f"last offset {meta[-1, 0]}, file size {path.stat().st_size}",
             expected="offsets inside the file",
             fix=fix,

@@ -16,36 +16,25 @@ from typing import Any
 import numpy as np
 
 from common.cli import UserError
-from ftdp.layout import manifest_path
 from ftdp.line_choice import is_held_out, is_valid
+from ftdp.manifests import FileEntry
 from ftdp.reading import LineReader
+from ftdp.tokenized_layout import quarantine_path
 
 
-def source_lines(
-    tokenized_dir: str | os.PathLike, dataset: str, bin_name: str, processed_dir: str | os.PathLike
-) -> tuple[Path, np.ndarray]:
+def source_lines(entry: FileEntry, processed_dir: str | os.PathLike) -> tuple[Path, np.ndarray]:
     """Returns the JSONL file of a `.bin` file, and the line of each of its samples, from 1: int64 (samples,).
 
     Args:
-        tokenized_dir: The folder that holds `manifests/`.
-        dataset: Name of the dataset.
-        bin_name: Name of the `.bin` file.
+        entry: What the manifest says of the `.bin` file.
         processed_dir: The folder of the JSONL files.
 
     Raises:
-        UserError: The manifest or the source is missing, or the source is not what was tokenised.
+        UserError: The source is missing, or is not what was tokenised.
     """
-    path = manifest_path(tokenized_dir, dataset)
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read", found=error, fix="tokenise the dataset again") from None
-    entry = next((file for file in manifest["files"] if Path(file["bin"]).name == bin_name), None)
-    if entry is None:
-        raise UserError(f"{path} does not know {bin_name}", fix="tokenise the dataset again")
-    quarantine = path.with_suffix("") / f"{bin_name.removesuffix('.bin')}.quarantine.jsonl"
-    source = Path(processed_dir) / entry["source"]
-    return source, _lines_kept(source, entry, manifest["options"], _quarantined(quarantine))
+    quarantine = quarantine_path(entry.path.parent.parent, entry.manifest["dataset"], entry.file["bin"])
+    source = Path(processed_dir) / entry.file["source"]
+    return source, _lines_kept(source, entry.file, entry.manifest["options"], _quarantined(quarantine))
 
 
 def _lines_kept(source: Path, entry: Mapping, options: Mapping[str, Any], bad: set[int]) -> np.ndarray:

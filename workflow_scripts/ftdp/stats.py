@@ -17,16 +17,12 @@ import orjson
 
 from common.files import write_json
 from ftdp.tally import LONGEST
+from ftdp.tokenized_layout import meta_path, quarantine_path, stats_path
 
 _REASONS = 20
 _ROWS = 1 << 20
 _PERCENTILES = (50, 90, 95, 99)
 _COUNTS = ("straddling_messages", "tokens_differing_from_compat", "control_messages")
-
-
-def stats_path(manifest: str | os.PathLike) -> Path:
-    """Returns where the stats of the dataset of a manifest lie: in the folder of the manifest's name, beside it."""
-    return Path(manifest).with_suffix("") / "stats.json"
 
 
 def write_stats(
@@ -55,7 +51,7 @@ def dataset_stats(manifest: Mapping[str, Any], tokenized_dir: str | os.PathLike)
     for file in manifest["files"]:
         places = {key: file[key] for key in ("source", "bin")}
         longest += [{**places, **sample} for sample in file["longest_samples"]]
-        for lengths in _lengths(root / f"{file['bin']}.meta"):
+        for lengths in _lengths(meta_path(root / file["bin"])):
             counts = np.bincount(lengths)
             by_length, counts = sorted((by_length, counts), key=len, reverse=True)
             by_length = by_length.copy()
@@ -103,7 +99,7 @@ def _reasons(root: Path, manifest: Mapping[str, Any]) -> dict[str, int]:
     """Counts the bad lines by what is wrong with them, the commonest first."""
     reasons: Counter[str] = Counter()
     for file in manifest["files"]:
-        path = root / _quarantine(file, manifest["dataset"])
+        path = quarantine_path(root, manifest["dataset"], file["bin"])
         if path.exists():
             with open(path, "rb") as lines:
                 reasons.update(_kind(orjson.loads(line)["reason"]) for line in lines)
@@ -115,16 +111,14 @@ def _kind(reason: str) -> str:
     return re.sub(r"\[\d+\]", "[n]", reason.split("; found: ", 1)[0])
 
 
-def _quarantine(file: Mapping[str, Any], dataset: str) -> str:
-    return f"manifests/{dataset}/{Path(file['bin']).stem}.quarantine.jsonl"
-
-
 def _file(file: Mapping[str, Any], dataset: str) -> dict[str, Any]:
     keys = ("source", "bin", "samples", "heldout", "tokens", "trained_tokens", "truncated", "longest")
     share = file["trained_tokens"] / file["tokens"] if file["tokens"] else 0.0
     return {
         **{key: file[key] for key in keys},
         "quarantined": file.get("quarantined", 0),
-        "quarantine": _quarantine(file, dataset) if file.get("quarantined") else None,
+        "quarantine": quarantine_path("", dataset, file["bin"]).as_posix()
+        if file.get("quarantined")
+        else None,
         "trained_share": share,
     }

@@ -17,6 +17,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from common.files import atomic_path, sha256_file
+from ftdp.tokenized_layout import meta_path
 
 VALID_EVERY = 100
 VALID_KEPT_ABOVE = 500
@@ -86,13 +87,13 @@ def write_tokenized(
         if valid_samples <= (VALID_KEPT_ABOVE if copy else 0):
             valid_samples = 0
             raise _NotKept
-    meta_sha256 = sha256_file(f"{train_path}.meta")
+    meta_sha256 = sha256_file(meta_path(train_path))
     return Written(train.samples, train.bytes, train.digest.hexdigest(), meta_sha256, valid_samples)
 
 
 def read_tokenized(path: Path) -> Iterator[Lines]:
     """Yields the lines of a `.bin` file, some megabytes at a time."""
-    rows = np.load(f"{path}.meta", mmap_mode="r")
+    rows = np.load(meta_path(path), mmap_mode="r")
     with open(path, "rb") as file:
         first = 0
         starts = np.append(rows[:, 0], path.stat().st_size) if len(rows) else np.zeros(1, dtype=np.int64)
@@ -135,10 +136,10 @@ class _Part:
 def _open_part(path: Path) -> Iterator[_Part]:
     # Left in reverse order, so both are closed before the renames, and the .bin gets its name after its meta file.
     with (
-        atomic_path(path) as bin_path,
-        atomic_path(path.with_name(f"{path.name}.meta")) as meta_path,
-        open(bin_path, "wb") as bin_file,
-        open(meta_path, "wb") as meta_file,
+        atomic_path(path) as bin_temporary,
+        atomic_path(meta_path(path)) as meta_temporary,
+        open(bin_temporary, "wb") as bin_file,
+        open(meta_temporary, "wb") as meta_file,
     ):
         part = _Part(bin_file, meta_file)
         yield part

@@ -20,7 +20,7 @@ import orjson
 from tokenizers import Tokenizer
 
 from common.cli import UserError
-from common.files import sha256_file, write_json, write_text
+from common.files import read_json, sha256_file, write_json, write_text
 from ftdp.chat_template import ChatTemplate
 from ftdp.jinja_template import jinja_template
 from ftdp.template_file import TEMPLATE_FILE, load_template, parse_template
@@ -126,7 +126,7 @@ def load_tokenizer(folder: str | os.PathLike) -> ExtendedTokenizer:
     text = path.read_text(encoding="utf-8")
     tokenizer = parse_tokenizer(text, path)
     manifest = folder / "manifest.json"
-    known: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    known: dict[str, Any] = read_json(manifest) if manifest.is_file() else {}
     template = _saved_template(folder, known)
     ids = {token: tokenizer.token_to_id(token) for token in template.special_tokens}
     missing = [token for token, token_id in ids.items() if token_id is None]
@@ -147,6 +147,12 @@ def load_tokenizer(folder: str | os.PathLike) -> ExtendedTokenizer:
         template,
         text,
     )
+
+
+def template_record(folder: Path) -> dict[str, Any] | None:
+    """Returns `name`, `end_of_turn` and `sha256` of the template that is saved with a tokenizer; None if none is."""
+    manifest = folder / "manifest.json"
+    return read_json(manifest).get("chat_template") if manifest.is_file() else None
 
 
 def _saved_template(folder: Path, manifest: dict[str, Any]) -> ChatTemplate:

@@ -26,9 +26,9 @@ from ftdp.chunk_tokenizer import ChunkTokenizer
 from ftdp.chunk_writer import write_chunk
 from ftdp.finishing import Finisher, remove_other_datasets
 from ftdp.identity import tokenize_identity
-from ftdp.index import write_index
 from ftdp.layout import find_datasets
 from ftdp.line_choice import check_share
+from ftdp.manifests import write_index
 from ftdp.planning import (
     DEFAULT_BATCH_BYTES,
     DEFAULT_SHARD_BYTES,

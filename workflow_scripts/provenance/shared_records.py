@@ -9,6 +9,8 @@ from typing import Any
 
 from common import result_paths as names
 from common.files import read_json, sha256_json
+from ftdp.manifests import read_index, read_manifest
+from ftdp.tokenized_layout import INDEX_FILE, meta_path
 
 from .record import Check, Record, file_check, joined
 
@@ -62,11 +64,9 @@ def _plan_digest(folder: Path) -> str:
 
 @cache
 def data_record(folder: Path, processed: Path | None) -> Record:
-    index = read_json(folder / Path(names.TOKENIZED).name)
     record = Record("tokenised data", folder)
-    for name, digest in index["datasets"].items():
-        path = folder / "manifests" / f"{name}.json"
-        manifest = read_json(path)
+    for path, digest in read_index(folder / INDEX_FILE).items():
+        manifest = read_manifest(path)
         totals, options = manifest["totals"], manifest["options"]
         facts = [
             (
@@ -77,7 +77,7 @@ def data_record(folder: Path, processed: Path | None) -> Record:
             ("tokens", f"{totals['tokens']:,}, {totals['trained_tokens']:,} of them trained on"),
             ("template, mask", f"{options['template']}, {options['mask']}"),
         ]
-        dataset = Record(f"dataset {name}", path, facts)
+        dataset = Record(f"dataset {manifest['dataset']}", path, facts)
         dataset.checks.append(
             Check(f"{path} (manifest)", digest, lambda path=path: sha256_json(read_json(path)))
         )
@@ -111,6 +111,6 @@ def _shard(folder: Path, processed: Path | None, file: dict[str, Any]) -> Record
     ]
     checks = [
         file_check(path, file["bin_sha256"]),
-        file_check(path.with_name(f"{path.name}.meta"), file["meta_sha256"]),
+        file_check(meta_path(path), file["meta_sha256"]),
     ]
     return Record("tokenised shard", path, facts, checks, [source])
