@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from warm import PARENT
+
 REPO = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -112,15 +114,28 @@ def write_processed():
     return write
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _end_the_warm_parent():
+    yield
+    PARENT.close()
+
+
 @pytest.fixture(scope="session")
 def run_script():
-    """Runs `workflow_scripts/<name>` with this interpreter, as a user would, and returns the finished process."""
+    """Runs `workflow_scripts/<name>` as a user would, and returns the finished process, with its output as text.
+
+    The libraries are imported already (tests/warm.py), but for `warm=False`: that is the plain command.
+    """
 
     def run(
-        name: str, *args: object, check: bool = True, timeout: float = 600, **kwargs
+        name: str, *args: object, check: bool = True, timeout: float = 600, warm: bool = True, **kwargs
     ) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(REPO / "workflow_scripts" / name), *map(str, args)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, **kwargs)
+        command = [str(REPO / "workflow_scripts" / name), *map(str, args)]
+        if warm:
+            done = PARENT.run(command, timeout, **kwargs)
+        else:
+            own = {"capture_output": True, "text": True, "timeout": timeout, **kwargs}
+            done = subprocess.run([sys.executable, *command], **own)
         if check and done.returncode != 0:
             raise AssertionError(
                 f"{name} exited {done.returncode}\n--- stdout\n{done.stdout[-4000:]}\n--- stderr\n{done.stderr[-4000:]}"

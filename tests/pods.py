@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 from sft.launch import free_port
+from warm import PARENT, WarmProcess
 
 LAUNCHER = Path(__file__).parents[1] / "workflow_scripts" / "launch_dlc.py"
 
 
 def start_pods(
     log: Path, *command: object, cwd: Path | None = None, **variables: object
-) -> list[subprocess.Popen]:
+) -> list[WarmProcess]:
     """Starts two pods of one rank; each has nothing but its environment to tell it who it is."""
     port, pods = free_port(), []
     for index in range(2):
@@ -24,11 +23,11 @@ def start_pods(
         environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
         with open(log, "ab") as output:
             pods.append(
-                subprocess.Popen(
-                    [sys.executable, str(LAUNCHER), *map(str, command)],
+                PARENT.start(
+                    [LAUNCHER, *command],
                     env=environment,
-                    stdout=output,
-                    stderr=output,
+                    stdout=output.fileno(),
+                    stderr=output.fileno(),
                     start_new_session=True,
                     cwd=cwd,
                 )
@@ -36,7 +35,7 @@ def start_pods(
     return pods
 
 
-def exit_codes(pods: list[subprocess.Popen]) -> list[int]:
+def exit_codes(pods: list[WarmProcess]) -> list[int]:
     """Waits for the pods; none outlives this call."""
     try:
         return [pod.wait(timeout=300) for pod in pods]

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from warm import PARENT, WarmProcess
+
 REPO = Path(__file__).resolve().parent.parent
 VOCABULARY = 384
 
@@ -64,7 +66,8 @@ def make_world(folder: Path, hidden: int = 32, layers: int = 2, documents: int =
 
 
 def _script(name: str, *args: object) -> None:
-    subprocess.run([sys.executable, str(REPO / "workflow_scripts" / name), *map(str, args)], check=True)
+    done = PARENT.run([REPO / "workflow_scripts" / name, *args], timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def render(
@@ -87,17 +90,21 @@ def render(
 
 
 def start(
-    config: Path, work_dir: Path, *flags: object, processes: int = 2, **environment: object
-) -> subprocess.Popen:
-    """Starts train_model.py in a process group of its own; its output goes to <work_dir>.log."""
-    command = [sys.executable, str(REPO / "workflow_scripts" / "train_model.py"), str(config)]
+    config: Path, work_dir: Path, *flags: object, processes: int = 2, warm: bool = True, **environment: object
+) -> WarmProcess | subprocess.Popen:
+    """Starts train_model.py in a process group of its own; its output goes to <work_dir>.log.
+
+    With `warm` the libraries are imported already (tests/warm.py); without, it is the plain command.
+    """
+    command = [str(REPO / "workflow_scripts" / "train_model.py"), str(config)]
     command += ["--work-dir", str(work_dir), "--processes", str(processes), *map(str, flags)]
     own = {"PYTHONPATH": str(REPO / "tests"), "OMP_NUM_THREADS": "1"}
     own |= {key: str(value) for key, value in environment.items()}
+    options = {"env": {**os.environ, **own}, "start_new_session": True}
     with open(work_dir.with_name(f"{work_dir.name}.log"), "ab") as log:
-        return subprocess.Popen(
-            command, env={**os.environ, **own}, stdout=log, stderr=log, start_new_session=True
-        )
+        if warm:
+            return PARENT.start(command, stdout=log.fileno(), stderr=log.fileno(), **options)
+        return subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, **options)
 
 
 def log(work_dir: Path) -> str:
@@ -193,12 +200,12 @@ def train_with_kills(config: Path, work_dir: Path, kills: int, seed: int, total_
     return done
 
 
-def wait_for_step(running: subprocess.Popen, work_dir: Path, step: int) -> None:
+def wait_for_step(running: WarmProcess | subprocess.Popen, work_dir: Path, step: int) -> None:
     """Waits until a run has written the metrics of `step`."""
     _wait(running, work_dir, step, "step")
 
 
-def _wait(running: subprocess.Popen, work_dir: Path, step: int, moment: str) -> None:
+def _wait(running: WarmProcess | subprocess.Popen, work_dir: Path, step: int, moment: str) -> None:
     deadline = time.monotonic() + 240
     while True:
         if moment == "save":
@@ -222,7 +229,7 @@ def _stop(running: subprocess.Popen) -> None:
         time.sleep(0.001)
 
 
-def _kill(running: subprocess.Popen, victim: str) -> None:
+def _kill(running: WarmProcess | subprocess.Popen, victim: str) -> None:
     if victim == "launcher":
         running.kill()
     elif victim.startswith("rank"):

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from common.cli import UserError, run
-from sft.launch import run_ranks
+from sft.launch import import_for_training, run_ranks
 from sft.pods import GPUS, read_pod, set_network_defaults
 from sft.stopping import STARTED
 
@@ -69,6 +69,8 @@ def main() -> int:
     )
     script = Path(__file__).with_name(arguments.script)
     command = [sys.executable, str(script), *arguments.arguments, "--launcher", "pytorch"]
+    if arguments.script == "train_model.py":
+        import_for_training()
     return run_ranks(command, pod.processes, pod.pods, pod.index, pod.master)
 
 

@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     probe.add_argument("--envs", type=Path, help="folder of the lock files")
     probe.add_argument(
         "--launcher",
-        choices=["none", "srun", "pytorch", "slurm"],
+        choices=["none", "srun", "pytorch", "slurm", "slurm-node"],
         default="none",
         help="who starts the ranks, as for train_model.py (default: none, this command)",
     )
@@ -61,19 +61,21 @@ def begin(folder: Path, settings: dict | None) -> None:
 
 def probe(arguments: argparse.Namespace) -> int:
     """Starts the ranks, or is one."""
-    from sft.launch import join_environment, run_ranks, run_step
+    from sft.launch import join_environment, run_node, run_ranks, run_step
 
-    if arguments.launcher == "none":
+    own = [sys.executable, *sys.argv, "--launcher"]
+    if arguments.launcher == "srun":
+        ranks = 2 if arguments.nodes == 1 and arguments.gpus_per_node != 1 else 1  # as the rule asks for
+        own = [*own, "slurm-node", "--processes", str(ranks)]
+        run_step(own, arguments.nodes, ranks, 1, arguments.gpus_per_node)
+        return 0  # what went wrong in a rank is in the answers, or in that there is none
+    if arguments.launcher in ("none", "slurm-node"):
         import torch
 
         processes = arguments.processes or torch.cuda.device_count() or 2
-        run_ranks([sys.executable, *sys.argv, "--launcher", "pytorch"], processes)
-        return 0  # what went wrong in a rank is in the answers, or in that there is none
-    if arguments.launcher == "srun":
-        ranks = 2 if arguments.nodes == 1 and arguments.gpus_per_node != 1 else 1  # as the rule asks for
-        own = [sys.executable, *sys.argv, "--launcher", "slurm"]
-        run_step(own, arguments.nodes, ranks, 1, arguments.gpus_per_node)
-        return 0
+        run = run_ranks if arguments.launcher == "none" else run_node
+        code = run([*own, "pytorch"], processes)
+        return 0 if arguments.launcher == "none" else code
     join_environment(arguments.launcher)
     return _answer(arguments)
 

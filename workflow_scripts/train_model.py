@@ -47,10 +47,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--launcher",
-        choices=["none", "srun", "pytorch", "slurm"],
+        choices=["none", "srun", "pytorch", "slurm", "slurm-node"],
         default="none",
         help="how the ranks are started: none (by this command, on this host), srun (by this command, as one step of the "
-        "Slurm job that it runs in), pytorch (torchrun started this rank), slurm (srun started this rank) (default: none)",
+        "Slurm job that it runs in), pytorch (torchrun started this rank), slurm (srun started this rank), slurm-node "
+        "(srun started this command on each node, and it starts the node's ranks) (default: none)",
     )
     parser.add_argument(
         "--processes",
@@ -113,14 +114,14 @@ def main() -> int | None:
     """Trains, or starts the ranks that do."""
     arguments = parse_arguments()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from sft.launch import die_with_parent, join_environment, run_ranks, run_step, slurm_start_time
+    from sft import launch
     from sft.stopping import STARTED, StopRequest
 
     by_srun = arguments.launcher == "srun"
-    os.environ.setdefault(STARTED, str(slurm_start_time() if by_srun else time.time()))
+    os.environ.setdefault(STARTED, str(launch.slurm_start_time() if by_srun else time.time()))
 
     if "SNAKETUNE_PARENT" in os.environ:
-        die_with_parent(int(os.environ["SNAKETUNE_PARENT"]))
+        launch.die_with_parent(int(os.environ["SNAKETUNE_PARENT"]))
     from sft.config import load_config
     from sft.held_checkpoints import Holding, open_finished
     from sft.identity import resolve_hub_model
@@ -155,18 +156,23 @@ def main() -> int | None:
         if not arguments.ignore_guard:
             check_guard(plan.folder, plan.folder / METRICS)
         if by_srun or ranks > 1:
-            own = [sys.executable, *sys.argv, "--launcher", "slurm" if by_srun else "pytorch"]
+            own = [sys.executable, *sys.argv, "--launcher", "slurm-node" if by_srun else "pytorch"]
             if by_srun:
-                code = run_step(
+                code = launch.run_step(
                     own, arguments.nodes, processes, arguments.cpus_per_process, arguments.gpus_per_node
                 )
             else:
-                code = run_ranks(own, processes)
+                launch.import_for_training(config.model.llm.model_path)
+                code = launch.run_ranks(own, processes)
             if code > 128:
                 forget_tracebacks(plan.folder)
             return code
+    if arguments.launcher == "slurm-node":
+        launch.import_for_training(config.model.llm.model_path)
+        own = [sys.executable, *sys.argv, "--launcher", "pytorch"]
+        return launch.run_node(own, count_processes(arguments.processes, arguments.gpus_per_node))
 
-    join_environment(arguments.launcher)
+    launch.join_environment(arguments.launcher)
     from sft.trainer import train_rank
 
     return train_rank(

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -15,6 +13,7 @@ from pods import exit_codes, start_pods
 from readiness.checks import check_gpus
 from readiness.ranks import check_all_reduce, check_shared_files
 from sft.launch import free_port
+from warm import PARENT
 
 
 @pytest.fixture
@@ -102,10 +101,10 @@ def test_a_rank_with_another_file_system_is_missed(run_script, settings, tmp_pat
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        command = [sys.executable, repo_root / "workflow_scripts/preflight.py", "probe", "--folder", folder]
+        command = [repo_root / "workflow_scripts/preflight.py", "probe", "--folder", folder]
         command += ["--settings", json.dumps(settings), "--envs", repo_root / "envs", "--launcher", "pytorch"]
         environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-        ranks.append(subprocess.Popen([*map(str, command)], env=environment))
+        ranks.append(PARENT.start(command, env=environment))
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     done = run_script("preflight.py", "report", "--folder", mine, check=False)
     assert done.returncode == 1

@@ -49,7 +49,7 @@ def stop(config, work_dir, number: int, step: int, **options) -> int:
 
 def test_limit_signals_and_a_flipped_bit_change_nothing(world, config, whole):
     folder, began = world / "stopped", time.monotonic()
-    said = train(config, folder, "--time-limit", 0.001, code=75)
+    said = train(config, folder, "--time-limit", 0.001, code=75, warm=False)
     assert "Stopped after step 1 of 20 (the time limit is near)" in said
     assert [path.name for path in list_checkpoints(folder)] == ["iter_1.pth"]
     stop(config, folder, signal.SIGTERM, 3)
@@ -71,8 +71,8 @@ def test_limit_signals_and_a_flipped_bit_change_nothing(world, config, whole):
     costs = json.loads((folder / "attempts.json").read_text())["costs"]
     assert sorted(costs) == ["1", "2", "3", "4"] and {cost["ranks"] for cost in costs.values()} == {2}
     assert elapsed / 2 < sum(cost["seconds"] for cost in costs.values()) < elapsed
-    # Each of the 8 processes imported torch and DeepSpeed.
-    assert all(cost["core_seconds"] > 4 for cost in costs.values())
+    # The plain command imported torch and DeepSpeed, the warm ones found them there.
+    assert costs["1"]["core_seconds"] > 4 and all(cost["core_seconds"] > 0.5 for cost in costs.values())
 
 
 def test_a_crash_that_comes_again_is_not_tried_for_ever(world, config, whole):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,15 +76,13 @@ time.sleep(1.5 * int(os.environ["RANK"]))  # saving takes one rank longer than t
 (folder / ("saved" + os.environ["RANK"])).write_text(signal.Signals(stop.signal).name)
 sys.exit(75)
 """
-_LAUNCHER = (
-    "import sys; from sft.launch import run_ranks; sys.exit(run_ranks([sys.executable, *sys.argv[1:]], 2))"
-)
+RANKS = Path(__file__).parents[1] / "ranks.py"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signals_reach_all_ranks_and_none_is_ended_while_it_saves(tmp_path, repo_root, number):
     (tmp_path / "rank.py").write_text(_RANK)
-    command = [sys.executable, "-c", _LAUNCHER, str(tmp_path / "rank.py"), str(tmp_path)]
+    command = [sys.executable, str(RANKS), "2", str(tmp_path / "rank.py"), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(repo_root / "workflow_scripts")}
     launcher = subprocess.Popen(command, env=environment)
     deadline = time.monotonic() + 60

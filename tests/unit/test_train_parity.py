@@ -10,8 +10,6 @@ import functools
 import json
 import math
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import parity_ranks as parity
 from sft.checkpoints import read_state_dict
-from sft.launch import free_port, run_ranks
+from warm import PARENT
 
 
 @pytest.fixture(scope="module")
@@ -29,18 +27,12 @@ def folder(tmp_path_factory, repo_root):
     """A folder with the finished runs of all cases: 20 steps each."""
     folder = tmp_path_factory.mktemp("parity")
     parity.prepare(folder)
-    command = [sys.executable, str(repo_root / "tests" / "parity_ranks.py"), str(folder)]
-    paths = os.pathsep.join(map(str, [repo_root / "workflow_scripts", repo_root / "tests"]))
-    alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", paths)
-        patch.setenv("OMP_NUM_THREADS", "1")
-        one_rank = subprocess.Popen(command, env={**os.environ, **alone, "MASTER_PORT": str(free_port())})
-        try:
-            assert run_ranks(command, 2) == 0
-            assert one_rank.wait(timeout=300) == 0
-        finally:
-            one_rank.kill()
+    tests = repo_root / "tests"
+    paths = os.pathsep.join(map(str, [repo_root / "workflow_scripts", tests]))
+    own = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    for ranks in (1, 2):
+        done = PARENT.run([tests / "ranks.py", ranks, tests / "parity_ranks.py", folder], 300, env=own)
+        assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
+import os
 from collections import OrderedDict
 from hashlib import sha256
 
@@ -26,7 +26,8 @@ from sft.checkpoints import (
 )
 from sft.config import load_config, plain
 from sft.identity import differences
-from sft.launch import end_all, run_ranks, slurm_environment
+from sft.launch import slurm_environment
+from warm import PARENT
 
 
 @pytest.fixture
@@ -162,22 +163,21 @@ def test_slurm_environment():
         slurm_environment(variables)
 
 
-def test_ranks_end_together(tmp_path):
-    script = tmp_path / "rank.py"
+def test_ranks_end_together(tmp_path, repo_root):
+    script, launcher = tmp_path / "rank.py", repo_root / "tests" / "ranks.py"
     script.write_text(
         "import os, sys, time, pathlib\n"
         f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(str(os.getpid()))\n"
         "if os.environ['RANK'] == sys.argv[1]: time.sleep(1); os.kill(os.getpid(), int(sys.argv[2]))\n"
         "time.sleep(0 if sys.argv[1] == '-' else 60)\n"
     )
-    assert run_ranks([sys.executable, str(script), "-"], 2) == 0
-    assert run_ranks([sys.executable, str(script), "1", "9"], 3) == 137
+    own = {"env": {**os.environ, "PYTHONPATH": str(repo_root / "workflow_scripts")}, "timeout": 60}
+    assert PARENT.run([launcher, 2, script, "-"], **own).returncode == 0
+    ended = PARENT.run([launcher, 3, script, 1, 9], **own)
+    assert ended.returncode == 137 and "Rank 1 was killed by signal 9" in ended.stderr
     for rank in range(3):
         with pytest.raises(ProcessLookupError):
-            import os
-
             os.kill(int((tmp_path / str(rank)).read_text()), 0)
-    end_all([])
 
 
 def checkpoint(folder, step: int, **marker) -> None:

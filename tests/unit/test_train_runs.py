@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from ftdp.pack_planning import make_plan
 from ftdp.packed_rows import PackedRows
 from sft.checkpoints import newest_whole_checkpoint, read_state_dict
 from sft.metrics_hook import MEASURED
+from warm import PARENT
 
 STEPS, ACCUMULATION, RANKS, LR, LENGTH = 8, 2, 2, 5e-3, 64
 NEW_TOKENS = 6
@@ -107,15 +107,10 @@ def train(repo_root):
     """Runs train_model.py; returns the finished process."""
 
     def start(config: Path, *flags: object, **environment: object) -> subprocess.CompletedProcess:
-        command = [
-            sys.executable,
-            str(repo_root / "workflow_scripts" / "train_model.py"),
-            str(config),
-            *map(str, flags),
-        ]
+        command = [repo_root / "workflow_scripts" / "train_model.py", config, *flags]
         own = {"PYTHONPATH": str(repo_root / "tests"), "OMP_NUM_THREADS": "1"}
         own |= {name: str(value) for name, value in environment.items()}
-        return subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
+        return PARENT.run(command, timeout=300, env={**os.environ, **own})
 
     return start
 

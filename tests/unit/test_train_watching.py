@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from safetensors.torch import load_file
 
 from common.cli import UserError
 from sft.metrics_hook import MEASURED
+from warm import PARENT
 
 STEPS = 5
 RANK, ALPHA = 4, 12.0
@@ -74,17 +73,8 @@ def train(world, tiny_model_dir, run_script, repo_root):
             )
         )
         own = {"PYTHONPATH": str(repo_root / "tests"), "OMP_NUM_THREADS": "1", **environment}
-        command = [
-            sys.executable,
-            repo_root / "workflow_scripts/train_model.py",
-            config,
-            "--work-dir",
-            world / name,
-        ]
-        command += ["--processes", processes]
-        done = subprocess.run(
-            [*map(str, command)], env={**os.environ, **own}, capture_output=True, text=True, timeout=300
-        )
+        command = [repo_root / "workflow_scripts/train_model.py", config, "--work-dir", world / name]
+        done = PARENT.run([*command, "--processes", processes], timeout=300, env={**os.environ, **own})
         assert (done.returncode == 0) == (code == 0), done.stdout[-3000:] + done.stderr[-5000:]
         return done, world / name
 

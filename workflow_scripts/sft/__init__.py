@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-_HOMES = {
+HOMES = {
     "CheckpointHook": "sft.checkpoint_hook",
     "DeepSpeedStrategy": "sft.strategy",
     "GenerateHook": "sft.evaluation_hook",
@@ -22,10 +22,10 @@ _HOMES = {
     "packed_collate": "sft.data",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted(HOMES)
 
 
 def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in HOMES:
+        return getattr(import_module(HOMES[name]), name)
     raise AttributeError(f"module 'sft' has no attribute {name!r}")

@@ -1,21 +1,43 @@
-"""Starts the ranks of a run, and makes sure that none outlives the others."""
+"""Starts the ranks of a run, and makes sure that none outlives the others.
+
+The ranks of a host are forked from the process that starts them. Whatever that process has imported, its ranks share:
+importing torch, transformers, DeepSpeed and mmengine takes ten seconds of processor, once a host instead of once a rank.
+"""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime
+from importlib import import_module
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from common.cli import UserError
+from common.files import read_json
 from sft.run_lock import ask_slurm
 from sft.stopping import EXIT_GO_ON
 
+# GPUs are counted by NVML, which makes no CUDA context: one would not survive the fork.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
 _STEP_IN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_HANDED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# What training comes to import in its first step. DeepSpeed asks every optimizer whether it is Muon, whose code compiles.
+_LATE_IMPORTS = ("deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard")
+_PARENT_SECONDS = (
+    "SNAKETUNE_PARENT_SECONDS"  # of processor, that the parent of a host's ranks took for them all
+)
 
 
 def join_environment(launcher: str) -> None:
@@ -85,6 +107,29 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def import_for_training(model_path: str | os.PathLike | None = None) -> None:
+    """Imports what every rank needs, for the ranks that are forked afterwards, and leaves this process fit to fork.
+
+    Args:
+        model_path: Folder of the base model, whose modelling code is imported as well.
+    """
+    import torch
+
+    torch.set_num_threads(1)  # a pool of OpenMP threads would not survive the fork
+    import sft
+
+    for name in ("sft.trainer", *sft.HOMES.values(), *_LATE_IMPORTS):
+        import_module(name)
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = Path(model_path or "", "config.json")
+    model_type = read_json(config).get("model_type") if config.is_file() else None
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])  # transformers imports by name
+    gc.freeze()  # a collection in a rank would copy every page that all share
+
+
 def run_ranks(
     command: list[str],
     processes: int,
@@ -94,12 +139,12 @@ def run_ranks(
 ) -> int:
     """Runs `command` once a rank on this host and returns the exit code: the first that is not 0, else 0.
 
-    When a rank ends with an error or a signal the others are ended too, at once: they would wait for it for ever.
-    SIGTERM, SIGUSR1 and SIGINT are handed on to the ranks, which save and end with code 75 in their own time; a second
-    SIGINT ends them at once.
+    Each rank is forked from this process and runs the script as `__main__`. When a rank ends with an error or a signal
+    the others are ended too, at once: they would wait for it for ever. SIGTERM, SIGUSR1 and SIGINT are handed on to the
+    ranks, which save and end with code 75 in their own time; a second SIGINT ends them at once.
 
     Args:
-        command: Arguments of the program; each rank gets the environment that `--launcher pytorch` reads.
+        command: This Python, a script and its arguments; each rank gets the environment that `--launcher pytorch` reads.
         processes: Number of ranks on each host.
         hosts: Number of hosts whose ranks are one run; on each this function runs them.
         host: Index of this one.
@@ -108,25 +153,27 @@ def run_ranks(
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     address, port = master or ("127.0.0.1", free_port())
     shared = {"WORLD_SIZE": hosts * processes, "MASTER_ADDR": address, "MASTER_PORT": port}
-    shared |= {"SNAKETUNE_PARENT": os.getpid(), **thread_limits(os.environ.get("OMP_NUM_THREADS", threads))}
-    ranks: list[subprocess.Popen] = []
+    shared |= {"SNAKETUNE_PARENT": os.getpid(), _PARENT_SECONDS: round(time.process_time(), 3)}
+    shared |= thread_limits(os.environ.get("OMP_NUM_THREADS", threads))
+    ranks: list[BaseProcess] = []
     interrupts: list[int] = []
 
     def hand_on(number: int, _frame) -> None:
         if number == signal.SIGINT:
             interrupts.append(number)
         for rank in ranks:
-            if rank.poll() is None:
-                rank.send_signal(number)
+            if rank.is_alive():
+                with suppress(ProcessLookupError):
+                    os.kill(rank.pid, number)
 
-    handlers = {n: signal.signal(n, hand_on) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    handlers = {number: signal.signal(number, hand_on) for number in _HANDED_ON}
     try:
         for local in range(processes):
             own = {**shared, "RANK": host * processes + local, "LOCAL_RANK": local}
-            environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-            ranks.append(subprocess.Popen(command, env=environment))
+            environment = {name: str(value) for name, value in own.items()}
+            ranks.append(_fork(command, environment))
         while len(interrupts) < 2:
-            codes = [rank.poll() for rank in ranks]
+            codes = [rank.exitcode for rank in ranks]
             bad = [(number, code) for number, code in enumerate(codes) if code not in (None, 0, EXIT_GO_ON)]
             if bad:
                 wait_all(ranks, patience=2.0)  # the others may have something to say before they go
@@ -148,24 +195,68 @@ def run_ranks(
             signal.signal(number, handler)
 
 
-def run_step(command: list[str], nodes: int, processes: int, cpus: int, gpus: int) -> int:
-    """Runs `command` as one step of this Slurm job, a task a rank, and returns srun's exit code.
+def _fork(command: list[str], environment: dict[str, str]) -> BaseProcess:
+    """Forks a rank. A signal that arrives meanwhile waits, and is this process' alone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    context = multiprocessing.get_context("fork")
+    name = f"rank {environment['RANK']}"
+    rank = context.Process(target=_be_rank, args=(command, environment), name=name)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDED_ON)
+    try:
+        rank.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return rank
 
-    It is the highest of the tasks' (128 + its number for a signal). When a task ends with an error srun ends the others.
-    Slurm signals the tasks itself, this process as well, which then waits for them.
+
+def _be_rank(command: list[str], environment: dict[str, str]) -> None:
+    """Runs `command` in this forked process, as a fresh Python would."""
+    for number in _HANDED_ON:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDED_ON)
+    die_with_parent(int(environment["SNAKETUNE_PARENT"]))
+    os.environ.update(environment)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        if torch.cuda._is_in_bad_fork():  # an import has touched CUDA, which does not survive a fork
+            os.environ[_PARENT_SECONDS] = "0"
+            os.execv(command[0], command)
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    sys.argv = command[1:]
+    sys.path[0] = os.path.dirname(os.path.abspath(command[1]))
+    try:
+        runpy.run_path(command[1], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing does so from Python 3.14 on
+        sys.stdout.flush()
+
+
+def core_seconds() -> float:
+    """Returns the seconds of processor that this rank took; the first of a host counts its parent's with its own."""
+    shared = float(os.environ.get(_PARENT_SECONDS, 0)) if os.environ.get("LOCAL_RANK") == "0" else 0.0
+    return time.process_time() + shared
+
+
+def run_step(command: list[str], nodes: int, processes: int, cpus: int, gpus: int) -> int:
+    """Runs `command` as one step of this Slurm job, a task a node, and returns srun's exit code.
+
+    Each task forks the ranks of its node (`run_node`). The code is the highest of the tasks' (128 + its number for a
+    signal). When a task ends with an error srun ends the others. Slurm signals the tasks itself, this process as well,
+    which then waits for them.
 
     Args:
-        command: Arguments of the program; each task gets the environment that `--launcher slurm` reads.
+        command: This Python, a script and its arguments.
         nodes: Nodes of the step.
         processes: Ranks on each node.
         cpus: Processors of each rank.
         gpus: GPUs on each node.
     """
-    step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * processes}", f"--ntasks-per-node={processes}"]
-    step += [f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1"]
+    step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    step += [f"--cpus-per-task={processes * cpus}", "--kill-on-bad-exit=1"]
     if gpus:
         step.append(f"--gres=gpu:{gpus}")
-    handlers = {n: signal.signal(n, lambda *_: None) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    handlers = {number: signal.signal(number, lambda *_: None) for number in _HANDED_ON}
     # This process and rank 0 run on the job's first node: a port that is free here is free there.
     port = os.environ.get("MASTER_PORT", str(free_port()))
     environment = {**os.environ, **thread_limits(cpus), "MASTER_PORT": port}
@@ -176,6 +267,13 @@ def run_step(command: list[str], nodes: int, processes: int, cpus: int, gpus: in
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def run_node(command: list[str], processes: int) -> int:
+    """Runs this node's ranks in a task that `run_step` started, and returns their exit code."""
+    task = slurm_environment(os.environ)
+    master = (task["MASTER_ADDR"], int(task["MASTER_PORT"]))
+    return run_ranks(command, processes, int(task["WORLD_SIZE"]), int(task["RANK"]), master)
 
 
 def thread_limits(threads: int | str) -> dict[str, str]:
@@ -192,16 +290,16 @@ def slurm_start_time() -> float:
         return time.time()
 
 
-def end_all(ranks: list[subprocess.Popen]) -> None:
+def end_all(ranks: list[BaseProcess]) -> None:
     """Kills the processes that are still there: on SIGTERM they would save, and wait for ranks that are gone."""
     for rank in ranks:
-        if rank.poll() is None:
+        if rank.is_alive():
             rank.kill()
-            rank.wait()
+            rank.join()
 
 
-def wait_all(ranks: list[subprocess.Popen], patience: float) -> None:
+def wait_all(ranks: list[BaseProcess], patience: float) -> None:
     """Waits until all processes have ended, but not longer than `patience` seconds."""
     deadline = time.monotonic() + patience
-    while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
+    while time.monotonic() < deadline and any(rank.is_alive() for rank in ranks):
         time.sleep(0.05)

@@ -17,6 +17,7 @@ from torch import distributed
 
 from common.files import read_json, write_json
 from sft.flops import model_flops, peak_tflops
+from sft.launch import core_seconds
 from sft.loggers import check_loggers, start_loggers
 from sft.metrics_file import METRICS
 from sft.progress_line import ProgressLine
@@ -80,17 +81,15 @@ class MetricsHook(Hook):
         self.flops = model_flops(model)
         if self.peak_tflops is None and torch.cuda.is_available():
             self.peak_tflops = peak_tflops(torch.cuda.get_device_name(), model.dtype)
-        core_seconds = torch.tensor(
-            time.process_time(), dtype=torch.float64, device=runner.model.model.device
-        )
-        distributed.all_reduce(core_seconds)
+        taken = torch.tensor(core_seconds(), dtype=torch.float64, device=runner.model.model.device)
+        distributed.all_reduce(taken)
         if not is_main_process():
             return
         from torch.utils.tensorboard import SummaryWriter
 
         folder = Path(runner.work_dir)
         self.attempt = _count_attempt(folder)
-        self.core_seconds = core_seconds.item()
+        self.core_seconds = taken.item()
         self._note_cost(folder, runner.world_size)
         self.file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=runner.iter + 1)
@@ -105,7 +104,7 @@ class MetricsHook(Hook):
         device = outputs["loss"].device
         own = [outputs["tokens"], outputs["trained_tokens"], outputs.get("data_seconds", 0.0)]
         own.append(self.flops.step(outputs["document_lengths"], outputs["trained_tokens"]))
-        own.append(time.process_time())
+        own.append(core_seconds())
         sums = torch.tensor([0.0, *own], dtype=torch.float64, device=device)
         sums[0] = outputs["loss"]
         gpu = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0

@@ -1,0 +1,10 @@
+"""Starts a script on several ranks of this host, as train_model.py does: ranks.py <ranks> <script> <arguments>."""
+
+from __future__ import annotations
+
+import sys
+
+from sft.launch import run_ranks
+
+if __name__ == "__main__":
+    sys.exit(run_ranks([sys.executable, *sys.argv[2:]], int(sys.argv[1])))
