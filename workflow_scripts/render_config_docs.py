@@ -19,7 +19,7 @@ LANGUAGES = {
         "intro": (
             "Written from `rules/schemas/config.schema.yaml` by `make docs`. Unknown keys and wrong types are errors, "
             "reported before any job starts. A run's own value goes before the shared one, the shared one before "
-            "the default."
+            "the default. The scripts' flags and the rules' commands are made from the same file."
         ),
         "columns": ("Key", "Type", "Default", "Meaning"),
         "required": "required",
@@ -31,7 +31,7 @@ LANGUAGES = {
         "other": "[English](../config.md)",
         "intro": (
             "由 `make docs` 根据 `rules/schemas/config.schema.yaml` 生成。未知的键与错误的类型会在任何任务启动之前报错。"
-            "run 自己的值优先于共享值，共享值优先于默认值。"
+            "run 自己的值优先于共享值，共享值优先于默认值。脚本的参数与规则的命令由同一文件生成。"
         ),
         "columns": ("键", "类型", "默认值", "含义"),
         "required": "必填",
