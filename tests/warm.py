@@ -72,15 +72,19 @@ class WarmParent:
         self._process: subprocess.Popen | None = None
         self._folder: tempfile.TemporaryDirectory | None = None
 
-    @property
-    def address(self) -> Path:
-        """The socket of the parent, which is there once this returns."""
+    def launch(self) -> Path:
+        """Returns where the socket of the parent comes to lie; the parent is started if it is not there."""
         if self._process is None:
             self._folder = tempfile.TemporaryDirectory(prefix="warm-")  # a short path: a socket lies in it
             command = [sys.executable, __file__, f"{self._folder.name}/socket", *self._libraries]
             own = {"PYTHONPATH": f"{SCRIPTS}:{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
             self._process = subprocess.Popen(command, env={**os.environ, **own}, stdin=subprocess.DEVNULL)
-        path = Path(self._folder.name, "socket")
+        return Path(self._folder.name, "socket")
+
+    @property
+    def address(self) -> Path:
+        """The socket of the parent, which is there once this returns."""
+        path = self.launch()
         deadline = time.monotonic() + _START_SECONDS
         while not path.exists():
             assert self._process.poll() is None and time.monotonic() < deadline, "no parent for warm scripts"

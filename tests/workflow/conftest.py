@@ -70,6 +70,9 @@ class Project:
         else:
             path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
             options["env"] = {**os.environ, "PATH": path}
+            assert (
+                PARENT.address.exists()
+            )  # it may import its libraries still, beside the first plain command
             done = SNAKEMAKE.run(command[1:], executable=self.python, **options)
         if check and done.returncode != 0:
             raise AssertionError(f"snakemake failed\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
@@ -111,7 +114,7 @@ def warm_python(repo_root, tmp_path_factory) -> Path:
     words = {
         "python": sys.executable,
         "client": repo_root / "tests" / "warm_client.py",
-        "address": PARENT.address,
+        "address": PARENT.launch(),
     }
     python.write_text(_WARM_PYTHON.format_map({name: shlex.quote(str(word)) for name, word in words.items()}))
     python.chmod(0o755)

@@ -34,7 +34,6 @@ def test_a_training_killed_with_everything_and_then_told_to_stop(finished, token
     monkeypatch.setenv("PYTHONPATH", str(repo_root / "tests"))
     monkeypatch.setenv("TEST_STAND_STILL", f"4:{go_on}")
     project.stand_still()
-    project = project.plain()
 
     with training(project) as running:
         trainer_at(project, running, attempt=1, step=3)

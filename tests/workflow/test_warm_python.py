@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from warm import PARENT
+
 
 @pytest.fixture
 def start(warm_python, tmp_path):
     """Starts a script of the lines given with that `python`."""
+    assert PARENT.address.exists()
 
     def run(*lines: str) -> subprocess.Popen:
         script = tmp_path / "script.py"
