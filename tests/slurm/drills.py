@@ -48,8 +48,7 @@ def start_drills(project: SlurmProject, names: set[str]) -> Iterator[tuple[Call 
             if "walltime" in names:  # its two minutes shall not go by while it starts beside all the others
                 calls["walltime"] = start_as_shipped(project)
                 calls["walltime"].wait_until(lambda: project.attempts("walltime"), "training of walltime")
-            options = ["--nolock", "--keep-going", "--set-threads", "convert_pth_to_hf=4"]
-            shared = project.start("shared", *options, "--", *targets) if targets else None
+            shared = project.start("shared", *OPTIONS, "--", *targets) if targets else None
             ends = {
                 name: pool.submit(run_drill, project, DRILLS[name], calls.get(name, shared)) for name in names
             }
@@ -201,6 +200,10 @@ def pass_preflight(project: SlurmProject, call: Call) -> None:
     call.wait_until(lambda: "preflight: pass" in call.said(), "pass of preflight")
 
 
+# Of the call that serves most drills. A few jobs at a time, those first that are the first of many: all at once would take
+# longer than its two minutes to start the training with a time limit.
+OPTIONS = ["--nolock", "--keep-going", "--jobs", 4, "--set-threads", "convert_pth_to_hf=4", "--prioritize"]
+OPTIONS += [f"results/{run}/train.json" for run in ("whole", "resubmitted", "requeued")]
 HELD = {"hold_after": 4}
 BENCHMARKS = "results/whole/evaluation/opencompass.json"
 DRILLS = {
