@@ -287,7 +287,7 @@ def test_the_command(tmp_path, run_script):
     assert f"in.jsonl:{len(ROWS) + 1}: not JSON" in done.stderr
     done = run_script(*base, "--on-bad-sample", "quarantine", "--max-bad-share", "0.1")
     assert f"{len(ROWS)} conversations of {len(ROWS) + 1} rows, 1 bad rows" in done.stdout
-    assert "out of range" in run_script(*base, "--max-bad-share", "2", check=False).stderr
+    assert "expected at most 1" in run_script(*base, "--max-bad-share", "2", check=False).stderr
     run_script(
         *(
             "tokenize_dataset.py",

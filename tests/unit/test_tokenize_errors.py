@@ -141,8 +141,7 @@ def test_script_errors(tmp_path, run_script, tiny_tokenizer_dir):
     def error_of(*arguments):
         done = run_script(*base, *arguments, check=False)
         assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
-        assert "Traceback" not in done.stderr
+        assert "error: " in done.stderr and "Traceback" not in done.stderr
         return done.stderr
 
     save = ("--tokenizer-w-special-tokens-save-dir", tmp_path / "tokenizer")
@@ -150,6 +149,6 @@ def test_script_errors(tmp_path, run_script, tiny_tokenizer_dir):
     assert "does not exist" in error_of("--tokenizer-path", tmp_path / "nothing here")
     arguments = ("--tokenizer-path", tiny_tokenizer_dir, *save)
     assert "no dataset 'x'" in error_of(*arguments, "--dataset", "x")
-    assert "out of range" in error_of(*arguments, "--max-length", "0")
-    assert "out of range" in error_of(*arguments, "--heldout-share", "1")
+    assert "found 0, expected at least 1" in error_of(*arguments, "--max-length", "0")
+    assert "found 1, expected less than 1" in error_of(*arguments, "--heldout-share", "1")
     assert "out of range" in error_of(*arguments, "--threads", "0")
