@@ -177,7 +177,9 @@ def run_ranks(
             bad = [(number, code) for number, code in enumerate(codes) if code not in (None, 0, EXIT_GO_ON)]
             if bad:
                 wait_all(ranks, patience=2.0)  # the others may have something to say before they go
-                number, code = bad[0]
+                number, code = min(
+                    bad, key=lambda each: each[1] > 0
+                )  # one that was killed is why others ended
                 cause = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
                 print(
                     f"Rank {host * processes + number} {cause}; ending the others",
