@@ -35,9 +35,8 @@ _STEP_IN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _HANDED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # What training comes to import in its first step. DeepSpeed asks every optimizer whether it is Muon, whose code compiles.
 _LATE_IMPORTS = ("deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard")
-_PARENT_SECONDS = (
-    "SNAKETUNE_PARENT_SECONDS"  # of processor, that the parent of a host's ranks took for them all
-)
+# Seconds of processor that the parent of a host's ranks took for them all.
+_PARENT_SECONDS = "SNAKETUNE_PARENT_SECONDS"
 
 
 def join_environment(launcher: str) -> None:
@@ -137,7 +136,7 @@ def run_ranks(
     host: int = 0,
     master: tuple[str, int] | None = None,
 ) -> int:
-    """Runs `command` once a rank on this host and returns the exit code: the first that is not 0, else 0.
+    """Runs `command` once a rank on this host and returns the exit code: a killed rank's, else the first that is not 0, else 0.
 
     Each rank is forked from this process and runs the script as `__main__`. When a rank ends with an error or a signal
     the others are ended too, at once: they would wait for it for ever. SIGTERM, SIGUSR1 and SIGINT are handed on to the
@@ -177,9 +176,8 @@ def run_ranks(
             bad = [(number, code) for number, code in enumerate(codes) if code not in (None, 0, EXIT_GO_ON)]
             if bad:
                 wait_all(ranks, patience=2.0)  # the others may have something to say before they go
-                number, code = min(
-                    bad, key=lambda each: each[1] > 0
-                )  # one that was killed is why others ended
+                # A rank that was killed is why others ended.
+                number, code = min(bad, key=lambda each: each[1] > 0)
                 cause = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
                 print(
                     f"Rank {host * processes + number} {cause}; ending the others",
