@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -32,6 +31,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from sft.launch import die_with_parent
 from warm_client import WarmProcess, start
 
 REPO = Path(__file__).resolve().parent.parent
@@ -51,13 +51,6 @@ _SNAKEMAKE = (
     *("snakemake_executor_plugin_slurm", "requests", "jsonschema", "pulp"),
 )
 _START_SECONDS = 300
-
-
-def die_with_parent(parent: int) -> None:
-    """Asks Linux to kill this process when the one that started it is gone."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class WarmParent:
