@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "workflow_scripts"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from tiny_run import Kill, curve, make_world, metrics, render, train, train_with_kills, weights_sha256
 

@@ -17,12 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "workflow_scripts"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from measuring import cpu_of_children
-from tiny_run import REPO, make_world, metrics, render, start, wait_for_step
-
-sys.path.insert(0, str(REPO / "workflow_scripts"))
 from sft.launch import free_port
+from tiny_run import REPO, make_world, metrics, render, start, wait_for_step
 
 
 def forked(config: Path, work_dir: Path, ranks: int) -> list[subprocess.Popen]:

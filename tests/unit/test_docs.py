@@ -7,7 +7,6 @@ import functools
 import re
 import shlex
 import subprocess
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -17,12 +16,14 @@ import yaml
 
 from ftdp.jinja_template import reads_openai_tools
 from ftdp.template_file import load_template, shipped_templates
+from warm import PARENT
 
 REPO = Path(__file__).resolve().parents[2]
 ENGLISH = [REPO / "README.md", REPO / "profiles" / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 CHINESE = [REPO / "README.zh-CN.md", *sorted((REPO / "docs" / "zh_cn").glob("*.md"))]
 PAGES = [*ENGLISH, *CHINESE]
 IDS = [str(page.relative_to(REPO)) for page in PAGES]
+COMMANDS = [path for path in sorted((REPO / "benchmarks").glob("*.py")) if "argparse" in path.read_text()]
 SCHEMA = yaml.safe_load((REPO / "rules/schemas/config.schema.yaml").read_text(encoding="utf-8"))
 FOLDERS = ("benchmarks", "docs", "envs", "profiles", "rules", "tests", "workflow_scripts")
 # Files that a user or the workflow writes, and those of other packages.
@@ -104,8 +105,14 @@ def test_files_that_are_named_exist(page):
 
 @functools.cache
 def flags_of(script: Path) -> set[str]:
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
+    done = PARENT.run([script, "--help"], timeout=300)
+    assert done.returncode == 0, done.stderr
     return set(re.findall(r"--[a-z][a-z0-9-]*", done.stdout))
+
+
+@pytest.mark.parametrize("script", COMMANDS, ids=lambda script: script.name)
+def test_each_benchmark_starts(script):
+    assert "--help" in flags_of(script)
 
 
 @each_page
