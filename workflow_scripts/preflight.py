@@ -85,7 +85,8 @@ def _answer(arguments: argparse.Namespace) -> int:
 
     Returns 1 when they did not meet: then the launcher ends the others, which might wait for ever.
     """
-    from readiness.checks import attempt, check_gpus, check_other_versions, check_tokenizer, check_versions
+    from readiness.check import attempt
+    from readiness.checks import check_gpus, check_other_versions, check_tokenizer, check_versions
     from readiness.ranks import check_all_reduce
     from readiness.sizes import check_disk
 

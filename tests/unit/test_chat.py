@@ -7,9 +7,9 @@ import io
 import pytest
 import torch
 
-from evaluation.generation import encode_prompt
 from export_models import write_tuned
 from ftdp.chat_encoding import ChatEncoding
+from ftdp.prompt_ids import encode_prompt
 from serving import calculator
 from serving.conversation import Conversation
 

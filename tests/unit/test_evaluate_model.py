@@ -161,8 +161,9 @@ def test_the_base_is_grown_as_for_training(setting, tiny_model_dir):
 
 
 def test_answers_equal_a_greedy_loop_without_cache(setting):
-    from evaluation.generation import encode_prompt, generate
+    from evaluation.generation import generate
     from evaluation.models import load_for_evaluation
+    from ftdp.prompt_ids import encode_prompt
 
     tokenizer_dir, tokenizer, hf, _ = setting
     model = load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
@@ -228,11 +229,11 @@ def test_held_out_conversations_are_what_training_would_see(
     template, mask, tmp_path, tiny_tokenizer_dir, write_processed
 ):
     """Against the .bin file that tokenising the same folder makes."""
-    from evaluation.generation import encode_prompt
     from evaluation.heldout import load_heldout
     from ftdp.base_tokenizer import open_tokenizer
     from ftdp.block_tokenizer import TokenizeOptions
     from ftdp.packing import IGNORE_INDEX, TokenizedFile
+    from ftdp.prompt_ids import encode_prompt
     from ftdp.tokenizing import tokenize_datasets
 
     tokenizer = open_tokenizer(tiny_tokenizer_dir, tmp_path / "tokenizer", template=template)

@@ -6,34 +6,10 @@ from typing import Any
 
 import torch
 
-from common.cli import UserError
 from common.progress import Progress
 from ftdp.chat_encoding import ChatEncoding
-from ftdp.chat_template import MAX_LENGTH, MessageError
-from ftdp.encode import encode_conversation
+from ftdp.prompt_ids import encode_prompt
 from ftdp.tokenizer import ExtendedTokenizer
-
-
-def encode_prompt(
-    prompt: list[dict],
-    tokenizer: ExtendedTokenizer,
-    encoding: ChatEncoding,
-    where: str = "prompt",
-    max_length: int | None = MAX_LENGTH,
-) -> list[int]:
-    """Returns the ids of a conversation and of the assistant's beginning turn, as training would see them.
-
-    Raises:
-        UserError: When a message is not in the format.
-    """
-    try:
-        signed = encode_conversation(prompt, tokenizer, encoding, max_length)
-    except MessageError as error:
-        raise UserError(
-            f"{where}: {error.field}", found=error.found, expected=error.expected, fix=error.fix
-        ) from None
-    begin = tokenizer.tokenizer.encode(tokenizer.template.generation_prompt, add_special_tokens=False).ids
-    return [abs(i) for i in signed] + begin
 
 
 @torch.no_grad()  # not inference_mode: ZeRO-3 gathers weights here that training uses again

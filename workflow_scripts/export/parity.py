@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from common.cli import UserError
-from evaluation.generation import encode_prompt
 from ftdp.chat_encoding import ChatEncoding
+from ftdp.prompt_ids import encode_prompt
 from ftdp.tokenizer import ExtendedTokenizer
 from sft.checkpoints import read_state_dict
 from sft.config import TrainConfig

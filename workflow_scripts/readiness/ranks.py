@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 
-from readiness.checks import Check
+from readiness.check import Check
 
 SUM_BYTES = 64 << 20
 _REPEATS = 5

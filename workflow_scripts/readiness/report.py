@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from readiness.checks import Check
+from readiness.check import Check
 from readiness.ranks import check_shared_files
 
 

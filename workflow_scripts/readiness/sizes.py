@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from readiness.checks import Check
+from readiness.check import Check
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Measured: 1.6 to 1.9 bytes of .bin for a byte of JSONL.

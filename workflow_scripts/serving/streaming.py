@@ -9,8 +9,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from evaluation.generation import encode_prompt
 from ftdp.chat_encoding import ChatEncoding
+from ftdp.prompt_ids import encode_prompt
 from ftdp.tokenizer import ExtendedTokenizer
 
 _UNFINISHED = "\ufffd"  # what the decoder makes of the first bytes of a character
