@@ -64,9 +64,9 @@ def write_checkpoint(folder: Path, shapes: OrderedDict, stage: int) -> Path:
     """Writes `iter_1.pth` and a train.json that describes it; returns the latter."""
     import torch
 
-    from common.files import write_json
-    from sft.checkpoints import read_state_dict
-    from sft.weights_digest import weights_digest
+    from snaketune.checkpoints.checkpoint_folders import read_state_dict
+    from snaketune.checkpoints.weights_digest import weights_digest
+    from snaketune.common.files import write_json
 
     pth = folder / "iter_1.pth"
     pth.mkdir()

@@ -23,7 +23,7 @@ def measure(way: str, tokens: int, vocabulary: int, hidden_size: int, repeats: i
     import torch
     from torch.nn.functional import cross_entropy, linear
 
-    from sft.cross_entropy import chunked_cross_entropy, linear_cross_entropy
+    from snaketune.models.cross_entropy import chunked_cross_entropy, linear_cross_entropy
 
     torch.manual_seed(0)
     hidden = torch.randn(tokens, hidden_size, requires_grad=True)

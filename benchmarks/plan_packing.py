@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "workflow_scripts"))
-from ftdp.pack_plan import MODES, open_plan
-from ftdp.pack_planning import make_plan
+from snaketune.packing.pack_plan import MODES, open_plan
+from snaketune.packing.planner import make_plan
 
 
 def write_metas(folder: Path, documents: int, files: int, max_length: int) -> list[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "workflow_scripts"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from measuring import cpu_of_children
-from sft.launch import free_port
+from snaketune.training.launch import free_port
 from tiny_run import REPO, make_world, metrics, render, start, wait_for_step
 
 

@@ -20,9 +20,9 @@ LR, BETAS, WEIGHT_DECAY = 1e-5, (0.9, 0.95), 0.01
 
 def train_bare(a: argparse.Namespace) -> None:
     """The loop that one would write by hand, with our attention and packed rows, and transformers' own loss."""
-    from sft.attention import packing_kwargs
-    from sft.data import PackedDataset, packed_collate
-    from sft.model import load_base_model
+    from snaketune.models.base_model import load_base_model
+    from snaketune.models.packed_attention import packing_kwargs
+    from snaketune.training.packed_data import PackedDataset, packed_collate
 
     model = load_base_model(a.model, "float32").train()
     rows = PackedDataset(folder=a.folder, packed_length=a.length)
@@ -107,7 +107,7 @@ def train_transformers(a: argparse.Namespace) -> None:
     """transformers' Trainer over the same packed rows, with stock sdpa, which finds the documents by their positions."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    from sft.data import PackedDataset
+    from snaketune.training.packed_data import PackedDataset
 
     packed = PackedDataset(folder=a.folder, packed_length=a.length)
 

@@ -1,7 +1,7 @@
 """The configuration, checked, and the grammar of every path. No rules here.
 
 PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`). The scripts read a run's files by the same names:
-they stand in workflow_scripts/common/result_paths.py.
+they stand in workflow_scripts/snaketune/common/result_paths.py.
 
     shared/tokenizer/{tokenizer}/                          base tokenizer + the chat tokens
     shared/data/{data}/heldout/<dataset>/processed/...     the lines set aside, in the ftdp layout
@@ -63,19 +63,19 @@ from snakemake.settings.types import Quietness
 REPO = Path(workflow.basedir)
 sys.path.insert(0, str(REPO / "workflow_scripts"))
 
-from common import result_paths
-from common.cli import UserError
-from common.files import read_json, sha256_json
-from common.fingerprints import FingerprintCache
-from common.plan_table import planned_job, render_plan
-from ftdp.layout import find_datasets
-from ftdp.pack_format import PLAN_ARRAYS, PLAN_FORMAT, check_weights, own_weights
-from ftdp.planning import MEGABYTE, TOKENIZED_FORMAT, file_sizes, plan_datasets, plan_parts
-from ftdp.template_file import template_path
-from ftdp.tokenized_layout import TEMPLATE_FOLDER
-from settings.command_line import flags, options_of
-from settings.load import load_settings
-from settings.schema import load_schema
+from snaketune.common import result_paths
+from snaketune.common.cli import UserError
+from snaketune.common.files import read_json, sha256_json
+from snaketune.common.fingerprints import FingerprintCache
+from snaketune.common.plan_table import planned_job, render_plan
+from snaketune.chat_files.processed_layout import find_datasets
+from snaketune.packing.plan_format import PLAN_ARRAYS, PLAN_FORMAT, check_weights, own_weights
+from snaketune.tokenized.job_parts import MEGABYTE, TOKENIZED_FORMAT, file_sizes, plan_datasets, plan_parts
+from snaketune.chat_format.template_file import template_path
+from snaketune.tokenized.layout import TEMPLATE_FOLDER
+from snaketune.settings.command_line import flags, options_of
+from snaketune.settings.load import load_settings
+from snaketune.settings.schema import load_schema
 
 try:
     SETTINGS = load_settings(config, load_schema())

@@ -5,7 +5,7 @@ OUTPUT          parts/{part}.json: the files of this part are tokenised; tokeniz
 
 A line is set aside, or trained on, by its content alone: the rules need not talk to each other. Only what is written
 last is declared: Snakemake deletes declared outputs before every attempt, and a part that is run again is to keep the
-files that it, or another part before it, has finished. What is kept is decided by content (ftdp/chunk_store.py).
+files that it, or another part before it, has finished. What is kept is decided by content (snaketune/tokenized/chunk_store.py).
 """
 
 

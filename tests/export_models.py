@@ -15,8 +15,8 @@ def converter_python() -> str:
 
 def extend_tokenizer(base: Path, folder: Path, template: str = "internlm2_chat"):
     """Writes the tokenizer of `base` with the control tokens of a chat template into `folder` and returns it loaded."""
-    from ftdp.template_file import load_template
-    from ftdp.tokenizer import extend, load_tokenizer, save_tokenizer
+    from snaketune.chat_format.template_file import load_template
+    from snaketune.encoding.tokenizer import extend, load_tokenizer, save_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     text = (base / "tokenizer.json").read_text(encoding="utf-8")
@@ -29,7 +29,7 @@ def write_base(folder: Path, tokenizer_dir: Path, kind: str = "mistral", **setti
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ftdp.tokenizer import parse_tokenizer, rows_needed
+    from snaketune.encoding.tokenizer import parse_tokenizer, rows_needed
 
     torch.manual_seed(1)
     rows = rows_needed(
@@ -64,8 +64,8 @@ def write_base(folder: Path, tokenizer_dir: Path, kind: str = "mistral", **setti
 
 def train_config(**own) -> str:
     """Returns the text of a training config with the default settings, but for those given."""
-    from settings.command_line import defaults_of
-    from sft.render import render_config
+    from snaketune.settings.command_line import defaults_of
+    from snaketune.training.config_template import render_config
 
     settings = defaults_of("render_train_config")
     given = {name: own.pop(name) for name in list(own) if name in settings}
@@ -80,7 +80,7 @@ def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path):
     """
     import torch
 
-    from sft.model import grow_to_tokenizer, load_base_model
+    from snaketune.models.base_model import grow_to_tokenizer, load_base_model
 
     model = load_base_model(str(base), "float32").eval()
     grow_to_tokenizer(model, str(tokenizer_dir), str(base))
@@ -107,10 +107,10 @@ def write_lora_checkpoint(base: Path, tokenizer_dir: Path, run: Path, dtype: str
     """
     import torch
 
-    from common.files import write_json
-    from export.lora_weights import grown_base
-    from sft.config import load_config
-    from sft.lora import add_lora
+    from snaketune.common.files import write_json
+    from snaketune.export.lora_weights import grown_base
+    from snaketune.models.lora import add_lora
+    from snaketune.training.train_config import load_config
 
     run.mkdir(parents=True, exist_ok=True)
     config = run / "train_config.py"
@@ -134,7 +134,7 @@ def write_tuned(model: Path, tokenizer: Path, root: Path):
     Returns:
         (tokenizer folder, the tokenizer loaded, Hugging Face folder)
     """
-    from export.hf import convert
+    from snaketune.export.hf_convert import convert
 
     extended = extend_tokenizer(tokenizer, root / "tokenizer")
     config, checkpoint, _ = write_checkpoint(model, root / "tokenizer", root / "run")

@@ -162,14 +162,14 @@ def make_config(folder: Path, world_size: int, model: str, stage: int, changes: 
 
 
 def main(folder: Path) -> None:
-    import sft.cross_entropy
-    from sft.config import parse_config
-    from sft.runner import TrainRunner
-    from sft.strategy import init_process_group
-    from sft.trainer import runner_config
+    import snaketune.models.cross_entropy
+    from snaketune.training.deepspeed_strategy import init_process_group
+    from snaketune.training.train_config import parse_config
+    from snaketune.training.train_loop import TrainRunner
+    from snaketune.training.train_rank import runner_config
 
     warnings.filterwarnings("ignore", category=FutureWarning)
-    sft.cross_entropy.CHUNK_ELEMENTS = 1  # sixteen tokens a chunk
+    snaketune.models.cross_entropy.CHUNK_ELEMENTS = 1  # sixteen tokens a chunk
     init_process_group()
     world_size = torch.distributed.get_world_size()
     for name, (ranks, model, stage, changes) in CASES.items():

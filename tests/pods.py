@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-from sft.launch import free_port
+from snaketune.training.launch import free_port
 from warm import PARENT
 from warm_client import WarmProcess
 

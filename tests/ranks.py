@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from sft.launch import run_ranks
+from snaketune.training.launch import run_ranks
 
 if __name__ == "__main__":
     sys.exit(run_ranks([sys.executable, *sys.argv[2:]], int(sys.argv[1])))

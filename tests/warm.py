@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from sft.launch import die_with_parent
+from snaketune.training.launch import die_with_parent
 from warm_client import WarmProcess, start
 
 REPO = Path(__file__).resolve().parent.parent
@@ -44,7 +44,7 @@ _LIBRARIES = (
         "transformers.models.mistral.modeling_mistral",
     ),
     *("transformers.generation.utils", "peft", "deepspeed", "mmengine.runner", "matplotlib.figure"),
-    "sft.launch:import_for_training",
+    "sft:import_for_training",
 )
 _SNAKEMAKE = (
     *("snakemake.cli", "snakemake.storage", "snakemake.report.html_reporter"),

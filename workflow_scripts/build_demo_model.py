@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import run
+from snaketune.common.cli import run
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    from export.demo_models import build_smollm2, build_tiny_mistral
+    from snaketune.export.demo_models import build_smollm2, build_tiny_mistral
 
     if args.model == "tiny-mistral":
         build_tiny_mistral(args.wheel, args.output, args.seed)

@@ -7,9 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.cli import run
-from ftdp.chat_encoding import ChatEncoding
-from settings.command_line import add_settings
+from snaketune.common.cli import run
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
@@ -35,11 +35,11 @@ def main() -> None:
     add_settings(parser, "chat")
     args = parser.parse_args()
 
-    from evaluation.models import load_for_evaluation
-    from ftdp.tokenizer import load_tokenizer
-    from serving import calculator
-    from serving.conversation import Conversation
-    from serving.streaming import StreamedAnswers
+    from snaketune.encoding.tokenizer import load_tokenizer
+    from snaketune.evaluation.models import load_for_evaluation
+    from snaketune.serving import calculator
+    from snaketune.serving.conversation import Conversation
+    from snaketune.serving.streaming import StreamedAnswers
 
     tokenizer = load_tokenizer(args.model)
     model = load_for_evaluation(

@@ -6,11 +6,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import UserError, run
-from common.files import read_json, write_json
-from common.slurm import job_record
-from ftdp.chat_encoding import ChatEncoding
-from settings.command_line import add_settings
+from snaketune.common.cli import UserError, run
+from snaketune.common.files import read_json, write_json
+from snaketune.common.slurm import job_record
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
@@ -30,13 +30,19 @@ def main() -> None:
     add_settings(parser, "check_parity")
     args = parser.parse_args()
 
-    from export.checkpoint_source import find_checkpoint
-    from export.parity import compare_ids, compare_models, require_agreement, trained_weights, training_ids
-    from export.prompt_readers import parity_prompts, read_with_transformers
-    from export.turbomind_proof import prove
-    from ftdp.jinja_template import reads_openai_tools
-    from ftdp.tokenizer import load_tokenizer
-    from sft.config import load_config
+    from snaketune.chat_format.jinja_template import reads_openai_tools
+    from snaketune.encoding.tokenizer import load_tokenizer
+    from snaketune.export.checkpoint_source import find_checkpoint
+    from snaketune.export.parity import (
+        compare_ids,
+        compare_models,
+        require_agreement,
+        trained_weights,
+        training_ids,
+    )
+    from snaketune.export.prompt_readers import parity_prompts, read_with_transformers
+    from snaketune.export.turbomind_proof import prove
+    from snaketune.training.train_config import load_config
 
     config = load_config(args.config)
     encoding = ChatEncoding.from_options(vars(args))

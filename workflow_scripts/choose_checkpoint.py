@@ -6,11 +6,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import result_paths as names
-from common.cli import run
-from common.files import write_json
-from common.run_files import RunFiles
-from settings.command_line import add_settings
+from snaketune.common import result_paths as names
+from snaketune.common.cli import run
+from snaketune.common.files import write_json
+from snaketune.common.run_files import RunFiles
+from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     add_settings(parser, "choose_checkpoint")
     args = parser.parse_args()
 
-    from evaluation.checkpoint_curve import checkpoint_curve, link_best, remove_held, remove_others
+    from snaketune.reporting.checkpoint_curve import checkpoint_curve, link_best, remove_held, remove_others
 
     given = {names.TRAIN: args.train_manifest, names.EVALUATIONS: args.output.parent}
     files = RunFiles(args.train_manifest.parent, given=given)

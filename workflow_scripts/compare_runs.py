@@ -6,9 +6,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import run
-from common.files import write_json, write_text
-from common.run_files import RunFiles
+from snaketune.common.cli import run
+from snaketune.common.files import write_json, write_text
+from snaketune.common.run_files import RunFiles
 
 
 def main() -> None:
@@ -39,8 +39,8 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    from evaluation.comparison_page import render_comparison
-    from evaluation.run_comparison import compare
+    from snaketune.reporting.comparison_page import render_comparison
+    from snaketune.reporting.run_comparison import compare
 
     runs = [RunFiles(folder) for folder in args.runs]
     comparison = compare(runs, args.benchmarks, args.shared_names)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import run
-from common.files import read_json, write_json
+from snaketune.common.cli import run
+from snaketune.common.files import read_json, write_json
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the rows to this JSON file too")
     args = parser.parse_args()
 
-    from evaluation.tool_call_tables import comparison_rows, perplexity
+    from snaketune.reporting.tool_call_tables import comparison_rows, perplexity
 
     rows = comparison_rows(read_json(args.base), read_json(args.tuned))
     if args.output:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import run
-from settings.command_line import add_settings
+from snaketune.common.cli import run
+from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--download-dir", default=None, help="where a hub model is downloaded to")
     args = parser.parse_args()
 
-    from export.turbomind import convert, fetch_model
+    from snaketune.export.turbomind_convert import convert, fetch_model
 
     manifest = convert(
         args.model_name,

@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import run
-from settings.command_line import add_settings
+from snaketune.common.cli import run
+from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
@@ -39,8 +39,8 @@ def main() -> None:
     if (args.run is None) != (args.pth is not None):
         parser.error("give config, pth and dst, or --run and dst")
 
-    from export.checkpoint_source import find_run
-    from export.hf import convert
+    from snaketune.export.checkpoint_source import find_run
+    from snaketune.export.hf_convert import convert
 
     config, pth = (args.config, args.pth) if args.run is None else find_run(args.run)
     manifest = convert(

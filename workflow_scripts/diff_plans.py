@@ -6,8 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from common.cli import UserError, run
-from ftdp.pack_diff import diff_plans
+from snaketune.common.cli import UserError, run
+from snaketune.packing.plan_diff import diff_plans
 
 
 def parse_args() -> argparse.Namespace:

@@ -7,9 +7,9 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from common.cli import run
-from common.files import write_json
-from settings.command_line import add_settings
+from snaketune.common.cli import run
+from snaketune.common.files import write_json
+from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
@@ -25,8 +25,8 @@ def main() -> None:
     add_settings(parser, "encode_prompts")
     args = parser.parse_args()
 
-    from export.prompt_readers import parity_prompts, read_with_lmdeploy, read_with_transformers
-    from ftdp.template_file import load_template
+    from snaketune.chat_format.template_file import load_template
+    from snaketune.export.prompt_readers import parity_prompts, read_with_lmdeploy, read_with_transformers
 
     prompts = parity_prompts(args.prompts)
     readings = [read_with_transformers(args.model, prompts)]

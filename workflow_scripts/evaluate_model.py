@@ -5,10 +5,16 @@ from __future__ import annotations
 
 import argparse
 
-from common.cli import run
-from common.files import write_json
-from common.slurm import job_record
-from evaluation.arguments import add_model_arguments, encoding_record, label_of, load_model, model_sha256
+from snaketune.common.cli import run
+from snaketune.common.files import write_json
+from snaketune.common.slurm import job_record
+from snaketune.evaluation.arguments import (
+    add_model_arguments,
+    encoding_record,
+    label_of,
+    load_model,
+    model_sha256,
+)
 
 
 def main() -> None:
@@ -23,11 +29,11 @@ def main() -> None:
     args = parser.parse_args()
 
     # Bad input shows before the seconds that torch and transformers take.
-    from evaluation.generation import generate
-    from evaluation.heldout import heldout_digest, load_heldout
-    from evaluation.prompts import read_prompts
-    from ftdp.chat_encoding import ChatEncoding
-    from ftdp.tokenizer import load_tokenizer
+    from snaketune.chat_files.prompts import read_prompts
+    from snaketune.encoding.chat_encoding import ChatEncoding
+    from snaketune.encoding.tokenizer import load_tokenizer
+    from snaketune.evaluation.generation import generate
+    from snaketune.evaluation.heldout import heldout_digest, load_heldout
 
     prompts = read_prompts(args.prompts) if args.prompts else []
     encoding = ChatEncoding.from_options(vars(args))
@@ -38,7 +44,7 @@ def main() -> None:
         flush=True,
     )
 
-    from evaluation.scoring import score
+    from snaketune.evaluation.scoring import score
 
     model = load_model(args, tokenizer)
     result = score(model, samples, tokenizer.end_of_turn_id, args.batch_tokens)

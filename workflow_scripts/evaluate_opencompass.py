@@ -6,9 +6,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import run
-from common.files import write_json
-from settings.command_line import add_settings
+from snaketune.common.cli import run
+from snaketune.common.files import write_json
+from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     add_settings(parser, "evaluate_opencompass")
     args = parser.parse_args()
 
-    from benchmark_suites.eval_run import evaluate
+    from snaketune.opencompass.eval_run import evaluate
 
     result = evaluate(args.config, args.work_dir, args.data_dir)
     write_json(args.output, result)

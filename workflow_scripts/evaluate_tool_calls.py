@@ -6,10 +6,16 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from common.cli import run
-from common.files import sha256_file, write_json
-from common.slurm import job_record
-from evaluation.arguments import add_model_arguments, encoding_record, label_of, load_model, model_sha256
+from snaketune.common.cli import run
+from snaketune.common.files import sha256_file, write_json
+from snaketune.common.slurm import job_record
+from snaketune.evaluation.arguments import (
+    add_model_arguments,
+    encoding_record,
+    label_of,
+    load_model,
+    model_sha256,
+)
 
 
 def main() -> None:
@@ -24,13 +30,13 @@ def main() -> None:
     args = parser.parse_args()
 
     # Bad input shows before the seconds that torch and transformers take.
-    from evaluation.conversations import read_conversations
-    from evaluation.heldout import heldout_digest
-    from evaluation.role_losses import plain_text_blocks
-    from evaluation.tool_calls import choose_points
-    from ftdp.chat_encoding import ChatEncoding
-    from ftdp.encode import BatchEncoder
-    from ftdp.tokenizer import load_tokenizer
+    from snaketune.encoding.batch_encoder import BatchEncoder
+    from snaketune.encoding.chat_encoding import ChatEncoding
+    from snaketune.encoding.tokenizer import load_tokenizer
+    from snaketune.evaluation.conversations import read_conversations
+    from snaketune.evaluation.heldout import heldout_digest
+    from snaketune.evaluation.role_losses import plain_text_blocks
+    from snaketune.evaluation.tool_calls import choose_points
 
     tokenizer = load_tokenizer(args.tokenizer_path)
     encoding = ChatEncoding.from_options(vars(args))
@@ -44,9 +50,9 @@ def main() -> None:
         flush=True,
     )
 
-    from evaluation.role_losses import conversation_losses, plain_text_losses
-    from evaluation.tool_call_tables import summarize
-    from evaluation.tool_calls import answer_points
+    from snaketune.evaluation.role_losses import conversation_losses, plain_text_losses
+    from snaketune.evaluation.tool_calls import answer_points
+    from snaketune.reporting.tool_call_tables import summarize
 
     model = load_model(args, tokenizer)
     label = label_of(args)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 
-from common.cli import run
-from ftdp.base_tokenizer import open_tokenizer
-from settings.command_line import add_settings
+from snaketune.common.cli import run
+from snaketune.encoding.base_tokenizer import open_tokenizer
+from snaketune.settings.command_line import add_settings
 
 
 def parse_args() -> argparse.Namespace:

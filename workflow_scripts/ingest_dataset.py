@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 
-from common.cli import run
-from ingest.formats import FORMATS
-from ingest.ingesting import IngestOptions, ingest
-from settings.command_line import add_settings
+from snaketune.common.cli import run
+from snaketune.ingest.formats import FORMATS
+from snaketune.ingest.ingesting import IngestOptions, ingest
+from snaketune.settings.command_line import add_settings
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from common.cli import run
+from snaketune.common.cli import run
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,16 +32,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from ftdp.inspecting import (
-        Sample,
-        find_tokenizer,
-        legend,
-        paint,
-        token_table,
-    )
-    from ftdp.made_with import refuse_other_tokenizer
-    from ftdp.manifests import Manifests
-    from ftdp.tokenizer import load_tokenizer
+    from snaketune.encoding.tokenizer import load_tokenizer
+    from snaketune.tokenized.inspecting import Sample, find_tokenizer, legend, paint, token_table
+    from snaketune.tokenized.made_with import refuse_other_tokenizer
+    from snaketune.tokenized.manifests import Manifests
 
     entry = Manifests().of(args.bin)
     folder = args.tokenizer_path or find_tokenizer(args.bin, entry)

@@ -15,10 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from common.cli import UserError, run
-from sft.launch import import_for_training, run_ranks
-from sft.pods import GPUS, read_pod, set_network_defaults
-from sft.stopping import STARTED
+from sft import import_for_training
+from snaketune.common.cli import UserError, run
+from snaketune.training.early_stop import STARTED
+from snaketune.training.launch import run_ranks
+from snaketune.training.pods import GPUS, read_pod, set_network_defaults
 
 
 def parse_arguments() -> argparse.Namespace:

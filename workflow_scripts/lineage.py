@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import run
+from snaketune.common.cli import run
 
 
 def main() -> None:
@@ -20,8 +20,8 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    from provenance.records import lineage
-    from provenance.tree import tree_lines
+    from snaketune.provenance.records import lineage
+    from snaketune.provenance.tree import tree_lines
 
     print("\n".join(tree_lines(lineage(args.file))))
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import run
-from settings.command_line import add_settings
+from snaketune.common.cli import run
+from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--session-len", type=int, help="longest context; without it the model's own")
     args = parser.parse_args()
 
-    from export.serving_folder import make_serving_folder
+    from snaketune.export.lmdeploy_folder import make_serving_folder
 
     manifest = make_serving_folder(
         args.model, args.dst, model_name=args.model_name, tp=args.tp, session_len=args.session_len

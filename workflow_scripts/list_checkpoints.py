@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import UserError, run
-from common.files import read_json, write_json
+from snaketune.common.cli import UserError, run
+from snaketune.common.files import read_json, write_json
 
 
 def main() -> None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import run
-from common.fingerprints import FingerprintCache
-from ftdp.bin_digests import bin_digests
-from ftdp.data_order import find_train_folder, list_train_files, read_data_order
-from ftdp.made_with import UNKNOWN, made_with
-from ftdp.pack_planning import make_plan
-from settings.command_line import add_settings
+from snaketune.common.cli import run
+from snaketune.common.fingerprints import FingerprintCache
+from snaketune.packing.data_check import bin_digests
+from snaketune.packing.planner import make_plan
+from snaketune.settings.command_line import add_settings
+from snaketune.tokenized.data_order import find_train_folder, list_train_files, read_data_order
+from snaketune.tokenized.made_with import UNKNOWN, made_with
 
 
 def parse_args() -> argparse.Namespace:

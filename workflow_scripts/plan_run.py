@@ -6,9 +6,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import run
-from common.files import read_json, write_json
-from settings.command_line import add_settings
+from snaketune.common.cli import run
+from snaketune.common.files import read_json, write_json
+from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the plan to this JSON file")
     args = parser.parse_args()
 
-    from forecast.memory import read_shape
-    from forecast.run_plan import make_run_plan, measured_speed
+    from snaketune.preflight.memory_forecast import read_shape
+    from snaketune.preflight.run_forecast import make_run_plan, measured_speed
 
     config = read_json(args.config)
     model, lora = config["model"], config["train"]["lora"]

@@ -18,9 +18,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from common.cli import UserError, run
-from common.files import read_json, write_json, write_text
-from settings.command_line import add_settings
+from snaketune.common.cli import UserError, run
+from snaketune.common.files import read_json, write_json, write_text
+from snaketune.settings.command_line import add_settings
 
 NONCE, ANSWERS, PASSED = "nonce.json", "answers", "passed.json"
 
@@ -61,7 +61,7 @@ def begin(folder: Path, settings: dict | None) -> None:
 
 def probe(arguments: argparse.Namespace) -> int:
     """Starts the ranks, or is one."""
-    from sft.launch import join_environment, run_node, run_ranks, run_step
+    from snaketune.training.launch import join_environment, run_node, run_ranks, run_step
 
     own = [sys.executable, *sys.argv, "--launcher"]
     if arguments.launcher == "srun":
@@ -85,10 +85,10 @@ def _answer(arguments: argparse.Namespace) -> int:
 
     Returns 1 when they did not meet: then the launcher ends the others, which might wait for ever.
     """
-    from readiness.check import attempt
-    from readiness.checks import check_gpus, check_other_versions, check_tokenizer, check_versions
-    from readiness.ranks import check_all_reduce
-    from readiness.sizes import check_disk
+    from snaketune.preflight.check import attempt
+    from snaketune.preflight.checks import check_gpus, check_other_versions, check_tokenizer, check_versions
+    from snaketune.preflight.ranks import check_all_reduce
+    from snaketune.preflight.sizes import check_disk
 
     rank, settings, envs = int(os.environ["RANK"]), arguments.settings, arguments.envs
     nonce = arguments.folder / NONCE
@@ -138,7 +138,7 @@ def _by_tokenizer(runs: list[dict]) -> list[dict]:
 
 def _resolved(settings: dict) -> dict:
     """A run with the dtypes that this machine gives it."""
-    from sft.device import resolve_dtype, training_device
+    from snaketune.models.device import resolve_dtype, training_device
 
     dtype = str(resolve_dtype(settings["dtype"], training_device())).removeprefix("torch.")
     hf_dtype = dtype if settings["hf_dtype"] == "auto" else settings["hf_dtype"]
@@ -147,7 +147,7 @@ def _resolved(settings: dict) -> dict:
 
 def report(folder: Path) -> int:
     """Judges, prints and writes it down; the word is used up."""
-    from readiness.report import render, summarise
+    from snaketune.preflight.report import render, summarise
 
     if not (folder / NONCE).is_file():
         raise UserError(f"{folder / NONCE} is missing", fix="start with `preflight.py begin` on this host")

@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import run
-from common.files import write_json
+from snaketune.common.cli import run
+from snaketune.common.files import write_json
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
 
-    from export.turbomind_proof import prove
+    from snaketune.export.turbomind_proof import prove
 
     proof = prove(args.hf, args.turbomind)
     if args.output:

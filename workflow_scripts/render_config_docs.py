@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from common.files import write_text
-from settings.schema import load_schema
+from snaketune.common.files import write_text
+from snaketune.settings.schema import load_schema
 
 REPO = Path(__file__).resolve().parent.parent
 LANGUAGES = {

@@ -6,11 +6,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmark_suites.eval_config import EvalSettings
-from benchmark_suites.groups import GROUPS
-from common.cli import run
-from common.files import read_json, write_text
-from settings.command_line import add_settings
+from snaketune.common.cli import run
+from snaketune.common.files import read_json, write_text
+from snaketune.opencompass.eval_config import EvalSettings
+from snaketune.opencompass.groups import GROUPS
+from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
@@ -30,8 +30,8 @@ def main() -> None:
     add_settings(parser, "render_eval_config")
     args = parser.parse_args()
 
-    from benchmark_suites.eval_config import render_eval_config
-    from ftdp.tokenizer import load_tokenizer
+    from snaketune.encoding.tokenizer import load_tokenizer
+    from snaketune.opencompass.eval_config import render_eval_config
 
     given = vars(args)
     output, tokenizer, train = (given.pop(key) for key in ("output", "tokenizer_path", "train_manifest"))

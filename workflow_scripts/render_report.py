@@ -6,10 +6,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import result_paths as names
-from common.cli import run
-from common.files import write_text
-from common.run_files import RunFiles
+from snaketune.common import result_paths as names
+from snaketune.common.cli import run
+from snaketune.common.files import write_text
+from snaketune.common.run_files import RunFiles
 
 
 def main() -> None:
@@ -61,9 +61,9 @@ def main() -> None:
     parser.add_argument("--lock", type=Path, help="pip lock file of the environment")
     args = parser.parse_args()
 
-    from evaluation.report import render_report
-    from evaluation.report_inputs import ReportInputs
-    from ftdp.manifests import manifest_paths
+    from snaketune.reporting.report import render_report
+    from snaketune.reporting.report_inputs import ReportInputs
+    from snaketune.tokenized.manifests import manifest_paths
 
     given = {
         names.CONFIG: args.config,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import UserError, run
-from common.files import write_bytes, write_text
-from settings.command_line import add_settings, script_flags
+from snaketune.common.cli import UserError, run
+from snaketune.common.files import write_bytes, write_text
+from snaketune.settings.command_line import add_settings, script_flags
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,8 +52,8 @@ def _check(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Writes the config and reads it back."""
     arguments = parse_arguments()
-    from sft.config import load_config
-    from sft.render import render_config
+    from snaketune.training.config_template import render_config
+    from snaketune.training.train_config import load_config
 
     if arguments.from_config is not None:
         load_config(arguments.from_config)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 
-from common.cli import UserError, run
-from ftdp.chat_encoding import ChatEncoding
-from ftdp.heldout import HeldoutSplitter, line_check
-from settings.command_line import add_settings
+from snaketune.common.cli import UserError, run
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.settings.command_line import add_settings
+from snaketune.tokenized.heldout_splitter import HeldoutSplitter, line_check
 
 
 def parse_args() -> argparse.Namespace:

@@ -13,13 +13,13 @@ import os
 from dataclasses import fields
 from typing import Any
 
-from common.cli import UserError, run
-from ftdp.base_tokenizer import open_tokenizer
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.planning import MEGABYTE
-from ftdp.tokenizing import merge_parts, tokenize_datasets, tokenize_part
-from ftdp.workers import available_cpus
-from settings.command_line import add_settings
+from snaketune.common.cli import UserError, run
+from snaketune.common.worker_pool import available_cpus
+from snaketune.encoding.base_tokenizer import open_tokenizer
+from snaketune.settings.command_line import add_settings
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.job_parts import MEGABYTE
+from snaketune.tokenized.tokenizing import merge_parts, tokenize_datasets, tokenize_part
 
 
 def parse_args() -> argparse.Namespace:

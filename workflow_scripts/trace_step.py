@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from common.cli import run
+from snaketune.common.cli import run
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from sft.trace import trace_step
+    from snaketune.training.step_trace import trace_step
 
     trace = trace_step(args.run, args.step, args.rank, args.processed_dir)
     print(json.dumps(trace, indent=2, ensure_ascii=False) if args.json else describe(trace))

@@ -15,9 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-from common.cli import UserError, run
-from common.result_paths import METRICS
-from settings.command_line import add_settings
+from snaketune.common.cli import UserError, run
+from snaketune.common.result_paths import METRICS
+from snaketune.settings.command_line import add_settings
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -115,17 +115,18 @@ def main() -> int | None:
     """Trains, or starts the ranks that do."""
     arguments = parse_arguments()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from sft import launch
-    from sft.stopping import STARTED, StopRequest
+    import sft
+    from snaketune.training import launch
+    from snaketune.training.early_stop import STARTED, StopRequest
 
     by_srun = arguments.launcher == "srun"
     os.environ.setdefault(STARTED, str(launch.slurm_start_time() if by_srun else time.time()))
 
     if "SNAKETUNE_PARENT" in os.environ:
         launch.die_with_parent(int(os.environ["SNAKETUNE_PARENT"]))
-    from sft.config import load_config
-    from sft.held_checkpoints import Holding, open_finished
-    from sft.identity import resolve_hub_model
+    from snaketune.checkpoints.pinned import Holding, open_finished
+    from snaketune.training.run_identity import resolve_hub_model
+    from snaketune.training.train_config import load_config
 
     stage = int(arguments.deepspeed[-1]) if arguments.deepspeed else None
     config = resolve_hub_model(load_config(arguments.config, stage))
@@ -135,9 +136,9 @@ def main() -> int | None:
         work_dir = Path("work_dirs") / arguments.config.stem
 
     if arguments.launcher in ("none", "srun"):
-        from sft.guard import check_guard, forget_tracebacks
-        from sft.run_lock import wait_until_free
-        from sft.session import plan_run, write_manifest
+        from snaketune.training.crash_guard import check_guard, forget_tracebacks
+        from snaketune.training.run_lock import wait_until_free
+        from snaketune.training.run_state import plan_run, write_manifest
 
         processes = count_processes(arguments.processes, arguments.gpus_per_node if by_srun else None)
         ranks = processes * (arguments.nodes if by_srun else 1)
@@ -160,18 +161,18 @@ def main() -> int | None:
                     own, arguments.nodes, processes, arguments.cpus_per_process, arguments.gpus_per_node
                 )
             else:
-                launch.import_for_training(config.model_path)
+                sft.import_for_training(config.model_path)
                 code = launch.run_ranks(own, processes)
             if code > 128:
                 forget_tracebacks(plan.folder)
             return code
     if arguments.launcher == "slurm-node":
-        launch.import_for_training(config.model_path)
+        sft.import_for_training(config.model_path)
         own = [sys.executable, *sys.argv, "--launcher", "pytorch"]
         return launch.run_node(own, count_processes(arguments.processes, arguments.gpus_per_node))
 
     launch.join_environment(arguments.launcher)
-    from sft.trainer import train_rank
+    from snaketune.training.train_rank import train_rank
 
     return train_rank(
         config,

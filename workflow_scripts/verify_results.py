@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import run
+from snaketune.common.cli import run
 
 
 def main() -> int:
@@ -22,9 +22,9 @@ def main() -> int:
     )
     args = parser.parse_args()
 
-    from provenance.record import Record
-    from provenance.records import is_results, lineage, run_records
-    from provenance.tree import verify
+    from snaketune.provenance.record import Record
+    from snaketune.provenance.records import is_results, lineage, run_records
+    from snaketune.provenance.tree import verify
 
     whole = is_results(args.path)
     record = Record("results", sources=list(run_records(args.path).values())) if whole else lineage(args.path)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.cli import run
-from ftdp.data_order import find_train_folder, list_train_files, write_data_order
-from ftdp.made_with import UNKNOWN, made_with
-from ftdp.tokenized_layout import BIN
+from snaketune.common.cli import run
+from snaketune.tokenized.data_order import find_train_folder, list_train_files, write_data_order
+from snaketune.tokenized.layout import BIN
+from snaketune.tokenized.made_with import UNKNOWN, made_with
 
 
 def parse_args() -> argparse.Namespace:

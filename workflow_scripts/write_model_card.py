@@ -6,11 +6,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import result_paths as names
-from common.cli import run
-from common.files import read_json, write_json, write_text
-from common.run_files import RunFiles
-from settings.command_line import add_settings
+from snaketune.common import result_paths as names
+from snaketune.common.cli import run
+from snaketune.common.files import read_json, write_json, write_text
+from snaketune.common.run_files import RunFiles
+from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
@@ -34,10 +34,10 @@ def main() -> None:
     parser.add_argument("--commands", type=Path, required=True, help="text file to write")
     args = parser.parse_args()
 
-    from export.hf import run_identity_fields
-    from export.model_card import model_card, tokenized_folder
-    from serving import commands
-    from sft.config import load_config
+    from snaketune.export.hf_convert import run_identity_fields
+    from snaketune.export.model_card import model_card, tokenized_folder
+    from snaketune.serving import commands
+    from snaketune.training.train_config import load_config
 
     config = load_config(args.config)
     served = args.turbomind or args.direct

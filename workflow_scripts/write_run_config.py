@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from common.cli import UserError, run
-from common.files import write_json
+from snaketune.common.cli import UserError, run
+from snaketune.common.files import write_json
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ftdp_small_tokenizers import small_tokenizer
 
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.tokenizing import tokenize_datasets
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.tokenizing import tokenize_datasets
 
 GOOD = b'[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]'
 # Sets every bad line aside, however many there are.

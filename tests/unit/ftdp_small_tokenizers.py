@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from ftdp.base_tokenizer import open_tokenizer
-from ftdp.tokenizer import ExtendedTokenizer, load_tokenizer
+from snaketune.encoding.base_tokenizer import open_tokenizer
+from snaketune.encoding.tokenizer import ExtendedTokenizer, load_tokenizer
 
 CORPUS = [
     "Hello, how are you today? I am fine, thank you. 12 * 7 = 84.\n",

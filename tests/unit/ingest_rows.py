@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ingest.ingesting import IngestOptions, ingest
+from snaketune.ingest.ingesting import IngestOptions, ingest
 
 TOOLS = [{"name": "f", "description": "does", "parameters": {"type": "object", "properties": {}}}]
 PLUGINS = {"role": "system", "name": "plugin", "content": json.dumps(TOOLS)}

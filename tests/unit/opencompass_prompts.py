@@ -56,7 +56,7 @@ sys.modules["lmdeploy"] = types.SimpleNamespace(
 from opencompass.openicl.icl_prompt_template import PromptTemplate  # noqa: E402
 from opencompass.utils import build_model_from_cfg  # noqa: E402
 
-from benchmark_suites.eval_run import load_config  # noqa: E402
+from snaketune.opencompass.eval_run import load_config  # noqa: E402
 
 ROLES = {"user": "HUMAN", "assistant": "BOT", "system": "SYSTEM"}
 for folder in map(Path, sys.argv[1:]):

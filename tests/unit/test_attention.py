@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from common.cli import UserError
-from sft.attention import PACKED_SDPA, packing_kwargs
-from sft.data import packed_collate
-from sft.finetune import SupervisedFinetune
+from snaketune.common.cli import UserError
+from snaketune.models.packed_attention import PACKED_SDPA, packing_kwargs
+from snaketune.training.packed_data import packed_collate
+from snaketune.training.supervised_finetune import SupervisedFinetune
 from tensor_sizes import TensorSizes
 
 TOKENS, DOCUMENTS = 8192, 16

@@ -14,10 +14,10 @@ import pytest
 from ftdp_files import GOOD, finals, source_of, tokenize
 from ftdp_small_tokenizers import extended_folder
 
-from common.cli import UserError
-from common.files import write_bytes
-from ftdp import tokenizing
-from ftdp.reading import LineReader
+from snaketune.chat_files.line_reader import LineReader
+from snaketune.common.cli import UserError
+from snaketune.common.files import write_bytes
+from snaketune.tokenized import tokenizing
 
 
 def test_a_file_that_is_removed_while_it_is_read(tmp_path):
@@ -218,7 +218,7 @@ def test_a_run_after_the_disk_was_full(tmp_path):
 
 @needs_full_disk
 def test_a_script_on_a_full_disk_ends_with_one_line(repo_root):
-    code = "from common.cli import run\nrun(lambda: open('/dev/full', 'w').write('x' * 100_000))"
+    code = "from snaketune.common.cli import run\nrun(lambda: open('/dev/full', 'w').write('x' * 100_000))"
     environment = os.environ | {"PYTHONPATH": str(repo_root / "workflow_scripts")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 2

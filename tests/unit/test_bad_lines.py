@@ -10,12 +10,13 @@ import pytest
 from ftdp_files import GOOD, SET_ASIDE, bin_of, finals, quarantined, raw_line, source_of, tokenize
 from ftdp_small_tokenizers import extended_folder, small_tokenizer
 
-from common.cli import UserError
-from ftdp import chunk_writer, reading
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.reading import LineReader
-from ftdp.tokenized_writer import write_tokenized
-from ftdp.tokenizing import _Run, tokenize_datasets
+from snaketune.chat_files import line_reader as reading
+from snaketune.chat_files.line_reader import LineReader
+from snaketune.common.cli import UserError
+from snaketune.tokenized import chunk_writer
+from snaketune.tokenized.bin_writer import write_tokenized
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.tokenizing import _Run, tokenize_datasets
 
 
 def openai(**fields) -> bytes:

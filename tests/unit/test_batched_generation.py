@@ -7,14 +7,14 @@ import random
 import pytest
 import torch
 
-from evaluation.batched_generation import generate_batched
+from snaketune.evaluation.batched_generation import generate_batched
 
 
 @pytest.fixture(scope="module", params=["llama", "sliding_window"])
 def model(request, tiny_model_dir):
     """The tiny random Llama, and a random Mistral whose keys are soon out of its window."""
-    from sft.attention import PACKED_SDPA
-    from sft.model import load_base_model
+    from snaketune.models.base_model import load_base_model
+    from snaketune.models.packed_attention import PACKED_SDPA
 
     if request.param == "llama":
         return load_base_model(str(tiny_model_dir), "float32").eval()

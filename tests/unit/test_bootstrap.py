@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from evaluation.bootstrap import Interval, Ratios, compared, intervals
+from snaketune.reporting.bootstrap import Interval, Ratios, compared, intervals
 
 
 def one_figure(above, below):
@@ -69,11 +69,11 @@ def test_the_same_seed_gives_the_same_bounds_and_another_one_others():
 
 
 def test_many_conversations_are_drawn_in_pieces(monkeypatch):
-    import evaluation.bootstrap
+    import snaketune.reporting.bootstrap
 
     ratios = one_figure(range(40), [40] * 40)
     whole = intervals(ratios)
-    monkeypatch.setattr(evaluation.bootstrap, "_HELD", 7 * 40)
+    monkeypatch.setattr(snaketune.reporting.bootstrap, "_HELD", 7 * 40)
     assert intervals(ratios) == whole
 
 

@@ -44,7 +44,7 @@ def test_tiny_mistral_is_deterministic_and_has_the_real_tokenizer(mistral_wheel,
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM
 
-    from export.demo_models import build_tiny_mistral
+    from snaketune.export.demo_models import build_tiny_mistral
 
     build_tiny_mistral(mistral_wheel, tmp_path / "a")
     build_tiny_mistral(mistral_wheel, tmp_path / "b")
@@ -60,8 +60,8 @@ def test_tiny_mistral_is_deterministic_and_has_the_real_tokenizer(mistral_wheel,
 
 
 def test_a_wrong_wheel_is_named(tmp_path):
-    from common.cli import UserError
-    from export.demo_models import build_smollm2, build_tiny_mistral
+    from snaketune.common.cli import UserError
+    from snaketune.export.demo_models import build_smollm2, build_tiny_mistral
 
     with zipfile.ZipFile(tmp_path / "other.whl", "w") as archive:
         archive.writestr("other/__init__.py", "")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from export_models import write_tuned
-from ftdp.chat_encoding import ChatEncoding
-from ftdp.prompt_ids import encode_prompt
-from serving import calculator
-from serving.conversation import Conversation
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.encoding.prompt_ids import encode_prompt
+from snaketune.serving import calculator
+from snaketune.serving.conversation import Conversation
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +103,7 @@ def test_the_calculator_computes_and_runs_no_code(expression, result):
 
 
 def test_tokens_are_printed_as_they_come_and_characters_whole(tuned):
-    from serving.streaming import TokenPrinter
+    from snaketune.serving.streaming import TokenPrinter
 
     tokenizer, _ = tuned
     ids = tokenizer.tokenizer.encode("é 🙂 ok", add_special_tokens=False).ids

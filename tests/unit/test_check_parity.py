@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.files import read_json, write_json
 from environments import REPO
 from export_models import converter_python, extend_tokenizer, write_base, write_checkpoint
+from snaketune.common.files import read_json, write_json
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ SCRIPTS = REPO / "workflow_scripts"
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory, tiny_tokenizer_dir):
     """Folder with train_config.py, a checkpoint, hf/, turbomind/ and readings.json of one tiny model."""
-    from export.hf import convert
+    from snaketune.export.hf_convert import convert
 
     python = converter_python()
     root = tmp_path_factory.mktemp("parity")
@@ -78,7 +78,7 @@ def test_an_honest_chain_passes_and_every_difference_is_listed_and_explained(cha
 
 @pytest.mark.parametrize("template", ["chatml", "llama3", "mistral_instruct"])
 def test_other_templates_pass_under_the_exact_mask(tmp_path, tiny_tokenizer_dir, run_script, template):
-    from export.hf import convert
+    from snaketune.export.hf_convert import convert
 
     extend_tokenizer(tiny_tokenizer_dir, tmp_path / "tokenizer", template)
     base = write_base(tmp_path / "base", tiny_tokenizer_dir)
@@ -131,9 +131,9 @@ def test_prompts_in_a_batch_do_not_see_each_other(chain):
     """Padding on the right must change nothing: each prompt alone has the same logits."""
     from transformers import AutoConfig
 
-    from export.reference_forward import transformers_logits, turbomind_logits
-    from export.safetensors_reader import open_safetensors
-    from export.turbomind_folder import TurboMindFolder
+    from snaketune.checkpoints.safetensors_files import open_safetensors
+    from snaketune.export.reference_forward import transformers_logits, turbomind_logits
+    from snaketune.export.turbomind_folder import TurboMindFolder
 
     ids = torch.randint(3, 500, (2, 12), generator=torch.Generator().manual_seed(3))
     ids[1, 7:] = 0
@@ -145,7 +145,7 @@ def test_prompts_in_a_batch_do_not_see_each_other(chain):
 
 def test_a_bos_that_begins_turns_is_known_to_be_taken_away(tiny_tokenizer_dir, tmp_path):
     """SmolLM2's BOS is `<|im_start|>`: training's ids begin with two of it, lmdeploy's with one."""
-    from export.parity import compare_ids, require_agreement
+    from snaketune.export.parity import compare_ids, require_agreement
 
     tokenizer = extend_tokenizer(tiny_tokenizer_dir, tmp_path / "tokenizer")
     prompts, expected = [[{"role": "user", "content": "Hello"}]], [[5, 5, 9, 10]]

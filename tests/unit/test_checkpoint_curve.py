@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from common.cli import UserError
-from common.files import read_json, write_json
-from common.run_files import RunFiles
-from evaluation.checkpoint_curve import checkpoint_curve, link_best, remove_others
+from snaketune.common.cli import UserError
+from snaketune.common.files import read_json, write_json
+from snaketune.common.run_files import RunFiles
+from snaketune.reporting.checkpoint_curve import checkpoint_curve, link_best, remove_others
 
 IDENTITY = "0123456789ab"
 RECALLS = {0: 1.0, 10: 0.25, 20: 0.75, 30: 0.75, 40: 0.5}  # the base model is no checkpoint

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from common.files import write_json
+from snaketune.common.files import write_json
 
 CLOSED = 128 + 13  # as a shell reports a tool that SIGPIPE ended
 
@@ -38,7 +38,7 @@ def script(tmp_path, repo_root):
         path.write_text(
             "import os, sys\n"
             f"sys.path.insert(0, {str(repo_root / 'workflow_scripts')!r})\n"
-            "from common.cli import UserError, run\n"
+            "from snaketune.common.cli import UserError, run\n"
             f"def main():\n    {body}\n"
             "run(main)\n"
         )

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from settings.command_line import defaults_of, flags, options_of, script_flags
-from settings.load import load_settings
-from settings.schema import SCHEMA, load_schema
+from snaketune.settings.command_line import defaults_of, flags, options_of, script_flags
+from snaketune.settings.load import load_settings
+from snaketune.settings.schema import SCHEMA, load_schema
 
 CODE = Path(__file__).parents[2] / "workflow_scripts"
 SCRIPTS = sorted(path.stem for path in CODE.glob("*.py"))

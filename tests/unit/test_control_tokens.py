@@ -7,13 +7,13 @@ import json
 import pytest
 from ftdp_small_tokenizers import small_tokenizer
 
-from common.cli import UserError
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.chat_encoding import ChatEncoding
-from ftdp.encode import BatchEncoder
-from ftdp.packing import TokenizedFile
-from ftdp.template_file import load_template
-from ftdp.tokenizing import tokenize_datasets
+from snaketune.chat_format.template_file import load_template
+from snaketune.common.cli import UserError
+from snaketune.encoding.batch_encoder import BatchEncoder
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.tokenized.bin_reader import TokenizedFile
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.tokenizing import tokenize_datasets
 
 TEMPLATES = ["chatml", "internlm2_chat", "llama3", "mistral_instruct"]
 TYPED = [

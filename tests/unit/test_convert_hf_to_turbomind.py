@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.files import read_json, sha256_file, write_json
 from environments import REPO
 from export_models import converter_python, extend_tokenizer, write_base, write_checkpoint
+from snaketune.common.files import read_json, sha256_file, write_json
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +24,8 @@ _DRIVER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from common.cli import UserError
-from export.turbomind import convert
+from snaketune.common.cli import UserError
+from snaketune.export.turbomind_convert import convert
 for job in json.loads(sys.argv[2]):
     try:
         convert("internlm2-chat-7b", Path(job["hf"]), Path(job["dst"]), **job.get("options", {}))
@@ -48,7 +48,7 @@ def hf(tmp_path_factory, tiny_tokenizer_dir):
     """(Hugging Face folder of a grown Mistral, its weights, its tokenizer)."""
     from safetensors.torch import load_file
 
-    from export.hf import convert
+    from snaketune.export.hf_convert import convert
 
     converter_python()
     root = tmp_path_factory.mktemp("turbomind")

@@ -9,8 +9,6 @@ import sys
 import pytest
 import torch
 
-from common.cli import UserError
-from common.files import read_json, sha256_file
 from environments import REPO
 from export_models import (
     converter_python,
@@ -19,6 +17,8 @@ from export_models import (
     write_checkpoint,
     write_lora_checkpoint,
 )
+from snaketune.common.cli import UserError
+from snaketune.common.files import read_json, sha256_file
 
 pytestmark = pytest.mark.slow
 
@@ -50,8 +50,8 @@ def tokenizer_dir(tmp_path_factory, tiny_tokenizer_dir):
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory, tiny_tokenizer_dir, tokenizer_dir):
     """{name: (Hugging Face folder, model in memory)} of each of `MODELS`; one without the rows that no token has."""
-    from export.hf import convert
-    from ftdp.tokenizer import load_tokenizer
+    from snaketune.encoding.tokenizer import load_tokenizer
+    from snaketune.export.hf_convert import convert
 
     root, result = tmp_path_factory.mktemp("hf"), {}
     for name, settings in MODELS.items():
@@ -148,7 +148,7 @@ def test_the_folder_is_complete_and_described(converted, tokenizer_dir):
 def test_dtype_shards_and_equal_bytes(converted, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from export.hf import convert
+    from snaketune.export.hf_convert import convert
 
     folder, model = converted["mistral"]
     run = folder.parent
@@ -172,8 +172,8 @@ def test_dtype_shards_and_equal_bytes(converted, tmp_path):
 
 def test_auto_is_the_dtype_of_the_training(converted, tmp_path, monkeypatch):
     """ZeRO keeps fp32 copies of a bf16 model: what the tensors are says nothing."""
-    from export.checkpoint_source import find_checkpoint
-    from export.hf import convert
+    from snaketune.export.checkpoint_source import find_checkpoint
+    from snaketune.export.hf_convert import convert
 
     folder, _ = converted["mistral"]
     run = tmp_path / "run"
@@ -204,7 +204,7 @@ def test_a_killed_conversion_keeps_its_finished_files(converted, tokenizer_dir, 
 import os, sys
 sys.path.insert(0, {str(REPO / "workflow_scripts")!r})
 from pathlib import Path
-from export import hf, weight_shards
+from snaketune.export import hf_convert, weight_shards
 seen, check = set(), weight_shards.require_in_range
 def require(name, *rest):
     seen.add(name)
@@ -213,7 +213,7 @@ def require(name, *rest):
     check(name, *rest)
 weight_shards.require_in_range = require
 config, pth, _, size = sys.argv[1:5]
-hf.convert(Path(config), Path(pth), Path(sys.argv[5]), max_shard_size=size)
+hf_convert.convert(Path(config), Path(pth), Path(sys.argv[5]), max_shard_size=size)
 """
     done = subprocess.run(
         [sys.executable, "-c", killed, *map(str, command), str(tmp_path / "hf")], check=False
@@ -236,10 +236,10 @@ def test_weights_in_pieces_are_written_whole(tmp_path, monkeypatch):
     """Two ranks of ZeRO-3, chunks that end within tensors and pieces; safetensors reads what was cut up."""
     from safetensors.torch import load_file
 
-    from export.weight_shards import Output, write_shards
-    from sft import stored_tensors
-    from sft.weights_digest import weights_digest
-    from sft.zero_state import read_zero_state_dict
+    from snaketune.checkpoints import stored_tensors
+    from snaketune.checkpoints.weights_digest import weights_digest
+    from snaketune.checkpoints.zero_weights import read_zero_state_dict
+    from snaketune.export.weight_shards import Output, write_shards
 
     monkeypatch.setattr(stored_tensors, "CHUNK", 5)
     tensors = {"a": torch.randn(7, 5), "b": torch.randn(3), "c": torch.randn(4, 9)}
@@ -276,8 +276,8 @@ def _seal_checkpoint(run, step):
 
 def test_the_newest_checkpoint_of_a_training_that_goes_on(tmp_path, monkeypatch):
     """Training removes a checkpoint while it is opened: the next one is taken. Removed later, it is still read."""
-    from export.checkpoint_source import find_run, open_checkpoint
-    from sft import checkpoints
+    from snaketune.checkpoints import checkpoint_folders as checkpoints
+    from snaketune.export.checkpoint_source import find_run, open_checkpoint
 
     run = tmp_path / "results" / "checkpoints" / "0a1b2c"
     _seal_checkpoint(run, 2)
@@ -307,7 +307,7 @@ def test_the_newest_checkpoint_of_a_training_that_goes_on(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(("value", "advice"), [(70000.0, "bfloat16"), (float("nan"), "diverged")])
 def test_values_that_do_not_fit_are_named_and_the_old_folder_stays(converted, tmp_path, value, advice):
-    from export.hf import convert
+    from snaketune.export.hf_convert import convert
 
     folder, _ = converted["mistral"]
     content = torch.load(folder.parent / "iter_7.pth", weights_only=True)
@@ -321,7 +321,7 @@ def test_values_that_do_not_fit_are_named_and_the_old_folder_stays(converted, tm
 
 
 def test_a_checkpoint_of_another_model_is_refused(converted, tmp_path):
-    from export.hf import convert
+    from snaketune.export.hf_convert import convert
 
     config = converted["mistral"][0].parent / "train_config.py"
     with pytest.raises(UserError, match="no whole checkpoint"):
@@ -341,7 +341,7 @@ def test_a_checkpoint_of_another_model_is_refused(converted, tmp_path):
 
 
 def test_two_rope_bases_are_refused():
-    from export.hf_config import portable_config, rope_of
+    from snaketune.export.hf_config import portable_config, rope_of
 
     with pytest.raises(UserError, match="two rope bases"):
         rope_of({"rope_theta": 10000.0, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}})

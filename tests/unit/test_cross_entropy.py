@@ -10,11 +10,11 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy, linear
 
-from common.cli import UserError
-from sft import cross_entropy as module
-from sft.cross_entropy import chunked_cross_entropy, linear_cross_entropy
-from sft.data import packed_collate
-from sft.finetune import SupervisedFinetune
+from snaketune.common.cli import UserError
+from snaketune.models import cross_entropy as module
+from snaketune.models.cross_entropy import chunked_cross_entropy, linear_cross_entropy
+from snaketune.training.packed_data import packed_collate
+from snaketune.training.supervised_finetune import SupervisedFinetune
 from tensor_sizes import TensorSizes
 
 TOKENS, HIDDEN, VOCABULARY = 150, 24, 211
@@ -160,7 +160,7 @@ def test_every_family_of_heads(family):
 
 
 def test_a_head_with_trained_rows_of_lora():
-    from sft.lora import add_lora
+    from snaketune.models.lora import add_lora
 
     torch.manual_seed(2)
     kind, config, _ = FAMILIES["llama"]

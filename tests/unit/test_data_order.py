@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from common.cli import UserError
-from ftdp.data_order import list_train_files, read_data_order
+from snaketune.common.cli import UserError
+from snaketune.tokenized.data_order import list_train_files, read_data_order
 
 NAMES = ["cn/a b/2.bin", "cn/a b/10.bin", "cn/z/sub/1.bin", "cn/z/x.bin", "cn/é'\";/q.bin"]
 ORDER = ["cn/a b/10.bin", "cn/a b/2.bin", "cn/z/x.bin", "cn/z/sub/1.bin", "cn/é'\";/q.bin"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from common.cli import UserError
-from sft.strategy import deepspeed_settings
+from snaketune.common.cli import UserError
+from snaketune.training.deepspeed_strategy import deepspeed_settings
 
 
 def test_a_gpu_gets_bfloat16_overlap_and_pinned_memory():

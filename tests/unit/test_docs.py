@@ -14,8 +14,8 @@ import jsonschema
 import pytest
 import yaml
 
-from ftdp.jinja_template import reads_openai_tools
-from ftdp.template_file import load_template, shipped_templates
+from snaketune.chat_format.jinja_template import reads_openai_tools
+from snaketune.chat_format.template_file import load_template, shipped_templates
 from warm import PARENT
 
 REPO = Path(__file__).resolve().parents[2]

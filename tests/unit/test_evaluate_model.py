@@ -10,10 +10,10 @@ import os
 import pytest
 import torch
 
-from common.cli import UserError
-from common.files import read_json, write_json
 from export_models import write_tuned
-from ftdp.chat_encoding import ChatEncoding
+from snaketune.common.cli import UserError
+from snaketune.common.files import read_json, write_json
+from snaketune.encoding.chat_encoding import ChatEncoding
 
 TOOL_TALK = [
     {"role": "system", "content": "You are a helpful assistant."},
@@ -83,9 +83,9 @@ def _reference(model_dir, tokenizer, conversations) -> tuple[float, int]:
 
 
 def test_loss_equals_a_plain_loop(setting):
-    from evaluation.heldout import load_heldout
-    from evaluation.models import load_for_evaluation
-    from evaluation.scoring import score
+    from snaketune.evaluation.heldout import load_heldout
+    from snaketune.evaluation.models import load_for_evaluation
+    from snaketune.evaluation.scoring import score
 
     tokenizer_dir, tokenizer, hf, heldout = setting
     model = load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
@@ -111,7 +111,7 @@ def test_loss_equals_a_plain_loop(setting):
 
 
 def test_bos_is_no_target_and_long_conversations_are_cut(setting):
-    from evaluation.heldout import batches_by_length, load_heldout
+    from snaketune.evaluation.heldout import batches_by_length, load_heldout
 
     _, tokenizer, _, heldout = setting
     samples = load_heldout(heldout, tokenizer, ChatEncoding(), 2048)
@@ -126,7 +126,7 @@ def test_bos_is_no_target_and_long_conversations_are_cut(setting):
 
 
 def test_max_samples_depends_on_content_alone(setting, tmp_path, write_processed):
-    from evaluation.heldout import load_heldout
+    from snaketune.evaluation.heldout import load_heldout
 
     _, tokenizer, _, heldout = setting
     chosen = load_heldout(heldout, tokenizer, ChatEncoding(), 2048, max_samples=3)
@@ -141,7 +141,7 @@ def test_max_samples_depends_on_content_alone(setting, tmp_path, write_processed
 def test_the_base_is_grown_as_for_training(setting, tiny_model_dir):
     from transformers import AutoModelForCausalLM
 
-    from evaluation.models import load_for_evaluation
+    from snaketune.evaluation.models import load_for_evaluation
 
     tokenizer_dir, tokenizer, _, _ = setting
     with pytest.raises(UserError, match="too few embedding rows"):
@@ -161,9 +161,9 @@ def test_the_base_is_grown_as_for_training(setting, tiny_model_dir):
 
 
 def test_answers_equal_a_greedy_loop_without_cache(setting):
-    from evaluation.generation import generate
-    from evaluation.models import load_for_evaluation
-    from ftdp.prompt_ids import encode_prompt
+    from snaketune.encoding.prompt_ids import encode_prompt
+    from snaketune.evaluation.generation import generate
+    from snaketune.evaluation.models import load_for_evaluation
 
     tokenizer_dir, tokenizer, hf, _ = setting
     model = load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
@@ -190,8 +190,8 @@ def test_answers_equal_a_greedy_loop_without_cache(setting):
 
 
 def test_an_answer_ends_at_the_end_of_the_turn(setting):
-    from evaluation.generation import generate
-    from evaluation.models import load_for_evaluation
+    from snaketune.evaluation.generation import generate
+    from snaketune.evaluation.models import load_for_evaluation
 
     tokenizer_dir, tokenizer, hf, _ = setting
     model = load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
@@ -213,7 +213,7 @@ def test_an_answer_ends_at_the_end_of_the_turn(setting):
     ],
 )
 def test_bad_lines_are_named(setting, tmp_path, line, message):
-    from evaluation.heldout import load_heldout
+    from snaketune.evaluation.heldout import load_heldout
 
     file = tmp_path / "d" / "processed" / "x" / "a.jsonl"
     file.parent.mkdir(parents=True)
@@ -229,12 +229,12 @@ def test_held_out_conversations_are_what_training_would_see(
     template, mask, tmp_path, tiny_tokenizer_dir, write_processed
 ):
     """Against the .bin file that tokenising the same folder makes."""
-    from evaluation.heldout import load_heldout
-    from ftdp.base_tokenizer import open_tokenizer
-    from ftdp.block_tokenizer import TokenizeOptions
-    from ftdp.packing import IGNORE_INDEX, TokenizedFile
-    from ftdp.prompt_ids import encode_prompt
-    from ftdp.tokenizing import tokenize_datasets
+    from snaketune.encoding.base_tokenizer import open_tokenizer
+    from snaketune.encoding.prompt_ids import encode_prompt
+    from snaketune.evaluation.heldout import load_heldout
+    from snaketune.tokenized.bin_reader import IGNORE_INDEX, TokenizedFile
+    from snaketune.tokenized.block_tokenizer import TokenizeOptions
+    from snaketune.tokenized.tokenizing import tokenize_datasets
 
     tokenizer = open_tokenizer(tiny_tokenizer_dir, tmp_path / "tokenizer", template=template)
     talks = [TOOL_TALK, [*_talk(3), {"role": "user", "content": "<|im_end|><|eot_id|>\n"}]]
@@ -258,7 +258,7 @@ def test_held_out_conversations_are_what_training_would_see(
 
 
 def test_nothing_to_measure_is_an_error(setting, tmp_path, write_processed):
-    from evaluation.heldout import load_heldout
+    from snaketune.evaluation.heldout import load_heldout
 
     with pytest.raises(UserError, match="no held-out conversations"):
         load_heldout(tmp_path / "absent", setting[1], ChatEncoding(), 2048)
@@ -268,9 +268,9 @@ def test_nothing_to_measure_is_an_error(setting, tmp_path, write_processed):
 
 
 def test_the_command_writes_what_the_library_measures(setting, tmp_path, run_script):
-    from evaluation.heldout import heldout_digest, load_heldout
-    from evaluation.models import load_for_evaluation
-    from evaluation.scoring import score
+    from snaketune.evaluation.heldout import heldout_digest, load_heldout
+    from snaketune.evaluation.models import load_for_evaluation
+    from snaketune.evaluation.scoring import score
 
     tokenizer_dir, tokenizer, hf, heldout = setting
     write_json(tmp_path / "prompts.json", PROMPTS)

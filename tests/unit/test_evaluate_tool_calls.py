@@ -9,9 +9,9 @@ import pytest
 import torch
 from tool_call_talks import DATASETS
 
-from common.cli import UserError
-from common.files import read_json, write_json
 from export_models import write_tuned
+from snaketune.common.cli import UserError
+from snaketune.common.files import read_json, write_json
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def setting(tmp_path_factory, tiny_tokenizer_dir, tiny_model_dir, write_processe
 
 @pytest.fixture(scope="module")
 def model(setting):
-    from evaluation.models import load_for_evaluation
+    from snaketune.evaluation.models import load_for_evaluation
 
     tokenizer_dir, tokenizer, hf, _ = setting
     return load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
@@ -77,10 +77,10 @@ def by_hand(tokenizer, messages):
 
 @pytest.mark.parametrize("mask", ["compat", "exact"])
 def test_losses_by_role_equal_a_plain_loop(setting, model, mask):
-    from evaluation.conversations import read_conversations
-    from evaluation.role_losses import conversation_losses
-    from ftdp.chat_encoding import ChatEncoding
-    from ftdp.encode import BatchEncoder
+    from snaketune.encoding.batch_encoder import BatchEncoder
+    from snaketune.encoding.chat_encoding import ChatEncoding
+    from snaketune.evaluation.conversations import read_conversations
+    from snaketune.evaluation.role_losses import conversation_losses
 
     _, tokenizer, _, folder = setting
     encoder, exact = (BatchEncoder(tokenizer, ChatEncoding(mask=each)) for each in (mask, "exact"))
@@ -109,10 +109,10 @@ def test_a_border_that_the_tokenizer_merges_across_makes_the_roles_unclear(
     setting, model, write_processed, tmp_path
 ):
     """`compat` cuts by numbers of ids: where that cuts other ids than the text's, no role is claimed."""
-    from evaluation.conversations import read_conversations
-    from evaluation.role_losses import conversation_losses
-    from ftdp.chat_encoding import ChatEncoding
-    from ftdp.encode import BatchEncoder
+    from snaketune.encoding.batch_encoder import BatchEncoder
+    from snaketune.encoding.chat_encoding import ChatEncoding
+    from snaketune.evaluation.conversations import read_conversations
+    from snaketune.evaluation.role_losses import conversation_losses
 
     _, tokenizer, _, _ = setting
     talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "\n"}]
@@ -126,7 +126,7 @@ def test_a_border_that_the_tokenizer_merges_across_makes_the_roles_unclear(
 
 
 def test_loss_on_plain_text_equals_a_plain_loop(setting, model, tmp_path):
-    from evaluation.role_losses import plain_text_blocks, plain_text_losses
+    from snaketune.evaluation.role_losses import plain_text_blocks, plain_text_losses
 
     _, tokenizer, _, _ = setting
     path = tmp_path / "text.txt"
@@ -164,7 +164,7 @@ def command(setting, heldout):
 
 
 def test_the_command_asks_a_real_model_at_each_point(setting, model, tmp_path, run_script):
-    from evaluation.tool_call_tables import METRICS, comparison_rows
+    from snaketune.reporting.tool_call_tables import METRICS, comparison_rows
 
     _, tokenizer, _, heldout = setting
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")

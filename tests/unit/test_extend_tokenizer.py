@@ -9,12 +9,12 @@ import pytest
 from ftdp_small_tokenizers import KINDS, byte_level_base, extended_folder, small_tokenizer
 from tokenizers import AddedToken, Tokenizer
 
-from common.cli import UserError
-from ftdp.base_tokenizer import open_tokenizer
-from ftdp.chat_encoding import ChatEncoding
-from ftdp.encode import encode_conversation
-from ftdp.template_file import load_template
-from ftdp.tokenizer import load_tokenizer
+from snaketune.chat_format.template_file import load_template
+from snaketune.common.cli import UserError
+from snaketune.encoding.base_tokenizer import open_tokenizer
+from snaketune.encoding.batch_encoder import encode_conversation
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.encoding.tokenizer import load_tokenizer
 
 SPECIAL_TOKENS = load_template().special_tokens
 render = load_template().render

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig
 
-from sft.flops import model_flops, peak_tflops
+from snaketune.models.flops import model_flops, peak_tflops
 
 SIZES = {
     "vocab_size": 128,

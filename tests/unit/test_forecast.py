@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from pack_samples import write_bin
 
-from common.cli import UserError
-from forecast.memory import MIB, Shape, process_memory
-from forecast.run_plan import make_run_plan
-from ftdp.pack_plan import open_plan
-from ftdp.pack_planning import make_plan
+from snaketune.common.cli import UserError
+from snaketune.packing.pack_plan import open_plan
+from snaketune.packing.planner import make_plan
+from snaketune.preflight.memory_forecast import MIB, Shape, process_memory
+from snaketune.preflight.run_forecast import make_run_plan
 
 
 def states(shape, stage, ranks, offload="none"):

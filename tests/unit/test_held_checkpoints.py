@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.files import read_json, write_json
-from evaluation.checkpoint_curve import remove_held
-from sft.checkpoint_hook import CheckpointHook
-from sft.checkpoints import is_whole
-from sft.held_checkpoints import HELD, Holding
-from sft.stopping import StopRequest
+from snaketune.checkpoints.checkpoint_folders import is_whole
+from snaketune.checkpoints.pinned import HELD, Holding
+from snaketune.common.files import read_json, write_json
+from snaketune.reporting.checkpoint_curve import remove_held
+from snaketune.training.checkpoint_hook import CheckpointHook
+from snaketune.training.early_stop import StopRequest
 
 TOTAL = 12
 WEIGHTS = b"weights"

@@ -9,13 +9,13 @@ import random
 import pytest
 from ftdp_small_tokenizers import extended_folder, small_tokenizer
 
-from common.cli import UserError
-from evaluation.heldout import load_heldout
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.chat_encoding import ChatEncoding
-from ftdp.heldout import HeldoutSplitter, line_check
-from ftdp.line_choice import is_held_out, is_valid
-from ftdp.tokenizing import tokenize_datasets
+from snaketune.chat_files.line_choice import is_held_out, is_valid
+from snaketune.common.cli import UserError
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.evaluation.heldout import load_heldout
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.heldout_splitter import HeldoutSplitter, line_check
+from snaketune.tokenized.tokenizing import tokenize_datasets
 
 
 def conversation(number):

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ingest_rows import EXPECTED, GOOD, ROWS, as_lines, convert, written
 
-from common.cli import UserError
-from ftdp.layout import find_datasets
-from ingest import ingesting
-from ingest.ingesting import IngestOptions, ingest
+from snaketune.chat_files.processed_layout import find_datasets
+from snaketune.common.cli import UserError
+from snaketune.ingest import ingesting
+from snaketune.ingest.ingesting import IngestOptions, ingest
 
 
 def test_a_single_list_and_values_in_a_row(tmp_path):
@@ -137,7 +137,7 @@ def test_json_in_pieces_is_json_at_once(rows, chunk, indent, ascii_only, listed)
     import io
     from pathlib import Path
 
-    from ingest import rows as module
+    from snaketune.ingest import rows as module
 
     if not listed:
         rows = [row for row in rows if isinstance(row, dict)]
@@ -224,7 +224,7 @@ def test_the_memory_of_parquet_does_not_grow_with_the_file(tmp_path):
         del rows
         program = (
             "import resource, sys\n"
-            "from ingest.ingesting import IngestOptions, ingest\n"
+            "from snaketune.ingest.ingesting import IngestOptions, ingest\n"
             "ingest([sys.argv[1]], sys.argv[2], 'd', IngestOptions())\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )

@@ -10,12 +10,12 @@ from ftdp_files import raw_line
 from ftdp_small_tokenizers import small_tokenizer
 from ingest_rows import GOOD, HI, answer, as_lines, call, convert, human, openai_call, says, written
 
-from common.cli import UserError
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.inspecting import Sample
-from ftdp.layout import find_datasets
-from ftdp.template_file import load_template
-from ftdp.tokenizing import tokenize_datasets
+from snaketune.chat_files.processed_layout import find_datasets
+from snaketune.chat_format.template_file import load_template
+from snaketune.common.cli import UserError
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.inspecting import Sample
+from snaketune.tokenized.tokenizing import tokenize_datasets
 
 
 @pytest.mark.parametrize("case", GOOD)

@@ -13,9 +13,9 @@ import sys
 import pytest
 from ftdp_small_tokenizers import KINDS, extended_folder, small_tokenizer
 
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.inspecting import Sample, paint, token_table
-from ftdp.tokenizing import tokenize_datasets
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.inspecting import Sample, paint, token_table
+from snaketune.tokenized.tokenizing import tokenize_datasets
 from terminal import read_terminal
 
 CONVERSATIONS = [

@@ -8,7 +8,7 @@ import pytest
 
 import tiny_run
 from pods import exit_codes, start_pods
-from sft.pods import DEFAULTS, set_network_defaults
+from snaketune.training.pods import DEFAULTS, set_network_defaults
 
 pytestmark = pytest.mark.slow
 

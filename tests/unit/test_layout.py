@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from common.cli import UserError
-from ftdp.layout import find_datasets
+from snaketune.chat_files.processed_layout import find_datasets
+from snaketune.common.cli import UserError
 
 
 def touch(root, *names):
@@ -80,7 +80,7 @@ def test_nothing_there(tmp_path):
 
 
 def test_imports_nothing_heavy(repo_root):
-    code = "import sys; import ftdp.layout; print(sorted({'numpy', 'tokenizers', 'torch', 'orjson'} & set(sys.modules)))"
+    code = "import sys; import snaketune.chat_files.processed_layout; print(sorted({'numpy', 'tokenizers', 'torch', 'orjson'} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=repo_root / "workflow_scripts",

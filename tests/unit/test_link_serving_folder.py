@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.files import read_json, sha256_file
-from export.serving_folder import as_llama
 from export_models import extend_tokenizer, write_base, write_checkpoint
+from snaketune.common.files import read_json, sha256_file
+from snaketune.export.lmdeploy_folder import as_llama
 
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory, tiny_tokenizer_dir):
     """Hugging Face folder of a tuned Mistral without a window."""
-    from export.hf import convert
+    from snaketune.export.hf_convert import convert
 
     root = tmp_path_factory.mktemp("direct")
     extend_tokenizer(tiny_tokenizer_dir, root / "tokenizer")
@@ -49,7 +49,7 @@ def test_a_mistral_is_served_as_the_llama_that_computes_the_same(hf, tmp_path, r
 
 
 def test_a_window_stays_a_mistral_and_runs_on_the_other_engine():
-    from serving.commands import lmdeploy_command
+    from snaketune.serving.commands import lmdeploy_command
 
     config = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4096}
     assert as_llama(config) == config

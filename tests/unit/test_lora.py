@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common.cli import UserError
-from export.hf_weights import empty_model
-from export.lora_weights import open_base
 from export_models import extend_tokenizer, write_base, write_lora_checkpoint
-from sft import lora_merge
-from sft.checkpoints import read_state_dict
-from sft.lora import add_lora, leave_out_frozen, trained_share
-from sft.lora_merge import merge_lora
-from sft.model import resize_for_tokenizer
+from snaketune.checkpoints.checkpoint_folders import read_state_dict
+from snaketune.common.cli import UserError
+from snaketune.export import lora_merge
+from snaketune.export.hf_tensors import empty_model
+from snaketune.export.lora_merge import merge_lora
+from snaketune.export.lora_weights import open_base
+from snaketune.models.base_model import resize_for_tokenizer
+from snaketune.models.lora import add_lora, leave_out_frozen, trained_share
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto"}
 NEW = [90, 91]
@@ -161,7 +161,7 @@ def test_the_folder_holds_what_peft_merges_in_memory(tiny_tokenizer_dir, tmp_pat
     """Trained in bf16; a mixture, whose experts are no linear layers, is merged in memory."""
     from transformers import AutoModelForCausalLM
 
-    from export.hf import convert
+    from snaketune.export.hf_convert import convert
 
     base = write_base(tmp_path / "base", tiny_tokenizer_dir, **settings)
     extend_tokenizer(tiny_tokenizer_dir, tmp_path / "tokenizer")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 from ftdp_small_tokenizers import small_tokenizer
 
-from common.cli import UserError
-from common.files import read_json, write_json
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.chat_encoding import ChatEncoding
-from ftdp.manifests import Manifests, list_manifests, manifest_paths, read_index, read_manifest, write_index
-from ftdp.tokenized_layout import (
+from snaketune.common.cli import UserError
+from snaketune.common.files import read_json, write_json
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.layout import (
     INDEX_FILE,
     dataset_folder,
     dataset_of,
@@ -18,7 +17,15 @@ from ftdp.tokenized_layout import (
     meta_path,
     tokenized_dir_of,
 )
-from ftdp.tokenizing import tokenize_datasets
+from snaketune.tokenized.manifests import (
+    Manifests,
+    list_manifests,
+    manifest_paths,
+    read_index,
+    read_manifest,
+    write_index,
+)
+from snaketune.tokenized.tokenizing import tokenize_datasets
 
 ENCODING = {"mask": "exact", "control_tokens": "control"}
 

@@ -20,15 +20,15 @@ from ftdp_small_tokenizers import KINDS, extended_folder, small_tokenizer
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from common.cli import UserError
-from ftdp.base_tokenizer import open_tokenizer
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.chat_encoding import ChatEncoding
-from ftdp.chat_template import MessageError
-from ftdp.control_tokens import literal_tokenizer
-from ftdp.encode import BatchEncoder, encode_conversation, encode_conversations
-from ftdp.packing import IGNORE_INDEX, TokenizedFile
-from ftdp.tokenizing import tokenize_datasets
+from snaketune.chat_format.chat_template import MessageError
+from snaketune.common.cli import UserError
+from snaketune.encoding.base_tokenizer import open_tokenizer
+from snaketune.encoding.batch_encoder import BatchEncoder, encode_conversation, encode_conversations
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.encoding.control_tokens import literal_tokenizer
+from snaketune.tokenized.bin_reader import IGNORE_INDEX, TokenizedFile
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.tokenizing import tokenize_datasets
 
 USER = {"role": "user", "content": "hi"}
 

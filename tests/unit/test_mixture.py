@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack_samples import random_samples, write_bin
 
-from common.cli import UserError
-from ftdp.pack_diff import diff_plans
-from ftdp.pack_plan import open_plan
-from ftdp.pack_planning import make_plan
-from ftdp.packed_rows import PackedRows
+from snaketune.common.cli import UserError
+from snaketune.packing.pack_plan import open_plan
+from snaketune.packing.packed_rows import PackedRows
+from snaketune.packing.plan_diff import diff_plans
+from snaketune.packing.planner import make_plan
 
 WORD = 2**64
 

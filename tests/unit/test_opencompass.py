@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmark_suites.eval_config import EvalSettings, check_custom_set, render_eval_config
-from common.cli import UserError
-from common.files import read_json
 from export_models import extend_tokenizer, write_base
 from opencompass_env import opencompass_python, run_there
-from settings.command_line import defaults_of
+from snaketune.common.cli import UserError
+from snaketune.common.files import read_json
+from snaketune.opencompass.eval_config import EvalSettings, check_custom_set, render_eval_config
+from snaketune.settings.command_line import defaults_of
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +81,7 @@ def test_the_full_config_loads_and_gives_the_tasks_of_each_group_offline(render,
 import json, sys
 from collections import Counter
 from pathlib import Path
-from benchmark_suites.eval_run import _MAIN, load_config
+from snaketune.opencompass.eval_run import _MAIN, load_config
 from opencompass.registry import PARTITIONERS
 path = Path(sys.argv[1])
 config = load_config(path)
@@ -166,9 +166,9 @@ TEMPLATES = ("internlm2_chat", "chatml", "llama3", "mistral_instruct")
 
 def test_turbomind_gets_the_prompt_and_the_stop_words_of_training(tmp_path, tiny_tokenizer_dir, repo_root):
     opencompass_python()
-    from ftdp.chat_encoding import ChatEncoding
-    from ftdp.encode import BatchEncoder
-    from ftdp.piece import signed_ids
+    from snaketune.encoding.batch_encoder import BatchEncoder
+    from snaketune.encoding.chat_encoding import ChatEncoding
+    from snaketune.encoding.signed_ids import signed_ids
 
     bases = {f"{name} tiny": tiny_tokenizer_dir for name in TEMPLATES}
     mistral = repo_root / "resources" / "tiny-mistral"
@@ -218,7 +218,7 @@ def test_a_bad_line_of_an_own_set_is_named(tmp_path):
 
 @pytest.mark.parametrize("options, words", [("--mem=8G -c 4", ["--mem=8G", "-c", "4"]), (None, [])])
 def test_more_options_of_srun_reach_the_runner(model, options, words):
-    from ftdp.tokenizer import load_tokenizer
+    from snaketune.encoding.tokenizer import load_tokenizer
 
     settings = EvalSettings(
         model=model / "hf",

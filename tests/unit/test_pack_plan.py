@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack_samples import random_samples, write_bin
 
-from common.cli import UserError
-from ftdp.best_fit import assign_rows, best_fit_decreasing, fill_rows
-from ftdp.data_order import list_train_files
-from ftdp.pack_plan import open_plan
-from ftdp.pack_planning import make_plan
-from ftdp.packed_rows import PackedRows
+from snaketune.common.cli import UserError
+from snaketune.packing.best_fit import assign_rows, best_fit_decreasing, fill_rows
+from snaketune.packing.pack_plan import open_plan
+from snaketune.packing.packed_rows import PackedRows
+from snaketune.packing.planner import make_plan
+from snaketune.tokenized.data_order import list_train_files
 
 
 def xtuner_rows(files, max_length, seed):
@@ -229,7 +229,7 @@ def test_best_fit_rows(tmp_path_factory, seed, counts, longest, max_length, min_
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_xtuner_order_over_epochs(tmp_path, world_size):
     """Each rank's micro-batches are those of XTuner's sampler, epoch after epoch; steps share the ranks' entries."""
-    from sft.data import PackedDataset, PackedSampler
+    from snaketune.training.packed_data import PackedDataset, PackedSampler
 
     write_bin(tmp_path / "f.bin", [[number] * 4 for number in range(1, 24)])
     plan = make_plan(tmp_path, ["f.bin"], 4, "xtuner", epochs=2)
@@ -254,7 +254,7 @@ def test_xtuner_order_over_epochs(tmp_path, world_size):
 
 
 def test_best_fit_order_does_not_depend_on_the_ranks(tmp_path):
-    from sft.data import PackedDataset, PackedSampler
+    from snaketune.training.packed_data import PackedDataset, PackedSampler
 
     write_bin(tmp_path / "f.bin", [[number] * 4 for number in range(1, 24)])
     make_plan(tmp_path, ["f.bin"], 4).write(tmp_path / "plan")

@@ -10,12 +10,12 @@ import pytest
 from pack_samples import write_bin
 from tokenizers import Tokenizer
 
-from common.cli import UserError
-from ftdp.pack_diff import diff_plans
-from ftdp.pack_plan import open_plan
-from ftdp.pack_planning import make_plan
-from ftdp.pack_trace import RowTracer
-from ftdp.packed_rows import PackedRows
+from snaketune.common.cli import UserError
+from snaketune.packing.pack_plan import open_plan
+from snaketune.packing.packed_rows import PackedRows
+from snaketune.packing.plan_diff import diff_plans
+from snaketune.packing.planner import make_plan
+from snaketune.packing.row_tracer import RowTracer
 
 
 def conversation(number: int) -> list[dict]:

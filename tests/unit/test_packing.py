@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from pack_samples import write_bin
 
-from common.cli import UserError
-from ftdp.packing import TokenizedFile, read_line
+from snaketune.common.cli import UserError
+from snaketune.tokenized.bin_reader import TokenizedFile, read_line
 
 
 def test_id_zero_is_not_trained(tmp_path):

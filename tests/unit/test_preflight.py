@@ -10,9 +10,9 @@ import signal
 import pytest
 
 from pods import exit_codes, start_pods
-from readiness.checks import check_gpus
-from readiness.ranks import check_all_reduce, check_shared_files
-from sft.launch import free_port
+from snaketune.preflight.checks import check_gpus
+from snaketune.preflight.ranks import check_all_reduce, check_shared_files
+from snaketune.training.launch import free_port
 from warm import PARENT
 
 pytestmark = pytest.mark.slow

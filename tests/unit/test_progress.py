@@ -17,8 +17,8 @@ import pytest
 from ftdp_files import GOOD, source_of
 from ftdp_small_tokenizers import extended_folder
 
-from common import progress as module
-from common.progress import Progress
+from snaketune.common import progress as module
+from snaketune.common.progress import Progress
 from terminal import read_terminal
 
 
@@ -86,7 +86,7 @@ def test_the_clock(seconds, text):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_training_has_one_line_in_a_terminal_and_plain_lines_in_a_log(terminal, monkeypatch):
-    from sft.progress_line import ProgressLine, say
+    from snaketune.training.progress_line import ProgressLine, say
 
     stream = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)

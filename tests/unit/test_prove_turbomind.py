@@ -12,12 +12,12 @@ import pytest
 import torch
 import yaml
 
-from common.cli import UserError
-from common.files import read_json, write_json
 from environments import REPO
-from export.hf_folder import save_model
-from export.turbomind_proof import prove
 from export_models import converter_python, write_base
+from snaketune.common.cli import UserError
+from snaketune.common.files import read_json, write_json
+from snaketune.export.hf_folder import save_model
+from snaketune.export.turbomind_proof import prove
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +77,7 @@ _DRIVER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from export.turbomind import convert
+from snaketune.export.turbomind_convert import convert
 for job in json.loads(sys.argv[2]):
     convert("internlm2-chat-7b", Path(job["hf"]), Path(job["dst"]), tp=job["tp"], dtype=job["dtype"])
 """
@@ -178,8 +178,8 @@ def test_what_lmdeploy_writes_is_proved(converted, name):
 def test_internlm2_computes_what_the_llama_of_its_parts_computes(converted):
     from transformers import AutoModelForCausalLM
 
-    from export.reference_forward import turbomind_logits
-    from export.turbomind_folder import TurboMindFolder
+    from snaketune.export.reference_forward import turbomind_logits
+    from snaketune.export.turbomind_folder import TurboMindFolder
 
     hf, turbomind = converted["internlm2"]
     ids = torch.arange(40)[None] * 7
@@ -254,7 +254,7 @@ def test_another_setting_is_named(copy, field, change):
 
 def test_the_logits_alone_show_a_wrong_theta(copy, monkeypatch):
     """With the comparison of settings out of the way."""
-    from export import turbomind_proof
+    from snaketune.export import turbomind_proof
 
     hf, turbomind = copy("mistral")
     edit_config(turbomind, lambda c: c["attention_config"]["rope_param"].update(base=10000.0))

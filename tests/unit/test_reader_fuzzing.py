@@ -12,10 +12,10 @@ from ftdp_small_tokenizers import small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.cli import UserError
-from ftdp.block_tokenizer import BlockTokenizer, TokenizeOptions
-from ftdp.quarantine import quarantine_record
-from ftdp.reading import LineReader
+from snaketune.chat_files.line_reader import LineReader
+from snaketune.chat_files.quarantine import quarantine_record
+from snaketune.common.cli import UserError
+from snaketune.tokenized.block_tokenizer import BlockTokenizer, TokenizeOptions
 
 QUARANTINE = TokenizeOptions(**SET_ASIDE)
 fragments = st.one_of(

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from common import result_paths as names
-from common.cli import UserError
-from common.files import write_json, write_text
-from common.run_files import RunFiles
-from evaluation import report
-from evaluation.report import SECTIONS, render_report
-from evaluation.report_inputs import ReportInputs
+from snaketune.common import result_paths as names
+from snaketune.common.cli import UserError
+from snaketune.common.files import write_json, write_text
+from snaketune.common.run_files import RunFiles
+from snaketune.reporting import report
+from snaketune.reporting.report import SECTIONS, render_report
+from snaketune.reporting.report_inputs import ReportInputs
 
 EVIL = "<script>alert('x')</script>&\"<img src=http://example.org/x.png onerror=alert(1)>"
 DIGEST = "ab" * 32
@@ -257,14 +257,14 @@ def test_different_heldout_sets_are_refused(parts, inputs_of):
 
 
 def test_a_long_curve_stays_small_and_keeps_its_shape():
-    from evaluation.plots import loss_curve
+    from snaketune.reporting.plots import loss_curve
 
     metrics = [{"step": n, "loss": 1000.0 / n, "lr": 1e-4} for n in range(1, 50_001)]
     assert len(loss_curve(metrics)) < 200_000
 
 
 def test_the_curve_takes_steps_without_a_loss_and_held_out_points():
-    from evaluation.plots import loss_curve
+    from snaketune.reporting.plots import loss_curve
 
     short = [{"step": i, "loss": None if i == 3 else 2.0 / i, "lr": 1e-4} for i in range(1, 6)]
     with_evals = loss_curve(short, [{"step": 0, "loss": 2.5}, {"step": 5, "loss": 1.5}])

@@ -13,15 +13,15 @@ from ftdp_files import GOOD
 from ftdp_small_tokenizers import small_tokenizer
 from test_render_report import evaluation
 
-from common.cli import UserError
-from common.files import read_json, write_json, write_text
-from common.run_files import RunFiles
-from evaluation.data_summary import data_summary, load_dataset
-from evaluation.report import render_report
-from evaluation.report_inputs import ReportInputs
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.manifests import manifest_paths, write_index
-from ftdp.tokenizing import tokenize_datasets
+from snaketune.common.cli import UserError
+from snaketune.common.files import read_json, write_json, write_text
+from snaketune.common.run_files import RunFiles
+from snaketune.reporting.data_summary import data_summary, load_dataset
+from snaketune.reporting.report import render_report
+from snaketune.reporting.report_inputs import ReportInputs
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.manifests import manifest_paths, write_index
+from snaketune.tokenized.tokenizing import tokenize_datasets
 
 
 class Tables(HTMLParser):
@@ -182,7 +182,7 @@ def test_a_page_of_many_datasets_draws_few(tokenized):
 
 
 def test_the_cost_of_training_is_that_of_all_attempts(tmp_path):
-    from evaluation.cost import read_cost
+    from snaketune.reporting.cost import read_cost
 
     for stage, seconds, cpu in (("train_model", 100.0, 360.0), ("evaluate_model", 50.0, 36.0)):
         file = tmp_path / stage / "demo.tsv"

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 import tiny_run
-from sft.trace import trace_step
+from snaketune.training.step_trace import trace_step
 from tiny_run import metrics, train
 
 pytestmark = pytest.mark.slow

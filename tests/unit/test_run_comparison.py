@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 import pytest
 
-from common.cli import UserError
-from common.files import write_json, write_text
-from common.run_files import RunFiles
-from evaluation.comparison_page import render_comparison
-from evaluation.run_comparison import compare
+from snaketune.common.cli import UserError
+from snaketune.common.files import write_json, write_text
+from snaketune.common.run_files import RunFiles
+from snaketune.reporting.comparison_page import render_comparison
+from snaketune.reporting.run_comparison import compare
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from common import result_paths as names
-from common.cli import UserError
-from common.files import write_json
-from common.run_files import RunFiles, newest_run_folder, read_records
+from snaketune.common import result_paths as names
+from snaketune.common.cli import UserError
+from snaketune.common.files import write_json
+from snaketune.common.run_files import RunFiles, newest_run_folder, read_records
 
 
 def test_the_grammar_on_top_of_the_rules_explains_every_path(repo_root):

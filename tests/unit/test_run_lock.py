@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from sft.run_lock import LOCK, STALE, Held, RunLock, is_alive, read_owner, wait_until_free
-from sft.stopping import EXIT_GO_ON
+from snaketune.training.early_stop import EXIT_GO_ON
+from snaketune.training.run_lock import LOCK, STALE, Held, RunLock, is_alive, read_owner, wait_until_free
 
-HOLD = "import sys, time; from pathlib import Path; from sft.run_lock import RunLock; lock = RunLock(Path(sys.argv[1]))"
+HOLD = "import sys, time; from pathlib import Path; from snaketune.training.run_lock import RunLock; lock = RunLock(Path(sys.argv[1]))"
 
 
 @pytest.fixture

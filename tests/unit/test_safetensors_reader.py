@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.cli import UserError
-from common.files import write_json
-from export.safetensors_reader import open_safetensors
-from sft import stored_tensors
+from snaketune.checkpoints import stored_tensors
+from snaketune.checkpoints.safetensors_files import open_safetensors
+from snaketune.common.cli import UserError
+from snaketune.common.files import write_json
 
 TENSORS = {
     "half": torch.randn(7, 5).half(),

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from common.cli import UserError
-from ftdp.base_tokenizer import open_tokenizer, read_base
-from ftdp.sentencepiece_bpe import build_tokenizer_json, read_model
+from snaketune.common.cli import UserError
+from snaketune.encoding.base_tokenizer import open_tokenizer, read_base
+from snaketune.encoding.sentencepiece_bpe import build_tokenizer_json, read_model
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen3NextConfig
 
-from common.cli import UserError
-from sft.attention import PACKED_SDPA
-from sft.data import packed_collate
-from sft.sequence_parallel import SequenceParallel
+from snaketune.common.cli import UserError
+from snaketune.models.packed_attention import PACKED_SDPA
+from snaketune.models.sequence_parallel import SequenceParallel
+from snaketune.training.packed_data import packed_collate
 
 
 def place(size: int, rank: int) -> SequenceParallel:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.cli import UserError
-from settings.load import load_settings
-from settings.schema import load_schema
+from snaketune.common.cli import UserError
+from snaketune.settings.load import load_settings
+from snaketune.settings.schema import load_schema
 
 
 @pytest.fixture(scope="module")

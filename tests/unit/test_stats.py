@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from ftdp_small_tokenizers import small_tokenizer
 
-from common.files import read_json
-from ftdp import stats
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.tokenized_layout import stats_path
-from ftdp.tokenizing import tokenize_datasets
+from snaketune.common.files import read_json
+from snaketune.tokenized import stats
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.layout import stats_path
+from snaketune.tokenized.tokenizing import tokenize_datasets
 
 
 @pytest.fixture

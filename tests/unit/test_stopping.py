@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import distributed
 
-from common.cli import UserError
-from sft.guard import begin_attempt, check_guard, clear_guard, record_crash
-from sft.launch import free_port
-from sft.stopping import StopRequest
+from snaketune.common.cli import UserError
+from snaketune.training.crash_guard import begin_attempt, check_guard, clear_guard, record_crash
+from snaketune.training.early_stop import StopRequest
+from snaketune.training.launch import free_port
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ class Clock:
 @pytest.mark.parametrize(("step", "save"), [(1.0, 2.0), (30.0, 100.0), (0.1, 600.0)])
 def test_a_run_stops_in_time_for_the_save_and_not_much_before(one_rank, monkeypatch, step, save):
     clock = Clock()
-    monkeypatch.setattr("sft.stopping.time", clock)
+    monkeypatch.setattr("snaketune.training.early_stop.time", clock)
     monkeypatch.delenv("SNAKETUNE_STARTED", raising=False)
     limit = 60.0  # minutes
     stop = StopRequest(limit)
@@ -65,7 +65,7 @@ def test_the_clock_starts_with_the_job_not_with_the_trainer(one_rank, monkeypatc
 
 _RANK = """
 import os, pathlib, signal, sys, time
-from sft.stopping import StopRequest
+from snaketune.training.early_stop import StopRequest
 stop = StopRequest()
 stop.listen()
 folder = pathlib.Path(sys.argv[1])
@@ -137,8 +137,8 @@ import os, sys
 from pathlib import Path
 import torch
 from torch import distributed
-from sft.launch import free_port
-from sft.guard import record_crash
+from snaketune.training.launch import free_port
+from snaketune.training.crash_guard import record_crash
 
 distributed.init_process_group("gloo")
 if os.environ["RANK"] == "1":

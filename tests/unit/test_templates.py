@@ -14,14 +14,14 @@ from ftdp_reference import exact_turns
 from ftdp_small_tokenizers import KINDS, extended_folder, small_tokenizer
 from hypothesis import HealthCheck, assume, given, settings
 
-from common.cli import UserError
-from ftdp.base_tokenizer import open_tokenizer
-from ftdp.chat_encoding import ChatEncoding
-from ftdp.chat_template import MessageError
-from ftdp.encode import BatchEncoder, encode_conversation, signed_ids
-from ftdp.jinja_template import jinja_template
-from ftdp.template_file import load_template, parse_template, shipped_templates
-from ftdp.tokenizer import load_tokenizer
+from snaketune.chat_format.chat_template import MessageError
+from snaketune.chat_format.jinja_template import jinja_template
+from snaketune.chat_format.template_file import load_template, parse_template, shipped_templates
+from snaketune.common.cli import UserError
+from snaketune.encoding.base_tokenizer import open_tokenizer
+from snaketune.encoding.batch_encoder import BatchEncoder, encode_conversation, signed_ids
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.encoding.tokenizer import load_tokenizer
 
 TEMPLATES = ["chatml", "internlm2_chat", "llama3", "mistral_instruct"]
 # XTuner's masks are for its one template.

@@ -7,12 +7,12 @@ import json
 import pytest
 from ftdp_small_tokenizers import small_tokenizer
 
-from common.cli import UserError
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.chat_encoding import ChatEncoding
-from ftdp.chat_template import MessageError
-from ftdp.encode import encode_conversation
-from ftdp.tokenizing import tokenize_datasets
+from snaketune.chat_format.chat_template import MessageError
+from snaketune.common.cli import UserError
+from snaketune.encoding.batch_encoder import encode_conversation
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.tokenizing import tokenize_datasets
 
 GOOD = b'[{"role": "user", "content": "hi"}]'
 

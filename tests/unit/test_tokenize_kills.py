@@ -20,8 +20,8 @@ from ftdp_small_tokenizers import small_tokenizer
 from test_tokenize_parts import SMALL, parts_of
 from test_tokenize_runs import files_below, random_lines, write_dataset
 
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.tokenizing import merge_parts, tokenize_datasets, tokenize_part
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.tokenizing import merge_parts, tokenize_datasets, tokenize_part
 
 pytestmark = pytest.mark.slow
 

@@ -11,13 +11,13 @@ import pytest
 from ftdp_small_tokenizers import extended_folder, small_tokenizer
 from test_tokenize_runs import files_below, random_lines, write_dataset
 
-from common.cli import UserError
-from ftdp import chunk_store
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.layout import find_datasets
-from ftdp.planning import file_sizes, plan_parts
-from ftdp.ranges import RangeReader, lines_before
-from ftdp.tokenizing import merge_parts, tokenize_datasets, tokenize_part
+from snaketune.chat_files.processed_layout import find_datasets
+from snaketune.chat_files.range_reader import RangeReader, lines_before
+from snaketune.common.cli import UserError
+from snaketune.tokenized import chunk_store
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.job_parts import file_sizes, plan_parts
+from snaketune.tokenized.tokenizing import merge_parts, tokenize_datasets, tokenize_part
 
 DEFAULT = TokenizeOptions()
 SMALL = {"shard_bytes": 100_000, "batch_bytes": 30_000}

@@ -14,11 +14,11 @@ import pytest
 from ftdp_reference import bin_and_meta
 from ftdp_small_tokenizers import extended_folder, small_tokenizer
 
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.data_order import list_train_files
-from ftdp.packing import TokenizedFile
-from ftdp.tokenizer import load_tokenizer
-from ftdp.tokenizing import tokenize_datasets
+from snaketune.encoding.tokenizer import load_tokenizer
+from snaketune.tokenized.bin_reader import TokenizedFile
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.data_order import list_train_files
+from snaketune.tokenized.tokenizing import tokenize_datasets
 
 pytestmark = pytest.mark.slow
 

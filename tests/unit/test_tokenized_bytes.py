@@ -12,11 +12,16 @@ from ftdp_small_tokenizers import KINDS, small_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftdp.block_tokenizer import TokenizeOptions
-from ftdp.chat_encoding import ChatEncoding
-from ftdp.encode import BatchEncoder, encode_conversation, encode_conversations, signed_ids
-from ftdp.layout import find_datasets
-from ftdp.tokenizing import tokenize_datasets
+from snaketune.chat_files.processed_layout import find_datasets
+from snaketune.encoding.batch_encoder import (
+    BatchEncoder,
+    encode_conversation,
+    encode_conversations,
+    signed_ids,
+)
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.tokenized.block_tokenizer import TokenizeOptions
+from snaketune.tokenized.tokenizing import tokenize_datasets
 
 
 def encoder_of(tokenizer):
@@ -109,7 +114,7 @@ def test_valid_copies_are_kept_above_500(tmp_path, samples, kept):
 
 
 def test_bytes_do_not_depend_on_processes_or_blocks(tmp_path, monkeypatch):
-    import ftdp.reading
+    import snaketune.chat_files.line_reader
 
     tokenizer = small_tokenizer("sentencepiece")
     rng = random.Random(1)
@@ -124,7 +129,9 @@ def test_bytes_do_not_depend_on_processes_or_blocks(tmp_path, monkeypatch):
     write_lines(tmp_path / "in" / "e" / "processed" / "f.jsonl", lines[:7])
     results = []
     for processes, block_bytes in ((1, 1 << 20), (3, 10_000), (2, 300)):
-        monkeypatch.setattr(ftdp.reading.LineReader.__init__, "__defaults__", (block_bytes,))
+        monkeypatch.setattr(
+            snaketune.chat_files.line_reader.LineReader.__init__, "__defaults__", (block_bytes,)
+        )
         out = tmp_path / f"out{processes}"
         tokenize_datasets(tmp_path / "in", out, tokenizer, TokenizeOptions(), processes=processes)
         results.append(
@@ -154,7 +161,7 @@ def test_line_ends_and_byte_order_mark(tmp_path):
 
 
 def test_real_conversations(tmp_path, shared_data):
-    from ftdp.base_tokenizer import open_tokenizer
+    from snaketune.encoding.base_tokenizer import open_tokenizer
 
     tokenizer = open_tokenizer(shared_data / "mistral_v1_tokenizer", tmp_path / "tokenizer")
     tokenize_datasets(shared_data / "ftdp", tmp_path / "out", tokenizer, TokenizeOptions(), processes=2)

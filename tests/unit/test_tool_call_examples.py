@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evaluation.tool_call_report import choose_examples
+from snaketune.reporting.tool_call_report import choose_examples
 
 
 def points(called: list[bool]) -> list[dict]:

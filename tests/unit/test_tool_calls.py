@@ -9,15 +9,15 @@ import pytest
 import torch
 from tool_call_talks import CALL, CLOCK, DATASETS, WEATHER, assistant, call, code_talk, system, user
 
-from evaluation.call_format import CallReader
-from evaluation.call_verdicts import STAGES, offered_tools, verdicts
-from evaluation.conversations import answer_turns, read_conversations
-from evaluation.languages import language_of
-from evaluation.tool_call_tables import METRICS, comparison_rows, summarize
-from evaluation.tool_calls import answer_points, choose_points
 from export_models import extend_tokenizer
-from ftdp.chat_encoding import ChatEncoding
-from ftdp.encode import BatchEncoder
+from snaketune.encoding.batch_encoder import BatchEncoder
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.evaluation.call_format import CallReader
+from snaketune.evaluation.call_verdicts import STAGES, offered_tools, verdicts
+from snaketune.evaluation.conversations import answer_turns, read_conversations
+from snaketune.evaluation.languages import language_of
+from snaketune.evaluation.tool_calls import answer_points, choose_points
+from snaketune.reporting.tool_call_tables import METRICS, comparison_rows, summarize
 
 
 @pytest.fixture(scope="module", params=["internlm2_chat", "chatml", "llama3", "mistral_instruct"])
@@ -196,7 +196,7 @@ def internlm2(tmp_path_factory, tiny_tokenizer_dir):
 
 
 def test_text_that_spells_control_tokens_is_no_call(internlm2):
-    from ftdp.control_tokens import literal_tokenizer
+    from snaketune.encoding.control_tokens import literal_tokenizer
 
     tokenizer, reader = internlm2
     literal = literal_tokenizer(tokenizer, tokenizer.template.special_tokens).tokenizer
@@ -338,7 +338,7 @@ def test_precision_is_that_of_all_points_when_one_kind_is_chosen_more_often():
 
 
 def test_a_comparison_of_different_points_is_refused():
-    from common.cli import UserError
+    from snaketune.common.cli import UserError
 
     selection = {kind: {"available": 0, "tried": 0, "too_long": 0, "points": 0} for kind in ("call", "text")}
     one = as_result([], selection)

@@ -8,17 +8,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from common.cli import UserError
-from sft.data import packed_collate
-from sft.finetune import SupervisedFinetune
-from sft.model import load_base_model, resize_for_tokenizer
-from sft.tokenizer_rows import find_new_tokens
+from snaketune.common.cli import UserError
+from snaketune.models.base_model import load_base_model, resize_for_tokenizer
+from snaketune.models.vocabulary_rows import find_new_tokens
+from snaketune.training.packed_data import packed_collate
+from snaketune.training.supervised_finetune import SupervisedFinetune
 
 LENGTHS = (5, 1, 17, 9)
 
 
 def row(vocabulary: int = 96, seed: int = 0) -> dict:
-    """One packed row of documents of LENGTHS tokens, its first half of each untrained, as ftdp.packing gives it."""
+    """One packed row of documents of LENGTHS tokens, its first half of each untrained, as snaketune.tokenized.bin_reader gives it."""
     import numpy as np
 
     rng = np.random.RandomState(seed)
@@ -114,7 +114,7 @@ def test_no_mask_is_made_for_a_long_row(model_folder, monkeypatch):
         shapes.append((query.shape[2], key.shape[2], None if attn_mask is None else tuple(attn_mask.shape)))
         return real(query, key, value, attn_mask=attn_mask, **kwargs)
 
-    monkeypatch.setattr("sft.attention.scaled_dot_product_attention", watch)
+    monkeypatch.setattr("snaketune.models.packed_attention.scaled_dot_product_attention", watch)
     SupervisedFinetune(load_base_model(str(model_folder)), gradient_checkpointing=False)(
         **packed_collate([row()])
     )
@@ -179,7 +179,7 @@ def test_rows_of_new_ids_are_the_mean_of_the_old(tied, rows, vocabulary, new, ro
 def test_new_tokens_from_manifest_or_comparison(tmp_path):
     from tokenizers import AddedToken, Tokenizer, models
 
-    from common.files import sha256_file, write_json
+    from snaketune.common.files import sha256_file, write_json
 
     tokenizer = Tokenizer(models.BPE({f"t{i}": i for i in range(50)}, []))
     base, extended = tmp_path / "base", tmp_path / "extended"

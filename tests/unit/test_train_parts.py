@@ -11,10 +11,8 @@ from hashlib import sha256
 import pytest
 import torch
 
-from common.cli import UserError
-from common.files import write_json
 from export_models import train_config
-from sft.checkpoints import (
+from snaketune.checkpoints.checkpoint_folders import (
     is_intact,
     is_whole,
     list_checkpoints,
@@ -24,9 +22,11 @@ from sft.checkpoints import (
     remove_leftovers,
     set_aside,
 )
-from sft.config import load_config
-from sft.identity import differences, run_identity
-from sft.launch import slurm_environment
+from snaketune.common.cli import UserError
+from snaketune.common.files import write_json
+from snaketune.training.launch import slurm_environment
+from snaketune.training.run_identity import differences, run_identity
+from snaketune.training.train_config import load_config
 from warm import PARENT
 
 
@@ -52,7 +52,7 @@ def xtuner_lr(step: int, warm_up: int, total: int, lr: float) -> float:
 def test_lr_curve(tmp_path, accumulation, rows, epochs, max_steps):
     from mmengine.optim import OptimWrapper
 
-    from sft.strategy import DeepSpeedStrategy
+    from snaketune.training.deepspeed_strategy import DeepSpeedStrategy
 
     paths = {"model_path": "base", "tokenizer_path": "tok", "train_folder": "train"}
     text = train_config(**paths, max_epochs=epochs, max_steps=max_steps, lr=1e-3)
@@ -131,7 +131,7 @@ LEFT_OUT = [
 
 def test_keys_that_a_config_leaves_out_have_one_default(config_path, monkeypatch):
     """The parsed config has it, and the runner is told; the identity of the run has what the file says alone."""
-    from sft.trainer import runner_config
+    from snaketune.training.train_rank import runner_config
 
     text = config_path.read_text()
     for _, line, _ in LEFT_OUT:
@@ -157,8 +157,8 @@ def test_equal_configs_keep_their_identity(config_path):
     """The digest is that of the first release: another one would train everybody's runs again."""
     import numpy as np
 
-    from common.files import sha256_json
-    from common.fingerprints import FingerprintCache
+    from snaketune.common.files import sha256_json
+    from snaketune.common.fingerprints import FingerprintCache
 
     folder = config_path.parent
     (folder / "base").mkdir()
@@ -293,7 +293,7 @@ def test_a_flipped_bit_is_seen_and_the_checkpoint_set_aside(tmp_path):
 
 
 def test_metrics_are_cut_back(tmp_path):
-    from sft.metrics_file import cut_metrics
+    from snaketune.training.metrics_file import cut_metrics
 
     file = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]
@@ -310,7 +310,7 @@ def test_random_state_comes_back(tmp_path):
 
     import numpy as np
 
-    from sft.checkpoints import load_random_state, random_state
+    from snaketune.checkpoints.checkpoint_folders import load_random_state, random_state
 
     torch.save(random_state(), tmp_path / "random_state_rank_0.pt")
     first = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
@@ -322,7 +322,7 @@ def test_zero_0_clips_by_the_norm_in_fp64_and_skips_what_is_not_finite():
     """torch's own norm of as many fp32 numbers is off by a thousandth on a CPU."""
     from types import SimpleNamespace
 
-    from sft.nonfinite import replace_zero_0_step
+    from snaketune.training.nonfinite_steps import replace_zero_0_step
 
     weight = torch.nn.Parameter(torch.zeros(5, 4_000_000))
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -341,7 +341,7 @@ def test_zero_0_clips_by_the_norm_in_fp64_and_skips_what_is_not_finite():
 
 def test_zero_layouts_are_joined(tmp_path):
     """Hand-made files of two ranks with padding, for stages 2 and 3, against the tensors they were cut from."""
-    from sft.zero_state import read_zero_state_dict
+    from snaketune.checkpoints.zero_weights import read_zero_state_dict
 
     tensors = OrderedDict(a=torch.arange(15.0).view(3, 5), b=torch.arange(7.0), c=torch.tensor(3.0))
     shapes = [OrderedDict((name, tensor.shape) for name, tensor in tensors.items())]

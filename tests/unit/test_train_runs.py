@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from ftdp.data_order import read_data_order
-from ftdp.pack_planning import make_plan
-from ftdp.packed_rows import PackedRows
-from sft.checkpoints import newest_whole_checkpoint, read_state_dict
-from sft.metrics_hook import MEASURED
+from snaketune.checkpoints.checkpoint_folders import newest_whole_checkpoint, read_state_dict
+from snaketune.packing.packed_rows import PackedRows
+from snaketune.packing.planner import make_plan
+from snaketune.tokenized.data_order import read_data_order
+from snaketune.training.metrics_hook import MEASURED
 from warm import PARENT
 
 pytestmark = pytest.mark.slow

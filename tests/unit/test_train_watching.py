@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.cli import UserError
-from sft.metrics_hook import MEASURED
+from snaketune.common.cli import UserError
+from snaketune.training.metrics_hook import MEASURED
 from warm import PARENT
 
 pytestmark = pytest.mark.slow
@@ -145,12 +145,12 @@ def test_what_is_written(world, watched_lora):
 def test_checkpoint_of_lora_is_small_and_its_model_is_the_one_in_memory(
     world, watched_lora, tiny_model_dir, run_script, repo_root
 ):
-    from evaluation.heldout import load_heldout
-    from evaluation.models import load_for_evaluation
-    from evaluation.scoring import score
-    from ftdp.chat_encoding import ChatEncoding
-    from ftdp.tokenizer import load_tokenizer
-    from sft.checkpoints import read_state_dict
+    from snaketune.checkpoints.checkpoint_folders import read_state_dict
+    from snaketune.encoding.chat_encoding import ChatEncoding
+    from snaketune.encoding.tokenizer import load_tokenizer
+    from snaketune.evaluation.heldout import load_heldout
+    from snaketune.evaluation.models import load_for_evaluation
+    from snaketune.evaluation.scoring import score
 
     _, folder = watched_lora
     in_memory = torch.load(world / "lora.pt", weights_only=True)
@@ -199,7 +199,7 @@ def test_checkpoint_of_lora_is_small_and_its_model_is_the_one_in_memory(
 
 def test_a_model_in_shards_watched_killed_and_resumed(train, plain_lora):
     """ZeRO-3: every forward pass gathers weights, on all ranks together; what comes out is what ZeRO-2 gives."""
-    from sft.checkpoints import read_state_dict
+    from snaketune.checkpoints.checkpoint_folders import read_state_dict
 
     flags = (*LORA, *HOOKS, "--zero-stage", 3)
     train("lora3", *flags, code=1, TEST_KILL="5:1")
@@ -219,7 +219,7 @@ def test_a_model_in_shards_watched_killed_and_resumed(train, plain_lora):
 def test_a_tracker_that_is_not_installed_is_named():
     import importlib.util
 
-    from sft.loggers import check_loggers
+    from snaketune.training.trackers import check_loggers
 
     absent = [name for name in ("wandb", "mlflow") if importlib.util.find_spec(name) is None]
     if not absent:

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
-from ftdp.chat_encoding import ChatEncoding
-from ftdp.encode import BatchEncoder
-from ftdp.sentencepiece_bpe import build_tokenizer_json
-from ftdp.template_file import load_template
-from ftdp.word_encoder import word_encoder
-from ftdp.word_rules import word_rules
+from snaketune.chat_format.template_file import load_template
+from snaketune.encoding.batch_encoder import BatchEncoder
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.encoding.sentencepiece_bpe import build_tokenizer_json
+from snaketune.encoding.word_encoder import word_encoder
+from snaketune.encoding.word_rules import word_rules
 
 SPECIAL_TOKENS = load_template().special_tokens
 turns = load_template().turns

@@ -11,12 +11,12 @@ from ftdp_small_tokenizers import KINDS, small_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftdp import word_lines
-from ftdp.block_tokenizer import BlockTokenizer, TokenizeOptions
-from ftdp.chat_encoding import ChatEncoding
-from ftdp.encode import BatchEncoder
-from ftdp.piece import trained_mask
-from ftdp.reading import Block
+from snaketune.chat_files.line_reader import Block
+from snaketune.encoding import word_lines
+from snaketune.encoding.batch_encoder import BatchEncoder
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.encoding.signed_ids import trained_mask
+from snaketune.tokenized.block_tokenizer import BlockTokenizer, TokenizeOptions
 
 MASKS = ["compat", "exact"]
 

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from common.cli import UserError
-from ftdp.workers import WorkerPool
+from snaketune.common.cli import UserError
+from snaketune.common.worker_pool import WorkerPool
 
 
 def slow_square(number):
@@ -66,7 +66,7 @@ def test_a_killed_worker_is_an_error():
 
 def test_workers_end_with_a_killed_parent(repo_root):
     code = (
-        "import time\nfrom ftdp.workers import WorkerPool\n"
+        "import time\nfrom snaketune.common.worker_pool import WorkerPool\n"
         "pool = WorkerPool(lambda n: time.sleep(0.2) or b'x' * 300000, 3)\n"
         "for n, _ in enumerate(pool.map((n,) for n in range(1000))):\n"
         "    if n == 0: print(*[child.pid for child in pool._children], flush=True)\n"

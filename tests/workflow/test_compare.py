@@ -11,8 +11,8 @@ import pytest
 from training_cost import core_hours
 
 from browser import MINUS, cells, open_browser, percent
-from common.files import read_json
-from evaluation.tool_call_tables import comparison_rows
+from snaketune.common.files import read_json
+from snaketune.reporting.tool_call_tables import comparison_rows
 
 RUNS = ["demo", "mix-weights_tool_calls0", "mix-weights_plain_chat1.5"]
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kept import kept
-from sft.metrics_file import whole_lines
+from snaketune.training.metrics_file import whole_lines
 
 
 def metrics(project) -> list[dict]:

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from browser import cells, open_browser
-from common.files import read_json
+from snaketune.common.files import read_json
 
 STEPS = [3, 6]
 LAST = 8

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from common.files import read_json, write_json
 from kept import kept
-from provenance.records import lineage
-from provenance.tree import verify
+from snaketune.common.files import read_json, write_json
+from snaketune.provenance.records import lineage
+from snaketune.provenance.tree import verify
 
 
 def sha256(path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from common.plan_table import planned_job, render_plan
+from snaketune.common.plan_table import planned_job, render_plan
 
 
 def rows(text: str) -> dict[str, list[str]]:

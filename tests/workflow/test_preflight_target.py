@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from readiness.sizes import run_bytes
+from snaketune.preflight.sizes import run_bytes
 
 
 def test_preflight_passes_and_looks_again_each_time(finished):

@@ -8,8 +8,8 @@ import pytest
 from training_cost import core_hours
 
 from browser import cells, open_browser, percent
-from common.files import read_json
-from evaluation.tool_call_tables import comparison_rows
+from snaketune.common.files import read_json
+from snaketune.reporting.tool_call_tables import comparison_rows
 
 
 @pytest.fixture(scope="module")

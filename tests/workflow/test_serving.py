@@ -8,7 +8,7 @@ import re
 import pytest
 import yaml
 
-from common.files import sha256_file, sha256_json
+from snaketune.common.files import sha256_file, sha256_json
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.files import read_json
+from snaketune.common.files import read_json
 
 
 def core_hours(run: Path) -> float:

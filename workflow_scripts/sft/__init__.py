@@ -6,21 +6,27 @@ DeepSpeed (about ten seconds).
 
 from __future__ import annotations
 
+import gc
+import os
 from importlib import import_module
+from pathlib import Path
 
 HOMES = {
-    "CheckpointHook": "sft.checkpoint_hook",
-    "DeepSpeedStrategy": "sft.strategy",
-    "GenerateHook": "sft.evaluation_hook",
-    "HeldoutLossHook": "sft.evaluation_hook",
-    "MetricsHook": "sft.metrics_hook",
-    "PackedDataset": "sft.data",
-    "PackedSampler": "sft.data",
-    "SupervisedFinetune": "sft.finetune",
-    "TrainLoop": "sft.runner",
-    "load_base_model": "sft.model",
-    "packed_collate": "sft.data",
+    "CheckpointHook": "snaketune.training.checkpoint_hook",
+    "DeepSpeedStrategy": "snaketune.training.deepspeed_strategy",
+    "GenerateHook": "snaketune.evaluation.training_hooks",
+    "HeldoutLossHook": "snaketune.evaluation.training_hooks",
+    "MetricsHook": "snaketune.training.metrics_hook",
+    "PackedDataset": "snaketune.training.packed_data",
+    "PackedSampler": "snaketune.training.packed_data",
+    "SupervisedFinetune": "snaketune.training.supervised_finetune",
+    "TrainLoop": "snaketune.training.train_loop",
+    "load_base_model": "snaketune.models.base_model",
+    "packed_collate": "snaketune.training.packed_data",
 }
+
+# What training comes to import in its first step. DeepSpeed asks every optimizer whether it is Muon, whose code compiles.
+_LATE_IMPORTS = ("deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard")
 
 __all__ = sorted(HOMES)
 
@@ -29,3 +35,25 @@ def __getattr__(name: str):
     if name in HOMES:
         return getattr(import_module(HOMES[name]), name)
     raise AttributeError(f"module 'sft' has no attribute {name!r}")
+
+
+def import_for_training(model_path: str | os.PathLike | None = None) -> None:
+    """Imports what every rank needs, for the ranks that are forked afterwards, and leaves this process fit to fork.
+
+    Args:
+        model_path: Folder of the base model, whose modelling code is imported as well.
+    """
+    import torch
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from snaketune.common.files import read_json
+
+    torch.set_num_threads(1)  # a pool of OpenMP threads would not survive the fork
+    for name in ("snaketune.training.train_rank", *HOMES.values(), *_LATE_IMPORTS):
+        import_module(name)
+    config = Path(model_path or "", "config.json")
+    model_type = read_json(config).get("model_type") if config.is_file() else None
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])  # transformers imports by name
+    gc.freeze()  # a collection in a rank would copy every page that all share

@@ -1,0 +1,1 @@
+"""SnakeTune's library: one subject to a room; docs/code.md has their order."""

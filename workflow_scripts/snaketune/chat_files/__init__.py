@@ -1,0 +1,1 @@
+"""Files of conversations: the processed layout, lines, bad lines and their quarantine."""

@@ -1,0 +1,1 @@
+"""The chat format: from messages to turns and text."""

@@ -1,0 +1,333 @@
+"""Chat templates: how the messages of a conversation become text, and which of it is trained on.
+
+A conversation is a list of messages `{"role", "content", "name"?, "loss"?, "type"?}` (the ftdp format). A template
+(see `snaketune.chat_format.template_file`) says for each role what stands before and after the content. Most roles make a turn of their
+own. Some are part of another role's turn: in `internlm2_chat` a `tool` (an action) and a `thought` are glued, markers
+included, to the assistant message before them, or open one. And some open the next turn of another role: Mistral has no
+system turn, so its text goes in front of the user's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+MAX_LENGTH = 32 * 1024
+
+# With `loss: false` the role does not count, and there is no entry for "prefix".
+_TRAINED_WITHOUT_LOSS = {"icl": False, "current": False, "meta": False}
+
+
+class MessageError(ValueError):
+    """A conversation that is not in the format. `field` is a path such as `[2].role`."""
+
+    def __init__(self, field: str, *, found: object, expected: str, fix: str):
+        super().__init__(f"{field}: found {found}, expected {expected}")
+        self.field, self.found, self.expected, self.fix = field, found, expected, fix
+
+
+class Part(NamedTuple):
+    """A stretch of a turn's content: `markup` is the template's, the rest is what a message says."""
+
+    text: str
+    markup: bool
+    trained: bool
+
+
+class Turn(NamedTuple):
+    """One turn as text.
+
+    Attributes:
+        begin: What the template writes before the content.
+        content: The content, with what is glued to it.
+        end: What the template writes after it.
+        content_trained: Is the content trained on? (XTuner's answer: that of the message which made the turn.)
+        end_trained: Does XTuner train on the end?
+        name: Where in `begin` a name stands that a message gives freely (start, stop).
+        parts: What the content is made of, where that is more than one message's content.
+    """
+
+    begin: str
+    content: str
+    end: str
+    content_trained: bool
+    end_trained: bool
+    name: tuple[int, int] | None = None
+    parts: tuple[Part, ...] | None = None
+
+    def user_texts(self) -> list[str]:
+        """Returns what comes from the messages and not from the template."""
+        texts = [part.text for part in self.parts if not part.markup] if self.parts else [self.content]
+        return [*texts, self.begin[slice(*self.name)]] if self.name else texts
+
+
+@dataclass(frozen=True)
+class Role:
+    """How a template writes one role.
+
+    Attributes:
+        name: The role.
+        begin: Text before the content.
+        end: Text after it.
+        named: Text before and after the name in the begin of a message with a name; None leaves names out.
+        map_names: Write the names that the template lists as their control tokens.
+        types: Is the content trained on, by the message's `type`? A type that is not here is an error.
+        trained: Is it an answer, whose end XTuner always trains on?
+        part_of: The role whose turn this one continues or opens.
+        opens: The role whose next turn begins with this one's text.
+        by_name: What differs for messages of a certain name.
+    """
+
+    name: str
+    begin: str = ""
+    end: str = ""
+    named: tuple[str, str] | None = None
+    map_names: bool = True
+    types: Mapping[str, bool] = field(default_factory=dict)
+    trained: bool = False
+    part_of: str | None = None
+    opens: str | None = None
+    by_name: Mapping[str, Role] = field(default_factory=dict)
+
+    def respelled(self, spell: Any) -> Role:
+        """Returns the role with `spell` applied to every text of the template."""
+        return replace(
+            self,
+            begin=spell(self.begin),
+            end=spell(self.end),
+            named=self.named and (spell(self.named[0]), spell(self.named[1])),
+            by_name={name: role.respelled(spell) for name, role in self.by_name.items()},
+        )
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template; made by `snaketune.chat_format.template_file.load_template`.
+
+    Attributes:
+        name: Its name.
+        special_tokens: The control tokens that it writes. Missing ones are added to a tokenizer in this order.
+        end_of_turn: The token that ends an answer.
+        bos: Does a conversation begin with BOS?
+        names: Names that are written as control tokens.
+        roles: How each role is written.
+        text: Its file.
+    """
+
+    name: str = field(compare=False)
+    special_tokens: tuple[str, ...]
+    end_of_turn: str
+    bos: bool
+    names: Mapping[str, str]
+    roles: Mapping[str, Role]
+    text: str = field(compare=False)
+
+    @property
+    def sha256(self) -> str:
+        """The digest of its file's text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def generation_prompt(self) -> str:
+        """The text after which the model answers."""
+        return self.roles["assistant"].begin
+
+    def respelled(self, spelling: Mapping[str, str]) -> ChatTemplate:
+        """Returns the template with each token of `spelling` written as the text that it maps to."""
+        if not spelling:
+            return self
+        longest_first = sorted(spelling, key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, longest_first)))
+
+        def spell(text: str) -> str:
+            return pattern.sub(lambda match: spelling[match[0]], text)
+
+        return replace(
+            self,
+            names={name: spell(text) for name, text in self.names.items()},
+            roles={name: role.respelled(spell) for name, role in self.roles.items()},
+        )
+
+    def turns(self, messages: Any, own_loss: bool = False) -> list[Turn]:
+        """Returns the turns of a conversation; the conversation is left as it is.
+
+        Args:
+            messages: The conversation.
+            own_loss: Let a message that is part of another one's turn have a `loss` of its own; XTuner ignores it.
+
+        Raises:
+            MessageError: The value is not a conversation in the format; says which field and what to change.
+        """
+        if type(messages) is not list:
+            raise _bad(
+                "conversation", messages, "a list of messages", 'write [{"role": ..., "content": ...}, ...]'
+            )
+        result: list[Turn] = []
+        roles = self.roles
+        open_role = None
+        waiting: tuple[Part, ...] = ()
+        waiting_for = None
+        for index, message in enumerate(messages):
+            if type(message) is not dict:
+                raise _bad(
+                    f"[{index}]", message, "an object with role and content", "write the message as an object"
+                )
+            role_name = message.get("role")
+            content = message.get("content")
+            name = message.get("name")
+            if type(content) is not str:
+                raise _bad(
+                    f"[{index}].content", content, "a string", 'give it a text, "" if there is none', message
+                )
+            if name is not None and type(name) is not str:
+                raise _bad(f"[{index}].name", name, "a string", "put the name in quotes, or leave it out")
+            role = roles.get(role_name) if type(role_name) is str else None
+            if role is None:
+                raise _bad(
+                    f"[{index}].role",
+                    role_name,
+                    "one of " + ", ".join(roles),
+                    "use one of these roles",
+                    message,
+                )
+            if name in role.by_name:
+                role = role.by_name[name]
+            begin, name_at = role.begin, None
+            if name is not None and role.named is not None:
+                before, after = role.named
+                mapped = self.names.get(name) if role.map_names else None
+                if mapped is None:
+                    name_at = len(before), len(before) + len(name)
+                begin = before + (name if mapped is None else mapped) + after
+            if role.part_of is not None:
+                owner = roles[role.part_of]
+                if waiting and waiting_for != role.part_of:
+                    raise _misplaced(index, waiting_for, role_name)
+                if open_role != role.part_of:
+                    if not result:
+                        raise _nothing_before(index, role_name, roles)
+                    result.append(Turn(owner.begin, "", owner.end, owner.trained, owner.trained, None, ()))
+                    open_role = role.part_of
+                result[-1] = _glue(result[-1], role, begin, name_at, content, index, message, own_loss)
+                continue
+            trained = _content_trained(index, role, message)
+            if role.opens is not None:
+                waiting += _parts(begin, name_at, content, role.end, False)
+                waiting_for = role.opens
+                continue
+            parts = None
+            if waiting:
+                if role_name == waiting_for:
+                    parts = (*waiting, Part(content, False, trained))
+                    content = "".join(part.text for part in parts)
+                    waiting = ()
+                elif roles[role_name].opens != waiting_for:
+                    raise _misplaced(index, waiting_for, role_name)
+            open_role = role_name
+            result.append(Turn(begin, content, role.end, trained, role.trained, name_at, parts))
+        if waiting:
+            raise _misplaced(len(messages), waiting_for, "the end of the conversation")
+        return result
+
+    def render(self, messages: Any) -> str:
+        """Returns a conversation as one text, without BOS."""
+        return "".join(turn.begin + turn.content + turn.end for turn in self.turns(messages))
+
+
+def refuse_half_characters(conversation: list[Turn]) -> None:
+    """Raises a MessageError for half a surrogate pair: no tokenizer can encode it (XTuner ends with a traceback)."""
+    for index, turn in enumerate(conversation):
+        try:
+            (turn.begin + turn.content).encode()
+        except UnicodeEncodeError as error:
+            raise MessageError(
+                f"turn {index + 1}",
+                found=f"half a surrogate pair, {error.object[error.start : error.end]!r}",
+                expected="text that UTF-8 can hold",
+                fix="replace the \\ud... escape by the whole character",
+            ) from None
+
+
+def _parts(
+    begin: str, name_at: tuple[int, int] | None, content: str, end: str, trained: bool
+) -> tuple[Part, ...]:
+    start, stop = name_at or (0, 0)
+    pieces = (
+        (begin[:start], True),
+        (begin[start:stop], False),
+        (begin[stop:], True),
+        (content, False),
+        (end, True),
+    )
+    # The content stays, even empty: the last part says whether the end is trained on.
+    return tuple(Part(text, markup, trained) for text, markup in pieces if text or not markup)
+
+
+def _glue(
+    turn: Turn,
+    role: Role,
+    begin: str,
+    name_at: tuple[int, int] | None,
+    content: str,
+    index: int,
+    message: dict,
+    own_loss: bool,
+) -> Turn:
+    trained = turn.content_trained
+    if own_loss and "loss" in message:
+        trained = _loss(index, message)
+    before = (Part(turn.content, False, turn.content_trained),) if turn.parts is None else turn.parts
+    return turn._replace(
+        content=turn.content + begin + content + role.end,
+        parts=before + _parts(begin, name_at, content, role.end, trained),
+    )
+
+
+def _loss(index: int, message: dict) -> bool:
+    loss = message.get("loss", True)
+    # null, 0 and 1 mean what Python makes of them in XTuner; a string would always count as true.
+    if loss is not None and (not isinstance(loss, int) or loss not in (0, 1)):
+        raise _bad(f"[{index}].loss", loss, "true or false", "write true or false without quotes")
+    return bool(loss)
+
+
+def _content_trained(index: int, role: Role, message: dict) -> bool:
+    if "loss" not in message and "type" not in message and "current" in role.types:
+        return role.types["current"]  # as most messages are
+    loss = _loss(index, message)
+    kind = message.get("type", "current")
+    table = role.types if loss else _TRAINED_WITHOUT_LOSS
+    if type(kind) is not str or kind not in table:
+        allowed = " or ".join(sorted(set(table) - {"end"}))
+        which = f"{allowed} for role {role.name}" + ("" if loss else " with loss: false")
+        raise _bad(
+            f"[{index}].type", kind, which, "use one of these types, or leave type out (it means current)"
+        )
+    return table[kind]
+
+
+def _nothing_before(index: int, role: str, roles: Mapping[str, Role]) -> MessageError:
+    making = [name for name, each in roles.items() if each.part_of is None]
+    first = ", ".join(making[:-1]) + " or " + making[-1]
+    return _bad(f"[{index}].role", role, f"a {first} message first", "put the user's message before it")
+
+
+def _misplaced(index: int, wanted: str | None, found: str) -> MessageError:
+    return MessageError(
+        f"[{index}].role",
+        found=found,
+        expected=f"a {wanted} message: the message before it is written into the next {wanted} turn",
+        fix=f"put a {wanted} message here",
+    )
+
+
+def _bad(field: str, value: object, expected: str, fix: str, message: dict | None = None) -> MessageError:
+    name = field.rsplit(".", 1)[-1]
+    if message is not None and name not in message:
+        found = f"no {name!r} among the keys {sorted(map(str, message))}"
+    else:
+        found = f"{value!r:.80} ({type(value).__name__})"
+    return MessageError(field, found=found, expected=expected, fix=fix)

@@ -1,0 +1,162 @@
+"""Tensors inside `torch.save` files, read piece by piece: neither a file nor a tensor need fit into memory.
+
+The file's structure is unpickled with `weights_only=True` and without its data (torch's fake tensors know where in the
+file their bytes lie); the bytes are then read from there. Files stay open as long as what was found in them, so a
+checkpoint that is deleted meanwhile can still be read to its end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from snaketune.common.cli import UserError
+
+CHUNK = 1 << 20  # elements read at a time: 4 MB of fp32, which stay in the cache
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements that lie one after the other in a file: `count` of type `dtype`, from byte `offset` on."""
+
+    file: BinaryIO
+    offset: int
+    dtype: torch.dtype
+    count: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of this shape, made of pieces one after the other, in row-major order; padding may follow."""
+
+    shape: torch.Size
+    pieces: tuple[Piece, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the stored elements."""
+        return self.pieces[0].dtype
+
+    def chunks(self, rows: int | None = None) -> Iterator[torch.Tensor]:
+        """Yields the elements in order, at most `CHUNK` at a time; with `rows`, those of the first rows only."""
+        shape = self.shape if rows is None else (rows, *self.shape[1:])
+        for piece in cut(self.pieces, 0, torch.Size(shape).numel()):
+            for start in range(0, piece.count, CHUNK):
+                yield _read(piece, start, min(CHUNK, piece.count - start))
+
+    def part(self, first: int, rows: int) -> StoredTensor:
+        """Returns `rows` rows from `first` on."""
+        width = self.shape[1:].numel()
+        return StoredTensor(
+            torch.Size((rows, *self.shape[1:])), cut(self.pieces, first * width, rows * width)
+        )
+
+
+@dataclass(frozen=True)
+class LoadedTensor:
+    """A tensor in memory, with the face of a `StoredTensor`."""
+
+    tensor: torch.Tensor
+    pieces: tuple[Piece, ...] = ()
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its type."""
+        return self.tensor.dtype
+
+    def chunks(self, rows: int | None = None) -> Iterator[torch.Tensor]:
+        """As `StoredTensor.chunks`."""
+        part = self.tensor if rows is None else self.tensor[:rows]
+        yield from part.detach().contiguous().view(-1).split(CHUNK)
+
+
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """Tensors by name; each is read whole when it is asked for. `stored` has them unread."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]):
+        self.stored = dict(stored)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return read_whole(self.stored[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def read_whole(
+    stored: StoredTensor, dtype: torch.dtype | None = None, rows: int | None = None
+) -> torch.Tensor:
+    """Returns a tensor in memory.
+
+    Args:
+        stored: The tensor, or one with the face of a `StoredTensor`.
+        dtype: Type of the result; None leaves it the stored one.
+        rows: The first rows only; None reads all.
+    """
+    shape = stored.shape if rows is None else (rows, *stored.shape[1:])
+    result, at = torch.empty(shape, dtype=dtype or stored.dtype), 0
+    for chunk in stored.chunks(rows):
+        result.view(-1)[at : at + len(chunk)] = chunk
+        at += len(chunk)
+    return result
+
+
+def open_saved(path: Path, known_types: Iterable[Any] = ()) -> tuple[Any, BinaryIO]:
+    """Returns what `torch.save` wrote, with fake tensors in the place of tensors, and the open file.
+
+    Args:
+        path: The file.
+        known_types: Further types that the file may hold, see `torch.serialization.safe_globals`.
+    """
+    file = open(path, "rb")  # noqa: SIM115 (open as long as its tensors may be read)
+    with torch.serialization.safe_globals(list(known_types)), FakeTensorMode():
+        return torch.load(file, map_location="cpu", weights_only=True), file
+
+
+def stored_tensor(fake: torch.Tensor, file: BinaryIO) -> StoredTensor:
+    """Returns where the bytes of a tensor from `open_saved` lie."""
+    if not fake.is_contiguous():
+        raise UserError(f"{file.name} holds a tensor that does not lie in one piece", found=fake.stride())
+    offset = fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * fake.element_size()
+    return StoredTensor(fake.shape, (Piece(file, offset, fake.dtype, fake.numel()),))
+
+
+def cut(pieces: Iterable[Piece], start: int, count: int) -> tuple[Piece, ...]:
+    """Returns `count` elements from `start` on, of pieces seen as one vector; fewer where it ends."""
+    found = []
+    for piece in pieces:
+        first, last = max(start, 0), min(start + count, piece.count)
+        if first < last:
+            offset = piece.offset + first * piece.dtype.itemsize
+            found.append(Piece(piece.file, offset, piece.dtype, last - first))
+        start -= piece.count
+    return tuple(found)
+
+
+def _read(piece: Piece, start: int, count: int) -> torch.Tensor:
+    result = torch.empty(count, dtype=piece.dtype)
+    buffer = memoryview(result.view(torch.uint8).numpy())
+    offset = piece.offset + start * piece.dtype.itemsize
+    while buffer:
+        done = os.preadv(piece.file.fileno(), [buffer], offset)
+        if not done:
+            raise UserError(f"{piece.file.name} ends too early", fix="convert another checkpoint")
+        buffer, offset = buffer[done:], offset + done
+    return result

@@ -1,0 +1,163 @@
+"""The files of a run: where they are, and what is in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from snaketune.common import result_paths as names
+from snaketune.common.cli import UserError
+from snaketune.common.files import read_json
+
+
+class RunFiles:
+    """Finds the files of a run of the workflow and reads them. A file is read when it is asked for, and once.
+
+    A file goes by its name in `result_paths`, with the words in braces filled in by keyword:
+    `run.read(names.EVALUATION, label="tuned")`. The properties are those that several users ask for.
+
+    Attributes:
+        folder: The run's folder, `<results>/<run>`.
+        name: The run's name.
+    """
+
+    def __init__(self, folder: Path, name: str | None = None, given: Mapping[str, Path | None] | None = None):
+        """Reads nothing.
+
+        Args:
+            folder: The run's folder.
+            name: The run's name; the folder's by default.
+            given: Where the files lie, by name (the words in braces filled in), for a script that is told each path. The
+                run then has these files alone, and None stands for one that it does not have. Without it, all files
+                lie in `folder`.
+        """
+        self.folder, self.name = folder, name or folder.absolute().name
+        self._given = given
+        self._contents: dict[Path, Any] = {}
+
+    def path(self, name: str, **fields: str) -> Path:
+        """Returns where a file or folder lies, whether it is there or not.
+
+        Raises:
+            UserError: Other paths were given, and this one was not.
+        """
+        relative = name.format(**fields)
+        if self._given is None:
+            return self.folder / relative
+        path = self._given.get(relative)
+        if path is None:
+            raise UserError(f"the place of {relative} of run {self.name} was not given")
+        return path
+
+    def has(self, name: str, **fields: str) -> bool:
+        """True if the run has this file: its path was given, or it is in the run's folder."""
+        relative = name.format(**fields)
+        return (self.folder / relative).exists() if self._given is None else bool(self._given.get(relative))
+
+    def read(self, name: str, **fields: str) -> Any:
+        """Returns the content of a JSON file.
+
+        Raises:
+            UserError: The file is missing.
+        """
+        path = self.path(name, **fields)
+        if path not in self._contents:
+            if not path.is_file():
+                raise UserError(
+                    f"{path} is missing", expected="a finished run", fix="run `snakemake` for it first"
+                )
+            self._contents[path] = read_json(path)
+        return self._contents[path]
+
+    def find(self, name: str, **fields: str) -> Any:
+        """As `read`, but returns None for a file that the run does not have."""
+        return self.read(name, **fields) if self.has(name, **fields) else None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's merged settings, section by section (`config.json`)."""
+        return self.read(names.CONFIG)
+
+    @property
+    def train(self) -> dict[str, Any]:
+        """What was trained (`train.json`)."""
+        return self.read(names.TRAIN)
+
+    @property
+    def hf(self) -> dict[str, Any] | None:
+        """Manifest of the Hugging Face folder (`hf/manifest.json`)."""
+        return self.find(f"{names.HF}/{names.MANIFEST}")
+
+    @property
+    def turbomind(self) -> dict[str, Any] | None:
+        """Manifest of the TurboMind folder (`turbomind/manifest.json`)."""
+        return self.find(f"{names.TURBOMIND}/{names.MANIFEST}")
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder that `train.json` names: the training's metrics and checkpoints."""
+        return self.path(names.TRAIN).parent / self.train["run_folder"]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint that `train.json` names: the last of the training."""
+        return self.path(names.TRAIN).parent / self.train["checkpoint"]
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Records of `metrics.jsonl` in the run folder, one an optimizer step; see `read_records`."""
+        return read_records(self._metrics)
+
+    @cached_property
+    def evals(self) -> list[dict[str, Any]]:
+        """Records of `evals.jsonl`, the held-out losses on the way; none where training looked at none."""
+        path = self._metrics.with_name(names.EVALS)
+        return read_records(path) if path.is_file() else []
+
+    @cached_property
+    def attempts(self) -> dict[str, Any]:
+        """`attempts.json`: `attempts`, how many there were, and what each cost; one where a release noted none."""
+        path = self._metrics.with_name(names.ATTEMPTS)
+        return read_json(path) if path.is_file() else {"attempts": 1}
+
+    @property
+    def _metrics(self) -> Path:
+        given = self._given and self._given.get(names.METRICS)
+        return given or self.run_folder / names.METRICS
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Reads a JSONL file that a training writes; a last line that a killed writer left torn is skipped.
+
+    Raises:
+        UserError: The file is missing, or another line is broken.
+    """
+    if not path.is_file():
+        raise UserError(f"no metrics at {path}", fix="give the file with --metrics")
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}:{number} is not JSON", found=error) from None
+    return records
+
+
+def newest_run_folder(path: Path) -> Path | None:
+    """Returns the run folder that a training wrote to last, None if there is none.
+
+    Args:
+        path: A run folder, which stands for itself, or a run's folder, whose `checkpoints` holds run folders.
+    """
+    found = [path, *path.glob(names.RUN_FOLDER.format(identity="*"))]
+    return max(
+        (folder for folder in found if (folder / names.IDENTITY).is_file()),
+        key=lambda folder: (folder / names.IDENTITY).stat().st_mtime,
+        default=None,
+    )

@@ -1,0 +1,1 @@
+"""From text to token ids and what is trained on. No torch."""

@@ -1,0 +1,365 @@
+"""Conversations to signed token ids, as XTuner 0.2.0 stores them: an id that is not trained on is negated.
+
+All turns of a batch go through the tokenizer in one call. Begins and ends repeat, so their ids are cached. With
+`mask: compat` the ids of a content are those of `begin + content + end` without the first `len(begin ids)` and the last
+`len(end ids)`: where the tokenizer merges across a border (a content that starts with a line break), this drops or
+shifts an id, and that is what XTuner's files hold. `mask: exact` is in `snaketune.encoding.exact_mask`, `control_tokens: literal` in
+`snaketune.encoding.control_tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from snaketune.chat_format.chat_template import MAX_LENGTH, MessageError, Turn, refuse_half_characters
+from snaketune.chat_format.template_file import check_mask
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.encoding.control_tokens import (
+    control_pattern,
+    literal_spelling,
+    literal_tokenizer,
+    without_trimming,
+)
+from snaketune.encoding.control_tokens import control_tokens as find_control_tokens
+from snaketune.encoding.exact_mask import Span, difference, encode_spans, one_answer, spans_of
+from snaketune.encoding.signed_ids import Piece, signed_ids
+from snaketune.encoding.tokenizer import ExtendedTokenizer
+from snaketune.encoding.word_encoder import WordEncoder, word_encoder
+from snaketune.encoding.word_lines import WordLines, word_lines
+from snaketune.encoding.word_rules import WordRules, word_rules
+
+
+class BatchEncoder:
+    """Encodes conversations with one tokenizer, caching the ids of begins and ends.
+
+    Make turns with its method `turns`, not with another template's: with `control_tokens="literal"` the control tokens
+    of a turn have names of their own.
+
+    Attributes:
+        encoding: How conversations become ids.
+        template: The chat template, its control tokens renamed where they are literal in messages.
+    """
+
+    # Names are free text: a corpus with a name a user must not fill the memory.
+    _MAX_CACHED = 4096
+
+    def __init__(self, tokenizer: ExtendedTokenizer, encoding: ChatEncoding, *, many: bool = False):
+        """Prepares an encoder.
+
+        Args:
+            tokenizer: The extended tokenizer.
+            encoding: How conversations become ids.
+            many: Prepare `line`, where the tokenizer allows it.
+
+        Raises:
+            UserError: The tokenizer lacks tokens of the template, or the mask is compat and the template not
+                InternLM2's.
+        """
+        template = tokenizer.with_template(encoding.template).template
+        check_mask(template, encoding.mask)
+        tokenizer.require(template)
+        self.encoding, self._exact = encoding, encoding.exact
+        literal = encoding.control_tokens == "literal"
+        self._extended, self._also, self._many = tokenizer, template.special_tokens, many
+        tokens = find_control_tokens(tokenizer.tokenizer, template.special_tokens)
+        self._control_tokens, self._control = tokens, control_pattern(tokens).search
+        bos = tokenizer.tokens.get("bos_token", "") if template.bos else ""
+        self._spelling = literal_spelling(tuple(tokens)) if literal else {}
+        template = template.respelled(self._spelling)
+        self._bos_text = self._spelling.get(bos, bos)
+        self._anchors = tuple(self._spelling.get(token, token) for token in tokens)
+        self.template = template
+        self._bos = [Piece([tokenizer.bos_token_id], not self._exact)] if template.bos else []
+        self._lines = self._prepare_lines() if many else None
+        if self._lines is None:
+            _ = self._tokenizer  # so that one which cannot be made is known before any work
+        self._cache: dict[tuple[str, bool], Piece] = {}
+        self._plain_begins: dict[str, bool] = {}
+        self._counts = dict.fromkeys(
+            ("straddling_messages", "tokens_differing_from_compat", "control_messages"), 0
+        )
+
+    def turns(self, messages: Any) -> list[Turn]:
+        """Returns the turns of a conversation, for `encode_turns`.
+
+        Raises:
+            MessageError: It is not in the format, or it holds a control token and these are errors.
+        """
+        if self.encoding.control_tokens == "error":
+            self._refuse_control_tokens(messages)
+        return self.template.turns(messages, self._exact)
+
+    def encode_turns(self, conversations: Sequence[list[Turn]]) -> list[list[Piece]]:
+        """Returns the pieces of each conversation, BOS first where the template has it, not truncated."""
+        if not conversations:
+            return []  # without what is made when it is first needed
+        every = [turn for conversation in conversations for turn in conversation]
+        self._fill_cache(every)
+        self.count_control_tokens(every)
+        # Many conversations share a system message, often a long one: each text is encoded once a batch.
+        texts = [turn.begin + turn.content + turn.end for turn in every]
+        ids_of = self._encode(dict.fromkeys(texts))
+        encode = self._exact_pieces if self._exact else self._compat_pieces
+        result = encode(conversations, list(map(ids_of.__getitem__, texts)))
+        if len(self._cache) > self._MAX_CACHED:
+            self._cache.clear()
+            self._plain_begins.clear()
+        return result
+
+    def line(self, conversation: list[Turn]) -> bytes | None:
+        """Returns the line of a `.bin` file for a conversation, not truncated.
+
+        None where only `encode_turns` can do that: the ids depend on more than single words.
+        """
+        return self._lines.line(conversation) if self._lines else None
+
+    def take_counts(self) -> dict[str, int]:
+        """Returns what was counted since the last call.
+
+        `straddling_messages`: turns where the tokenizer merges across the border of begin, content or end.
+        `tokens_differing_from_compat`: places where `exact` has another id or sign, before a conversation is cut.
+        `control_messages`: messages that hold a control token, in the content or the name.
+        """
+        counts = dict(self._counts)
+        if self._lines:
+            counts["tokens_differing_from_compat"] += self._lines.different
+            self._lines.different = 0
+        self._counts = dict.fromkeys(counts, 0)
+        return counts
+
+    def _compat_pieces(
+        self, conversations: Sequence[list[Turn]], every_ids: list[list[int]]
+    ) -> list[list[Piece]]:
+        cache, ids_of_next = self._cache, iter(every_ids)
+        straddling = 0
+        result = []
+        for conversation in conversations:
+            pieces = list(self._bos)
+            for turn in conversation:
+                begin, end = cache[turn.begin, False], cache[turn.end, turn.end_trained]
+                ids = next(ids_of_next)
+                content = _cut(ids, begin.ids, end.ids)
+                straddling += content is None
+                if content is None:
+                    content = ids[len(begin.ids) : -len(end.ids) or None]
+                pieces += begin, Piece(content, turn.content_trained), end
+            result.append(pieces)
+        self._counts["straddling_messages"] += straddling
+        return result
+
+    def _exact_pieces(
+        self, conversations: Sequence[list[Turn]], every_ids: list[list[int]]
+    ) -> list[list[Piece]]:
+        ids_of_next = iter(every_ids)
+        straddling = different = 0
+        result: list[list[Piece]] = []
+        # What is encoded again with offsets: where it goes, its spans, and the same by XTuner's rule.
+        later: list[tuple[list[Piece], list[Span], list[Piece]]] = []
+        for conversation in conversations:
+            pieces: list[Piece] = list(self._bos)
+            different += sum(piece.ids != [0] for piece in pieces)
+            result.append(pieces)
+            chunks = self._chunks(conversation)
+            for number, chunk in enumerate(chunks):
+                alone = len(chunk) == 1 and self._is_plain_begin(chunk[0].begin)
+                compat: list[Piece] = []
+                for turn in chunk:
+                    begin, end = self._cache[turn.begin, False], self._cache[turn.end, turn.end_trained]
+                    ids = next(ids_of_next)
+                    content = _cut(ids, begin.ids, end.ids)
+                    answer = one_answer(turn)
+                    straddling += content is None
+                    if alone and content is not None and answer is not None:
+                        end_trained = answer and turn.end_trained
+                        pieces += begin, Piece(content, answer), self._piece(end, end_trained)
+                        different += _different(end.ids, end_trained, turn.end_trained)
+                        different += _different(content, answer, turn.content_trained)
+                        break
+                    if content is None:
+                        content = ids[len(begin.ids) : -len(end.ids) or None]
+                    compat += begin, Piece(content, turn.content_trained), end
+                else:
+                    spans = [span for turn in chunk for span in spans_of(turn)]
+                    if number == 0 and self._bos and not chunk[0].begin.startswith(self._anchors):
+                        # What stands behind BOS may be encoded otherwise than what stands first.
+                        compat[:0] = pieces[:1]
+                        pieces.clear()
+                        spans.insert(0, Span(self._bos_text, False))
+                        different -= self._bos[0].ids != [0]
+                    slot: list[Piece] = []
+                    pieces.append(slot)  # type: ignore[arg-type]  (filled below)
+                    later.append((slot, spans, compat))
+        if later:
+            for (slot, _, compat), found in zip(
+                later, encode_spans(self._offsets_tokenizer, [spans for _, spans, _ in later]), strict=True
+            ):
+                slot += found
+                different += difference(found, compat)
+            result = [_flat(pieces) for pieces in result]
+        self._counts["straddling_messages"] += straddling
+        self._counts["tokens_differing_from_compat"] += different
+        return result
+
+    def _chunks(self, conversation: list[Turn]) -> list[list[Turn]]:
+        """Cuts a conversation before control tokens: what stands behind one is encoded apart from what is before."""
+        chunks: list[list[Turn]] = []
+        for turn in conversation:
+            if chunks and not turn.begin.startswith(self._anchors):
+                chunks[-1].append(turn)
+            else:
+                chunks.append([turn])
+        return chunks
+
+    def _is_plain_begin(self, begin: str) -> bool:
+        """Does the begin start with a control token, and does each of its ids stand for certain characters?"""
+        plain = self._plain_begins.get(begin)
+        if plain is None:
+            ids = self._cache[begin, False].ids
+            plain = begin.startswith(self._anchors) and self._unknown not in ids
+            self._plain_begins[begin] = plain
+        return plain
+
+    def _piece(self, piece: Piece, trained: bool) -> Piece:
+        return piece if piece.trained == trained else Piece(piece.ids, trained)
+
+    # What follows is made when it is first needed: most conversations of some tokenizers never need it.
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        if self._spelling:
+            return literal_tokenizer(self._extended, self._also).tokenizer
+        return self._extended.tokenizer
+
+    @cached_property
+    def _rules(self) -> WordRules | None:
+        return word_rules(self._extended.tokenizer, self._extended.text)
+
+    @cached_property
+    def _words(self) -> WordEncoder | None:
+        if not self._many:
+            return None
+        if self._spelling:
+            return word_encoder(self._tokenizer)
+        return WordEncoder(self._rules) if self._rules else None
+
+    @cached_property
+    def _offsets_tokenizer(self) -> Tokenizer:
+        return without_trimming(self._tokenizer)
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        return _unknown_id(self._tokenizer)
+
+    def _prepare_lines(self) -> WordLines | None:
+        bos = self._extended.bos_token_id if self._bos else None
+        return self._rules and word_lines(self._rules, self._spelling, bos, self._exact)
+
+    def _fill_cache(self, every: list[Turn]) -> None:
+        wanted = {(turn.begin, False) for turn in every} | {(turn.end, turn.end_trained) for turn in every}
+        missing = [key for key in wanted if key not in self._cache]
+        ids_of = self._encode({text for text, _ in missing})
+        for text, trained in missing:
+            piece = Piece(ids_of[text], trained)
+            self._cache[text, trained] = piece._replace(written=piece.write(self._exact))
+
+    def count_control_tokens(self, every: Iterable[Turn]) -> None:
+        """Counts the messages that hold a control token; `encode_turns` does so itself."""
+        texts = []
+        for turn in every:
+            if turn.parts is None and turn.name is None:
+                texts.append(turn.content)
+            else:
+                texts += turn.user_texts()
+        joined = "\0".join(texts)
+        if any(token in joined for token in self._control_tokens):
+            self._counts["control_messages"] += sum(self._control(text) is not None for text in texts)
+
+    def _refuse_control_tokens(self, messages: Any) -> None:
+        if type(messages) is not list:
+            return  # `turns` says what is wrong
+        for index, message in enumerate(messages):
+            for key in ("content", "name"):
+                value = message.get(key) if isinstance(message, dict) else None
+                found = self._control(value) if isinstance(value, str) else None
+                if found:
+                    raise MessageError(
+                        f"[{index}].{key}",
+                        found=f"the control token {found[0]} in it",
+                        expected="text without control tokens",
+                        fix="remove it, or set control_tokens to literal (it is then ordinary text)",
+                    )
+
+    def _encode(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        if self._words:
+            return self._words.encode(texts)
+        texts = list(texts)
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else []
+        return {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+
+
+def encode_conversations(
+    conversations: Iterable[list[dict]],
+    tokenizer: ExtendedTokenizer,
+    encoding: ChatEncoding,
+    max_length: int | None = MAX_LENGTH,
+) -> list[list[int]]:
+    """Returns the signed ids of each conversation: BOS first, untrained ids negated, cut at `max_length`.
+
+    Args:
+        conversations: Lists of messages.
+        tokenizer: The extended tokenizer.
+        encoding: How conversations become ids.
+        max_length: Tokens after which a conversation is cut; None cuts none.
+
+    Raises:
+        MessageError: A conversation is not in the format.
+    """
+    encoder = BatchEncoder(tokenizer, encoding)
+    as_turns = [encoder.turns(messages) for messages in conversations]
+    for each in as_turns:
+        refuse_half_characters(each)
+    return [signed_ids(each, max_length) for each in encoder.encode_turns(as_turns)]
+
+
+def encode_conversation(
+    messages: list[dict],
+    tokenizer: ExtendedTokenizer,
+    encoding: ChatEncoding,
+    max_length: int | None = MAX_LENGTH,
+) -> list[int]:
+    """Returns the signed ids of one conversation (see `encode_conversations`)."""
+    return encode_conversations([messages], tokenizer, encoding, max_length)[0]
+
+
+def _cut(ids: list[int], begin: list[int], end: list[int]) -> list[int] | None:
+    """Returns the ids between those of begin and end, None where the ids do not begin and end with these."""
+    first, last = len(begin), len(ids) - len(end)
+    if last < first or ids[:first] != begin or ids[last:] != end:
+        return None
+    return ids[first:last]
+
+
+def _different(ids: list[int], exact: bool, compat: bool) -> int:
+    """Returns at how many ids the masks differ; compat never trains on id 0."""
+    if exact == compat:
+        return ids.count(0) if exact else 0
+    return len(ids) if exact else len(ids) - ids.count(0)
+
+
+def _flat(pieces: list) -> list[Piece]:
+    result: list[Piece] = []
+    for each in pieces:
+        if isinstance(each, Piece):
+            result.append(each)
+        else:
+            result += each
+    return result
+
+
+def _unknown_id(tokenizer: Tokenizer) -> int | None:
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    return tokenizer.token_to_id(unknown) if isinstance(unknown, str) else None

@@ -1,0 +1,407 @@
+"""The extended tokenizer: a base tokenizer plus the control tokens of a chat template.
+
+transformers 4 and 5 build different tokenizers from one SentencePiece model, but give the same ids from one
+`tokenizer.json`. So that file is the truth here: it is read with the `tokenizers` library, the chat tokens that are
+missing are written into it as transformers would add them, and nothing else in it changes. The template is saved with
+it, as Jinja for `apply_chat_template` and as its file for every later stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+from tokenizers import Tokenizer
+
+from snaketune.chat_format.chat_template import ChatTemplate
+from snaketune.chat_format.jinja_template import jinja_template
+from snaketune.chat_format.template_file import TEMPLATE_FILE, load_template, parse_template
+from snaketune.common.cli import UserError
+from snaketune.common.files import read_json, sha256_file, write_json, write_text
+
+_EXTEND = "run extend_tokenizer.py and pass the folder that it writes"
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+# transformers' classes know these tokens even where tokenizer_config.json leaves them out.
+_CLASS_TOKENS = {"LlamaTokenizer": _LLAMA, "CodeLlamaTokenizer": _LLAMA, "GPT2Tokenizer": _GPT2}
+
+
+@dataclass(frozen=True)
+class ExtendedTokenizer:
+    """A tokenizer that knows the control tokens of a chat template.
+
+    Attributes:
+        tokenizer: The `tokenizers.Tokenizer`, without truncation and padding.
+        sha256: Of the tokenizer.json.
+        tokens: `bos_token`, `eos_token`, `unk_token`, `pad_token` -> text, those that exist.
+        ids: The template's control tokens -> id.
+        added: The chat tokens that the base lacked -> id.
+        base_sha256: Of the base's tokenizer.json.
+        base_vocab_size: Rows that the base tokenizer needs.
+        template: The chat template that is saved with it.
+        text: Its tokenizer.json.
+    """
+
+    tokenizer: Tokenizer
+    sha256: str
+    tokens: dict[str, str]
+    ids: dict[str, int]
+    added: dict[str, int] = field(default_factory=dict)
+    base_sha256: str = ""
+    base_vocab_size: int = 0
+    template: ChatTemplate = field(default_factory=load_template)
+    text: str = field(default="", repr=False)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """None only where the template begins without BOS."""
+        return self._id_of("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._id_of("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._id_of("pad_token")
+
+    @property
+    def end_of_turn_id(self) -> int:
+        """The id that ends an answer."""
+        return self.tokenizer.token_to_id(self.template.end_of_turn)
+
+    @property
+    def vocab_size(self) -> int:
+        """Embedding rows that the ids need (the largest id and one more)."""
+        return rows_needed(self.tokenizer)
+
+    def require(self, template: ChatTemplate) -> None:
+        """Raises a UserError unless the tokenizer has what a template needs."""
+        missing = [token for token in _tokens_of(template) if self.tokenizer.token_to_id(token) is None]
+        if missing:
+            raise UserError(
+                f"the tokenizer lacks tokens of the chat template {template.name}",
+                found=f"no {' '.join(missing)}; it was made for {self.template.name}",
+                fix=f"run extend_tokenizer.py --template {template.name}",
+            )
+        if template.bos and "bos_token" not in self.tokens:
+            raise UserError(
+                f"the tokenizer has no BOS token, but {template.name} begins with one",
+                fix="name one in tokenizer_config.json, or set bos: false in the template",
+            )
+
+    def with_template(self, template: str | None) -> ExtendedTokenizer:
+        """Returns the tokenizer with another chat template, a shipped one's name or a file; None keeps its own."""
+        return replace(self, template=load_template(template)) if template else self
+
+    def _id_of(self, name: str) -> int | None:
+        return self.tokenizer.token_to_id(self.tokens[name]) if name in self.tokens else None
+
+
+def rows_needed(tokenizer: Tokenizer) -> int:
+    """Returns the largest id and one more: equal to the number of entries unless the ids have holes."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def load_tokenizer(folder: str | os.PathLike) -> ExtendedTokenizer:
+    """Loads an extended tokenizer.
+
+    Args:
+        folder: A folder with tokenizer.json and tokenizer_config.json.
+
+    Raises:
+        UserError: Files are missing or broken, a chat token is missing, or there is no BOS token.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        found = "a folder without it" if folder.is_dir() else "no such folder"
+        raise UserError(f"{path} is missing", found=found, expected="an extended tokenizer", fix=_EXTEND)
+    text = path.read_text(encoding="utf-8")
+    tokenizer = parse_tokenizer(text, path)
+    manifest = folder / "manifest.json"
+    known: dict[str, Any] = read_json(manifest) if manifest.is_file() else {}
+    template = _saved_template(folder, known)
+    ids = {token: tokenizer.token_to_id(token) for token in template.special_tokens}
+    missing = [token for token, token_id in ids.items() if token_id is None]
+    if missing:
+        raise UserError(f"{path} lacks chat tokens", found=f"no {' '.join(missing)}", fix=_EXTEND)
+    tokens = special_tokens(folder, lambda token: tokenizer.token_to_id(token) is not None, template.bos)
+    sha = sha256_file(path)
+    if known.get("tokenizer_sha256") != sha:
+        known = {}  # not written by us, or tokenizer.json was changed since
+    return ExtendedTokenizer(
+        tokenizer,
+        sha,
+        tokens,
+        ids,
+        known.get("added", {}),
+        known.get("base_sha256", sha),
+        known.get("base_vocab_size") or rows_needed(tokenizer),
+        template,
+        text,
+    )
+
+
+def template_record(folder: Path) -> dict[str, Any] | None:
+    """Returns `name`, `end_of_turn` and `sha256` of the template that is saved with a tokenizer; None if none is."""
+    manifest = folder / "manifest.json"
+    return read_json(manifest).get("chat_template") if manifest.is_file() else None
+
+
+def _saved_template(folder: Path, manifest: dict[str, Any]) -> ChatTemplate:
+    """Returns the template that lies beside a tokenizer; a tokenizer without one is an InternLM2 one."""
+    saved, path = manifest.get("chat_template"), folder / TEMPLATE_FILE
+    if not path.is_file() and not saved:
+        return load_template()
+    if saved and not (path.is_file() and sha256_file(path) == saved["sha256"]):
+        raise UserError(
+            f"{path} is not the chat template that the manifest beside it names",
+            found="a file that was changed" if path.is_file() else "no such file",
+            fix=_EXTEND,
+        )
+    name = saved["name"] if saved else path.stem
+    return parse_template(path.read_text(encoding="utf-8"), name, path)
+
+
+def _tokens_of(template: ChatTemplate) -> list[str]:
+    """Returns the tokens that a template needs, in the order in which missing ones are added."""
+    return list(dict.fromkeys((*template.special_tokens, template.end_of_turn)))
+
+
+def parse_tokenizer(text: str, path: str | os.PathLike) -> Tokenizer:
+    """Returns the tokenizer of a tokenizer.json's text, without truncation and padding.
+
+    Raises:
+        UserError: The text is not a tokenizer.json.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises a bare Exception
+        raise UserError(
+            f"{path} is not a tokenizer.json",
+            found=error,
+            expected="a file that the tokenizers library reads",
+            fix="copy the file again from the model's folder",
+        ) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def special_tokens(
+    folder: str | os.PathLike, exists: Callable[[str], bool], needs_bos: bool = True
+) -> dict[str, str]:
+    """Returns bos, eos, unk and pad token of a tokenizer folder, as far as they exist.
+
+    Args:
+        folder: The folder.
+        exists: Is there a token of this text?
+        needs_bos: Do conversations start with BOS?
+
+    Raises:
+        UserError: There is no BOS token and conversations start with it, or a token is not in the tokenizer.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / "tokenizer_config.json")
+    if not config and not (folder / "tokenizer.json").is_file():
+        config = {"tokenizer_class": "LlamaTokenizer"}  # a bare SentencePiece model
+    mapped = _read_config(folder / "special_tokens_map.json")
+    defaults = _CLASS_TOKENS.get(str(config.get("tokenizer_class")).removesuffix("Fast"), {})
+    tokens = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(name, mapped.get(name, defaults.get(name)))
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str) and exists(text):
+            tokens[name] = text
+        elif text and name == "bos_token":
+            raise UserError(
+                f"{folder}: the BOS token is not in tokenizer.json",
+                found=f"bos_token {text!r}",
+                expected="a token with an id",
+                fix="correct bos_token in tokenizer_config.json",
+            )
+    if needs_bos and "bos_token" not in tokens:
+        raise UserError(
+            f"{folder}: the tokenizer has no BOS token, but every conversation starts with one",
+            found="no bos_token in tokenizer_config.json or special_tokens_map.json",
+            expected='an entry such as "bos_token": "<s>"',
+            fix="name one in tokenizer_config.json (for a base without BOS its end-of-text token is the usual choice)",
+        )
+    return tokens
+
+
+def extend(
+    text: str, folder: str | os.PathLike, template: ChatTemplate | None = None
+) -> tuple[str, ExtendedTokenizer]:
+    """Adds the missing control tokens of a chat template to a tokenizer.json.
+
+    Tokens that the base has keep their ids; missing ones get the next ids in the template's order, as special tokens,
+    which is how XTuner 0.2.0 adds InternLM2's. Only `added_tokens` of the JSON grows.
+
+    Args:
+        text: The base's tokenizer.json.
+        folder: Where its tokenizer_config.json lies.
+        template: The chat template, by default InternLM2's.
+
+    Returns:
+        The new tokenizer.json and the tokenizer that it makes.
+    """
+    template = template or load_template()
+    wanted = _tokens_of(template)
+    path = Path(folder) / "tokenizer.json"
+    data, present = _read_entries(text, path)
+    base_rows = max(present.values()) + 1
+    tokens = special_tokens(folder, present.__contains__, template.bos)
+    missing = [token for token in wanted if token not in present]
+    # The ids that transformers would give them; what is written is read back, and the library has the last word.
+    added = {token: base_rows + place for place, token in enumerate(missing)}
+    for _ in range(2):
+        new_text = _with_added_tokens(data, added) if added else text
+        tokenizer = parse_tokenizer(new_text, path)
+        ids = {token: tokenizer.token_to_id(token) for token in wanted}
+        expected, added = added, {token: ids[token] for token in missing}
+        if added == expected:
+            break
+    else:
+        raise UserError(
+            f"{folder}: the chat tokens get other ids when tokenizer.json is read again", found=ids
+        )
+    for token, token_id in ids.items():
+        got = tokenizer.encode(token, add_special_tokens=False).ids
+        if (
+            token_id not in got
+            or tokenizer.encode(f"a{token}b", add_special_tokens=False).ids.count(token_id) != 1
+        ):
+            raise UserError(
+                f"{folder}: the vocabulary holds {token!r}, but the tokenizer does not split it off",
+                found=f"ids {got} for it",
+                expected=f"id {token_id}",
+                fix="list it under added_tokens in tokenizer.json with that id",
+            )
+    if template.bos and not _puts_first(tokenizer, tokens["bos_token"]):
+        new_text = _with_bos_first(new_text, tokens["bos_token"], tokenizer.token_to_id(tokens["bos_token"]))
+        tokenizer = parse_tokenizer(new_text, path)
+    tokens.setdefault("eos_token", template.end_of_turn)
+    tokens.setdefault("pad_token", tokens["eos_token"])
+    return new_text, ExtendedTokenizer(
+        tokenizer,
+        hashlib.sha256(new_text.encode()).hexdigest(),
+        tokens,
+        ids,
+        added,
+        hashlib.sha256(text.encode()).hexdigest(),
+        base_rows,
+        template,
+        new_text,
+    )
+
+
+def save_tokenizer(folder: str | os.PathLike, text: str, extended: ExtendedTokenizer) -> None:
+    """Writes an extended tokenizer into a folder, file by file, the manifest last.
+
+    transformers 4 and 5 both load it as `PreTrainedTokenizerFast` and give the ids of tokenizer.json.
+    """
+    folder = Path(folder)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **extended.tokens,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1000000000000000019884624838656,
+        "chat_template": jinja_template(extended.template),
+    }
+    if "add_prefix_space" in text and (orjson.loads(text).get("pre_tokenizer") or {}).get("add_prefix_space"):
+        # transformers 4 would switch it off where the config does not ask for it.
+        config["add_prefix_space"] = True
+    (folder / "manifest.json").unlink(missing_ok=True)
+    write_text(folder / "tokenizer.json", text)
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", extended.tokens)
+    write_text(folder / TEMPLATE_FILE, extended.template.text)
+    write_json(folder / "manifest.json", manifest(extended))
+
+
+def manifest(extended: ExtendedTokenizer) -> dict[str, Any]:
+    """Returns what `manifest.json` of an extended tokenizer says."""
+    return {
+        "format": 1,
+        "tokenizer_sha256": extended.sha256,
+        "base_sha256": extended.base_sha256,
+        "vocab_size": extended.vocab_size,
+        "base_vocab_size": extended.base_vocab_size,
+        "added": extended.added,
+        "ids": extended.ids,
+        "bos_token_id": extended.bos_token_id,
+        "eos_token_id": extended.eos_token_id,
+        "pad_token_id": extended.pad_token_id,
+        "chat_template": {
+            "name": extended.template.name,
+            "end_of_turn": extended.template.end_of_turn,
+            "sha256": extended.template.sha256,
+        },
+    }
+
+
+def _read_entries(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Returns a tokenizer.json, and the ids of its vocabulary's entries and of its added tokens."""
+    try:
+        data = orjson.loads(text)
+        vocabulary = data["model"]["vocab"]
+        if isinstance(vocabulary, list):
+            vocabulary = {entry: place for place, (entry, _) in enumerate(vocabulary)}
+        return data, vocabulary | {entry["content"]: entry["id"] for entry in data.get("added_tokens") or []}
+    except (ValueError, KeyError, TypeError):
+        parse_tokenizer(text, path)  # says what is wrong
+        raise
+
+
+def _with_added_tokens(data: dict[str, Any], added: dict[str, int]) -> str:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    entries = [{"id": token_id, "content": token, **flags} for token, token_id in added.items()]
+    grown = data | {"added_tokens": [*(data.get("added_tokens") or []), *entries]}
+    return orjson.dumps(grown, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
+
+
+def _puts_first(tokenizer: Tokenizer, bos: str) -> bool:
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    return tokenizer.encode("a").ids == [tokenizer.token_to_id(bos), *bare]
+
+
+def _with_bos_first(text: str, bos: str, bos_id: int) -> str:
+    """Lets the tokenizer begin every text with BOS, as conversations do in training.
+
+    Servers (lmdeploy, vLLM's completions) ask the tokenizer for it, and not every base's does: SmolLM2's model would be
+    served without the BOS that it was trained with.
+    """
+    data = orjson.loads(text)
+    first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    one, two = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [first, one],
+        "pair": [first, one, first, two],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }
+    old = data.get("post_processor")
+    if old and old["type"] == "ByteLevel":  # keeps offsets right
+        processor = {"type": "Sequence", "processors": [old, processor]}
+    data["post_processor"] = processor
+    return orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not JSON", found=error, fix="copy it again from the model's folder"
+        ) from None
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,232 @@
+"""The lines of a `.bin` file straight from the turns' text: the hot path, for the tokenizers of `snaketune.encoding.word_rules`.
+
+What is remembered of a word is how the file spells its ids, `12, 345, ` where it is trained on and `-12, -345, ` where
+it is not. A line is one join of such bytes: no list of ids is made, and nothing goes through the tokenizers library but
+words that are new. Where no merge and no added token can cross the borders of begin, content and end, masks follow from
+the text alone; a conversation with other borders is left to `snaketune.encoding.batch_encoder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from snaketune.chat_format.chat_template import Turn
+from snaketune.encoding.exact_mask import one_answer
+from snaketune.encoding.word_encoder import splitter
+from snaketune.encoding.word_rules import WordRules
+
+# About 2 MB a table in each process; there are four. More makes large files take more memory than small ones.
+_MAX_ENTRIES = 1 << 13
+_MAX_CHARACTERS = 24
+# From here on words are handled one after the other, not as a list: a text may have millions.
+_LONG = 1 << 16
+_MAX_BORDERS = 4096
+
+
+class _Spelled(dict[str, bytes]):
+    """Text -> how a `.bin` file spells its ids, each with ", " behind it. Remembers short texts.
+
+    Args:
+        rules: The tokenizer's.
+        form: How an id is written.
+        zero: How id 0 is, with ", " behind it: see `snaketune.encoding.signed_ids`.
+        prefix: Stands before each text.
+        words: Where to look up words if a text is more than one; by default here.
+    """
+
+    def __init__(
+        self, rules: WordRules, form: bytes, zero: bytes, prefix: str = "", words: _Spelled | None = None
+    ):
+        super().__init__()
+        self._rules, self._form, self._zero, self._prefix = rules, form, zero, prefix
+        self._words = self if words is None else words
+
+    def __missing__(self, text: str) -> bytes:
+        whole = self._prefix + text
+        if len(whole) > _LONG:
+            return self.spell_long(whole)
+        words = self._rules.words.findall(whole)
+        if len(words) == 1:
+            spelled = self.spell(self._rules.ids(whole))
+        else:
+            spelled = b"".join(map(self._words.__getitem__, words))
+        if len(text) <= _MAX_CHARACTERS:
+            if len(self) >= _MAX_ENTRIES:
+                self.clear()
+            self[text] = spelled
+        return spelled
+
+    def spell(self, ids: Iterable[int]) -> bytes:
+        return b"".join([self._form % token if token else self._zero for token in ids])
+
+    def spell_long(self, whole: str) -> bytes:
+        """Returns the same for a text of many words, with little memory."""
+        words = self._words
+        if len(whole) <= _LONG:
+            return b"".join(map(words.__getitem__, self._rules.words.findall(whole)))
+        return b"".join([words._word(match[0]) for match in self._rules.words.finditer(whole)])
+
+    def _word(self, word: str) -> bytes:
+        """Looks up what is known to be one word; it may be long."""
+        if len(word) <= _LONG:
+            return self[word]
+        return self.spell(self._rules.ids(word))
+
+
+class _Sign:
+    """Spells texts that are all trained on, or all not.
+
+    `words` maps words to bytes. `spaced` maps what stands between two spaces, the first of them included.
+    """
+
+    def __init__(self, rules: WordRules, added: Mapping[str, int], form: bytes, zero: bytes):
+        self._rules = rules
+        self._words = _Spelled(rules, form, zero)
+        self._spaced = _Spelled(rules, form, zero, rules.space, self._words)
+        self._added = {token: self.spell([token_id]) for token, token_id in added.items()}
+        self._split = splitter(added).split
+        # "" is in every text.
+        first = {token[0] for token in added}
+        self._mark = first.pop() if len(first) == 1 else ""
+
+    def spell(self, ids: Iterable[int]) -> bytes:
+        """Spells ids."""
+        return self._words.spell(ids)
+
+    def content(self, text: str) -> bytes:
+        """Spells a text that `begins_apart`, behind one that `ends_apart`."""
+        if self._mark in text:
+            first, *others = self._split(text)
+            return self._plain(first) + self._parts(others, 1)
+        return self._plain(text)
+
+    def whole(self, text: str) -> bytes:
+        """Spells a text that is encoded by itself."""
+        return self._parts(self._split(text), 0)
+
+    def _plain(self, text: str) -> bytes:
+        if len(text) > _LONG or not self._rules.is_single_spaced(text):
+            return self._words.spell_long(self._rules.normalize(text))
+        pieces = text.split(" ")
+        if len(pieces) == 1:
+            return self._words[text]
+        spaced = self._spaced
+        return self._words[pieces.pop(0)] + b"".join([spaced[piece] for piece in pieces])
+
+    def _parts(self, parts: Iterable[str], number: int) -> bytes:
+        spelled = []
+        for place, part in enumerate(parts, number):
+            if place % 2:
+                spelled.append(self._added[part])
+            elif part:
+                # The normalizer sees whatever stands between added tokens as a text.
+                spelled.append(self._words.spell_long(self._rules.first + self._rules.normalize(part)))
+        return b"".join(spelled)
+
+
+class _Border(NamedTuple):
+    """What stands around a content, spelled."""
+
+    begin: bytes
+    end: bytes
+    end_if_trained: bytes
+
+
+class WordLines:
+    """Makes lines of turns. Made by `word_lines`, which checks that this is exact.
+
+    Attributes:
+        different: How many ids have another mask with `mask: compat`, since `WordLines` was made.
+    """
+
+    def __init__(self, rules: WordRules, added: Mapping[str, int], bos: int | None, exact: bool):
+        self._rules, self._added, self._exact = rules, added, exact
+        untrained = _Sign(rules, added, b"-%d, ", b"0, ")
+        trained = _Sign(rules, added, b"%d, ", b"-0, " if exact else b"0, ")
+        self._signs = untrained, trained
+        self._bos = (untrained if exact else trained).spell([] if bos is None else [bos])
+        self._borders: dict[tuple[str, str], _Border | None] = {}
+        self.different = 0
+
+    def line(self, conversation: Iterable[Turn]) -> bytes | None:
+        """Returns a conversation's line, not cut; None where ids could cross a border."""
+        borders, signs, begins_apart = self._borders, self._signs, self._rules.begins_apart
+        pieces = [b'{"tokens": [', self._bos]
+        different = _differing(self._bos, False, True)
+        for turn in conversation:
+            begin, content, end, trained, end_trained, _, parts = turn
+            try:
+                border = borders[begin, end]
+            except KeyError:
+                border = self._add_border(begin, end)
+            if border is None or not begins_apart(content):
+                return None
+            if self._exact and parts is not None:
+                answer = one_answer(turn)
+                if answer is None:
+                    return None
+            else:
+                answer = trained
+            spelled = signs[answer].content(content)
+            ends = end_trained and answer if self._exact else end_trained
+            end = border.end_if_trained if ends else border.end
+            pieces += border.begin, spelled, end
+            if self._exact:
+                different += _differing(spelled, answer, trained) + _differing(end, ends, end_trained)
+        if self._exact:
+            self.different += different
+        return b"".join(pieces).removesuffix(b", ") + b"]}\n"
+
+    def _add_border(self, begin: str, end: str) -> _Border | None:
+        untrained, trained = self._signs
+        border = None
+        if self._is_clear(begin, end):
+            border = _Border(untrained.whole(begin), untrained.whole(end), trained.whole(end))
+        if len(self._borders) >= _MAX_BORDERS:
+            self._borders.clear()
+        self._borders[begin, end] = border
+        return border
+
+    def _is_clear(self, begin: str, end: str) -> bool:
+        """Are the ids of any text between begin and end its own?"""
+        split = splitter(self._added).split
+        parts = split(begin)
+        last = parts[-1]
+        # The begin ends with text that ends apart, and with a character that is in no added token.
+        if not last or not self._rules.ends_apart(last) or any(last[-1] in token for token in self._added):
+            return False
+        # `exact` encodes turns together, unless control tokens keep them apart.
+        if self._exact and parts[0]:
+            return False
+        if not end:
+            return True
+        # The end begins with an added token, and none that begins before it can reach into it.
+        return not split(end)[0] and not any(end[0] in token[1:] for token in self._added)
+
+
+def _differing(spelled: bytes, exact: bool, compat: bool) -> int:
+    """Returns for how many ids of a text, as `exact` spells it, the masks differ; compat never trains on id 0."""
+    if exact:
+        return spelled.count(b"-0,") if compat else spelled.count(b",")
+    return spelled.count(b",") - (b" " + spelled).count(b" 0,") if compat else 0
+
+
+def word_lines(
+    rules: WordRules, spelling: Mapping[str, str], bos: int | None, exact: bool
+) -> WordLines | None:
+    """Returns what makes lines of turns, or None where that would not be exact.
+
+    Args:
+        rules: What `word_rules` says of it.
+        spelling: How the turns spell control tokens, where their own names are to be text.
+        bos: The id that a line begins with, if any.
+        exact: Is the mask `exact`?
+    """
+    # As text a control token's name must not become the token again.
+    if not all(map(rules.is_never_text, spelling)):
+        return None
+    if not spelling.keys() <= rules.added.keys():
+        return None
+    added = {spelling.get(token, token): token_id for token, token_id in rules.added.items()}
+    return WordLines(rules, added, bos, exact)

@@ -1,0 +1,108 @@
+"""Loss over the assistant's tokens of held-out conversations, each seen by itself."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from snaketune.common.progress import Progress
+from snaketune.evaluation.heldout import Sample, batches_by_length
+
+
+@torch.no_grad()  # not inference_mode: ZeRO-3 gathers weights here that training uses again
+def token_losses(model, batch: list[Sample], pad_id: int) -> list[torch.Tensor]:
+    """Returns each sample's losses in nats, one fp32 value per trained token but the first id of the row.
+
+    Rows are padded on the right. Attention is causal, so no real token sees padding, and no mask is needed.
+
+    Args:
+        model: A causal language model in eval mode.
+        batch: Samples of similar length.
+        pad_id: Any valid id.
+    """
+    length = max(len(sample.ids) for sample in batch)
+    ids = torch.full((len(batch), length), pad_id)
+    predicts = torch.zeros((len(batch), length), dtype=torch.bool)  # place t predicts the id at t + 1
+    for row, sample in enumerate(batch):
+        ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
+        predicts[row, : len(sample.ids) - 1] = torch.tensor(sample.trained[1:])
+    # The head runs only where some row of the batch has a trained token.
+    columns = predicts.any(dim=0).nonzero().flatten()
+    if not len(columns):
+        return [torch.zeros(0) for _ in batch]
+    device = model.device
+    some = "logits_to_keep" in inspect.signature(model.forward).parameters
+    more = {"logits_to_keep": columns.to(device)} if some else {}
+    logits = model(input_ids=ids.to(device), use_cache=False, **more).logits
+    if not some:
+        logits = logits[:, columns.to(device)]
+    losses = []
+    for row in range(len(batch)):
+        wanted = predicts[row, columns]
+        targets = ids[row, columns[wanted] + 1]
+        picked = logits[row, wanted.to(device)].float()
+        losses.append(cross_entropy(picked, targets.to(device), reduction="none").cpu())
+    return losses
+
+
+def score(model, samples: list[Sample], pad_id: int, batch_tokens: int = 2048) -> dict[str, Any]:
+    """Returns loss (nats per trained token), perplexity and counts, overall and by dataset.
+
+    Args:
+        model: A causal language model in eval mode.
+        samples: Held-out conversations; those without a trained token count as samples and add nothing.
+        pad_id: Any valid id.
+        batch_tokens: Ids of a padded batch.
+
+    Returns:
+        {"loss", "perplexity", "trained_tokens", "samples", "truncated", "datasets": {name: the same five},
+        "conversations": {name of a dataset: [[nats, trained tokens], ...] in the order of its samples}}
+    """
+    nats: dict[int, float] = {}
+    sums = dict.fromkeys(sorted({sample.dataset for sample in samples}), 0.0)
+    progress = Progress("tokens", sum(len(sample.ids) for sample in samples))
+    for batch in batches_by_length(samples, batch_tokens):
+        own = add_losses(sums, model, batch, pad_id)
+        nats.update(zip(map(id, batch), own, strict=True))
+        progress.add("held-out loss", tokens=sum(len(sample.ids) for sample in batch))
+    print(f"held-out loss: {progress.finish()}", flush=True)
+    conversations: dict[str, list[list[float]]] = {name: [] for name in sums}
+    for sample in samples:
+        conversations[sample.dataset].append([nats[id(sample)], sample.targets])
+    return summarise(sums, samples) | {"conversations": conversations}
+
+
+def add_losses(sums: dict[str, float], model, batch: list[Sample], pad_id: int) -> list[float]:
+    """Adds the losses of a batch, in nats, to the sums by dataset, and returns each sample's."""
+    own = []
+    for sample, losses in zip(batch, token_losses(model, batch, pad_id), strict=True):
+        # fp64: the sum must not depend on how many tokens there are.
+        own.append(losses.double().sum().item())
+        sums[sample.dataset] += own[-1]
+    return own
+
+
+def summarise(sums: dict[str, float], samples: list[Sample]) -> dict[str, Any]:
+    """Returns what `score` does, from the sums of losses by dataset and the samples that they belong to."""
+    by_dataset = {
+        name: _result(total, [sample for sample in samples if sample.dataset == name])
+        for name, total in sums.items()
+    }
+    return {**_result(math.fsum(sums.values()), samples), "datasets": by_dataset}
+
+
+def _result(total: float, samples: list[Sample]) -> dict[str, Any]:
+    tokens = sum(sample.targets for sample in samples)
+    loss = total / tokens if tokens else None
+    return {
+        "loss": loss,
+        # A model that knows nothing of the format can exceed what a float holds.
+        "perplexity": math.exp(min(loss, 700.0)) if loss is not None else None,
+        "trained_tokens": tokens,
+        "samples": len(samples),
+        "truncated": sum(sample.truncated for sample in samples),
+    }

@@ -1,0 +1,206 @@
+"""Does a model call tools? At each answer of held-out conversations it gets what comes before, and answers greedily.
+
+A point is a turn of the assistant that training learns. It gets the ids that training would see before it. Where the
+reference calls a tool the answer should be that call, elsewhere it should be no call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from snaketune.chat_format.chat_template import Turn
+from snaketune.common.progress import Progress
+from snaketune.encoding.batch_encoder import BatchEncoder
+from snaketune.encoding.signed_ids import signed_ids
+from snaketune.encoding.tokenizer import ExtendedTokenizer
+from snaketune.evaluation.call_format import Call, CallReader
+from snaketune.evaluation.call_verdicts import Offered, offered_tools, verdicts
+from snaketune.evaluation.conversations import AnswerTurn, Conversation, answer_turns
+
+KINDS = ("call", "text")
+_SHOWN = 500
+
+
+@dataclass(frozen=True)
+class Point:
+    """An answer that is asked for.
+
+    Attributes:
+        conversation: Where it stands.
+        answer: The turn.
+        kind: "call" where the reference calls a tool, else "text".
+        prompt: The ids before the answer, the begin of its turn included.
+        references: The reference's calls.
+        offered: The tools that may be called.
+    """
+
+    conversation: Conversation
+    answer: AnswerTurn
+    kind: str
+    prompt: list[int]
+    references: list[Call]
+    offered: Offered
+
+    @property
+    def name(self) -> str:
+        """Where it stands: file, line and number of the message."""
+        return f"{self.conversation.place}#{self.answer.start}"
+
+
+def choose_points(
+    conversations: Sequence[Conversation], encoder: BatchEncoder, max_points: int, max_length: int
+) -> tuple[list[Point], dict[str, dict[str, int]]]:
+    """Chooses points, half of them such that call a tool, or as many as there are.
+
+    Those with the smallest SHA-256 of their line and place are chosen, so the choice depends neither on the order of
+    the files nor on other lines.
+
+    Args:
+        conversations: Held-out conversations.
+        encoder: The encoder that made their turns.
+        max_points: Points in all.
+        max_length: A point with more ids before it is passed over.
+
+    Returns:
+        The points in the order of the conversations, and by kind: how many there are (`available`), how many were
+        looked at (`tried`), how many of these are too long (`too_long`), and how many are left (`points`).
+    """
+    waiting: dict[str, list[tuple[bytes, int, AnswerTurn]]] = {kind: [] for kind in KINDS}
+    for number, conversation in enumerate(conversations):
+        for answer in answer_turns(conversation.messages, encoder.template):
+            if _is_trained(conversation.turns[answer.turn]):
+                digest = hashlib.sha256(f"{conversation.sha256}#{answer.start}".encode()).digest()
+                kind = KINDS[not _calls_of(conversation, answer)]
+                waiting[kind].append((digest, number, answer))
+    half = max_points // 2
+    calls, texts = (len(waiting[kind]) for kind in KINDS)
+    wanted = {"call": max(max_points - half, max_points - texts), "text": max(half, max_points - calls)}
+    points: list[tuple[int, Point]] = []
+    counts = {}
+    for kind, candidates in waiting.items():
+        candidates.sort(key=lambda candidate: candidate[0])
+        kept, tried = [], 0
+        for _, number, answer in candidates:
+            if len(kept) == wanted[kind]:
+                break
+            tried += 1
+            point = _point(conversations[number], answer, kind, encoder)
+            if len(point.prompt) <= max_length:
+                kept.append((number, point))
+        counts[kind] = {
+            "available": len(candidates),
+            "tried": tried,
+            "too_long": tried - len(kept),
+            "points": len(kept),
+        }
+        points += kept
+    points.sort(key=lambda each: (each[0], each[1].answer.start))
+    return [point for _, point in points], counts
+
+
+def answer_points(
+    model,
+    points: Sequence[Point],
+    tokenizer: ExtendedTokenizer,
+    max_new_tokens: int,
+    batch_tokens: int = 16384,
+) -> list[dict[str, Any]]:
+    """Lets a model answer, and judges the answers.
+
+    BOS is not allowed in an answer, as in `snaketune.evaluation.generation`; where the model would have said it is counted.
+
+    Args:
+        model: A causal language model in eval mode.
+        points: From `choose_points`.
+        tokenizer: The extended tokenizer.
+        max_new_tokens: Longest answer.
+        batch_tokens: Ids that a padded batch may come to hold.
+
+    Returns:
+        Per point: where it stands, the reference, the prediction, and the verdicts (see `call_verdicts.verdicts`).
+    """
+    from snaketune.evaluation.batched_generation import generate_batched
+
+    reader = CallReader(tokenizer)
+    end = tokenizer.end_of_turn_id
+    stop_ids = {end, tokenizer.eos_token_id} - {None}
+    suppress = {tokenizer.bos_token_id} - {None} - stop_ids if tokenizer.template.bos else set()
+    progress = Progress("points", len(points))
+    answers = generate_batched(
+        model,
+        [point.prompt for point in points],
+        stop_ids,
+        max_new_tokens,
+        suppress=suppress,
+        batch_tokens=batch_tokens,
+        on_answer=lambda place, answer: progress.add("tool calls", points=1),
+    )
+    return [
+        judge_point(point, answer.ids, end, reader) | {"bos_suppressed": answer.suppressed}
+        for point, answer in zip(points, answers, strict=True)
+    ]
+
+
+def judge_point(point: Point, ids: Sequence[int], end_of_turn_id: int, reader: CallReader) -> dict[str, Any]:
+    """Returns what is written down about the answer to a point.
+
+    Args:
+        point: The point.
+        ids: The answer, with the id that stopped it, if one did.
+        end_of_turn_id: The right end of an answer.
+        reader: Of the chat template.
+    """
+    conversation, (_, start, stop) = point.conversation, point.answer
+    stopped = bool(ids) and ids[-1] == end_of_turn_id
+    _, calls = reader.read(ids[:-1] if stopped else ids)
+    before = conversation.messages[start - 1]["content"] if start else ""
+    return {
+        "point": point.name,
+        "dataset": conversation.dataset,
+        "language": conversation.language,
+        "kind": point.kind,
+        "prompt_tokens": len(point.prompt),
+        "tokens": len(ids),
+        "question": before[-_SHOWN:],
+        "tools": sorted(point.offered.tools),
+        "reference": _reference_text(conversation.messages[start:stop]),
+        "prediction": reader.text(ids),
+        "verdicts": verdicts(calls, point.references, point.offered, stopped),
+    }
+
+
+def _point(conversation: Conversation, answer: AnswerTurn, kind: str, encoder: BatchEncoder) -> Point:
+    # Of its own turn a model gets the begin alone.
+    begin = Turn(conversation.turns[answer.turn].begin, "", "", False, False)
+    turns = [*conversation.turns[: answer.turn], begin]
+    prompt = [abs(token) for token in signed_ids(encoder.encode_turns([turns])[0])]
+    calls = _calls_of(conversation, answer)
+    named = bool(calls) and encoder.template.roles["tool"].named is not None
+    return Point(
+        conversation,
+        answer,
+        kind,
+        prompt,
+        [Call(message.get("name") if named else None, message["content"].strip()) for message in calls],
+        offered_tools(conversation.messages, answer.start),
+    )
+
+
+def _calls_of(conversation: Conversation, answer: AnswerTurn) -> list[dict[str, Any]]:
+    return [
+        message for message in conversation.messages[answer.start : answer.stop] if message["role"] == "tool"
+    ]
+
+
+def _reference_text(messages: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Returns the messages of the reference, as the data has them."""
+    return [
+        {key: message[key] for key in ("role", "name", "content") if key in message} for message in messages
+    ]
+
+
+def _is_trained(turn: Turn) -> bool:
+    return turn.content_trained if turn.parts is None else any(part.trained for part in turn.parts)

@@ -1,0 +1,182 @@
+"""Training checkpoint -> Hugging Face folder that transformers 4, transformers 5 and lmdeploy read alike."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from snaketune.common.cli import UserError
+from snaketune.common.files import read_json, resumable_dir, sha256_file, sha256_json, write_json, write_text
+from snaketune.common.result_paths import IDENTITY
+from snaketune.common.slurm import job_record
+from snaketune.encoding.tokenizer import template_record
+from snaketune.export.checkpoint_source import open_checkpoint
+from snaketune.export.hf_folder import copy_tokenizer, describe_files, write_config, write_generation_config
+
+if TYPE_CHECKING:
+    from snaketune.checkpoints.stored_tensors import StoredTensors
+    from snaketune.training.train_config import TrainConfig
+
+ADAPTER = "adapter"
+# Of tokenizers whose manifest names no chat template.
+_END_OF_TURN = "<|im_end|>"
+
+
+def convert(
+    config_path: Path,
+    pth: Path,
+    dst: Path,
+    *,
+    dtype: str = "auto",
+    max_shard_size: str = "2GB",
+    trust_remote_code: bool = False,
+    lora: str = "merge",
+    padded_vocab: str = "keep",
+) -> dict[str, Any]:
+    """Writes weights, config, generation config and tokenizer of a trained model.
+
+    Args:
+        config_path: The training config; names the base model and the tokenizer.
+        pth: An `iter_N.pth`, a run folder (its newest whole checkpoint), or the `train.json` of a finished run.
+        dst: Folder to make; replaced as a whole if it exists.
+        dtype: Type of the saved weights; auto is what the model was trained in.
+        max_shard_size: Size at which a new safetensors file is begun.
+        trust_remote_code: Runs Python code that comes with the base model.
+        lora: What a LoRA run gives: `merge`, a model like any other; `adapter`, that and the adapter, as `peft`
+            reads it, in the folder `adapter`.
+        padded_vocab: `keep` writes all rows of the vocabulary, `trim` only those that the tokenizer has tokens for.
+
+    Returns:
+        The manifest, which is also written to `manifest.json` in the folder.
+
+    Raises:
+        UserError: When a path is wrong, the weights do not belong to the base model's architecture, are not the
+            ones `train.json` describes, are not finite, or do not fit the dtype.
+    """
+    from snaketune.checkpoints.weights_digest import weights_digest
+    from snaketune.export.hf_tensors import as_published, empty_model, plan_outputs
+    from snaketune.export.lora_weights import merged_weights
+    from snaketune.export.model_card import model_card, tokenized_folder
+    from snaketune.export.weight_shards import remove_unfinished, write_shards
+    from snaketune.models.vocabulary_rows import find_new_tokens
+    from snaketune.training.train_config import load_config
+
+    config = load_config(config_path)
+    base = config.model_path
+    tokenizer = Path(config.tokenizer_path or base)
+    checkpoint, record, state = open_checkpoint(pth)
+    dtype = training_dtype(config, record, checkpoint, state) if dtype == "auto" else dtype
+    with resumable_dir(dst) as folder:
+        remove_unfinished(folder)
+        adapter = folder / ADAPTER if lora == "adapter" else None
+        weights = state.stored
+        if config.lora is not None:
+            trained_in = training_dtype(config, record, checkpoint, state)
+            weights = merged_weights(config, state, trained_in, trust_remote_code, adapter)
+        model = empty_model(base, trust_remote_code)
+        rows = find_new_tokens(str(tokenizer), None)[0] if padded_vocab == "trim" else None
+        outputs = as_published(model, plan_outputs(model, weights, dtype, base, rows))
+        if weights is state.stored and all(each.stored.pieces for each in outputs.values()):
+            files, digest = write_shards(outputs, folder, max_shard_size, state if record else None)
+        else:
+            digest = weights_digest(state) if record else None
+            files, _ = write_shards(outputs, folder, max_shard_size)
+        _require_recorded_weights(digest, record, checkpoint)
+        write_config(model.config, type(model).__name__, folder, dtype)
+        copy_tokenizer(tokenizer, folder)
+        if trust_remote_code:
+            for path in sorted(Path(base).glob("*.py")):
+                shutil.copyfile(path, folder / path.name)
+        _write_generation_config(base, tokenizer, model, folder)
+        identity = run_identity_fields(checkpoint)
+        data = tokenized_folder(config.plan, config.train_folder)
+        manifest = _manifest(folder, checkpoint, record, model, dtype, files, template_record(tokenizer))
+        card = model_card(base, manifest, record, identity, data)
+        write_text(folder / "README.md", card)
+        manifest["files"]["README.md"] = {
+            "bytes": len(card.encode()),
+            "sha256": sha256_file(folder / "README.md"),
+        }
+        write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def _require_recorded_weights(digest: str | None, record: dict[str, Any], checkpoint: Path) -> None:
+    if record and digest != record["weights_sha256"]:
+        raise UserError(
+            f"{checkpoint} holds other weights than train.json describes",
+            found=digest,
+            expected=record["weights_sha256"],
+            fix="run train_model.py again, which writes train.json from the checkpoint",
+        )
+
+
+def run_identity_fields(checkpoint: Path) -> dict[str, Any]:
+    """Returns what makes the run of a checkpoint the run it is; nothing where its folder does not say so."""
+    identity = checkpoint.parent / IDENTITY
+    return read_json(identity).get("fields", {}) if identity.is_file() else {}
+
+
+def training_dtype(
+    config: TrainConfig, record: dict[str, Any], checkpoint: Path, state: StoredTensors
+) -> str:
+    """Returns what the model computed in while it was trained; ZeRO's checkpoints hold fp32 copies whatever that was."""
+    recorded = record.get("dtype") or run_identity_fields(checkpoint).get("dtype")
+    if recorded:
+        return recorded
+    named = config.dtype.removeprefix("torch.")
+    return named if named != "auto" else str(next(iter(state.stored.values())).dtype).removeprefix("torch.")
+
+
+def _write_generation_config(base: str, tokenizer: Path, model, folder: Path) -> None:
+    from tokenizers import Tokenizer
+    from transformers.utils import cached_file
+
+    path = cached_file(base, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    settings = read_json(path) if path else {}
+    vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    names = read_json(tokenizer / "tokenizer_config.json")
+    saved = template_record(tokenizer)
+    ends = [vocabulary.token_to_id(saved["end_of_turn"] if saved else _END_OF_TURN)]
+    for source in (settings.get("eos_token_id"), model.config.eos_token_id):
+        ends += source if isinstance(source, list) else [source]
+    pad = names.get("pad_token")
+    write_generation_config(
+        folder,
+        settings,
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=list(dict.fromkeys(end for end in ends if end is not None)),
+        pad_token_id=vocabulary.token_to_id(pad) if isinstance(pad, str) else None,
+    )
+
+
+def _manifest(
+    folder: Path,
+    checkpoint: Path,
+    record: dict[str, Any],
+    model,
+    dtype: str,
+    shards: dict[str, dict],
+    template: dict[str, Any] | None,
+) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    files = describe_files(folder, shards)
+    weights = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
+    return {
+        "format": 1,
+        "checkpoint": checkpoint.name,
+        "checkpoint_weights_sha256": record.get("weights_sha256"),
+        "architecture": model.config.architectures[0],
+        "dtype": dtype,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "vocab_size": model.get_input_embeddings().weight.shape[0],
+        "tokenizer_sha256": sha256_file(folder / "tokenizer.json"),
+        "chat_template": template,
+        "weights_sha256": sha256_json(weights),
+        "files": files,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **job_record(),
+    }

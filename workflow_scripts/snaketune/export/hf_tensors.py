@@ -1,0 +1,111 @@
+"""Which tensors a Hugging Face folder holds: from the base model's architecture and what training left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from snaketune.checkpoints.stored_tensors import LoadedTensor, StoredTensor
+from snaketune.common.cli import UserError
+from snaketune.export.lora_merge import MergedTensor
+from snaketune.export.weight_shards import Output
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def empty_model(base: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Returns a model of the base's architecture without memory for its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def plan_outputs(
+    model: PreTrainedModel,
+    state: Mapping[str, StoredTensor | LoadedTensor | MergedTensor],
+    dtype: str,
+    base: str,
+    rows: int | None = None,
+) -> dict[str, Output]:
+    """Returns what is written of trained weights, by the names that the model gives them; tied ones once.
+
+    Args:
+        model: From `empty_model`; its vocabulary is grown to that of the weights, or to `rows`.
+        state: All weights; a tied head may be left out.
+        dtype: Of the parameters; buffers keep theirs.
+        base: Name of the base model, for messages.
+        rows: Rows of the vocabulary to keep; None keeps all.
+
+    Raises:
+        UserError: Names or shapes differ from the architecture's.
+    """
+    import torch
+
+    embedding = next(name for name, value in model.named_parameters() if value is _input_weight(model))
+    if embedding not in state:
+        raise _mismatch(base, f"no {embedding}", "weights of this architecture")
+    _resize(model, state[embedding].shape[0])
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    for name, tensor in state.items():
+        if wanted.get(name) != tensor.shape:
+            raise _mismatch(base, f"{name} {tuple(tensor.shape)}", f"{tuple(wanted.get(name, ()))}")
+    if rows is not None:
+        if rows > state[embedding].shape[0]:
+            raise _mismatch(base, f"{state[embedding].shape[0]} rows", f"at least {rows}, one for each token")
+        _resize(model, rows)
+    parameters = dict(model.named_parameters())
+    absent = sorted(parameters.keys() - state.keys())
+    if absent:
+        raise _mismatch(base, f"no weights for {', '.join(absent[:5])}", "weights of all parameters")
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters.keys()
+    outputs = {}
+    for name, value in model.state_dict().items():
+        if name in state and name not in tied:
+            stored = state[name]
+            kept = value.shape[0] if value.shape != stored.shape else None
+            outputs[name] = Output(
+                stored, getattr(torch, dtype) if name in parameters else stored.dtype, kept
+            )
+    return outputs
+
+
+def as_published(model: PreTrainedModel, outputs: dict[str, Output]) -> dict[str, Output]:
+    """Returns outputs under the names and in the shapes of published checkpoints, which may differ from transformers' own.
+
+    Only those of mixture-of-experts models do, mostly: transformers keeps a layer's experts in one tensor. They are read
+    into memory.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if not get_model_conversion_mapping(model, add_legacy=False):
+        return outputs
+    loaded = {name: each.load() for name, each in outputs.items()}
+    published = revert_weight_conversion(model, loaded)
+    return {name: Output(LoadedTensor(tensor), tensor.dtype) for name, tensor in published.items()}
+
+
+def _resize(model: PreTrainedModel, rows: int) -> None:
+    if rows != _input_weight(model).shape[0]:
+        import torch
+
+        with torch.device("meta"):
+            model.resize_token_embeddings(rows, mean_resizing=False)
+    model.tie_weights()
+
+
+def _input_weight(model: PreTrainedModel):
+    return model.get_input_embeddings().weight
+
+
+def _mismatch(base: str, found: str, expected: str) -> UserError:
+    return UserError(
+        f"the checkpoint does not belong to the base model {base}",
+        found=found,
+        expected=expected,
+        fix="give the config that the checkpoint was trained with",
+    )

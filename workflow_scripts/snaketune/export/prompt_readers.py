@@ -1,0 +1,141 @@
+"""The same prompts as other programs read them: transformers' chat template, and lmdeploy's own.
+
+Runs in the training environment (transformers 5) and in the converter's (transformers 4, lmdeploy 0.9.2): it imports
+what both have.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from snaketune.chat_files.prompts import read_prompts
+from snaketune.chat_format.chat_template import ChatTemplate
+
+PROMPTS = Path(__file__).with_name("parity_prompts.json")
+Message = Mapping[str, Any]
+
+
+def parity_prompts(own: Path | None) -> list[list[dict[str, Any]]]:
+    """Returns the shipped prompts, with tool calls and their results, and those of a file of the user's own.
+
+    Raises:
+        UserError: The file is no list of conversations.
+    """
+    return read_prompts(PROMPTS) + (read_prompts(own) if own else [])
+
+
+def read_with_transformers(
+    folder: Path, prompts: list[list[Message]], openai: bool = False
+) -> dict[str, Any]:
+    """Returns the ids of each prompt by `apply_chat_template` of the folder's tokenizer.
+
+    With `openai` the plugins, their calls and results come in OpenAI's form, as servers get them.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    requests = [openai_request(prompt) if openai else (prompt, None) for prompt in prompts]
+    # The template writes BOS itself. Text first: what `tokenize=True` returns differs between transformers 4 and 5.
+    texts = [
+        tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+        for messages, tools in requests
+    ]
+    return {
+        "reader": f"transformers {importlib.metadata.version('transformers')}" + ", OpenAI's tools" * openai,
+        "form": "openai" if openai else "plain",
+        "ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
+    }
+
+
+def read_with_lmdeploy(
+    folder: Path, prompts: list[list[Message]], template: ChatTemplate, name: str
+) -> list[dict[str, Any]]:
+    """Returns the ids of each prompt by lmdeploy's template `name` and lmdeploy's tokenizer, in three forms of serving.
+
+    Args:
+        folder: Folder of the tokenizer.
+        prompts: Conversations in the ftdp format.
+        template: What they are trained with: it writes the assistant turns that a server is given back.
+        name: One of lmdeploy's built-in templates.
+    """
+    from snaketune.export.turbomind_convert import import_converter
+
+    import_converter()
+    from lmdeploy.model import MODELS
+    from lmdeploy.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(str(folder))
+    plain, silent = MODELS.get(name)(), MODELS.get(name)(meta_instruction=None)
+    raw = [served_messages(prompt, template) for prompt in prompts]
+    calls = [served_messages(openai_messages(prompt), template) for prompt in prompts]
+    reader = f"lmdeploy {importlib.metadata.version('lmdeploy')} {name}"
+    return [
+        {
+            "reader": reader + words,
+            "form": form,
+            "ids": [tokenizer.encode(writer.messages2prompt(each)) for each in messages],
+        }
+        for form, words, writer, messages in (
+            ("own system message", "", plain, raw),
+            ("silent", ", meta_instruction: null", silent, raw),
+            ("tool_calls", ", meta_instruction: null, OpenAI's tool_calls", silent, calls),
+        )
+    ]
+
+
+def served_messages(prompt: list[Message], template: ChatTemplate) -> list[dict[str, Any]]:
+    """Returns a conversation as a server gets it back when a client keeps the assistant's text as it was generated.
+
+    What belongs to an assistant's turn (tool calls, thoughts) becomes part of its content; `tool_calls` stay.
+    """
+
+    def is_answer(message: Message) -> bool:
+        return message["role"] == "assistant" or template.roles[message["role"]].part_of == "assistant"
+
+    served: list[dict[str, Any]] = []
+    for answer, group in groupby(prompt, is_answer):
+        messages = list(group)
+        if not answer:
+            served += map(dict, messages)
+            continue
+        for turn in template.turns(messages):
+            served.append({"role": "assistant", "content": turn.content})
+        calls = [call for message in messages for call in message.get("tool_calls", [])]
+        if calls:
+            served[-1]["tool_calls"] = calls
+    return served
+
+
+def openai_request(prompt: list[Message]) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Returns the messages and the tools of a request that says what a conversation in the ftdp format says."""
+    messages: list[dict[str, Any]] = []
+    tools = None
+    for message in openai_messages(prompt):
+        plugin = message.get("name") == "plugin"
+        if plugin and message["role"] == "system":
+            tools = [{"type": "function", "function": each} for each in json.loads(message["content"])]
+        elif plugin and message["role"] == "environment":
+            messages.append({"role": "tool", "tool_call_id": "call", "content": message["content"]})
+        else:
+            messages.append(message)
+    return messages, tools
+
+
+def openai_messages(prompt: list[Message]) -> list[dict[str, Any]]:
+    """Returns a conversation with its plugin calls as OpenAI's `tool_calls`; code stays a message of its own."""
+    result: list[dict[str, Any]] = []
+    for message in prompt:
+        if message["role"] == "tool" and message.get("name") == "plugin":
+            call = json.loads(message["content"])
+            function = {"name": call["name"], "arguments": json.dumps(call["parameters"], ensure_ascii=False)}
+            if not result or result[-1]["role"] != "assistant":
+                result.append({"role": "assistant", "content": ""})
+            result[-1].setdefault("tool_calls", []).append({"type": "function", "function": function})
+        else:
+            result.append(dict(message))
+    return result

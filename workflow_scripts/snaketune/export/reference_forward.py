@@ -1,0 +1,130 @@
+"""Logits of a model by two roads that share no code: TurboMind's files as the engine reads them, and transformers.
+
+Both go layer by layer, so that a model much larger than memory can be compared, and compute in fp32 with the weights
+rounded to the workspace's dtype: what is left between them is the order of sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import silu
+
+from snaketune.common.cli import UserError
+from snaketune.export.turbomind_folder import TurboMindFolder
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Weights = Mapping[str, torch.Tensor]
+
+
+@torch.inference_mode()
+def turbomind_logits(folder: TurboMindFolder, ids: torch.Tensor) -> torch.Tensor:
+    """Returns the logits (sequences, tokens, vocabulary), fp32.
+
+    Args:
+        folder: The workspace.
+        ids: int64 (sequences, tokens). Attention is causal: padding on the right changes nothing before it.
+    """
+    model, attention = folder.config["model_config"], folder.config["attention_config"]
+    eps, size = model["norm_eps"], folder.head_size
+    angles = torch.arange(ids.shape[1]).double()[:, None] * _frequencies(attention["rope_param"])
+    cos, sin = angles.cos().float()[:, None], angles.sin().float()[:, None]
+    ahead = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+    state = folder.embedding()[ids].float()
+    for number in range(folder.layers):
+        layer = folder.layer(number)
+        x = _rms_norm(state, layer.attention_norm, eps)
+        q, k, v = (_linear(x, layer, letter).unflatten(-1, (-1, size)) for letter in "qkv")
+        if layer.q_norm is not None:
+            q, k = _rms_norm(q, layer.q_norm, eps), _rms_norm(k, layer.k_norm, eps)
+        q, k = _turn(q, cos, sin), _turn(k, cos, sin)
+        group = folder.heads // folder.kv_heads
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(group, 2)) / math.sqrt(size)
+        shares = scores.masked_fill(ahead, -torch.inf).softmax(-1)
+        mixed = torch.einsum("bhqk,bkhd->bqhd", shares, v.repeat_interleave(group, 2)).flatten(2)
+        state = state + _linear(mixed, layer, "o")
+        x = _rms_norm(state, layer.ffn_norm, eps)
+        state = state + (silu(x @ layer.gate.float()) * (x @ layer.up.float())) @ layer.down.float()
+    return _rms_norm(state, folder.norm(), eps) @ folder.output()[:, : folder.vocab].float()
+
+
+@torch.inference_mode()
+def transformers_logits(
+    config: PretrainedConfig, weights: Weights, ids: torch.Tensor, rounded_to: torch.dtype | None = None
+) -> torch.Tensor:
+    """Returns the logits (sequences, tokens, vocabulary), fp32, that transformers computes.
+
+    The model is built without memory; each layer's weights come when its turn is there, and go after it.
+
+    Args:
+        config: The model's config.
+        weights: Its tensors by name; a tied head may be left out.
+        ids: int64 (sequences, tokens), padded on the right.
+        rounded_to: Rounds every weight to this dtype first; None takes them as they are.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    body = model.model
+    body.rotary_emb = type(body.rotary_emb)(config)  # holds numbers, not weights
+
+    def load(module: torch.nn.Module, prefix: str) -> None:
+        state = {}
+        for name in dict(module.named_parameters()):
+            source = f"{prefix}.{name}"
+            if source not in weights and source == "lm_head.weight":
+                source = "model.embed_tokens.weight"
+            tensor = weights[source]
+            state[name] = (tensor if rounded_to is None else tensor.to(rounded_to)).float()
+        module.load_state_dict(state, assign=True)
+
+    parts = {"model.embed_tokens": body.embed_tokens, "model.norm": body.norm, "lm_head": model.lm_head}
+    parts |= {f"model.layers.{number}": layer for number, layer in enumerate(body.layers)}
+    for prefix, module in parts.items():
+        module.register_forward_pre_hook(lambda module, _, prefix=prefix: load(module, prefix))
+        module.register_forward_hook(lambda module, *_: module.to("meta") and None)
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def _linear(x: torch.Tensor, layer: Any, letter: str) -> torch.Tensor:
+    result = x @ getattr(layer, letter).float()
+    return result + layer.biases[letter].float() if letter in layer.biases else result
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns neighbouring dimensions (..., tokens, heads, size) by their angles (tokens, 1, size / 2)."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+def _frequencies(rope: dict[str, Any]) -> torch.Tensor:
+    """Returns the angle a position adds for each pair of dimensions (size / 2,), fp64.
+
+    `llama3` stretches the slow frequencies by `factor` and blends between the two bounds (Llama 3.1's model card).
+    """
+    plain = float(rope["base"]) ** -(torch.arange(0, rope["dim"], 2).double() / rope["dim"])
+    if rope["type"] in ("default", "dynamic"):  # dynamic changes nothing within the trained length
+        return plain
+    if rope["type"] == "linear":
+        return plain / rope["factor"]
+    if rope["type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        return plain * (blend + (1 - blend) / rope["factor"])
+    raise UserError(
+        "there is no reference for this kind of rope",
+        found=rope["type"],
+        expected="default, linear, dynamic or llama3",
+        fix="set turbomind.proof: false, and compare the served model's answers yourself",
+    )

@@ -1,0 +1,308 @@
+"""Hugging Face folder -> TurboMind workspace, with lmdeploy 0.9.2's own converter.
+
+lmdeploy 0.9.2.post1 is the last release that has one. Runs in the converter's environment (transformers 4.57,
+numpy 1, lmdeploy): nothing here may need transformers 5 or mmengine's runner.
+
+The converter moves numbers about and writes raw files; it needs a GPU for nothing, but its package imports the
+engine. `_stand_ins` fills the gaps on a node without a usable GPU, and only there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import io
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+from snaketune.common.cli import UserError
+from snaketune.common.files import atomic_dir, read_json, write_json
+from snaketune.common.slurm import job_record
+from snaketune.export.hf_folder import describe_files, require_in_range, require_model_folder
+from snaketune.export.turbomind_config import WEIGHTS, head_size, shared_settings
+
+
+def convert(
+    model_name: str,
+    model_path: Path,
+    dst_path: Path,
+    *,
+    chat_template: str = "internlm2",
+    tp: int = 1,
+    dtype: str = "auto",
+    model_format: str = "hf",
+    group_size: int = 0,
+    tokenizer_path: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Writes a TurboMind workspace and proves that its config says what the Hugging Face config says.
+
+    Args:
+        model_name: Name under which the model is served; the guide's `internlm2-chat-7b` works for any model.
+        model_path: Hugging Face folder.
+        dst_path: Workspace to make; replaced as a whole if it exists.
+        chat_template: One of lmdeploy's built-in templates.
+        tp: Number of GPUs that share the model, a power of two.
+        dtype: float16, bfloat16 or auto (bfloat16 for a bfloat16 model, else float16).
+        model_format: hf, awq, gptq or fp8.
+        group_size: Group size of 4-bit weights; 0 for the format's own.
+        tokenizer_path: Another tokenizer file to copy.
+        trust_remote_code: Allows a model folder that brings Python code, which lmdeploy would run.
+
+    Returns:
+        The manifest, which is also written to `manifest.json` in the workspace.
+
+    Raises:
+        UserError: When lmdeploy is absent, the architecture, template or tp cannot be converted, values do not
+            fit float16, or the workspace disagrees with the Hugging Face config.
+    """
+    model_path = require_model_folder(model_path)
+    hf_config = read_json(model_path / "config.json")
+    if not trust_remote_code:
+        _refuse_code(model_path)
+    gpu = import_converter()
+    from lmdeploy.model import MODELS
+    from lmdeploy.turbomind.deploy import converter
+
+    _require_convertible(model_path, hf_config, chat_template, tp, set(MODELS.module_dict))
+    if model_format == "hf":
+        _require_dtype_holds_weights(model_path, dtype, hf_config)
+    with atomic_dir(dst_path) as folder:
+        # Its lines about every split tensor say nothing that the manifest does not; its bar goes to stderr.
+        with contextlib.redirect_stdout(io.StringIO()):
+            converter.main(
+                model_name,
+                str(model_path),
+                model_format=model_format,
+                dtype=dtype,
+                chat_template=chat_template,
+                tokenizer_path=tokenizer_path,
+                dst_path=str(folder),
+                tp=tp,
+                group_size=group_size,
+            )
+        written = _read_workspace_config(folder)
+        _require_same_model(hf_config, written)
+        _require_whole(folder, written, tp)
+        manifest = _manifest(folder, model_name, model_path, written, tp)
+        write_json(folder / "manifest.json", manifest)
+    if not gpu:
+        print("converted without a GPU: the files are the same, the engine itself needs one to serve them")
+    return manifest
+
+
+def fetch_model(name: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+    """Returns a local folder: `name` itself, or the snapshot of the hub model of that name.
+
+    Raises:
+        UserError: When `name` is neither an existing folder nor a hub name (`owner/model`).
+    """
+    path = Path(name)
+    if path.exists() or name.count("/") != 1 or path.is_absolute() or name.startswith("."):
+        return require_model_folder(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=revision, cache_dir=download_dir, ignore_patterns=["*.pth"]))
+
+
+def cuda_is_usable() -> bool:
+    """Returns whether libcuda is there, starts, and sees a device."""
+    try:
+        libcuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return libcuda.cuInit(0) == 0 and libcuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def import_converter() -> bool:
+    """Makes lmdeploy 0.9.2 ready to be imported on any node; returns whether a usable GPU was found.
+
+    Raises:
+        UserError: lmdeploy is not installed, or has no converter.
+    """
+    package = importlib.util.find_spec("lmdeploy")
+    if package is None:
+        raise UserError(
+            "lmdeploy is not installed in this Python",
+            found=sys.executable,
+            expected="the converter's environment, with lmdeploy 0.9.2.post1",
+            fix="run this script with the converter's Python, .venv-turbomind/bin/python",
+        )
+    root = Path(package.origin).parent
+    if not (root / "turbomind" / "deploy" / "converter.py").is_file():
+        raise UserError(
+            "this lmdeploy has no TurboMind converter",
+            found=f"lmdeploy {importlib.metadata.version('lmdeploy')}",
+            expected="0.9.2.post1, the last release that has one",
+            fix="pip install --no-deps lmdeploy==0.9.2.post1",
+        )
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated")
+    import torch
+
+    gpu = cuda_is_usable() and torch.cuda.is_available()
+    _stand_ins(root, gpu)
+    return gpu
+
+
+def _stand_ins(root: Path, gpu: bool) -> None:
+    """Lets the converter's modules be imported, and tensors stay where they are, without a usable GPU.
+
+    Nothing that the converter writes goes through a stand-in: they answer for the engine, which it never calls,
+    and for the move of a tensor to the device and back.
+    """
+    import torch
+
+    # Where lmdeploy looks for its engine. It fails to load without libcuda, cuBLAS or NCCL.
+    sys.path.append(str(root / "lib"))
+    try:
+        importlib.import_module("_turbomind")
+    except ImportError:
+        engine = types.ModuleType("_turbomind")
+        engine.__spec__ = importlib.machinery.ModuleSpec("_turbomind", None)
+        engine.__getattr__ = _empty_class
+        sys.modules["_turbomind"] = engine
+    if gpu:
+        return
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.cuda.empty_cache = lambda: None
+    import lmdeploy.utils
+    from lmdeploy.turbomind.deploy import converter
+
+    # Otherwise bfloat16 falls back to float16 because of the converting node's hardware.
+    lmdeploy.utils.is_bf16_supported = converter.is_bf16_supported = lambda *args: True
+
+
+def _empty_class(name: str) -> type:
+    if name.startswith("__"):  # a module without a file says so; inspect relies on it
+        raise AttributeError(name)
+    return type(name, (), {})
+
+
+def _refuse_code(model_path: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        if (model_path / name).is_file() and read_json(model_path / name).get("auto_map"):
+            raise UserError(
+                f"{model_path / name} names Python code of its own (auto_map), which lmdeploy would run",
+                fix="add --trust-remote-code if you trust that code",
+            )
+
+
+def _require_convertible(
+    model_path: Path, hf_config: dict, chat_template: str, tp: int, templates: set[str]
+) -> None:
+    """Raises a `UserError` for what TurboMind cannot take: architecture, head size, template, tp."""
+    from lmdeploy.turbomind.supported_models import SUPPORTED_ARCHS, is_supported
+
+    architecture = (hf_config.get("architectures") or ["none named"])[0]
+    if architecture not in SUPPORTED_ARCHS:
+        raise UserError(
+            f"TurboMind does not know the architecture of {model_path}",
+            found=architecture,
+            expected="one of " + ", ".join(sorted(SUPPORTED_ARCHS)),
+            fix="set turbomind.enabled: false and serve the Hugging Face folder instead",
+        )
+    size = head_size(hf_config)
+    if not is_supported(str(model_path)) or size not in (None, 64, 128):
+        raise UserError(
+            f"TurboMind cannot serve this {architecture}",
+            found=f"attention heads of size {size}",
+            expected="heads of size 64 or 128",
+            fix="serve the Hugging Face folder instead",
+        )
+    if chat_template not in templates:
+        raise UserError(
+            "unknown chat template",
+            found=chat_template,
+            expected="one of " + ", ".join(sorted(templates)),
+            fix="--chat-template internlm2 is the format that SnakeTune trains",
+        )
+    heads = hf_config.get("num_attention_heads", 0)
+    if tp < 1 or tp & (tp - 1) or heads % tp:
+        raise UserError(
+            "tp does not divide this model",
+            found=f"--tp {tp}, {heads} attention heads",
+            expected="a power of two that divides the number of heads",
+        )
+
+
+def _require_dtype_holds_weights(model_path: Path, dtype: str, hf_config: dict) -> None:
+    """Raises a `UserError` when a weight would become infinite in the half precision that will be written."""
+    from snaketune.checkpoints.safetensors_files import open_safetensors, safetensors_files
+
+    source = hf_config.get("torch_dtype") or hf_config.get("dtype")
+    target = dtype if dtype != "auto" else ("bfloat16" if source == "bfloat16" else "float16")
+    if target != "float16" or source == "float16" or not safetensors_files(model_path):
+        return
+    for name, tensor in open_safetensors(model_path).items():
+        require_in_range(name, tensor, target)
+
+
+def _read_workspace_config(folder: Path) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load((folder / WEIGHTS / "config.yaml").read_text())
+
+
+def _require_same_model(hf_config: dict, written: dict) -> None:
+    """Raises a `UserError` when the workspace's config.yaml says something else than the Hugging Face config."""
+    for what, (expected, found) in shared_settings(hf_config, written).items():
+        if expected != found:
+            raise UserError(
+                f"the TurboMind config.yaml has another {what.replace('_', ' ')} than the Hugging Face config.json",
+                found=found,
+                expected=expected,
+                fix="convert the checkpoint again with convert_pth_to_hf.py, which writes both spellings of the config",
+            )
+
+
+def _require_whole(folder: Path, written: dict, tp: int) -> None:
+    """Raises a `UserError` when embedding, head, or a layer's attention is missing or has the wrong size."""
+    model = written["model_config"]
+    rows = -(-model["vocab_size"] // tp) * tp
+    share = rows * model["hidden_units"] * 2 // tp  # 16-bit values
+    expected = {f"{name}.{rank}.weight": share for name in ("tok_embeddings", "output") for rank in range(tp)}
+    expected["norm.weight"] = model["hidden_units"] * 2
+    expected |= {
+        f"layers.{i}.attention_norm.weight": model["hidden_units"] * 2 for i in range(model["num_layer"])
+    }
+    for name, size in expected.items():
+        path = folder / WEIGHTS / name
+        found = path.stat().st_size if path.is_file() else "no such file"
+        if found != size:
+            raise UserError(f"the converter left {name} incomplete", found=found, expected=f"{size} bytes")
+
+
+def _manifest(folder: Path, model_name: str, model_path: Path, written: dict, tp: int) -> dict[str, Any]:
+    model, rope = written["model_config"], written["attention_config"]["rope_param"]
+    source = model_path / "manifest.json"
+    # lmdeploy copies every JSON file of the source, its manifest and weight index too: neither is true of this folder.
+    for name in ("manifest.json", "model.safetensors.index.json"):
+        (folder / name).unlink(missing_ok=True)
+    return {
+        "format": 1,
+        "model_name": model_name,
+        "chat_template": model["chat_template"],
+        "architecture": model["model_arch"],
+        "dtype": model["weight_type"],
+        "model_format": model["model_format"],
+        "tp": tp,
+        "rope_theta": rope["base"],
+        "rope_type": rope["type"],
+        "session_len": model["session_len"],
+        "vocab_size": model["vocab_size"],
+        "tokenizer_size": model["tokenizer_size"],
+        "hf_weights_sha256": read_json(source).get("weights_sha256") if source.is_file() else None,
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("lmdeploy", "torch", "transformers")
+        },
+        "files": describe_files(folder),
+        **job_record(),
+    }

@@ -1,0 +1,206 @@
+"""Proves that a TurboMind workspace is its Hugging Face folder: every weight, the config, and the logits.
+
+Converters fail in silence. So the workspace is read back by a reader of our own (`turbomind_folder.py`), put into
+Hugging Face's layout and compared bit for bit; the numbers of config.yaml are compared with config.json; and a forward
+pass straight from the engine's matrices, in its rotary layout, must give the logits that transformers gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from snaketune.checkpoints.safetensors_files import open_safetensors
+from snaketune.common.cli import UserError
+from snaketune.common.files import read_json
+from snaketune.common.progress import Progress
+from snaketune.export import internlm2
+from snaketune.export.hf_config import rope_of
+from snaketune.export.hf_folder import require_model_folder
+from snaketune.export.reference_forward import transformers_logits, turbomind_logits
+from snaketune.export.turbomind_config import shared_settings
+from snaketune.export.turbomind_folder import TurboMindFolder, same_bits
+
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    internlm2.ARCHITECTURE,
+)
+# Two fp32 evaluations of one function; what differs is the order of sums.
+LARGEST_DIFFERENCE = 1e-4
+TOKENS = 64
+
+
+def prove(hf: Path, turbomind: Path, forward: bool = True) -> dict[str, Any]:
+    """Compares a workspace with the Hugging Face folder that it was made from.
+
+    Args:
+        hf: Hugging Face folder with safetensors.
+        turbomind: TurboMind workspace with 16-bit weights.
+        forward: Compares the logits of random ids too.
+
+    Returns:
+        {"format", "architecture", "dtype", "tp", "tensors", "weights_bytes", "config": {name: value}}, and with
+        `forward` {"forward": {"tokens", "relative_difference", "largest_difference", "top1_agreement"}}
+
+    Raises:
+        UserError: Anything differs; names every tensor or field that does (the first ten).
+    """
+    hf_config = read_json(require_model_folder(hf) / "config.json")
+    architecture = (hf_config.get("architectures") or ["none named"])[0]
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            "there is no proof for the TurboMind layout of this architecture",
+            found=architecture,
+            expected=", ".join(ARCHITECTURES),
+            fix="set turbomind.proof: false, and compare the served model's answers yourself",
+        )
+    folder = TurboMindFolder(turbomind)
+    weights: Mapping[str, torch.Tensor] = open_safetensors(hf)
+    if architecture == internlm2.ARCHITECTURE:
+        weights, hf_config = internlm2.LlamaWeights(weights, hf_config), internlm2.llama_config(hf_config)
+    config = compare_config(hf_config, folder)
+    tensors = compare_weights(weights, folder, hf_config)
+    return {
+        "format": 1,
+        "architecture": architecture,
+        "dtype": str(folder.dtype).removeprefix("torch."),
+        "tp": folder.tp,
+        "tensors": tensors,
+        "weights_bytes": sum((folder.weights / name).stat().st_size for name in folder.read),
+        "config": config,
+    } | ({"forward": _compare_forward(hf_config, weights, folder)} if forward else {})
+
+
+def _compare_forward(
+    hf_config: dict[str, Any], weights: Mapping[str, torch.Tensor], folder: TurboMindFolder
+) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    ids = torch.randint(folder.vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    config = AutoConfig.for_model(**hf_config)
+    expected = transformers_logits(config, weights, ids, folder.dtype)
+    found = turbomind_logits(folder, ids)
+    return {"tokens": TOKENS, **compare_logits(expected, found, "TurboMind", "the Hugging Face folder")}
+
+
+def compare_weights(weights: Mapping[str, torch.Tensor], folder: TurboMindFolder, hf_config: dict) -> int:
+    """Compares every weight bit for bit, in the workspace's dtype, and returns how many there are.
+
+    Raises:
+        UserError: A tensor differs, or one of the two has a tensor that the other has not.
+    """
+    heads = hf_config["num_attention_heads"]
+    kv_heads = hf_config.get("num_key_value_heads") or heads
+    left = {name for name in weights if not name.endswith("rotary_emb.inv_freq")}
+    wrong, tensors = [], 0
+    total = 2 + len(left)
+    found = folder.hf_tensors(hf_config["intermediate_size"], kv_heads)
+    progress = Progress("tensors", total)
+    for name, tensor in found:
+        progress.add("weights", tensors=1)
+        source = "model.embed_tokens.weight" if name == "lm_head.weight" and name not in left else name
+        if source not in weights:
+            # lmdeploy writes a bias for `wo` wherever q, k and v have one; the model adds nothing there.
+            if name.endswith("o_proj.bias") and not tensor.count_nonzero():
+                continue
+            wrong.append(f"{name}: TurboMind has it, the Hugging Face folder does not")
+            continue
+        left.discard(source)
+        tensors += 1
+        wrong += _difference(name, weights[source].to(folder.dtype), tensor)
+    progress.finish()
+    wrong += [f"{name}: not in the TurboMind folder" for name in sorted(left)]
+    wrong += [f"{name}: a file that belongs to no weight" for name in folder.unread()]
+    if wrong:
+        raise _differ("weights", wrong)
+    return tensors
+
+
+def compare_config(hf_config: dict[str, Any], folder: TurboMindFolder) -> dict[str, Any]:
+    """Compares config.yaml with config.json and returns the fields that agree.
+
+    Raises:
+        UserError: A field differs.
+    """
+    model, attention = folder.config["model_config"], folder.config["attention_config"]
+    rope = attention["rope_param"]
+    _, scaling = rope_of(hf_config)
+    length = hf_config.get("max_position_embeddings", 0)
+    pairs = shared_settings(hf_config, folder.config) | {
+        "rope_size": (folder.head_size, rope["dim"]),
+        "intermediate_size": (
+            [-(-hf_config["intermediate_size"] // folder.tp) * folder.tp] * folder.layers,
+            folder.inner_sizes,
+        ),
+        "norm_eps": (hf_config["rms_norm_eps"], model["norm_eps"]),
+        "session_len": (length, model["session_len"]),
+        "max_position_embeddings": (length, attention["max_position_embeddings"]),
+        "softmax_scale": (0.0, float(attention["softmax_scale"])),  # 0: the engine's own, 1 / sqrt(head size)
+        "attention_bias": (_has_bias(hf_config), bool(model["attn_bias"])),
+    }
+    for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        if name in scaling and scaling["rope_type"] in ("linear", "llama3"):
+            pairs[f"rope_{name}"] = (scaling[name], rope[name])
+    wrong = [
+        f"{name}: {ours} in config.json, {theirs} in config.yaml"
+        for name, (ours, theirs) in pairs.items()
+        if ours != theirs
+    ]
+    if wrong:
+        raise _differ("configs", wrong)
+    return {name: theirs for name, (_, theirs) in pairs.items()}
+
+
+def compare_logits(expected: torch.Tensor, found: torch.Tensor, what: str, source: str) -> dict[str, float]:
+    """Compares two sets of logits (..., vocabulary) and returns how far apart they are.
+
+    Raises:
+        UserError: They differ by more than fp32 arithmetic does.
+    """
+    expected, found = expected.double(), found.double()
+    relative = ((found - expected).norm() / expected.norm()).item()
+    if not relative <= LARGEST_DIFFERENCE:
+        raise UserError(
+            f"{what} gives other logits than {source}",
+            found=f"relative difference {relative:.2e}",
+            expected=f"at most {LARGEST_DIFFERENCE:.0e}",
+            fix="do not use this model; weights or config of the two say something different",
+        )
+    return {
+        "relative_difference": relative,
+        "largest_difference": (found - expected).abs().max().item(),
+        "top1_agreement": (found.argmax(-1) == expected.argmax(-1)).double().mean().item(),
+    }
+
+
+def _has_bias(hf_config: dict[str, Any]) -> bool:
+    return hf_config["architectures"][0] == "Qwen2ForCausalLM" or bool(hf_config.get("attention_bias", False))
+
+
+def _difference(name: str, expected: torch.Tensor, found: torch.Tensor) -> list[str]:
+    if expected.shape != found.shape:
+        return [f"{name}: {list(expected.shape)} in Hugging Face, {list(found.shape)} in TurboMind"]
+    if same_bits(expected, found):
+        return []
+    places = (expected.contiguous().view(torch.int16) != found.contiguous().view(torch.int16)).nonzero()
+    place = tuple(places[0].tolist())
+    return [
+        f"{name}: {len(places)} of {expected.numel()} values differ, first at {list(place)}: "
+        f"{expected[place].item()} in Hugging Face, {found[place].item()} in TurboMind"
+    ]
+
+
+def _differ(what: str, wrong: Iterable[str]) -> UserError:
+    wrong = list(wrong)
+    more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
+    return UserError(
+        f"the {what} of the TurboMind and the Hugging Face folder differ",
+        found="".join(f"\n    {line}" for line in wrong[:10] + more),
+        fix="do not serve this model; convert again",
+    )

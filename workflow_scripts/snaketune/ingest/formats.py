@@ -1,0 +1,75 @@
+"""The formats by name, and the guess which of them a row is in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from snaketune.chat_format.chat_template import MessageError
+from snaketune.ingest import alpaca, openai_messages, sharegpt
+from snaketune.ingest.fields import CONVERSATION_KEYS, ConvertOptions, bad, list_of
+
+_CONVERTERS: dict[str, Callable[[dict, ConvertOptions], list[dict]]] = {
+    "openai": openai_messages.convert,
+    "sharegpt": sharegpt.convert,
+    "alpaca": alpaca.convert,
+}
+FORMATS = (*_CONVERTERS, "ftdp")
+
+
+def format_of(row: Any) -> str:
+    """Returns the name of the format that a row is in.
+
+    Raises:
+        MessageError: It is in none of them.
+    """
+    if isinstance(row, list):
+        return "ftdp"
+    if isinstance(row, dict):
+        # Either format is found under the other's key, too.
+        for key in CONVERSATION_KEYS:
+            if row.get(key) is not None:
+                messages = list_of(row[key], key)
+                first = messages[0] if messages else None
+                for sign, name in (("from", "sharegpt"), ("role", "openai")):
+                    if isinstance(first, dict) and sign in first:
+                        return name
+                return "openai" if key == "messages" else "sharegpt"
+        if "instruction" in row:
+            return "alpaca"
+    keys = (
+        f"an object with the keys {sorted(map(str, row))!r:.80}" if isinstance(row, dict) else f"{row!r:.80}"
+    )
+    raise MessageError(
+        "row",
+        found=keys,
+        expected="messages (OpenAI), conversations (ShareGPT), instruction (Alpaca), or a list of messages (ftdp)",
+        fix="rename the keys to those of a format",
+    )
+
+
+def convert(
+    row: Any, name: str, options: ConvertOptions, check: Callable[[list[dict]], None]
+) -> tuple[str, list[dict]]:
+    """Returns the name of the format and the row's conversation in ftdp, checked as tokenisation will check it.
+
+    Args:
+        row: The row's JSON value.
+        name: A format, or "auto".
+        options: How it is converted.
+        check: Raises a MessageError for a conversation that could not be tokenised.
+
+    Raises:
+        MessageError: The row is not in the format.
+    """
+    chosen = format_of(row) if name == "auto" else name
+    if chosen == "ftdp":
+        messages = row
+    elif isinstance(row, dict):
+        messages = _CONVERTERS[chosen](row, options)
+    else:
+        raise bad("row", row, f"an object in the format {chosen}", "correct --format")
+    if messages == []:
+        raise bad("conversation", messages, "at least one message", "remove the row")
+    check(messages)
+    return chosen, messages

@@ -1,0 +1,1 @@
+"""The network: loading a base, growing it to a tokenizer, attention, LoRA, the loss."""

@@ -1,0 +1,140 @@
+"""The base model: loaded for a device, and grown by the rows that new tokens need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from snaketune.common.cli import UserError
+from snaketune.models.device import resolve_dtype, training_device
+from snaketune.models.packed_attention import resolve_attention
+from snaketune.models.vocabulary_rows import find_new_tokens, grown_rows
+
+
+def load_base_model(
+    model_path: str,
+    dtype: str | torch.dtype = "auto",
+    attention: str = "auto",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Loads a causal language model with leak-free attention for packed rows and without a cache.
+
+    Args:
+        model_path: A local folder, or a hub name.
+        dtype: `auto` (by device), a name such as `bfloat16`, or a torch dtype.
+        attention: `auto`, `sdpa`, `flash_attention_2`, or any other name transformers knows.
+        trust_remote_code: Runs Python code that comes with the model.
+
+    Raises:
+        UserError: A path that looks local does not hold a model.
+    """
+    if Path(model_path).is_absolute() or model_path.startswith("."):
+        _check_folder(Path(model_path))
+    device = training_device()
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path,
+        dtype=resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype,
+        attn_implementation=resolve_attention(attention, device),
+        trust_remote_code=trust_remote_code,
+    )
+    # With a cache transformers 5 stops looking for packed documents, and they see each other.
+    model.config.use_cache = False
+    return model
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is not a model folder",
+            found="no config.json" if folder.is_dir() else "no such folder",
+            expected="config.json and *.safetensors",
+            fix="set model_path to a Hugging Face model folder or a hub name",
+        )
+
+
+def grow_to_tokenizer(
+    model: PreTrainedModel, tokenizer_path: str | None, base_path: str | None
+) -> tuple[list[int], list[int]]:
+    """Grows a base model to an extended tokenizer: for training, for its evaluation, and for export and its gate.
+
+    Args:
+        model: Changed in place.
+        tokenizer_path: Folder of the extended tokenizer; None leaves the model as it is.
+        base_path: The base model, see `find_new_tokens`.
+
+    Returns:
+        (ids of the tokens that are new to the base, rows whose mean theirs start from)
+    """
+    if tokenizer_path is None:
+        return [], []
+    vocab_size, new_ids = find_new_tokens(tokenizer_path, base_path)
+    return new_ids, resize_for_tokenizer(model, vocab_size, new_ids)
+
+
+def resize_for_tokenizer(model: PreTrainedModel, vocab_size: int, new_ids: Sequence[int]) -> list[int]:
+    """Makes room for a tokenizer and starts the rows of its new tokens at the mean of the rows that were there.
+
+    XTuner 0.2.0 grows the embedding to a multiple of 64 as well, but then sets the *last* n rows to the mean: with
+    padding these are not the rows of the new ids (Mistral: 32058-32063 instead of 32000-32005). Here exactly the
+    rows of `new_ids` get it, in the input embedding and in the head, also when the base already had spare rows for
+    them. Rows without a token (padding) get the mean too, so equal inputs give equal bytes.
+
+    Args:
+        model: Changed in place; tied and untied heads, also with ZeRO-3 partitioned parameters.
+        vocab_size: Entries of the tokenizer.
+        new_ids: Ids that the tokenizer has and the base tokenizer had not.
+
+    Returns:
+        The rows of which the mean was taken. Spare rows of a padded base are not among them: they were never trained.
+
+    Raises:
+        UserError: A new id does not fit the tokenizer.
+    """
+    outside = [i for i in new_ids if not 0 <= i < vocab_size]
+    if outside:
+        raise UserError(
+            "new token ids lie outside the tokenizer", found=outside, expected=f"0 to {vocab_size - 1}"
+        )
+    old_rows = _rows(model.get_input_embeddings())
+    rows = grown_rows(old_rows, vocab_size)
+    if rows > old_rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    new = set(new_ids)
+    old = [i for i in range(min(old_rows, vocab_size)) if i not in new]
+    fresh = [*sorted(new), *(i for i in range(old_rows, rows) if i not in new)]
+    if not fresh:
+        return old
+    head = model.get_output_embeddings()
+    for layer in [model.get_input_embeddings(), *([] if head is None or _is_tied(model) else [head])]:
+        parameters = [layer.weight, *([layer.bias] if getattr(layer, "bias", None) is not None else [])]
+        with _gathered(parameters), torch.no_grad():
+            for parameter in parameters:
+                if parameter.numel():
+                    # fp32: a mean over 32,000 rows in bfloat16 would lose most of its digits.
+                    mean = parameter[torch.tensor(old, device=parameter.device)].float().mean(dim=0)
+                    parameter[torch.tensor(fresh, device=parameter.device)] = mean.to(parameter.dtype)
+    return old
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def _rows(layer: nn.Module) -> int:
+    # A ZeRO-3 parameter is empty outside a gather; its whole shape is in ds_shape.
+    return (getattr(layer.weight, "ds_shape", None) or layer.weight.shape)[0]
+
+
+def _gathered(parameters: list[nn.Parameter]):
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    # Written on rank 0 and sent to the others when the context closes.
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)

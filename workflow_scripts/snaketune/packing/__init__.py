@@ -1,0 +1,1 @@
+"""Pack plans: which documents make which row, in which order."""

@@ -1,0 +1,241 @@
+"""The pack plan: which stretches of which documents make which packed row, and the order of the rows.
+
+A plan is a folder, written once by plan_packing.py and only read by the trainer:
+
+    plan.json    settings, the `.bin` files with their digests, what was packed, cut and left out; written last
+    rows.npy     int64 (rows + 1,): row r is made of the slices rows[r] to rows[r + 1]
+    slices.npy   a record for each stretch of a document, see SLICE
+    order.npy    int32 (epochs, rows): the rows in the order of training, epoch by epoch
+
+The arrays are memory-mapped: opening a plan costs the same however many documents it has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from snaketune.common.cli import UserError
+from snaketune.common.files import atomic_path, read_json, sha256_json, write_json
+from snaketune.packing.plan_format import PLAN_ARRAYS, PLAN_FORMAT
+
+MODES = ("best_fit", "xtuner")
+SEED = 1024  # XTuner's
+PLAN = "plan.json"
+
+# A stretch of a document: its file in the plan's list, its number in the file, its tokens from `start` to before
+# `stop`, and where its line begins in the file and how many bytes it has.
+SLICE = np.dtype(
+    [
+        ("file", "<i4"),
+        ("sample", "<i4"),
+        ("start", "<i4"),
+        ("stop", "<i4"),
+        ("offset", "<i8"),
+        ("bytes", "<i8"),
+    ]
+)
+
+
+class Slice(NamedTuple):
+    """One record of slices.npy."""
+
+    file: int
+    sample: int
+    start: int
+    stop: int
+    offset: int
+    bytes: int
+
+
+@dataclass
+class PackPlan:
+    """A plan, in memory or mapped from its folder.
+
+    Attributes:
+        mode: best_fit or xtuner.
+        seed: Of the packing and of the order of rows.
+        max_length: Tokens of a full row.
+        train_folder: What the names of files are relative to.
+        files: One entry a file: `name`, `samples`, `tokens`, `bin_bytes`, `bin_sha256` (None if nobody asked for it).
+        rows: int64 (rows + 1,), see above.
+        slices: SLICE array.
+        orders: int32 (epochs, rows); epochs beyond it are worked out when they come.
+        totals: What was counted: `documents`, `tokens`, `rows`, `waste`, `cut` and `dropped`, see docs/packing.md.
+        processed_dir: The folder of the JSONL files, if it was given: only for traces.
+        made_with: Tokenizer, template and options of the files, see snaketune/tokenized/made_with.py; None if nobody can tell.
+        weights: How often the documents of a dataset are seen an epoch, where that is not once.
+    """
+
+    mode: str
+    seed: int
+    max_length: int
+    train_folder: Path
+    files: list[dict[str, Any]]
+    rows: np.ndarray
+    slices: np.ndarray
+    orders: np.ndarray
+    totals: dict[str, Any] = field(default_factory=dict)
+    processed_dir: Path | None = None
+    made_with: dict[str, Any] | None = None
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Rows of an epoch."""
+        return len(self.rows) - 1
+
+    def row(self, number: int) -> list[Slice]:
+        """Returns the slices of a row, in their order."""
+        return [Slice(*record) for record in self.slices[self.rows[number] : self.rows[number + 1]].tolist()]
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Returns the rows of an epoch in the order of training: int array (rows,)."""
+        return self.orders[epoch] if epoch < len(self.orders) else shuffled_rows(len(self), self.seed, epoch)
+
+    def entries_per_epoch(self, world_size: int) -> int:
+        """Returns how many rows of an epoch are trained on.
+
+        All of them; in mode xtuner as many as the ranks share evenly, so it depends on `world_size`, as in XTuner.
+        """
+        return len(self) // world_size * world_size if self.mode == "xtuner" else len(self)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the plan was made with, apart from the data."""
+        own = {"weights": self.weights} if self.weights else {}
+        return {"mode": self.mode, "seed": self.seed, "max_length": self.max_length, **own}
+
+    def sha256(self) -> str:
+        """Returns the digest of all that decides what is trained on, and in which order: no path is part of it."""
+        digests = {name: hashlib.sha256(getattr(self, name)).hexdigest() for name in ("rows", "slices")}
+        data = [[file["name"], file["bin_sha256"]] for file in self.files]
+        return sha256_json({"format": PLAN_FORMAT, **self.settings, "files": data, **digests})
+
+    def write(self, folder: str | os.PathLike) -> dict[str, Any]:
+        """Writes the folder's files, plan.json last, and returns what that holds."""
+        folder = Path(folder)
+        (folder / PLAN).unlink(missing_ok=True)
+        for name, array in zip(PLAN_ARRAYS, (self.rows, self.slices, self.orders), strict=True):
+            with atomic_path(folder / name) as path, open(path, "wb") as file:
+                np.save(file, array, allow_pickle=False)
+        manifest = {
+            "format": PLAN_FORMAT,
+            "plan_sha256": self.sha256(),
+            **self.settings,
+            "train_folder": os.path.relpath(self.train_folder, folder),
+            "processed_dir": self.processed_dir and os.path.relpath(self.processed_dir, folder),
+            "made_with": self.made_with,
+            "files": self.files,
+            "rows": len(self),
+            "slices": len(self.slices),
+            "epochs": len(self.orders),
+            "totals": self.totals,
+        }
+        write_json(folder / PLAN, manifest)
+        return manifest
+
+
+def shuffled_rows(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the order of an epoch's rows: int32 (rows,), XTuner's, whose random generator NumPy keeps as it is."""
+    order = np.arange(rows, dtype=np.int32)
+    np.random.RandomState(seed + epoch).shuffle(order)
+    return order
+
+
+def read_plan_manifest(folder: str | os.PathLike) -> dict[str, Any]:
+    """Returns the plan.json of a plan folder; the path of the plan.json itself is taken too.
+
+    Raises:
+        UserError: It is missing or no plan.
+    """
+    path = plan_folder(folder) / PLAN
+    try:
+        manifest = read_json(path)
+        if manifest["format"] != PLAN_FORMAT or manifest["mode"] not in MODES:
+            raise ValueError(f"format {manifest['format']}, mode {manifest['mode']}")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing", fix="make the plan with plan_packing.py") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a pack plan", found=error, fix="make it again with plan_packing.py"
+        ) from None
+    return manifest
+
+
+def plan_folder(path: str | os.PathLike) -> Path:
+    """Returns the folder of a plan, given as the folder or as its plan.json."""
+    path = Path(path)
+    return path.parent if path.name == PLAN else path
+
+
+def open_plan(folder: str | os.PathLike, train_folder: str | os.PathLike | None = None) -> PackPlan:
+    """Opens a plan folder; the arrays are mapped, and the `.bin` files looked up but not read.
+
+    Args:
+        folder: The plan folder.
+        train_folder: Where the `.bin` files lie, if not where the plan says.
+
+    Raises:
+        UserError: The plan is torn, or a `.bin` file is missing or of another size than when it was planned.
+    """
+    folder = plan_folder(folder)
+    manifest = read_plan_manifest(folder)
+    arrays = [_map_array(folder / name) for name in PLAN_ARRAYS]
+    found = [array.shape for array in arrays]
+    expected = [(manifest["rows"] + 1,), (manifest["slices"],), (manifest["epochs"], manifest["rows"])]
+    if found != expected or arrays[1].dtype != SLICE:
+        raise UserError(
+            f"{folder}: the arrays are not those of plan.json",
+            found=found,
+            expected=expected,
+            fix="make the plan again with plan_packing.py",
+        )
+    processed = manifest["processed_dir"]
+    plan = PackPlan(
+        manifest["mode"],
+        manifest["seed"],
+        manifest["max_length"],
+        Path(train_folder or os.path.normpath(folder / manifest["train_folder"])),
+        manifest["files"],
+        *arrays,
+        totals=manifest["totals"],
+        processed_dir=processed and Path(os.path.normpath(folder / processed)),
+        weights=manifest.get("weights", {}),
+    )
+    for file in plan.files:
+        _look_up(plan.train_folder / file["name"], file["bin_bytes"])
+    return plan
+
+
+def _map_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path} cannot be read", found=error, fix="make the plan again with plan_packing.py"
+        ) from None
+
+
+def _look_up(path: Path, size: int) -> None:
+    try:
+        found: Any = path.stat().st_size
+    except OSError as error:
+        found = error.strerror
+    if found != size:
+        raise UserError(
+            f"{path} is not the file that was planned with",
+            found=found if isinstance(found, str) else f"{found} bytes",
+            expected=f"{size} bytes",
+            fix="make the plan again with plan_packing.py",
+        )
+
+
+def join_rows(counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Returns the `rows` array for the numbers of slices of each row."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])

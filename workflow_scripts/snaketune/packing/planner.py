@@ -1,0 +1,319 @@
+"""Makes pack plans from the `.bin.meta` files alone.
+
+* `xtuner` packs as XTuner 0.2.0's `JsonlDataset` and `PackedDataset` (written anew here): every file on its own, its
+  documents shuffled, laid end to end and cut every `max_length` tokens; what is left at the end of a file is dropped.
+* `best_fit` packs the documents of all files together (snaketune/packing/best_fit.py). No document that fits into a row is cut, and
+  none is dropped.
+
+With weights, documents of a dataset are seen more or less often an epoch (snaketune/packing/mixture.py): every copy is packed like a
+document of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from snaketune.common.cli import UserError
+from snaketune.packing.best_fit import assign_rows
+from snaketune.packing.mixture import copies_per_epoch
+from snaketune.packing.pack_plan import MODES, SEED, SLICE, PackPlan, join_rows, open_plan, shuffled_rows
+from snaketune.packing.plan_format import check_weights, own_weights
+from snaketune.tokenized.bin_reader import read_meta
+from snaketune.tokenized.data_order import list_train_files, read_data_order
+from snaketune.tokenized.layout import dataset_of
+
+
+class Documents(NamedTuple):
+    """The documents of all files, in the order of the files: int64 arrays (documents,).
+
+    Attributes:
+        file: The number of the file.
+        sample: The document's number in its file.
+        length: Its tokens.
+        offset: Where its line begins.
+        bytes: How long the line is.
+    """
+
+    file: np.ndarray
+    sample: np.ndarray
+    length: np.ndarray
+    offset: np.ndarray
+    bytes: np.ndarray
+
+    def chosen(self, which: np.ndarray) -> Documents:
+        """Returns the documents of an index or bool array."""
+        return Documents(*(column[which] for column in self))
+
+
+class Pieces(NamedTuple):
+    """Stretches of documents, row after row.
+
+    Attributes:
+        document: int64 (pieces,), the number of the document.
+        start: int64 (pieces,), first token.
+        stop: int64 (pieces,), the token after the last.
+        rows: int64 (rows + 1,), the pieces of each row.
+    """
+
+    document: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    rows: np.ndarray
+
+
+def make_plan(
+    train_folder: str | os.PathLike,
+    names: Sequence[str],
+    max_length: int,
+    mode: str = "best_fit",
+    seed: int = SEED,
+    epochs: int = 1,
+    min_length: int = 0,
+    bin_sha256: Sequence[str] | None = None,
+    processed_dir: str | os.PathLike | None = None,
+    made_with: dict | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> PackPlan:
+    """Plans the packing of `.bin` files.
+
+    Args:
+        train_folder: `.../chatml_llamav13_32k/train`.
+        names: The files, relative to it, as a data order lists them. Their order numbers the rows in mode xtuner and
+            counts for nothing in mode best_fit, which takes them by name.
+        max_length: Tokens of a full row.
+        mode: best_fit or xtuner.
+        seed: Of the packing and of the order of rows.
+        epochs: Epochs whose order of rows is written down.
+        min_length: Documents with fewer tokens are left out, and counted.
+        bin_sha256: The digest of each file.
+        processed_dir: The folder of the JSONL files, for traces.
+        made_with: What the files were made with, to be written down.
+        weights: How often the documents of a dataset are seen an epoch; 1 for those not named. In mode xtuner 0 or 1.
+
+    Raises:
+        UserError: A file is missing or broken, a weight cannot be used, or no row can be filled.
+    """
+    if mode not in MODES:
+        raise UserError("the packing mode cannot be used", found=mode, expected=" or ".join(MODES))
+    for name, value, least in (("max_length", max_length, 2), ("seed", seed, 0), ("epochs", epochs, 0)):
+        if value < least:
+            raise UserError(f"{name} cannot be used", found=value, expected=f"{least} or more")
+    train_folder = Path(train_folder)
+    files = [
+        {"name": name, "bin_sha256": digest}
+        for name, digest in zip(names, bin_sha256 or [None] * len(names), strict=True)
+    ]
+    if mode == "best_fit":
+        files.sort(key=lambda file: file["name"])
+    check_weights(weights, {dataset_of(name) for name in names}, mode)
+    weights = own_weights(weights)
+    documents = _read_documents(train_folder, files)
+    long_enough = np.flatnonzero(documents.length >= max(min_length, 1))
+    copies = np.zeros(len(documents.length), dtype=np.int64)
+    copies[long_enough] = copies_per_epoch(
+        documents.file[long_enough],
+        documents.sample[long_enough],
+        [file["name"] for file in files],
+        weights,
+        seed,
+    )
+    kept = np.repeat(np.arange(len(copies)), copies)
+    if not len(kept):
+        raise UserError(
+            f"{train_folder}: there is no document to pack",
+            found=f"{len(files)} .bin files with {len(documents.length)} documents",
+            fix="check the data folder and the data order",
+        )
+    make = _best_fit if mode == "best_fit" else _xtuner
+    pieces = make(documents.chosen(kept), max_length, seed)
+    pieces = pieces._replace(document=kept[pieces.document])
+    if len(pieces.rows) < 2:
+        raise _no_row(train_folder, files, max_length)
+    return PackPlan(
+        mode,
+        seed,
+        max_length,
+        train_folder,
+        files,
+        pieces.rows,
+        _records(documents, pieces),
+        _orders(len(pieces.rows) - 1, seed, epochs),
+        totals=_count(documents, pieces, max_length, min_length, copies)
+        | (_count_mixture(documents, copies, files, weights, min_length) if weights else {}),
+        processed_dir=processed_dir and Path(processed_dir),
+        made_with=made_with,
+        weights=weights,
+    )
+
+
+def plan_for_training(
+    plan: str | os.PathLike | None = None,
+    folder: str | os.PathLike | None = None,
+    packed_length: int | None = None,
+    data_order_path: str | os.PathLike | None = None,
+    seed: int = SEED,
+    min_length: int = 0,
+) -> PackPlan:
+    """Returns the plan that a training config's dataset means: one on disk, or else XTuner's of a train folder.
+
+    Args:
+        plan: A plan folder; the other arguments but `folder` then count for nothing.
+        folder: `.../chatml_llamav13_32k/train`; with a plan, where it lies now.
+        packed_length: Tokens of a row.
+        data_order_path: A `data_order.txt`; None walks the folder.
+        seed: Of the order within each file and of the order of rows; XTuner's is 1024.
+        min_length: Documents with fewer tokens are left out.
+
+    Raises:
+        UserError: The plan or a file is missing or broken, or no file fills a row.
+    """
+    if plan is not None:
+        return open_plan(plan, folder)
+    if folder is None or packed_length is None:
+        raise UserError(
+            "the training data are not named",
+            expected="plan, or folder and packed_length, in train_dataloader.dataset",
+            fix="make a plan with plan_packing.py and render a config with --plan",
+        )
+    names = read_data_order(data_order_path) if data_order_path else list_train_files(folder)
+    return make_plan(folder, names, packed_length, "xtuner", seed, min_length=min_length)
+
+
+def _read_documents(train_folder: Path, files: list[dict]) -> Documents:
+    """Reads the meta files and completes the entries of `files`."""
+    parts = []
+    for number, file in enumerate(files):
+        path = train_folder / file["name"]
+        meta, size = read_meta(path), path.stat().st_size
+        ends = np.append(meta[1:, 0], size) if len(meta) else meta[:, 0]
+        lengths = meta[:, 1]
+        file |= {"samples": len(meta), "tokens": int(lengths.sum()), "bin_bytes": size}
+        parts.append(
+            (np.full(len(meta), number), np.arange(len(meta)), lengths, meta[:, 0], ends - meta[:, 0])
+        )
+    columns = zip(*parts, strict=True) if parts else [[np.zeros(0, dtype=np.int64)]] * 5
+    return Documents(*(np.concatenate(column) for column in columns))
+
+
+def _xtuner(documents: Documents, max_length: int, seed: int) -> Pieces:
+    """Packs each file on its own, as XTuner."""
+    parts: list[Pieces] = []
+    files, begins = np.unique(documents.file, return_index=True)
+    for begin, end in zip(begins, [*begins[1:], len(documents.file)], strict=True):
+        order = np.arange(end - begin)
+        np.random.RandomState(seed).shuffle(order)
+        order += begin
+        ends = np.cumsum(documents.length[order])
+        rows = int(ends[-1]) // max_length
+        cuts = np.arange(rows + 1, dtype=np.int64) * max_length
+        # Borders of pieces in the stream of all tokens: where a document ends, and where a row does.
+        borders = np.union1d(ends[ends < cuts[-1]], cuts)
+        place = np.searchsorted(ends, borders[:-1], side="right")
+        document = order[place]
+        start = borders[:-1] - (ends[place] - documents.length[document])
+        parts.append(
+            Pieces(document, start, start + np.diff(borders), np.diff(np.searchsorted(borders, cuts)))
+        )
+    document, start, stop, counts = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Pieces(document, start, stop, join_rows(counts))
+
+
+def _best_fit(documents: Documents, max_length: int, seed: int) -> Pieces:
+    """Packs all documents together; one longer than a row is cut every `max_length` tokens, and its pieces packed."""
+    # Shuffled first, so that a row does not collect neighbours of one file among documents of one length.
+    order = np.arange(len(documents.length))
+    np.random.RandomState(seed).shuffle(order)
+    counts = -(-documents.length[order] // max_length)
+    document = np.repeat(order, counts)
+    start = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * max_length
+    stop = np.minimum(start + max_length, documents.length[document])
+    by_length = np.argsort(start - stop, kind="stable")
+    row = assign_rows((stop - start)[by_length], max_length)
+    by_row = by_length[np.argsort(row, kind="stable")]
+    return Pieces(document[by_row], start[by_row], stop[by_row], join_rows(np.bincount(row)))
+
+
+def _records(documents: Documents, pieces: Pieces) -> np.ndarray:
+    records = np.empty(len(pieces.document), dtype=SLICE)
+    for name in ("file", "sample", "offset", "bytes"):
+        records[name] = getattr(documents, name)[pieces.document]
+    records["start"], records["stop"] = pieces.start, pieces.stop
+    return records
+
+
+def _orders(rows: int, seed: int, epochs: int) -> np.ndarray:
+    orders = np.empty((epochs, rows), dtype=np.int32)
+    for epoch in range(epochs):
+        orders[epoch] = shuffled_rows(rows, seed, epoch)
+    return orders
+
+
+def _count(
+    documents: Documents, pieces: Pieces, max_length: int, min_length: int, copies: np.ndarray
+) -> dict[str, Any]:
+    """Every document and every token is in a row or under `dropped`, or left out by its dataset's weight."""
+    rows, sizes = len(pieces.rows) - 1, pieces.stop - pieces.start
+    placed = np.bincount(pieces.document, weights=sizes, minlength=len(documents.length)).astype(np.int64)
+    cut = sizes < documents.length[pieces.document]
+    short = documents.length < max(min_length, 1)
+    lost = documents.length * copies - placed
+    waste = rows * max_length - int(sizes.sum())
+    reasons = {
+        "too_short": (short, documents.length[short]),
+        "end_of_file": ((placed == 0) & (copies > 0), lost),
+    }
+    return {
+        "documents": len(documents.length),
+        "tokens": int(documents.length.sum()),
+        "packed_tokens": int(sizes.sum()),
+        "rows": rows,
+        "least_rows": -(-int(sizes.sum()) // max_length),
+        "waste": {"tokens": waste, "share": waste / (rows * max_length)},
+        "cut": {"documents": len(np.unique(pieces.document[cut])), "pieces": int(cut.sum())},
+        "dropped": {
+            reason: {"documents": int(which.sum()), "tokens": int(tokens.sum())}
+            for reason, (which, tokens) in reasons.items()
+        },
+    }
+
+
+def _count_mixture(
+    documents: Documents,
+    copies: np.ndarray,
+    files: list[dict],
+    weights: Mapping[str, float],
+    min_length: int,
+) -> dict[str, Any]:
+    """Counts what weights change, by dataset. Packed, dropped and left out are all tokens and those repeated."""
+    by_file = np.array([dataset_of(file["name"]) for file in files])[documents.file]
+    usable = documents.length >= max(min_length, 1)
+    mixture = {}
+    for dataset in np.unique(by_file).tolist():
+        mine = (by_file == dataset) & usable
+        lengths, times = documents.length[mine], copies[mine]
+        extra, out = np.maximum(times - 1, 0), times == 0
+        mixture[dataset] = {
+            "weight": weights.get(dataset, 1.0),
+            "documents": len(lengths),
+            "tokens": int(lengths.sum()),
+            "seen": {"documents": int(times.sum()), "tokens": int((times * lengths).sum())},
+            "repeated": {"documents": int(extra.sum()), "tokens": int((extra * lengths).sum())},
+            "left_out": {"documents": int(out.sum()), "tokens": int(lengths[out].sum())},
+        }
+    return {"mixture": mixture}
+
+
+def _no_row(train_folder: Path, files: list[dict], max_length: int) -> UserError:
+    largest = max(file["tokens"] for file in files)
+    counts = ", ".join(f"{file['name']}: {file['tokens']}" for file in files)
+    return UserError(
+        f"{train_folder}: no file fills a row of {max_length} tokens, so there is nothing to train on",
+        found=f"tokens by file: {counts}",
+        expected=f"a file with at least {max_length} tokens (mode xtuner packs each file on its own)",
+        fix=f"set max_length to {largest} or less, take packing.mode best_fit, or add data",
+    )

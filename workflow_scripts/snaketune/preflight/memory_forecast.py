@@ -1,0 +1,159 @@
+"""Memory of a training process, from the shape of the model and how ZeRO shares it out.
+
+What ZeRO shards follows Rajbhandari et al. 2020 (arXiv 1910.02054, section 5): stage 1 the optimizer's states, stage 2 the
+gradients too, stage 3 the weights too. To it come DeepSpeed's buckets, the activations (with checkpointing the input of
+each layer, and one layer's own while it is computed again) and a chunk of logits. CUDA's context and the fragments of its
+allocator are not measured: `GPU_FIXED` stands for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+MIB = 2**20
+# A training process with a model of a few bytes takes 485 MiB after one step (torch 2.13, transformers 5.23, DeepSpeed
+# 0.19.8); the rest is chosen so that the peaks of three CPU runs, of 8.5 and 134 million parameters, come out best.
+CPU_FIXED = 590 * MIB
+GPU_FIXED = 2048 * MIB
+# Elements, as `snaketune.training.deepspeed_strategy.deepspeed_settings` has them.
+_GPU_BUCKET, _CPU_BUCKET = 500_000_000, 50_000_000
+# Elements of the logits that are there at a time, see `snaketune.models.cross_entropy`.
+_CHUNK = 2**25
+SETTINGS = (
+    (0, "none"),
+    (1, "none"),
+    (1, "optimizer"),
+    (2, "none"),
+    (2, "optimizer"),
+    (3, "none"),
+    (3, "optimizer"),
+    (3, "all"),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides its memory.
+
+    Attributes:
+        parameters: All, tied ones once; `trained`: those that are not frozen.
+        layers: Decoder layers.
+        hidden: Width of the residual stream.
+        query: Width of all query heads; `key` of all key heads.
+        intermediate: Width of the MLP.
+        vocabulary: Rows of the head.
+    """
+
+    parameters: int
+    trained: int
+    layers: int
+    hidden: int
+    query: int
+    key: int
+    intermediate: int
+    vocabulary: int
+
+
+def read_shape(
+    model_path: str,
+    vocab_size: int | None = None,
+    trust_remote_code: bool = False,
+    lora_rank: int | None = None,
+) -> Shape:
+    """Returns the shape of a model from its config.json.
+
+    Args:
+        model_path: Hugging Face folder or hub name.
+        vocab_size: Ids of the tokenizer; where the model has fewer rows it grows to it.
+        trust_remote_code: Runs Python code that comes with the model.
+        lora_rank: Of the adapters, where these alone are trained.
+    """
+    from transformers import AutoConfig
+
+    from snaketune.models.vocabulary_rows import grown_rows
+    from snaketune.preflight.sizes import count_parameters
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code).get_text_config()
+    rows = grown_rows(config.vocab_size, vocab_size or 0)
+    matrices = 1 if config.tie_word_embeddings else 2
+    grown = matrices * (rows - config.vocab_size) * config.hidden_size
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    weights, trained = count_parameters(model_path, trust_remote_code, lora_rank)
+    return Shape(
+        parameters=weights + grown,
+        trained=trained + (grown if lora_rank is None else 0),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        query=config.num_attention_heads * size,
+        key=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * size,
+        intermediate=config.intermediate_size,
+        vocabulary=rows,
+    )
+
+
+def process_memory(
+    shape: Shape,
+    *,
+    dtype_bytes: int,
+    zero_stage: int,
+    offload: str = "none",
+    ranks: int = 1,
+    row_tokens: int,
+    gradient_checkpointing: bool,
+    on_gpu: bool,
+) -> dict[str, Any]:
+    """Returns the bytes of one training process at its peak.
+
+    Args:
+        shape: Of the model.
+        dtype_bytes: Of a weight in training: 4, or 2 with fp32 copies in the optimizer.
+        zero_stage: 0 to 3.
+        offload: none, optimizer or all.
+        ranks: Processes that share what the stage shards.
+        row_tokens: Tokens of a packed row.
+        gradient_checkpointing: Are activations computed again in the backward pass?
+        on_gpu: GPU, or CPU.
+
+    Returns:
+        `device` and `host` bytes, and `parts` of the device's. On a CPU all is `device`.
+    """
+    own = shape.trained / ranks
+    weights = dtype_bytes * shape.parameters / (ranks if zero_stage == 3 else 1)
+    # Two moments in fp32; from stage 1 on an fp32 copy of the weights.
+    optimizer = 8 * shape.trained if zero_stage == 0 else 12 * own
+    gradients = dtype_bytes * shape.trained if zero_stage < 2 else 4 * own
+    bucket = min(shape.trained, _GPU_BUCKET if on_gpu else _CPU_BUCKET) * dtype_bytes if zero_stage else 0
+    # The gradients that wait to be summed, and those that are: twice where the two overlap.
+    buckets = bucket * (2 if zero_stage else 1)
+    host = 0.0
+    if offload != "none" and on_gpu:
+        host += optimizer + 4 * own
+        optimizer = 0
+        if offload == "all":
+            host += weights
+            weights = dtype_bytes * shape.parameters / shape.layers
+    token = dtype_bytes * (8 * shape.hidden + 3 * shape.query + 4 * shape.key + 4 * shape.intermediate)
+    activations = row_tokens * token * (1 if gradient_checkpointing else shape.layers)
+    if gradient_checkpointing:
+        activations += row_tokens * dtype_bytes * shape.hidden * shape.layers
+    rows = min(row_tokens, max(16, _CHUNK // shape.vocabulary))
+    logits = rows * shape.vocabulary * (4 if dtype_bytes == 4 else 4 + 2 * dtype_bytes)
+    logits += 4 * shape.vocabulary * shape.hidden
+    # While the optimizer steps, the activations have gone, and the gradients of its part lie once more in fp32.
+    step = 0 if zero_stage == 0 or offload != "none" else 4 * own
+    working = max(activations + logits, step)
+    fixed = GPU_FIXED if on_gpu else CPU_FIXED
+    parts = {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "buckets": buckets,
+        "activations and logits, or step": working,
+        "fixed": fixed,
+    }
+    return {
+        "device": round(sum(parts.values())),
+        "host": round(host),
+        "parts": {name: round(size) for name, size in parts.items()},
+    }

@@ -1,0 +1,114 @@
+"""Steps, tokens, hours, disk and memory of a run, from its settings and its pack plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from snaketune.common.cli import UserError
+from snaketune.packing.pack_plan import open_plan
+from snaketune.preflight.memory_forecast import SETTINGS, Shape, process_memory
+from snaketune.preflight.sizes import BYTES, checkpoint_bytes
+from snaketune.training.metrics_file import whole_lines
+
+GIB = 2**30
+
+
+def make_run_plan(
+    config: Mapping[str, Any],
+    pack_plan: Path,
+    shape: Shape,
+    *,
+    gpus: int,
+    device_gib: float,
+    tokens_per_second: float | None,
+) -> dict[str, Any]:
+    """Returns what a run will take.
+
+    Args:
+        config: The run's settings.
+        pack_plan: Folder of the pack plan, which knows every length.
+        shape: Of the model.
+        gpus: GPUs, each with one process; 0: CPU processes, `train.processes` or one.
+        device_gib: Memory of a GPU, or that a CPU process may have.
+        tokens_per_second: Of all processes; None: hours are not known.
+
+    Raises:
+        UserError: The data does not fill a step.
+    """
+    train = config["train"]
+    ranks = gpus or train["processes"] or 1
+    readers = ranks // train["sequence_parallel"]
+    plan = open_plan(pack_plan)
+    rows = plan.entries_per_epoch(readers)
+    batch = train["global_batch"] or train["accumulative_counts"] * readers
+    steps = train["max_steps"] or int(train["max_epochs"] * rows) // batch
+    if not steps:
+        raise UserError(
+            "the data does not fill one optimizer step",
+            found=f"{rows} packed rows an epoch, {train['max_epochs']} epochs",
+            expected=f"at least {batch} rows",
+        )
+    packed = int((plan.slices["stop"] - plan.slices["start"]).sum())
+    tokens = round(packed / len(plan) * steps * batch)
+    seconds = tokens / tokens_per_second if tokens_per_second else None
+    dtype = train["dtype"] if train["dtype"] != "auto" else ("bfloat16" if gpus else "float32")
+    memory = []
+    for stage, offload in SETTINGS:
+        if (offload != "none" and not gpus) or (stage == 0 and dtype == "bfloat16"):
+            continue
+        need = process_memory(
+            shape,
+            dtype_bytes=BYTES[dtype],
+            zero_stage=stage,
+            offload=offload,
+            ranks=ranks,
+            row_tokens=plan.max_length // train["sequence_parallel"],
+            gradient_checkpointing=train["gradient_checkpointing"],
+            on_gpu=bool(gpus),
+        )
+        memory.append(
+            {
+                "zero_stage": stage,
+                "offload": offload,
+                "device_gib": round(need["device"] / GIB, 3),
+                "host_gib": round(need["host"] * ranks / GIB, 3),
+                "fits": need["device"] <= device_gib * GIB,
+                "chosen": (stage, offload) == (train["zero_stage"], train["offload"]),
+                "parts": need["parts"],
+            }
+        )
+    checkpoint = checkpoint_bytes(shape.trained, dtype, train["zero_stage"], train["save_optimizer"])
+    return {
+        "format": 1,
+        "gpus": gpus,
+        "ranks": ranks,
+        "dtype": dtype,
+        "device_gib": device_gib,
+        "parameters": shape.parameters,
+        "trained_parameters": shape.trained,
+        "rows": rows,
+        "steps": steps,
+        "tokens": tokens,
+        "epochs": round(steps * batch / rows, 4),
+        "tokens_per_second": tokens_per_second,
+        "hours": None if seconds is None else round(seconds / 3600, 4),
+        "gpu_hours": None if seconds is None else round(seconds / 3600 * gpus, 4),
+        "checkpoint_gb": round(checkpoint / 1e9, 3),
+        # While one is written, those that are kept are still there.
+        "checkpoints_gb": round(checkpoint * (train["save_total_limit"] + 1) / 1e9, 3),
+        "memory": memory,
+    }
+
+
+def measured_speed(metrics: Path) -> float:
+    """Returns the median tokens per second of the steps in a metrics.jsonl.
+
+    Raises:
+        UserError: It has none.
+    """
+    speeds = sorted(values["tokens_per_second"] for _, values in whole_lines(metrics))
+    if not speeds:
+        raise UserError(f"{metrics} has no step", fix="give --tokens-per-second")
+    return speeds[len(speeds) // 2]

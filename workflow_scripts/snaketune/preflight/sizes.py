@@ -1,0 +1,91 @@
+"""What the runs will write, from the configurations of their models, against the free disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from snaketune.preflight.check import Check
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Measured: 1.6 to 1.9 bytes of .bin for a byte of JSONL.
+_TOKENIZED = 2.5
+
+
+def embedding_rows(model_path: str, trust_remote_code: bool = False) -> int:
+    """Returns the rows of a model's embedding."""
+    from snaketune.export.hf_tensors import empty_model
+
+    return empty_model(model_path, trust_remote_code).get_input_embeddings().weight.shape[0]
+
+
+def count_parameters(
+    model_path: str, trust_remote_code: bool = False, lora_rank: int | None = None
+) -> tuple[int, int]:
+    """Returns the numbers of all weights, tied ones once, and of those that are trained.
+
+    LoRA's are taken to be adapters at every linear layer; its rows of new tokens are too few to count.
+    """
+    from torch import nn
+
+    from snaketune.export.hf_tensors import empty_model
+
+    model = empty_model(model_path, trust_remote_code)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if lora_rank is None:
+        return weights, weights
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    layers = [layer for layer in layers if layer is not model.get_output_embeddings()]
+    return weights, lora_rank * sum(layer.in_features + layer.out_features for layer in layers)
+
+
+def checkpoint_bytes(trained: int, dtype: str, zero_stage: int, save_optimizer: bool) -> int:
+    """Returns the bytes of a checkpoint with this many trained weights."""
+    # AdamW's two moments in fp32, and in ZeRO 1 to 3 an fp32 copy of the weights.
+    optimizer = 0 if not save_optimizer else 12 if zero_stage else 8
+    return trained * (BYTES[dtype] + optimizer)
+
+
+def run_bytes(run: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the bytes that a run writes at most: checkpoints, hf, turbomind.
+
+    While a checkpoint is written, those that `save_total_limit` keeps are still there.
+
+    Args:
+        run: `model`, `trust_remote_code`, `dtype` and `hf_dtype` (resolved), `zero_stage`, `save_optimizer`,
+            `save_total_limit`, `turbomind` (bool), `lora_rank` (None: all weights are trained and saved).
+    """
+    weights, trained = count_parameters(run["model"], run["trust_remote_code"], run["lora_rank"])
+    checkpoint = checkpoint_bytes(trained, run["dtype"], run["zero_stage"], run["save_optimizer"])
+    return {
+        "checkpoints": checkpoint * (run["save_total_limit"] + 1),
+        "hf": weights * BYTES[run["hf_dtype"]],
+        "turbomind": weights * 2 if run["turbomind"] else 0,
+    }
+
+
+def check_disk(results: Path, runs: Sequence[Mapping[str, Any]], jsonl_bytes: int) -> Check:
+    """Compares what all runs write with what is free; what is there already is not subtracted.
+
+    Args:
+        results: An existing folder on the disk.
+        runs: See `run_bytes`.
+        jsonl_bytes: Of the conversations that are not tokenised yet.
+    """
+    parts = {"tokenised data": int(_TOKENIZED * jsonl_bytes)}
+    for run in runs:
+        for name, size in run_bytes(run).items():
+            parts[name] = parts.get(name, 0) + size
+    needed, free = sum(parts.values()), shutil.disk_usage(results).free
+    shares = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in parts.items() if size)
+    found = f"needs up to {needed / 1e9:,.2f} GB ({shares}), {free / 1e9:,.1f} GB free"
+    if needed <= free:
+        return Check("disk", True, found)
+    return Check(
+        "disk",
+        False,
+        found,
+        f"free {(needed - free) / 1e9:,.1f} GB, set results_dir to another disk, or lower train.save_total_limit",
+    )

@@ -1,0 +1,1 @@
+"""Pages and tables: the report of a run, and runs side by side."""

@@ -1,0 +1,117 @@
+"""What a run cost, from the workflow's benchmark files, and whether the environment is the one that is locked."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from snaketune.common.packages import installed_versions, read_pins
+from snaketune.common.run_files import RunFiles
+
+_LABELS = ("", ".base", ".tuned")
+
+
+def run_cost(run: RunFiles, benchmarks: Path, names: Collection[str]) -> list[dict[str, Any]]:
+    """Returns `read_cost` of a run, with all attempts of its training."""
+    on_gpus = any("gpu_memory_mib" in record for record in run.metrics)
+    return read_cost(benchmarks, names, _attempt_costs(run), on_gpus)
+
+
+def read_cost(
+    benchmarks: Path,
+    names: Collection[str],
+    attempts: Sequence[Mapping[str, float]] = (),
+    on_gpus: bool = False,
+) -> list[dict[str, Any]]:
+    """Returns what each stage took, the sum first.
+
+    Args:
+        benchmarks: Folder `<stage>/<name>.tsv`, `<stage>/<name>.<label>.tsv` or `<stage>/<name>/....tsv`, as Snakemake
+            writes them: seconds, MB of memory, processor seconds.
+        names: Names of the run and of what it shares with others: data and tokenizer.
+        attempts: What each attempt of the training took: `seconds`, `core_seconds`, `ranks`. The benchmark file holds the
+            last one alone, or a later job that found the training finished.
+        on_gpus: Each rank had a GPU.
+
+    Returns:
+        Mappings `stage` (None: all), `jobs`, `seconds`, `core_hours` (processor time used), `gpu_hours`, `memory_mb` (of the
+        job with most). A job of which no sample was taken adds time alone.
+    """
+    own = {f"{name}{label}.tsv" for name in names for label in _LABELS}
+    stages: dict[str, list[dict[str, str]]] = {}
+    for path in sorted(benchmarks.glob("*/**/*.tsv")):
+        stage, name, *_ = path.relative_to(benchmarks).parts
+        if name in own or name in names:
+            with open(path, encoding="utf-8", newline="") as file:
+                stages.setdefault(stage, []).extend(csv.DictReader(file, delimiter="\t"))
+    rows = [_row(stage, jobs) for stage, jobs in stages.items()]
+    for row in rows:
+        if row["stage"] == "train_model" and attempts:
+            _count_attempts(row, attempts, on_gpus)
+    rows.sort(key=lambda row: -row["seconds"])
+    if not rows:
+        return []
+    total: dict[str, Any] = {
+        key: sum(row[key] for row in rows) for key in ("jobs", "seconds", "core_hours", "gpu_hours")
+    }
+    return [{"stage": None, **total, "memory_mb": max(row["memory_mb"] for row in rows)}, *rows]
+
+
+def locked_packages(lock: Path) -> list[dict[str, Any]]:
+    """Returns each package of a pip lock file with the version that is installed here.
+
+    Returns:
+        Mappings `name`, `locked`, `installed` (None: not at all), `same` (a local part such as +cpu aside).
+    """
+    pins = read_pins(lock)
+    installed = installed_versions(pins)
+    return [
+        {
+            "name": name,
+            "locked": locked,
+            "installed": installed[name],
+            "same": (installed[name] or "").partition("+")[0] == locked.partition("+")[0],
+        }
+        for name, locked in pins.items()
+    ]
+
+
+def _attempt_costs(run: RunFiles) -> list[dict[str, float]]:
+    """Of an attempt that an earlier release ran, which noted nothing, only the ranks are known."""
+    unknown = {"seconds": 0.0, "core_seconds": 0.0, "ranks": run.train["world_size"]}
+    costs = run.attempts.get("costs", {})
+    return [costs.get(str(n + 1), unknown) for n in range(run.attempts["attempts"])]
+
+
+def _count_attempts(row: dict[str, Any], attempts: Sequence[Mapping[str, float]], on_gpus: bool) -> None:
+    """Puts all attempts into the row of the training; of the last one what its benchmark file counts, if that is more."""
+    *earlier, last = attempts
+    seconds = [each["seconds"] for each in earlier] + [max(last["seconds"], row["seconds"])]
+    core_hours = [each["core_seconds"] / 3600 for each in earlier]
+    core_hours.append(max(last["core_seconds"] / 3600, row["core_hours"]))
+    row |= {"jobs": len(attempts), "seconds": sum(seconds), "core_hours": sum(core_hours)}
+    if on_gpus:
+        row["gpu_hours"] = (
+            sum(each["ranks"] * time for each, time in zip(attempts, seconds, strict=True)) / 3600
+        )
+
+
+def _row(stage: str, jobs: list[dict[str, str]]) -> dict[str, Any]:
+    seconds = sum(_number(job["s"]) for job in jobs)
+    return {
+        "stage": stage,
+        "jobs": len(jobs),
+        "seconds": seconds,
+        "core_hours": sum(_number(job["cpu_time"]) for job in jobs) / 3600,
+        "gpu_hours": 0.0,
+        "memory_mb": max(_number(job["max_rss"]) for job in jobs),
+    }
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or 0)
+    except ValueError:  # "-" or "NA": the job was too short to be looked at
+        return 0.0

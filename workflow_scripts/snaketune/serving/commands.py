@@ -1,0 +1,83 @@
+"""The commands that serve a tuned model, for lmdeploy, vLLM and SGLang."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from snaketune.common.files import read_json
+
+# lmdeploy >= 0.14, lmdeploy/turbomind/supported_models.py. What is not on the list runs on its PyTorch engine.
+TURBOMIND_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "InternLM2ForCausalLM",
+    "InternLM3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "MixtralForCausalLM",
+    "GptOssForCausalLM",
+)
+# The only shipped template whose tool calls these servers read by themselves.
+_PARSED = "internlm2_chat"
+
+
+def stop_tokens(folder: Path) -> str:
+    """Returns the tokens that end an answer by a model folder's generation_config.json, with their ids."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = read_json(folder / "generation_config.json")["eos_token_id"]
+    return " or ".join(f"{tokenizer.id_to_token(each)} ({each})" for each in ids)
+
+
+def lmdeploy_command(
+    folder: Path,
+    name: str,
+    architecture: str,
+    tp: int = 1,
+    session_len: int | None = None,
+    template: str = _PARSED,
+) -> str:
+    """Returns the command of lmdeploy >= 0.10 for a Hugging Face folder."""
+    backend = "turbomind" if architecture in TURBOMIND_ARCHITECTURES else "pytorch"
+    words = ["lmdeploy", "serve", "api_server", str(folder), "--model-name", name, "--backend", backend]
+    words += ["--tp", str(tp)]
+    words += ["--session-len", str(session_len)] if session_len else []
+    words += ["--tool-call-parser", "internlm"] if template == _PARSED else []
+    return shlex.join(words)
+
+
+def converted_command(folder: Path, name: str, chat_template: Path, tp: int = 1) -> str:
+    """Returns the command of lmdeploy 0.9.2.post1 for a TurboMind workspace.
+
+    Args:
+        folder: The workspace.
+        name: Name under which the model is served.
+        chat_template: File with `chat_template_config`.
+        tp: As converted.
+    """
+    words = ["lmdeploy", "serve", "api_server", str(folder), "--model-name", name, "--tp", str(tp)]
+    return shlex.join([*words, "--chat-template", str(chat_template), "--tool-call-parser", "internlm"])
+
+
+def chat_template_config(name: str) -> dict[str, str | None]:
+    """Returns lmdeploy 0.9.2's chat template without the system message of its own that it would begin with."""
+    return {"model_name": name, "meta_instruction": None}
+
+
+def vllm_command(folder: Path, name: str, tp: int = 1, template: str = _PARSED) -> str:
+    """Returns the command of vLLM."""
+    words = ["vllm", "serve", str(folder), "--served-model-name", name, "--tensor-parallel-size", str(tp)]
+    words += ["--enable-auto-tool-choice", "--tool-call-parser", "internlm"] if template == _PARSED else []
+    return shlex.join(words)
+
+
+def sglang_command(folder: Path, name: str, tp: int = 1) -> str:
+    """Returns the command of SGLang.
+
+    Without a tool parser: that of 0.5.23 for InternLM looks for a space between the two tokens that begin a call.
+    """
+    words = ["python", "-m", "sglang.launch_server", "--model-path", str(folder)]
+    return shlex.join([*words, "--served-model-name", name, "--tp-size", str(tp)])

@@ -1,0 +1,1 @@
+"""Tokenised folders: what is written, how it is recorded, and how it is read back."""

@@ -1,0 +1,221 @@
+"""Tokenises one block of JSONL lines: bytes in, bytes of a `.bin` file out. Runs in the worker processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from snaketune.chat_files.bad_lines import BadLine, read_conversation
+from snaketune.chat_files.line_choice import is_held_out, is_valid
+from snaketune.chat_files.line_reader import Block
+from snaketune.chat_format.chat_template import MAX_LENGTH, Turn
+from snaketune.chat_format.template_file import DEFAULT_TEMPLATE
+from snaketune.encoding.batch_encoder import BatchEncoder
+from snaketune.encoding.chat_encoding import ChatEncoding
+from snaketune.encoding.signed_ids import Piece
+from snaketune.encoding.tokenizer import ExtendedTokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeOptions(ChatEncoding):
+    """What the tokenised bytes depend on besides the conversations and the tokenizer: the encoding, and which lines.
+
+    Attributes:
+        max_length: Tokens after which a conversation is cut.
+        heldout_share: Share of the lines that split_heldout.py sets aside.
+        heldout_seed: Its seed.
+        valid: "copy" every 100th sample, or "holdout" a seeded share.
+        valid_share: That share.
+        valid_seed: Its seed.
+        on_bad_sample: "stop" at the first bad line, or "quarantine" it and go on.
+        max_bad_share: Share of bad lines in a file above which the job fails all the same.
+    """
+
+    template: str = DEFAULT_TEMPLATE
+    max_length: int = MAX_LENGTH
+    heldout_share: float = 0.0
+    heldout_seed: int = 1024
+    valid: str = "copy"
+    valid_share: float = 0.01
+    valid_seed: int = 1024
+    on_bad_sample: str = "stop"
+    max_bad_share: float = 0.01
+
+
+@dataclass
+class TokenizedBlock:
+    """The lines of a block as they go into the `.bin` file.
+
+    Attributes:
+        data: The lines, joined.
+        line_bytes: int64 array (samples,), bytes of each line.
+        lengths: int64 array (samples,), tokens of each line.
+        heldout: Conversations left out.
+        trained_tokens: Ids that are stored positive.
+        truncated: Conversations that were cut.
+        source_bytes: Bytes of the JSONL file that the block stands for.
+        counts: What else is counted: quarantined, and what the encoder counts (`BatchEncoder.take_counts`).
+        quarantined: Bad lines: line number, the line unchanged (without its line break), the reason.
+        for_valid: bool array (samples,), which samples `valid: holdout` moves to the valid folder.
+        lines: int64 array (samples,), which line of the block each sample was, from 0.
+    """
+
+    data: bytes
+    line_bytes: np.ndarray
+    lengths: np.ndarray
+    heldout: int
+    trained_tokens: int
+    truncated: int
+    source_bytes: int
+    counts: dict[str, int] = field(default_factory=dict)
+    quarantined: list[tuple[int, bytes, str]] = field(default_factory=list)
+    for_valid: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    lines: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+class _Kept(NamedTuple):
+    """A line that is a conversation."""
+
+    number: int
+    line: bytes
+    conversation: list[Turn]
+
+
+class _Line(NamedTuple):
+    """A line of a `.bin` file, and how many tokens it has."""
+
+    data: bytes
+    tokens: int
+    truncated: bool
+
+
+class BlockTokenizer:
+    """Turns blocks into tokenised blocks, each with one call of the tokenizer.
+
+    Args:
+        tokenizer: The extended tokenizer.
+        options: What decides the bytes, and what becomes of bad lines.
+    """
+
+    def __init__(self, tokenizer: ExtendedTokenizer, options: TokenizeOptions):
+        self._encoder = BatchEncoder(tokenizer, options, many=True)
+        self._options = options
+
+    def __call__(self, source: str, block: Block) -> TokenizedBlock:
+        """Tokenises a block.
+
+        Args:
+            source: Name of the JSONL file, for messages.
+            block: Its lines.
+
+        Raises:
+            UserError: A line is not a conversation and `on_bad_sample` is "stop"; names file, line and field.
+        """
+        bad: list[tuple[int, bytes, str]] = []
+        kept, heldout = self._read(source, block, bad)
+        lines = self._lines([each.conversation for each in kept])
+        data = b"".join([line.data for line in lines])
+        return TokenizedBlock(
+            data,
+            np.array([len(line.data) for line in lines], dtype=np.int64),
+            np.array([line.tokens for line in lines], dtype=np.int64),
+            heldout,
+            sum(line.tokens for line in lines) - _count_untrained(data),
+            sum(line.truncated for line in lines),
+            block.size,
+            counts=self._encoder.take_counts() | {"quarantined": len(bad)},
+            quarantined=bad,
+            for_valid=self._for_valid(kept),
+            lines=np.array([each.number for each in kept], dtype=np.int64) - block.first_line,
+        )
+
+    def _lines(self, conversations: list[list[Turn]]) -> list[_Line]:
+        """Returns the line of each conversation."""
+        encoder, max_length = self._encoder, self._options.max_length
+        straight = list(map(encoder.line, conversations))
+        others = [turns for turns, line in zip(conversations, straight, strict=True) if line is None]
+        encoded = iter(encoder.encode_turns(others))
+        # `encode_turns` has counted its own.
+        encoder.count_control_tokens(
+            turn
+            for turns, line in zip(conversations, straight, strict=True)
+            if line is not None
+            for turn in turns
+        )
+        return [
+            _line_of_pieces(next(encoded), max_length, self._options.exact)
+            if line is None
+            else _line(line, max_length)
+            for line in straight
+        ]
+
+    def _read(self, source: str, block: Block, bad: list[tuple[int, bytes, str]]) -> tuple[list[_Kept], int]:
+        """Returns the conversations to encode, and how many others are held out. A bad line is never held out."""
+        options = self._options
+        kept: list[_Kept] = []
+        heldout = 0
+        last = block.first_line + len(block.lines) - 1
+        for number, line in enumerate(block.lines, block.first_line):
+            try:
+                cut_off = block.open_end and number == last
+                conversation = read_conversation(line, self._encoder.turns, options.max_length, cut_off)
+            except BadLine as error:
+                self._set_aside(error, source, number, line, bad)
+                continue
+            if options.heldout_share and is_held_out(line, options.heldout_share, options.heldout_seed):
+                heldout += 1
+            else:
+                kept.append(_Kept(number, line, conversation))
+        return kept, heldout
+
+    def _set_aside(
+        self, error: BadLine, source: str, number: int, line: bytes, bad: list[tuple[int, bytes, str]]
+    ) -> None:
+        if self._options.on_bad_sample != "quarantine":
+            raise error.at(f"{source}:{number}") from None
+        bad.append((number, line, str(error)))
+
+    def _for_valid(self, kept: list[_Kept]) -> np.ndarray:
+        options = self._options
+        if options.valid != "holdout":
+            return np.zeros(len(kept), dtype=bool)
+        chosen = (is_valid(each.line, options.valid_share, options.valid_seed) for each in kept)
+        return np.fromiter(chosen, dtype=bool, count=len(kept))
+
+
+def _line(data: bytes, max_length: int) -> _Line:
+    """Returns what a line from `BatchEncoder.line` comes to, cut if it is too long."""
+    tokens = data.count(b",") + 1
+    truncated = tokens > max_length
+    if truncated:
+        data = b", ".join(data.split(b", ", max_length)[:max_length]) + b"]}\n"
+        tokens = max_length
+    return _Line(data, tokens, truncated)
+
+
+def _count_untrained(data: bytes) -> int:
+    """Returns how many ids of lines of a `.bin` file are not trained on: what has a sign, and id 0, but for -0."""
+    zeros = data.count(b" 0,") + data.count(b" 0]") + data.count(b"[0")
+    return data.count(b"-") - data.count(b"-0") + zeros
+
+
+def _line_of_pieces(pieces: list[Piece], max_length: int, exact: bool) -> _Line:
+    tokens = sum(len(piece.ids) for piece in pieces)
+    truncated = tokens > max_length
+    if truncated:
+        pieces = _cut(pieces, max_length)
+        tokens = max_length
+    data = b", ".join(filter(None, [piece.write(exact) for piece in pieces]))
+    return _Line(b'{"tokens": [' + data + b"]}\n", tokens, truncated)
+
+
+def _cut(pieces: list[Piece], max_length: int) -> list[Piece]:
+    result, room = [], max_length
+    for piece in pieces:
+        if room <= 0:
+            break
+        result.append(Piece(piece.ids[:room], piece.trained))
+        room -= len(piece.ids)
+    return result

@@ -1,0 +1,138 @@
+"""What tokenised files were made with, as their manifests say: training with anything else is refused.
+
+Files that XTuner tokenised have no manifests. They are taken as they are, and nothing can be checked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from snaketune.common.cli import UserError
+from snaketune.encoding.tokenizer import TEMPLATE_FILE, template_record
+from snaketune.tokenized.layout import (
+    dataset_of,
+    manifest_path,
+    manifests_folder,
+    records_folder,
+    tokenized_dir_of,
+)
+from snaketune.tokenized.manifests import MADE_WITH, FileEntry, Manifests
+
+UNKNOWN = "no manifests (tokenised by XTuner?), so nobody can tell with which tokenizer and template"
+_AGAIN = (
+    "tokenise again with one tokenizer and the same options (tokenize_dataset.py does only what is missing)"
+)
+
+
+def made_with(train_folder: str | os.PathLike, names: Sequence[str]) -> dict[str, Any] | None:
+    """Returns what all these files were made with: digests of tokenizer and template, and the options.
+
+    Args:
+        train_folder: `<tokenized-dir>/chatml_llamav13_32k/train`.
+        names: The `.bin` files, relative to it.
+
+    Returns:
+        The same as JSON for all files; None when none of them has a manifest.
+
+    Raises:
+        UserError: A file is not the one in its manifest, or has none where others have one (its tokenisation is not
+            finished), or two were made with different things.
+    """
+    manifests = Manifests()
+    first: tuple[Path, dict[str, Any] | None] | None = None
+    for name in names:
+        file = Path(train_folder) / name
+        found = manifests.of(file)
+        _refuse_unfinished(file, found)
+        made = found and {key: found.manifest.get(key) for key in MADE_WITH}
+        if first is None:
+            first = file, made
+        elif made != first[1]:
+            what, (one, other) = _difference(first[1], made)
+            raise UserError(
+                f"{file} was not tokenised like {first[0]}",
+                found=f"{what}: {other}",
+                expected=one,
+                fix=_AGAIN,
+            )
+    return first and first[1]
+
+
+def refuse_other_tokenizer(
+    what: str | os.PathLike, made: Mapping[str, Any] | None, folder: str | os.PathLike, sha256: str
+) -> None:
+    """Makes sure that tokenised files were made with this tokenizer.
+
+    Args:
+        what: The files, to be named in the message.
+        made: What they were made with, see `made_with`; None, if nobody can tell, is let through.
+        folder: The tokenizer's folder.
+        sha256: Of its tokenizer.json.
+
+    Raises:
+        UserError: They were made with another one.
+    """
+    if made is not None and sha256 != made["tokenizer_sha256"]:
+        raise UserError(
+            f"{what} was made with another tokenizer",
+            found=f"{Path(folder) / 'tokenizer.json'}, SHA-256 {sha256[:12]}",
+            expected=f"SHA-256 {made['tokenizer_sha256'][:12]}, as the manifest of the tokenisation says",
+            fix="set the tokenizer's path to the folder that the data were tokenised with, "
+            f"or tokenise again with `tokenize_dataset.py --tokenizer-path {folder}`",
+        )
+
+
+def refuse_other_template(
+    what: str | os.PathLike, made: Mapping[str, Any] | None, folder: str | os.PathLike
+) -> None:
+    """Makes sure that tokenised files were made with the chat template that is saved with the tokenizer.
+
+    Args and errors: as `refuse_other_tokenizer`.
+    """
+    saved = template_record(Path(folder))
+    if made and saved and saved["sha256"] != made["template_sha256"]:
+        raise UserError(
+            f"{what} was made with another chat template than the one saved with the tokenizer",
+            found=f"{saved['name']} ({saved['sha256'][:12]}) in {folder}",
+            expected=f"{made['options']['template']} ({made['template_sha256'][:12]}), as the manifest of the tokenisation says",
+            fix=f"tokenise again with `tokenize_dataset.py --template {Path(folder) / TEMPLATE_FILE}`, "
+            "or train with a tokenizer that extend_tokenizer.py wrote for the template of the data",
+        )
+
+
+def _refuse_unfinished(file: Path, found: FileEntry | None) -> None:
+    if found is None:
+        root = tokenized_dir_of(file.resolve())
+        if root and (manifests_folder(root).is_dir() or records_folder(root).is_dir()):
+            path = manifest_path(root, dataset_of(file.resolve()))
+            raise UserError(
+                f"{file} is in no manifest: its dataset is not tokenised to the end, or it is not ours",
+                found=f"{path} without it" if path.is_file() else "no such manifest",
+                expected=f"{path}, which is written last, with the file in it",
+                fix="run tokenize_dataset.py again, which does what is missing; files of other tools belong into a "
+                "tokenised folder of their own",
+            )
+    elif file.is_file() and file.stat().st_size != found.file["bin_bytes"]:
+        raise UserError(
+            f"{file} is not the file that was tokenised",
+            found=f"{file.stat().st_size} bytes",
+            expected=f"{found.file['bin_bytes']} bytes, as {found.path} says",
+            fix="run tokenize_dataset.py again, which makes it anew",
+        )
+
+
+def _difference(
+    one: Mapping[str, Any] | None, other: Mapping[str, Any] | None
+) -> tuple[str, tuple[Any, Any]]:
+    """Returns the first setting in which two files differ, and its two values."""
+    if one is None or other is None:
+        return "manifest", ("none" if one is None else "there", "none" if other is None else "there")
+    for key in MADE_WITH[:-1]:
+        if one[key] != other[key]:
+            return key, (str(one[key])[:12], str(other[key])[:12])
+    left, right = one["options"] or {}, other["options"] or {}
+    key = next(key for key in (left | right) if left.get(key) != right.get(key))
+    return f"option {key}", (left.get(key), right.get(key))

@@ -1,0 +1,124 @@
+"""What a tokenised dataset looks like: lengths, longest samples, shares and counts, for people and for the report.
+
+Everything comes from the manifest, the meta files and the quarantine, so it can be made again at any time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from snaketune.common.files import write_json
+from snaketune.tokenized.layout import meta_path, quarantine_path, stats_path
+from snaketune.tokenized.tally import LONGEST
+
+_REASONS = 20
+_ROWS = 1 << 20
+_PERCENTILES = (50, 90, 95, 99)
+_COUNTS = ("straddling_messages", "tokens_differing_from_compat", "control_messages")
+
+
+def write_stats(
+    manifest_path: str | os.PathLike, manifest: Mapping[str, Any], tokenized_dir: str | os.PathLike
+) -> dict[str, Any]:
+    """Writes the stats of a dataset beside its manifest, and returns them."""
+    stats = dataset_stats(manifest, tokenized_dir)
+    write_json(stats_path(manifest_path), stats)
+    return stats
+
+
+def dataset_stats(manifest: Mapping[str, Any], tokenized_dir: str | os.PathLike) -> dict[str, Any]:
+    """Returns the stats of a tokenised dataset.
+
+    Args:
+        manifest: Its manifest.
+        tokenized_dir: The folder that the manifest's paths begin in.
+
+    Returns:
+        JSON values: counts of samples and tokens, `lengths` in tokens (mean, percentiles, longest), the longest samples
+        with their lines in the source and their places for `inspect_sample.py`, reasons of bad lines by number, and the sums of each file.
+    """
+    root, totals = Path(tokenized_dir), manifest["totals"]
+    by_length = np.zeros(1, dtype=np.int64)
+    longest: list[dict[str, Any]] = []
+    for file in manifest["files"]:
+        places = {key: file[key] for key in ("source", "bin")}
+        longest += [{**places, **sample} for sample in file["longest_samples"]]
+        for lengths in _lengths(meta_path(root / file["bin"])):
+            counts = np.bincount(lengths)
+            by_length, counts = sorted((by_length, counts), key=len, reverse=True)
+            by_length = by_length.copy()
+            by_length[: len(counts)] += counts
+    longest.sort(key=lambda each: (-each["tokens"], each["bin"], each["sample"]))
+    counts = manifest.get("counts", {})
+    return {
+        "format": 1,
+        "dataset": manifest["dataset"],
+        **{
+            key: totals[key]
+            for key in ("samples", "heldout", "valid_samples", "tokens", "trained_tokens", "truncated")
+        },
+        "quarantined": totals.get("quarantined", 0),
+        "trained_share": manifest["trained_share"],
+        **{key: counts.get(key, 0) for key in _COUNTS},
+        "lengths": _summary(by_length),
+        "length_histogram": manifest["length_histogram"],
+        "longest_samples": longest[:LONGEST],
+        "bad_lines": _reasons(root, manifest),
+        "files": [_file(file, manifest["dataset"]) for file in manifest["files"]],
+    }
+
+
+def _lengths(meta: Path) -> Iterator[np.ndarray]:
+    """Yields the lengths in tokens of consecutive samples, int64 arrays."""
+    rows = np.load(meta, mmap_mode="r")
+    for first in range(0, len(rows), _ROWS):
+        yield np.array(rows[first : first + _ROWS, 1])
+
+
+def _summary(by_length: np.ndarray) -> dict[str, Any]:
+    """Describes lengths; `by_length[n]` is the number of samples of n tokens. Percentile p: p% are no longer."""
+    total = int(by_length.sum())
+    if not total:
+        return {"mean": None, **{f"p{p}": None for p in _PERCENTILES}, "shortest": None, "longest": None}
+    cumulated = np.cumsum(by_length)
+    used = np.flatnonzero(by_length)
+    mean = float((by_length * np.arange(len(by_length))).sum() / total)
+    percentiles = {f"p{p}": int(np.searchsorted(cumulated, -(-p * total // 100))) for p in _PERCENTILES}
+    return {"mean": round(mean, 2), **percentiles, "shortest": int(used[0]), "longest": int(used[-1])}
+
+
+def _reasons(root: Path, manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Counts the bad lines by what is wrong with them, the commonest first."""
+    reasons: Counter[str] = Counter()
+    for file in manifest["files"]:
+        path = quarantine_path(root, manifest["dataset"], file["bin"])
+        if path.exists():
+            with open(path, "rb") as lines:
+                reasons.update(_kind(orjson.loads(line)["reason"]) for line in lines)
+    return dict(sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))[:_REASONS])
+
+
+def _kind(reason: str) -> str:
+    """Returns what is wrong without what was found, and without which message it was."""
+    return re.sub(r"\[\d+\]", "[n]", reason.split("; found: ", 1)[0])
+
+
+def _file(file: Mapping[str, Any], dataset: str) -> dict[str, Any]:
+    keys = ("source", "bin", "samples", "heldout", "tokens", "trained_tokens", "truncated", "longest")
+    share = file["trained_tokens"] / file["tokens"] if file["tokens"] else 0.0
+    return {
+        **{key: file[key] for key in keys},
+        "quarantined": file.get("quarantined", 0),
+        "quarantine": quarantine_path("", dataset, file["bin"]).as_posix()
+        if file.get("quarantined")
+        else None,
+        "trained_share": share,
+    }

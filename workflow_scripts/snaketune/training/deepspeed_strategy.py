@@ -1,0 +1,212 @@
+"""mmengine's DeepSpeed strategy, made to run on CPU ranks (gloo) and on GPUs (nccl) with today's DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from snaketune.common.cli import UserError
+from snaketune.models.device import resolve_dtype, training_device
+from snaketune.models.lora import register_token_rows
+from snaketune.models.sequence_parallel import SequenceParallel
+from snaketune.training.train_config import plain
+
+
+def prepare_deepspeed() -> None:
+    """Must run before the first import of mmengine's strategies.
+
+    mmengine 0.10.7 imports optimizers that DeepSpeed 0.19.7 removed; empty classes stand in for them. The
+    shared-memory collective would be compiled for a minute on first use; gloo does without.
+    """
+    if training_device() == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said, not guessed: guessing warns
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    name = "deepspeed.runtime.fp16.onebit"
+    if name not in sys.modules and find_spec(name) is None:
+        module = ModuleType(name)
+        for optimizer in ("OnebitAdam", "OnebitLamb", "ZeroOneAdam"):
+            setattr(module, optimizer, type(optimizer, (torch.optim.Optimizer,), {}))
+        sys.modules[name] = module
+
+
+prepare_deepspeed()
+
+import deepspeed  # noqa: E402
+from mmengine._strategy.deepspeed import DeepSpeedStrategy as _MMEngineDeepSpeedStrategy  # noqa: E402
+from mmengine.optim import LinearLR  # noqa: E402
+
+
+def init_process_group() -> None:
+    """Joins the ranks that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe."""
+    if training_device() == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        backend = "nccl"
+    else:
+        backend = "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
+    """ZeRO training of one model.
+
+    Attributes:
+        steps_per_epoch: Set by the training loop; need not be a whole number.
+
+    Args:
+        zero_stage: 0 (plain data parallel), 1 (optimizer state sharded), 2 (and gradients), 3 (and weights).
+        dtype: `auto`, `float32`, `bfloat16` or `float16`: of the weights and activations.
+        gradient_clipping: Greatest L2 norm of the gradient; 0 turns clipping off. Always set, because DeepSpeed's own
+            default changed from 0 to 1.
+        sequence_parallel: Ranks that share the tokens of each row, see `snaketune.models.sequence_parallel`.
+        zero3_init: With stage 3, loads the model in shards, so that no rank ever holds it whole. For models that
+            do not fit a host's memory once a rank.
+        offload: What lies in the host's memory between uses, and is updated there: `none`, `optimizer` (stage 1 to 3),
+            or `all` (the weights too; stage 3).
+        config: Further DeepSpeed settings; they win over the ones made here.
+    """
+
+    def __init__(
+        self,
+        zero_stage: int,
+        dtype: str,
+        gradient_clipping: float,
+        sequence_parallel: int,
+        zero3_init: bool = False,
+        offload: str = "none",
+        config: dict | None = None,
+        **kwargs,
+    ):
+        settings = deepspeed_settings(zero_stage, dtype, training_device(), offload)
+        # Plain values: DeepSpeed writes its settings into checkpoints, which are read without running what is in them.
+        for key, value in plain(config or {}).items():
+            both = isinstance(value, dict) and isinstance(settings.get(key), dict)
+            settings[key] = {**settings[key], **value} if both else value
+        super().__init__(config=settings, gradient_clipping=float(gradient_clipping), **kwargs)
+        self.sequence_parallel = SequenceParallel(sequence_parallel)
+        if zero3_init and zero_stage == 3:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            # transformers looks for it while it builds a model, as long as this object lives.
+            self.transformers_config = HfDeepSpeedConfig(self.config)
+
+    def _setup_env(self, **kwargs) -> None:
+        super()._setup_env(**kwargs)
+        self._timestamp = "mmengine_log"  # one log folder for all attempts, not one each
+
+    def _setup_distributed(self, launcher: str | None = None, backend: str = "", **kwargs) -> None:
+        init_process_group()
+
+    def _init_model_weights(self, model):
+        # Loaded from one file on every rank; DeepSpeed broadcasts rank 0's as well.
+        return model
+
+    def _wrap_model(self, model):
+        self.sequence_parallel.attach(model.llm)
+        if self.config["zero_optimization"]["stage"] == 3 and _has_frozen(model):
+            register_token_rows(model)
+        wrapper = super()._wrap_model(model)
+        # ZeRO-3 does not move the module to the device, and the preprocessor moves the batches.
+        wrapper.model.module.data_preprocessor.to(wrapper.model.device)
+        return wrapper
+
+    def prepare(self, model, *, dispatch_kwargs: dict, **kwargs):
+        """As mmengine's, with the epoch counted in optimizer steps: that is how often the schedulers step."""
+        dispatch_kwargs = {**dispatch_kwargs, "epoch_length": self.steps_per_epoch}
+        return super().prepare(model, dispatch_kwargs=dispatch_kwargs, **kwargs)
+
+    def _build_param_scheduler(self, scheduler, optim_wrapper, default_args):
+        built = super()._build_param_scheduler(
+            _drop_empty(scheduler, default_args), optim_wrapper, default_args
+        )
+        return [s for s in built if s is not None]
+
+    def resume(self, filename: str, **kwargs) -> dict:
+        """Loads weights, optimizer and scheduler state from `<run folder>/iter_N.pth`; returns the client state.
+
+        DeepSpeed unpickles these files without restriction: they are trusted because this run wrote them.
+        """
+        path = Path(filename)
+        # What LoRA leaves frozen is not in the checkpoint: the base model has it.
+        strict = not _has_frozen(self.model.model.module)
+        _, client_state = self.model.load_checkpoint(
+            str(path.parent), tag=path.name, load_module_strict=strict
+        )
+        self.load_scheduler_state_dict(client_state["param_schedulers"])
+        return client_state
+
+
+def _has_frozen(model: torch.nn.Module) -> bool:
+    return not all(parameter.requires_grad for parameter in model.parameters())
+
+
+def _drop_empty(schedulers: list[dict], default_args: dict) -> list[dict]:
+    """Leaves out a warm-up that would take less than two steps.
+
+    LinearLR goes from start to end within its steps; with one step it would stop at the start value, and the cosine
+    after it would begin there (what XTuner's schedule does on runs of fewer than 80 steps).
+    """
+    epoch_length = default_args.get("epoch_length", 1)
+    kept = []
+    for scheduler in schedulers:
+        if scheduler["type"] in (LinearLR, "LinearLR"):
+            unit = epoch_length if scheduler.get("convert_to_iter_based") else 1
+            if int(scheduler["end"] * unit) - int(scheduler.get("begin", 0) * unit) < 2:
+                continue
+        kept.append(scheduler)
+    return kept
+
+
+def deepspeed_settings(zero_stage: int, dtype: str, device: str, offload: str = "none") -> dict:
+    """Returns the DeepSpeed configuration for a ZeRO stage, a dtype, a device (`cpu` or `cuda`) and an offload.
+
+    Raises:
+        UserError: They do not go together.
+    """
+    on_gpu = device == "cuda"
+    resolved = resolve_dtype(dtype, device)
+    if zero_stage == 0 and resolved == torch.bfloat16:
+        raise UserError(
+            "zero_stage 0 cannot train in bfloat16",
+            found="no fp32 copy of the weights in DeepSpeed's stage 0: small updates would be rounded away",
+            expected="zero_stage 1, 2 or 3, or dtype float32",
+            fix="set zero_stage to 1: on one rank it costs nothing more",
+        )
+    least = {"none": 0, "optimizer": 1, "all": 3}
+    if offload not in least:
+        raise UserError("offload cannot be used", found=offload, expected="none, optimizer or all")
+    if zero_stage < least[offload]:
+        raise UserError(
+            f"offload {offload} needs a higher ZeRO stage",
+            found=zero_stage,
+            expected=f"{least[offload]} or more",
+        )
+    bucket = int(5e8 if on_gpu else 5e7)
+    zero = {
+        "stage": zero_stage,
+        "overlap_comm": on_gpu and zero_stage > 0,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    return {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": resolved == torch.bfloat16},
+        "fp16": {"enabled": resolved == torch.float16, "initial_scale_power": 16},
+        # Micro-batches add up in fp32: in bfloat16 a sum over many loses their digits. In stage 1 DeepSpeed would take
+        # another optimizer for it, which neither skips steps that are not finite nor writes the same checkpoints.
+        "data_types": {"grad_accum_dtype": "fp32" if resolved == torch.bfloat16 and zero_stage > 1 else None},
+    }

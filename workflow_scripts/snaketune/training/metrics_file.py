@@ -1,0 +1,38 @@
+"""metrics.jsonl: a JSON line an optimizer step. A kill may tear its last line, which then does not count."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from snaketune.common.files import write_bytes
+
+
+def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yields the lines of a JSONL file with steps, as bytes and parsed, up to one that is torn; none if it is missing."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        try:
+            values = json.loads(line)
+            values["step"]
+        except (ValueError, KeyError):
+            return
+        yield line, values
+
+
+def last_step(path: Path) -> int:
+    """Returns the last step in a metrics file, 0 if there is none."""
+    return max((values["step"] for _, values in whole_lines(path)), default=0)
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Removes the lines of a JSONL file that lie past `step`, and a last line that a kill tore."""
+    if not path.is_file():
+        return
+    kept = []
+    for line, values in whole_lines(path):
+        if values["step"] > step:
+            break
+        kept.append(line)
+    write_bytes(path, b"".join(kept))

@@ -1,0 +1,214 @@
+"""What is measured of each optimizer step, and where it is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from torch import distributed
+
+from snaketune.common.files import read_json, write_json
+from snaketune.common.result_paths import ATTEMPTS, METRICS
+from snaketune.models.flops import model_flops, peak_tflops
+from snaketune.training.early_stop import STARTED
+from snaketune.training.launch import core_seconds
+from snaketune.training.progress_line import ProgressLine
+from snaketune.training.trackers import check_loggers, start_loggers
+
+_COST_EVERY = 10.0  # seconds between two notes of what an attempt has cost: a kill loses no more than that
+# Fields that differ between two runs that compute the same.
+MEASURED = frozenset(
+    [
+        "attempt",
+        "world_size",
+        "sequence_parallel",
+        "seconds",
+        "tokens_per_second",
+        "tokens_per_second_per_device",
+        "data_share",
+        "tflops_per_device",
+        "mfu",
+        "gpu_memory_mib",
+        "cpu_memory_mib",
+        "eta_seconds",
+    ]
+)
+
+
+class MetricsHook(Hook):
+    """Writes one line a step to metrics.jsonl, TensorBoard and the trackers asked for, and a progress line.
+
+    Fields of a line:
+        step: Optimizer steps done; `epoch` are passes over the data, `attempt` counts the starts of the run, which then
+            had `world_size` ranks, of which `sequence_parallel` shared each row.
+        loss: Of the step, over all ranks, in nats a trained token; null where it is not finite. `skipped` is true
+            where the step changed no weight.
+        lr, grad_norm: Learning rate used in this step; L2 norm of the gradient before clipping.
+        tokens, trained_tokens, trained_share: Of all ranks, and the share of the tokens that is trained.
+        seconds: Of the step, waiting for data included; saving and evaluating are not.
+        data_share: Share of it spent waiting for data, the mean of the ranks.
+        tokens_per_second, tokens_per_second_per_device: A device is a rank's: a GPU, or a process on CPUs.
+        tflops_per_device: Arithmetic of the model a second and device, in 10^12, see `snaketune.models.flops`.
+        mfu: That as a share of what the device can do; null where this is not known.
+        gpu_memory_mib, cpu_memory_mib: Peak so far, of the rank with most.
+        eta_seconds: Time left, from the last 20 steps.
+
+    Args:
+        interval: Steps between progress lines in a log; the files get every step, a terminal too.
+        loggers: Of `wandb`, `mlflow`.
+        peak_tflops: Of a device, in 10^12 FLOP/s; None looks its name up in `snaketune.models.flops.PEAK_TFLOPS`.
+    """
+
+    priority = "BELOW_NORMAL"  # before the schedulers change lr, and before the checkpoint is written
+
+    def __init__(self, interval: int = 1, loggers: Sequence[str] = (), peak_tflops: float | None = None):
+        check_loggers(loggers)
+        self.interval, self.loggers, self.peak_tflops = interval, loggers, peak_tflops
+        self.recent: deque[float] = deque(maxlen=20)
+
+    def before_train(self, runner) -> None:
+        """Opens the files. metrics.jsonl was cut back to the step that training goes on from, see `snaketune.training.train_rank`."""
+        model = runner.model.model.module.llm
+        self.flops = model_flops(model)
+        if self.peak_tflops is None and torch.cuda.is_available():
+            self.peak_tflops = peak_tflops(torch.cuda.get_device_name(), model.dtype)
+        taken = torch.tensor(core_seconds(), dtype=torch.float64, device=runner.model.model.device)
+        distributed.all_reduce(taken)
+        if not is_main_process():
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = Path(runner.work_dir)
+        self.attempt = _count_attempt(folder)
+        self.core_seconds = taken.item()
+        self._note_cost(folder, runner.world_size)
+        self.file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=runner.iter + 1)
+        self.trackers = start_loggers(self.loggers, folder)
+        first = "from the start" if runner.iter == 0 else f"after step {runner.iter}"
+        print(f"Training {runner.max_iters} steps, {first} (attempt {self.attempt})", flush=True)
+        self.line = ProgressLine(runner.iter, runner.max_iters, self.interval)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Sums the step over the ranks, writes it."""
+        seconds = time.perf_counter() - outputs["started"]
+        device = outputs["loss"].device
+        own = [outputs["tokens"], outputs["trained_tokens"], outputs.get("data_seconds", 0.0)]
+        own.append(self.flops.step(outputs["document_lengths"], outputs["trained_tokens"]))
+        own.append(core_seconds())
+        sums = torch.tensor([0.0, *own], dtype=torch.float64, device=device)
+        sums[0] = outputs["loss"]
+        gpu = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
+        peaks = torch.tensor([gpu, _peak_memory_mib()], dtype=torch.float64, device=device)
+        distributed.all_reduce(sums)
+        distributed.all_reduce(peaks, op=distributed.ReduceOp.MAX)
+        norm = runner.model.get_global_grad_norm()  # the ranks compute it together
+        if not is_main_process():
+            return
+        loss, tokens, trained, waited, flops, self.core_seconds = sums.tolist()
+        gpu, cpu = peaks.tolist()
+        ranks, step = runner.world_size, batch_idx + 1
+        self.recent.append(seconds)
+        tflops = flops / ranks / seconds / 1e12
+        values = {
+            "loss": _finite(loss),
+            "lr": runner.optim_wrapper.param_groups[0]["lr"],
+            "grad_norm": None if norm is None else _finite(float(norm)),
+            "trained_share": round(trained / tokens, 6),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "tokens_per_second_per_device": round(tokens / seconds / ranks, 1),
+            "tflops_per_device": float(f"{tflops:.4g}"),
+            "mfu": round(tflops / self.peak_tflops, 4) if self.peak_tflops else None,
+            "data_share": round(waited / ranks / seconds, 5),
+            "seconds": round(seconds, 4),
+            **({"gpu_memory_mib": round(gpu)} if device.type == "cuda" else {}),
+            "cpu_memory_mib": round(cpu),
+            "eta_seconds": round(sum(self.recent) / len(self.recent) * (runner.max_iters - step), 1),
+        }
+        counts = {"tokens": int(tokens), "trained_tokens": int(trained)}
+        if outputs.get("skipped"):
+            counts["skipped"] = True
+        epoch = round(step / runner.train_loop.steps_per_epoch, 6)
+        start = {"attempt": self.attempt, "world_size": ranks}
+        start["sequence_parallel"] = runner.strategy.sequence_parallel.size
+        line = {"step": step, "epoch": epoch, **start, **values, **counts}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        if time.monotonic() - self.noted > _COST_EVERY:
+            self._note_cost(Path(runner.work_dir), ranks)
+        self.record(step, {f"train/{name}": value for name, value in values.items()})
+        self.line.show(step, _describe(values), values["eta_seconds"])
+
+    def _note_cost(self, folder: Path, ranks: int) -> None:
+        """Writes down what this attempt has cost since its job began: the last note of one that is killed counts."""
+        self.noted = time.monotonic()
+        values = read_json(folder / ATTEMPTS)
+        seconds = time.time() - float(os.environ.get(STARTED, time.time()))
+        cost = {"seconds": round(seconds, 1), "core_seconds": round(self.core_seconds, 1), "ranks": ranks}
+        values.setdefault("costs", {})[str(self.attempt)] = cost
+        write_json(folder / ATTEMPTS, values)
+
+    def record(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Hands values to TensorBoard and the trackers, on rank 0; those that are None are left out."""
+        known = {name: value for name, value in values.items() if value is not None}
+        for name, value in known.items():
+            self.board.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.log(step, known)
+
+    def after_train(self, runner) -> None:
+        """Closes the files."""
+        if is_main_process():
+            self._note_cost(Path(runner.work_dir), runner.world_size)
+            self.line.close()
+            self.file.close()
+            self.board.close()
+            for tracker in self.trackers:
+                tracker.close()
+
+
+def _describe(values: Mapping[str, float | None]) -> str:
+    loss, norm = ("-" if values[name] is None else values[name] for name in ("loss", "grad_norm"))
+    rate, each = values["tokens_per_second"], values["tokens_per_second_per_device"]
+    memory = values.get("gpu_memory_mib", values["cpu_memory_mib"]) / 1024
+    parts = [
+        f"loss {loss if loss == '-' else format(loss, '.4f')}",
+        f"lr {values['lr']:.3e}",
+        f"grad_norm {norm if norm == '-' else format(norm, '.3f')}",
+        f"trained {values['trained_share']:.0%}",
+        f"{rate:,.0f} tok/s" + (f" ({each:,.0f} a device)" if each != rate else ""),
+        f"{values['tflops_per_device']:.3g} TFLOP/s" if values["mfu"] is None else f"MFU {values['mfu']:.1%}",
+        f"data {values['data_share']:.1%}",
+        f"{memory:.1f} GiB",
+    ]
+    return "  ".join(parts)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _peak_memory_mib() -> float:
+    """Peak of this process' resident memory, as Linux counts it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def _count_attempt(folder: Path) -> int:
+    path = folder / ATTEMPTS
+    before = read_json(path) if path.is_file() else {"attempts": 0}
+    job = os.environ.get("SLURM_JOB_ID")
+    jobs = before.get("slurm_job_ids", []) + ([job] if job else [])
+    values = before | {"attempts": before["attempts"] + 1} | ({"slurm_job_ids": jobs} if jobs else {})
+    write_json(path, values)
+    return values["attempts"]

@@ -1,0 +1,133 @@
+"""Steps whose loss or gradient is not finite: skipped, counted, and the end of the run when too many follow each other.
+
+DeepSpeed looks at the norm of the summed gradient before it changes anything, so all ranks skip together and weights and
+optimizer stay as they were; a skipped step counts as a step: data and learning rate go on.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from snaketune.common.cli import UserError
+from snaketune.common.files import write_json
+
+
+def spread_nonfinite(loss: torch.Tensor) -> torch.Tensor:
+    """Returns the loss; if it is not finite its gradient is made NaN, which every rank sees in the summed gradient.
+
+    Not every infinite loss has a NaN gradient by itself: that of a token with probability 0 is finite.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+
+
+def replace_zero_0_step(engine) -> None:
+    """Replaces the optimizer's step in ZeRO-0 in fp32: it clips by a norm in fp64, and skips where that is not finite.
+
+    DeepSpeed's other stages do so. Its own norm in ZeRO-0 is torch's in fp32, which on a CPU comes out 1.4% low for 134
+    million numbers; it is not reported, and a step with a gradient that is not finite is taken all the same.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "overflow"):
+        return
+    step, limit = optimizer.step, engine.gradient_clipping()
+    engine.clip_fp32_gradients = lambda: None
+
+    def clipped_step(*args, **kwargs):
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        # In blocks that stay in a CPU's cache: the fp64 copy of a whole embedding costs more than the norm.
+        blocks = (block for gradient in gradients for block in gradient.flatten().split(1 << 18))
+        norms = [torch.linalg.vector_norm(block, dtype=torch.float64) for block in blocks]
+        norm = torch.linalg.vector_norm(torch.stack(norms)).item()
+        # DeepSpeed looks for these two names.
+        optimizer._global_grad_norm, optimizer.overflow = norm, not math.isfinite(norm)
+        if optimizer.overflow:
+            return None
+        if 0 < limit < norm:
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+        return step(*args, **kwargs)
+
+    optimizer.step = clipped_step
+
+
+def weights_are_finite(engine) -> bool:
+    """Tells all ranks whether every weight is finite. All ranks call it together; it reads the weights once."""
+    weights = [
+        getattr(p, "ds_tensor", p).detach() for p in engine.module.parameters()
+    ]  # ZeRO-3: this rank's share
+    finite = torch.stack([torch.isfinite(weight).all() for weight in weights if weight.numel()]).all()
+    verdict = finite.to(torch.int32)
+    distributed.all_reduce(verdict, op=distributed.ReduceOp.MIN)
+    return bool(verdict)
+
+
+class SkippedSteps:
+    """Counts the steps in a row that were skipped.
+
+    Args:
+        limit: Steps in a row that may be skipped; the next one ends the run.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.in_a_row = limit, 0
+
+    def count(self, engine) -> bool:
+        """Tells whether the last step was skipped because of its loss or gradient, on all ranks alike.
+
+        In fp16 skipping is how DeepSpeed finds its loss scale; it ends the run by itself when there is none.
+        """
+        skipped = not engine.was_step_applied()
+        self.in_a_row = self.in_a_row + 1 if skipped and not engine.fp16_enabled() else 0
+        return skipped
+
+    def check(self, loop, step: int, losses: list[torch.Tensor]) -> None:
+        """Ends the run if too many steps in a row were skipped. All ranks call it together.
+
+        Args:
+            loop: The TrainLoop.
+            step: Number of the last step, from 1.
+            losses: Of this rank's micro-batches.
+
+        Raises:
+            UserError: Too many; what the last step was made of is in `nonfinite_step_<step>.json` of the run folder.
+        """
+        if self.in_a_row <= self.limit:
+            return
+        runner = loop.runner
+        loop.sampler.seek((step - 1) * loop.accumulative_counts)
+        rows = islice(loop.sampler, loop.accumulative_counts)
+        mine = [
+            {"row": row, "loss": str(float(loss)), "documents": _documents(loop.sampler.plan, row)}
+            for row, loss in zip(rows, losses, strict=True)
+        ]
+        ranks: list = [None] * runner.world_size
+        distributed.all_gather_object(ranks, mine)
+        path = Path(runner.work_dir) / f"nonfinite_step_{step}.json"
+        if runner.rank == 0:
+            trace = {"step": step, "skipped_in_a_row": self.in_a_row}
+            trace["ranks"] = [{"rank": rank, "micro_batches": rows} for rank, rows in enumerate(ranks)]
+            write_json(path, trace)
+        raise UserError(
+            f"the loss or the gradient was not finite in {self.in_a_row} steps in a row, the last of them step {step}",
+            found=f"{path.name} in the run folder: losses, rows and documents of that step",
+            expected=f"at most {self.limit} such steps in a row (max_skipped_steps)",
+            fix="look at the documents; lower lr, or raise warmup_ratio. The last checkpoint is from before these steps",
+        )
+
+
+def _documents(plan, row: int) -> list[dict]:
+    return [
+        {
+            "file": plan.files[piece.file]["name"],
+            "sample": piece.sample,
+            "start": piece.start,
+            "stop": piece.stop,
+        }
+        for piece in plan.row(row)
+    ]

@@ -1,0 +1,210 @@
+"""The training loop and its runner: one iteration is one optimizer step, wherever the run was cut off before."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from mmengine.runner import FlexibleRunner
+from mmengine.runner.base_loop import BaseLoop
+from torch import distributed
+from torch.utils.data import DataLoader
+
+from snaketune.checkpoints.checkpoint_folders import load_random_state
+from snaketune.checkpoints.pinned import Holding
+from snaketune.checkpoints.universal import remove_universal
+from snaketune.common.cli import UserError
+from snaketune.training.early_stop import StopRequest
+from snaketune.training.nonfinite_steps import SkippedSteps, replace_zero_0_step
+from snaketune.training.packed_data import PackedSampler, read_ahead
+from snaketune.training.supervised_finetune import count_trained_tokens, step_loss_weights
+
+
+class TrainLoop(BaseLoop):
+    """Trains for a number of optimizer steps, each over `accumulative_counts` micro-batches of every rank.
+
+    Hooks and schedulers are called once per optimizer step. Micro-batches run on across epochs, as in XTuner; a last
+    incomplete step is not trained. Which rows a step sees: `snaketune.training.packed_data.PackedSampler`.
+
+    Attributes:
+        steps_per_epoch: Optimizer steps of one pass over the data, mostly not a whole number.
+
+    Args:
+        runner: The runner.
+        dataloader: The loader, or its config.
+        max_epochs: Passes over the data, whole or not.
+        max_steps: Optimizer steps; overrides `max_epochs`.
+        accumulative_counts: Micro-batches of a rank per optimizer step.
+        loss_normalisation: `token` or `micro_batch`, see `snaketune.training.supervised_finetune.step_loss_weights`.
+        max_skipped_steps: Steps in a row that may be skipped because their loss or gradient is not finite.
+    """
+
+    def __init__(
+        self,
+        runner: FlexibleRunner,
+        dataloader: DataLoader | dict,
+        max_epochs: float | None,
+        max_steps: int | None,
+        accumulative_counts: int,
+        loss_normalisation: str = "token",
+        max_skipped_steps: int = 3,
+    ):
+        super().__init__(runner, dataloader)
+        if loss_normalisation not in ("token", "micro_batch"):
+            raise UserError(
+                "loss_normalisation cannot be used", found=loss_normalisation, expected="token or micro_batch"
+            )
+        self.loss_normalisation = loss_normalisation
+        self.accumulative_counts = accumulative_counts
+        self.sampler: PackedSampler = self.dataloader.batch_sampler.sampler
+        self.sequence_parallel = runner.strategy.sequence_parallel
+        entries, ranks = self.sampler.entries_per_epoch, self.sampler.world_size
+        global_batch = accumulative_counts * ranks
+        if not entries:
+            raise UserError(
+                "there are fewer packed rows than ranks",
+                found=f"{len(self.dataloader.dataset)} rows for {ranks} ranks",
+                fix="set max_length lower, add data, or use fewer ranks",
+            )
+        self.steps_per_epoch = runner.strategy.steps_per_epoch = entries / global_batch
+        self._max_iters = max_steps or int(max_epochs * entries) // global_batch
+        if self._max_iters < 1:
+            raise UserError(
+                "the data does not fill one optimizer step",
+                found=f"{entries} packed rows an epoch, {max_epochs} epochs",
+                expected=f"at least {global_batch} rows (accumulative_counts for each of {ranks} ranks)",
+                fix="set max_length or accumulative_counts lower, max_epochs higher, or add data",
+            )
+        self._iter = 0
+        self.skipped = SkippedSteps(max_skipped_steps)
+        # Its own generator: opening an epoch must not move the model's random state (resume is bit for bit).
+        self.dataloader.generator = torch.Generator()
+
+    @property
+    def max_iters(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self._max_iters
+
+    @property
+    def max_epochs(self) -> int:
+        """mmengine's schedulers ask for it; the length of the run is in `max_iters`."""
+        return 1
+
+    @property
+    def iter(self) -> int:
+        """Optimizer steps done."""
+        return self._iter
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data done."""
+        return self._iter / self.steps_per_epoch
+
+    def seek(self, step: int) -> None:
+        """Goes on after optimizer step `step`."""
+        self._iter = step
+
+    def run(self) -> torch.nn.Module:
+        """Trains to the end, or until `runner.stop` is agreed on, and returns the model."""
+        runner = self.runner
+        engine = runner.model.model
+        replace_zero_0_step(engine)
+        runner.call_hook("before_train")
+        runner.call_hook("before_train_epoch")
+        stream = self._micro_batches()
+        if runner.random_state_folder is not None:
+            load_random_state(runner.random_state_folder, runner.rank)
+        while self._iter < self._max_iters and not runner.stop.agreed:
+            started = time.perf_counter()
+            runner.model.train()
+            batches = [next(stream) for _ in range(self.accumulative_counts)]
+            data_seconds = time.perf_counter() - started
+            runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=batches)
+            outputs = {**self._train_step(batches), "started": started, "data_seconds": data_seconds}
+            outputs["skipped"] = self.skipped.count(engine)
+            runner.stop.agree(engine.device)
+            runner.call_hook("after_train_iter", batch_idx=self._iter, data_batch=batches, outputs=outputs)
+            self._iter += 1
+            self.skipped.check(self, self._iter, outputs["micro_batch_losses"])
+        runner.call_hook("after_train_epoch")
+        runner.call_hook("after_train")
+        return runner.model
+
+    def _train_step(self, batches: list[dict]) -> dict:
+        """Runs forward and backward of one optimizer step's micro-batches; DeepSpeed steps with the last.
+
+        Returns:
+            loss: What this rank adds to the loss of the step, a float64 scalar tensor: the loss of the step is its
+                sum over the ranks, see `snaketune.training.supervised_finetune.step_loss_weights`.
+            tokens, trained_tokens: Of this rank's rows; of ranks that share them, the first counts them.
+            micro_batch_losses: What each micro-batch adds to it, times the number of micro-batches and ranks.
+            document_lengths: Tokens of each document of these rows.
+        """
+        runner = self.runner
+        rows = [batch["data"] for batch in batches]
+        trained_tokens = [count_trained_tokens(row["labels"]) for row in rows]
+        shared = self.sequence_parallel
+        weights = step_loss_weights(trained_tokens, self.loss_normalisation, runner.model.device, shared.size)
+        # DeepSpeed divides every gradient by the number of micro-batches and of ranks; the weights are sums' weights.
+        divisor = self.accumulative_counts * runner.world_size
+        losses = []
+        for batch, row, weight in zip(batches, rows, weights, strict=True):
+            data = {**shared.stretch(row), "loss_weight": weight * divisor}
+            outputs = runner.model.train_step({**batch, "data": data}, optim_wrapper=runner.optim_wrapper)
+            losses.append(outputs["loss"].detach())
+        if shared.rank > 0:
+            rows, trained_tokens = [], []
+        borders = [row["cumulative_len"] for row in rows]
+        return {
+            "loss": torch.stack(losses).double().sum() / divisor,
+            "micro_batch_losses": losses,
+            "tokens": sum(row["labels"].numel() for row in rows),
+            "trained_tokens": sum(trained_tokens),
+            "document_lengths": [length for b in borders for length in (b[1:] - b[:-1]).tolist()],
+        }
+
+    def _micro_batches(self):
+        """Yields micro-batches for ever, from the one that follows `iter` on; nothing before it is read."""
+        self.sampler.seek(self._iter * self.accumulative_counts)
+        batches = iter(self.dataloader)
+        # Loader processes read ahead by themselves.
+        return batches if self.dataloader.num_workers else read_ahead(batches, self.accumulative_counts)
+
+
+class _NoVisualizer:
+    """Metrics go to MetricsHook's files; mmengine's visualizer has nothing to draw."""
+
+    def add_config(self, config) -> None:
+        pass
+
+
+class TrainRunner(FlexibleRunner):
+    """mmengine's runner that goes on from a whole checkpoint of ours."""
+
+    stop = StopRequest()
+    holding = Holding()
+    resume_from: Path | None = None
+    universal: Path | None = None
+    random_state_folder: Path | None = None
+
+    def _log_env(self) -> None:
+        """Versions are in the manifest; mmengine's collection starts compilers to ask theirs."""
+
+    def build_visualizer(self, visualizer=None):
+        """Returns a stand-in, see above."""
+        return _NoVisualizer()
+
+    def load_or_resume(self) -> None:
+        """Loads `resume_from`, if it is set, or rather `universal`, the same for another number of ranks."""
+        if self.resume_from is not None:
+            client_state = self.strategy.resume(str(self.universal or self.resume_from))
+            self.train_loop.seek(client_state["step"])
+            self.random_state_folder = self.resume_from
+            if self.universal is not None:
+                distributed.barrier()
+                if self.rank == 0:
+                    remove_universal(self.resume_from.parent)
+
+    def dump_config(self) -> None:
+        """The config is copied into the run folder as it was written, see train_model.py."""

@@ -1,0 +1,225 @@
+"""Trains: one process of a run, from its place among the ranks to the finished record."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, ConfigDict
+from torch import distributed
+
+from snaketune.checkpoints.checkpoint_folders import is_intact, saved_world_size, set_aside, step_of
+from snaketune.checkpoints.pinned import Holding, open_finished
+from snaketune.checkpoints.universal import make_universal
+from snaketune.common.cli import UserError
+from snaketune.common.result_paths import METRICS
+from snaketune.training.crash_guard import begin_attempt, check_guard, clear_guard, record_crash
+from snaketune.training.deepspeed_strategy import DeepSpeedStrategy, init_process_group  # noqa: F401 (before any other mmengine strategy)
+from snaketune.training.early_stop import EXIT_GO_ON, StopRequest
+from snaketune.training.metrics_file import cut_metrics
+from snaketune.training.run_lock import Held, RunLock
+from snaketune.training.run_state import Plan, open_run_folder, plan_run, record_finished_run, write_manifest
+from snaketune.training.train_config import TrainConfig
+
+
+def train_rank(
+    config: TrainConfig,
+    config_path: Path,
+    work_dir: Path | None,
+    runs_dir: Path | None,
+    manifest: Path | None,
+    time_limit: float | None = None,
+    ignore_guard: bool = False,
+    holding: Holding | None = None,
+) -> int:
+    """Runs this process' part of a run; RANK, WORLD_SIZE and so on are set.
+
+    Args:
+        config: The training config.
+        config_path: Where it was read from.
+        work_dir: The run folder, or None.
+        runs_dir: The folder of run folders, or None.
+        manifest: Where the record of the finished run goes, if anywhere.
+        time_limit: Minutes from the start of the job until it is killed.
+        ignore_guard: Starts even if the last attempts all crashed at one step.
+        holding: Which checkpoints are held for evaluation.
+
+    Returns:
+        0 when the run is finished, EXIT_GO_ON when it was saved to go on later.
+
+    Raises:
+        UserError: Something to mend; only one rank a host says it, the others end with SystemExit(2).
+    """
+    try:
+        return _train_rank(
+            config, config_path, work_dir, runs_dir, manifest, time_limit, ignore_guard, holding or Holding()
+        )
+    except UserError:
+        if os.environ["LOCAL_RANK"] != "0":
+            raise SystemExit(2) from None
+        raise
+
+
+def _train_rank(
+    config, config_path, work_dir, runs_dir, manifest, time_limit, ignore_guard, holding: Holding
+) -> int:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Setting (OMP|MKL)_NUM_THREADS")
+    stop = StopRequest(time_limit)
+    stop.listen()
+    init_process_group()
+    try:
+        plan, lock = _plan_together(config, config_path, work_dir, runs_dir, ignore_guard)
+    except (UserError, SystemExit):
+        distributed.destroy_process_group()
+        raise
+    finished = True
+    try:
+        if not plan.trained:
+            finished = _train(config, plan, stop, holding)
+            if distributed.get_rank() == 0:
+                clear_guard(plan.folder)
+        if finished and distributed.get_rank() == 0:
+            if not plan.finished:
+                record_finished_run(plan, config, config_path)
+            if plan.trained:
+                open_finished(plan.folder, holding)
+            if manifest is not None:
+                write_manifest(plan, manifest)
+            print(f"Finished: {plan.folder}", flush=True)
+    except BaseException as error:
+        if not plan.trained:
+            record_crash(plan.folder, error)
+        raise
+    finally:
+        if lock is not None:
+            lock.release()
+    distributed.barrier()
+    distributed.destroy_process_group()  # without it a process now and then aborts at exit
+    return 0 if finished else EXIT_GO_ON
+
+
+def _plan_together(config, config_path, work_dir, runs_dir, ignore_guard) -> tuple[Plan, RunLock | None]:
+    """Rank 0 looks at the disk and takes the lock; all ranks follow its plan, and read what they go on from."""
+    world_size = distributed.get_world_size()
+    lock = corrupt = None
+    while True:
+        answer: list = ["failed"]
+        error = None
+        if distributed.get_rank() == 0:
+            try:
+                if corrupt is not None:
+                    print(
+                        f"warning: {corrupt} is corrupt; set aside as {set_aside(corrupt).name}", flush=True
+                    )
+                if lock is None:
+                    plan = plan_run(config, work_dir, runs_dir, world_size)
+                    lock = open_run_folder(plan, config_path)
+                    if ignore_guard:
+                        clear_guard(plan.folder)
+                    check_guard(plan.folder, plan.folder / METRICS)
+                # Again, now that nobody else writes there.
+                answer[0] = plan_run(config, work_dir, runs_dir, world_size, announce=False)
+            except Held as owner:
+                print(f"Another trainer works there: {owner}. Start again to go on after it.", flush=True)
+                answer[0] = "held"
+            except UserError as caught:
+                error = caught
+        distributed.broadcast_object_list(answer)
+        if error is not None:
+            if lock is not None:
+                lock.release()
+            raise error
+        if answer[0] in ("failed", "held"):
+            raise SystemExit(EXIT_GO_ON if answer[0] == "held" else 2)
+        corrupt = answer[0].checkpoint
+        if answer[0].finished or _is_intact_together(corrupt):
+            break
+    plan = answer[0]
+    if distributed.get_rank() == 0 and not plan.trained:
+        metrics, step = plan.folder / METRICS, step_of(plan.checkpoint) if plan.checkpoint else 0
+        begin_attempt(plan.folder, metrics, step)
+        cut_metrics(metrics, step)
+    return plan, lock
+
+
+def _is_intact_together(checkpoint: Path | None) -> bool:
+    """Reads a checkpoint's bytes, each rank its share of the files, and tells all ranks whether they are right."""
+    if checkpoint is None:
+        return True
+    verdicts: list = [None] * distributed.get_world_size()
+    mine = is_intact(checkpoint, distributed.get_rank(), len(verdicts))
+    distributed.all_gather_object(verdicts, mine)
+    return all(verdicts)
+
+
+def _train(config: TrainConfig, plan: Plan, stop: StopRequest, holding: Holding) -> bool:
+    """Trains until the end or until the run has to stop early; tells whether it is finished."""
+    from snaketune.training.train_loop import TrainRunner
+
+    if distributed.get_rank() != 0:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+
+    other_ranks = plan.checkpoint and saved_world_size(plan.checkpoint) != distributed.get_world_size()
+    universal = make_universal(plan.checkpoint) if other_ranks and config.zero_stage > 0 else None
+    runner = TrainRunner.from_cfg(runner_config(config, plan.folder, universal is not None))
+    runner.resume_from, runner.universal, runner.stop = plan.checkpoint, universal, stop
+    runner.holding = holding
+    runner.train()
+    if runner.iter == runner.max_iters:
+        return True
+    if distributed.get_rank() == 0:
+        print(
+            f"Stopped after step {runner.iter} of {runner.max_iters} ({stop.reason}); start again to go on",
+            flush=True,
+        )
+    return False
+
+
+def runner_config(settings: TrainConfig, folder: Path, universal: bool = False) -> Config:
+    """Returns the config in the form that mmengine's runner takes, for the run folder `folder`.
+
+    As in XTuner's `train.py`, clipping and accumulation move from the optimizer wrapper to DeepSpeed. With `universal`,
+    DeepSpeed will load a universal checkpoint.
+    """
+    config = copy.deepcopy(settings.source)
+    config.model.llm.model_path = settings.model_path
+    wrapper = config.optim_wrapper
+    accumulation = settings.micro_batches_per_step(distributed.get_world_size())
+    optimizer = wrapper.optimizer
+    if optimizer["type"] is torch.optim.AdamW:
+        optimizer.setdefault("fused", True)  # on CPU a twelfth of the time
+    clipping = (wrapper.get("clip_grad") or {}).get("max_norm", 0)
+    config.optim_wrapper = ConfigDict(type="DeepSpeedOptimWrapper", optimizer=optimizer)
+    config.strategy.setdefault("gradient_clipping", clipping)
+    config.strategy.setdefault("dtype", settings.dtype)
+    config.strategy.zero_stage = settings.zero_stage
+    config.strategy.sequence_parallel = settings.sequence_parallel
+    config.strategy.gradient_accumulation_steps = accumulation
+    config.strategy.train_micro_batch_size_per_gpu = 1
+    if settings.sequence_parallel > 1:
+        config.train_dataloader.sampler.sequence_parallel = settings.sequence_parallel
+    if universal:
+        config.strategy.config = {
+            **(config.strategy.get("config") or {}),
+            "checkpoint": {"load_universal": True},
+        }
+    config.train_cfg.accumulative_counts = accumulation
+    config.train_cfg.max_epochs, config.train_cfg.max_steps = settings.max_epochs, settings.max_steps
+    hooks = config.get("default_hooks") or ConfigDict()
+    if hooks.get("checkpoint"):
+        hooks.checkpoint.interval = settings.save_steps
+    for name in ("runtime_info", "timer", "logger", "sampler_seed"):  # ours do their work
+        hooks.setdefault(name, None)
+    config.default_hooks = hooks
+    config.env_cfg = config.get("env_cfg") or ConfigDict()
+    config.launcher = "pytorch"
+    config.work_dir = str(folder)
+    config.log_level = config.get("log_level", "WARNING")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return config
