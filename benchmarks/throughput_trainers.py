@@ -36,13 +36,13 @@ def train_bare(a: argparse.Namespace) -> None:
         for _ in range(a.accumulation):
             batch = packed_collate([rows[row % len(rows)]])["data"]
             row += 1
-            borders = packing_kwargs(batch["cumulative_len"], batch["max_seqlen"])
+            boundaries = packing_kwargs(batch["cumulative_len"], batch["max_seqlen"])
             loss = model(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
                 labels=batch["labels"],
                 use_cache=False,
-                **borders,
+                **boundaries,
             ).loss
             (loss / a.accumulation).backward()
             total += loss.item() / a.accumulation

@@ -67,10 +67,10 @@ from snaketune.common import result_paths
 from snaketune.common.cli import UserError
 from snaketune.common.files import read_json, sha256_json
 from snaketune.common.fingerprints import FingerprintCache
-from snaketune.common.plan_table import planned_job, render_plan
+from snaketune.common.job_table import planned_job, render_job_table
 from snaketune.chat_files.processed_layout import find_datasets
 from snaketune.packing.plan_format import PLAN_ARRAYS, PLAN_FORMAT, check_weights, own_weights
-from snaketune.tokenized.job_parts import MEGABYTE, TOKENIZED_FORMAT, file_sizes, plan_datasets, plan_parts
+from snaketune.tokenized.job_parts import MEGABYTE, TOKENIZED_FORMAT, file_sizes, split_datasets, split_parts
 from snaketune.chat_format.template_file import template_path
 from snaketune.tokenized.layout import TEMPLATE_FOLDER
 from snaketune.settings.command_line import flags, options_of
@@ -113,7 +113,7 @@ PARITY = f"{RUN}/{result_paths.PARITY}"
 EVALUATION = f"{RUN}/{result_paths.EVALUATION}"
 TOOL_CALLS = f"{RUN}/{result_paths.TOOL_CALLS}"
 TRAINING = f"{RUN}/{result_paths.TRAINING}"
-HELD = f"{RUN}/{result_paths.RUN_FOLDER}/{result_paths.HELD}"
+PINNED = f"{RUN}/{result_paths.RUN_FOLDER}/{result_paths.PINNED}"
 SAVED_CHECKPOINTS = f"{RUN}/{result_paths.SAVED_CHECKPOINTS}"
 CHECKPOINT_HF = f"{RUN}/{result_paths.CHECKPOINT_HF}"
 CHECKPOINT_EVALUATION = f"{RUN}/{result_paths.CHECKPOINT_EVALUATION}"
@@ -310,7 +310,7 @@ except UserError as error:
 
 # Which files each job takes: from their names and sizes alone, so that a dry run reads none.
 PARTS = {
-    key: plan_parts(datasets, SIZES[key], JOB_SIZES[key]["shard_mb"], JOB_SIZES[key]["batch_mb"])
+    key: split_parts(datasets, SIZES[key], JOB_SIZES[key]["shard_mb"], JOB_SIZES[key]["batch_mb"])
     for key, datasets in DATASETS.items()
 }
-HELDOUT_PARTS = {key: plan_datasets(datasets, SIZES[key]) for key, datasets in DATASETS.items()}
+HELDOUT_PARTS = {key: split_datasets(datasets, SIZES[key]) for key, datasets in DATASETS.items()}

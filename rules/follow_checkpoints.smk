@@ -59,7 +59,7 @@ rule convert_checkpoint:
         mem_mb=lambda wildcards, attempt: 8000 * attempt,
         runtime=120,
     params:
-        held=HELD,
+        held=PINNED,
         options=hf_flags,
     message:
         "Convert step {wildcards.step} of run {wildcards.run} to Hugging Face"
@@ -88,7 +88,7 @@ rule evaluate_checkpoint:
         gres=evaluate_gres,
     params:
         script="evaluate_model.py",
-        held=f"{HELD}/iter_{{step}}.pth",
+        held=f"{PINNED}/iter_{{step}}.pth",
         heldout_dir=heldout_dir,
         options=evaluate_flags,
         heldout_digest=heldout_digest,
@@ -114,7 +114,7 @@ use rule evaluate_checkpoint as evaluate_checkpoint_tool_calls with:
         f"{BENCHMARKS}/evaluate_checkpoint_tool_calls/{{run}}.{{identity}}.{{step}}.tsv"
     params:
         script="evaluate_tool_calls.py",
-        held=f"{HELD}/iter_{{step}}.pth",
+        held=f"{PINNED}/iter_{{step}}.pth",
         heldout_dir=heldout_dir,
         options=tool_call_flags,
         heldout_digest=heldout_digest,

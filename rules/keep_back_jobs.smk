@@ -10,7 +10,7 @@ import time
 
 from snakemake.scheduling.job_scheduler import JobScheduler
 
-AWAITED = {"list_checkpoints": TRAINING, "convert_checkpoint": f"{RUN}/{result_paths.HELD_RECORD}"}
+AWAITED = {"list_checkpoints": TRAINING, "convert_checkpoint": f"{RUN}/{result_paths.PINNED_RECORD}"}
 AWAITED_SECONDS = 3 if workflow.resource_settings.nodes is None else 20  # from one look to the next
 
 

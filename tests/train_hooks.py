@@ -29,7 +29,7 @@ class DumpWeights(Hook):
 
 
 class RecordBatches(Hook):
-    """Appends the ids and document borders of each micro-batch, as the model is to see them, to $TEST_BATCHES."""
+    """Appends the ids and document boundaries of each micro-batch, as the model is to see them, to $TEST_BATCHES."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         if "TEST_BATCHES" not in os.environ:
@@ -40,7 +40,7 @@ class RecordBatches(Hook):
                 "rank": runner.rank,
                 "micro_batch": number,
                 "ids": batch["data"]["input_ids"][0].tolist(),
-                "borders": batch["data"]["cumulative_len"].tolist(),
+                "boundaries": batch["data"]["cumulative_len"].tolist(),
             }
             for number, batch in enumerate(data_batch)
         ]

@@ -33,9 +33,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     from snaketune.encoding.tokenizer import load_tokenizer
-    from snaketune.tokenized.inspecting import Sample, find_tokenizer, legend, paint, token_table
-    from snaketune.tokenized.made_with import refuse_other_tokenizer
+    from snaketune.tokenized.compatibility import refuse_other_tokenizer
     from snaketune.tokenized.manifests import Manifests
+    from snaketune.tokenized.sample_view import Sample, find_tokenizer, legend, paint, token_table
 
     entry = Manifests().of(args.bin)
     folder = args.tokenizer_path or find_tokenizer(args.bin, entry)

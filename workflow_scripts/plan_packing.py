@@ -15,8 +15,8 @@ from snaketune.common.fingerprints import FingerprintCache
 from snaketune.packing.data_check import bin_digests
 from snaketune.packing.planner import make_plan
 from snaketune.settings.command_line import add_settings
+from snaketune.tokenized.compatibility import UNKNOWN, made_with
 from snaketune.tokenized.data_order import find_train_folder, list_train_files, read_data_order
-from snaketune.tokenized.made_with import UNKNOWN, made_with
 
 
 def parse_args() -> argparse.Namespace:

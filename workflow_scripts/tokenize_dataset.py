@@ -89,7 +89,7 @@ def summary(manifest: dict[str, Any]) -> str:
     )
     if totals["quarantined"]:
         first += f", {totals['quarantined']} quarantined"
-    second = f"  mask {options['mask']}: {counts['straddling_messages']} messages straddle a border"
+    second = f"  mask {options['mask']}: {counts['straddling_messages']} messages straddle a boundary"
     if options["mask"] == "exact":
         second += f", {counts['tokens_differing_from_compat']} tokens differ from compat"
     second += f"; {counts['control_messages']} messages hold a control token ({options['control_tokens']})"

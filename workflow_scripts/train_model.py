@@ -124,13 +124,13 @@ def main() -> int | None:
 
     if "SNAKETUNE_PARENT" in os.environ:
         launch.die_with_parent(int(os.environ["SNAKETUNE_PARENT"]))
-    from snaketune.checkpoints.pinned import Holding, open_finished
+    from snaketune.checkpoints.pinned import PinPolicy, pin_finished
     from snaketune.training.run_identity import resolve_hub_model
     from snaketune.training.train_config import load_config
 
     stage = int(arguments.deepspeed[-1]) if arguments.deepspeed else None
     config = resolve_hub_model(load_config(arguments.config, stage))
-    holding = Holding.from_text(arguments.hold_every, config.save_steps, arguments.started)
+    pins = PinPolicy.from_text(arguments.hold_every, config.save_steps, arguments.started)
     work_dir, runs_dir = arguments.work_dir, arguments.runs_dir
     if work_dir is None and runs_dir is None:
         work_dir = Path("work_dirs") / arguments.config.stem
@@ -138,22 +138,22 @@ def main() -> int | None:
     if arguments.launcher in ("none", "srun"):
         from snaketune.training.crash_guard import check_guard, forget_tracebacks
         from snaketune.training.run_lock import wait_until_free
-        from snaketune.training.run_state import plan_run, write_manifest
+        from snaketune.training.run_state import find_run_state, write_manifest
 
         processes = count_processes(arguments.processes, arguments.gpus_per_node if by_srun else None)
         ranks = processes * (arguments.nodes if by_srun else 1)
-        plan = plan_run(config, work_dir, runs_dir, ranks, announce=False)
+        state = find_run_state(config, work_dir, runs_dir, ranks, announce=False)
         deadline = min(StopRequest(arguments.time_limit).deadline, time.time() + 60 * arguments.lock_wait)
-        if wait_until_free(plan.folder, deadline):
-            plan = plan_run(config, work_dir, runs_dir, ranks, announce=False)
-        if plan.finished:
-            open_finished(plan.folder, holding)
+        if wait_until_free(state.folder, deadline):
+            state = find_run_state(config, work_dir, runs_dir, ranks, announce=False)
+        if state.finished:
+            pin_finished(state.folder, pins)
             if arguments.manifest:
-                write_manifest(plan, arguments.manifest)
-            print(f"Finished before: {plan.folder}", flush=True)
+                write_manifest(state, arguments.manifest)
+            print(f"Finished before: {state.folder}", flush=True)
             return None
         if not arguments.ignore_guard:
-            check_guard(plan.folder, plan.folder / METRICS)
+            check_guard(state.folder, state.folder / METRICS)
         if by_srun or ranks > 1:
             own = [sys.executable, *sys.argv, "--launcher", "slurm-node" if by_srun else "pytorch"]
             if by_srun:
@@ -164,7 +164,7 @@ def main() -> int | None:
                 sft.import_for_training(config.model_path)
                 code = launch.run_ranks(own, processes)
             if code > 128:
-                forget_tracebacks(plan.folder)
+                forget_tracebacks(state.folder)
             return code
     if arguments.launcher == "slurm-node":
         sft.import_for_training(config.model_path)
@@ -182,7 +182,7 @@ def main() -> int | None:
         arguments.manifest,
         arguments.time_limit,
         arguments.ignore_guard,
-        holding,
+        pins,
     )
 
 

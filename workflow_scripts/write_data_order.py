@@ -11,9 +11,9 @@ import argparse
 from pathlib import Path
 
 from snaketune.common.cli import run
+from snaketune.tokenized.compatibility import UNKNOWN, made_with
 from snaketune.tokenized.data_order import find_train_folder, list_train_files, write_data_order
 from snaketune.tokenized.layout import BIN
-from snaketune.tokenized.made_with import UNKNOWN, made_with
 
 
 def parse_args() -> argparse.Namespace:

@@ -71,4 +71,4 @@ def print_plan():
         if not job.is_norun
     ]
     if jobs:
-        print(f"\n{render_plan(jobs, WORKDIR / BENCHMARKS)}", end="")
+        print(f"\n{render_job_table(jobs, WORKDIR / BENCHMARKS)}", end="")

@@ -36,8 +36,8 @@ def packed(lengths) -> dict:
     ids = np.random.RandomState(3).randint(3, 64, sum(lengths))
     labels = np.where(np.arange(len(ids)) % 2, ids, -100)
     positions = np.concatenate([np.arange(length) for length in lengths])
-    borders = np.cumsum([0, *lengths])
-    return {"input_ids": ids, "labels": labels, "position_ids": positions, "cumulative_len": borders}
+    boundaries = np.cumsum([0, *lengths])
+    return {"input_ids": ids, "labels": labels, "position_ids": positions, "cumulative_len": boundaries}
 
 
 def sixteen_documents() -> dict:
@@ -116,9 +116,10 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def logits_alone(model, row: dict) -> torch.Tensor:
-    ids, borders = torch.from_numpy(row["input_ids"])[None], row["cumulative_len"].tolist()
+    ids, boundaries = torch.from_numpy(row["input_ids"])[None], row["cumulative_len"].tolist()
     pieces = [
-        model(ids[:, a:b], use_cache=False).logits for a, b in zip(borders[:-1], borders[1:], strict=True)
+        model(ids[:, a:b], use_cache=False).logits
+        for a, b in zip(boundaries[:-1], boundaries[1:], strict=True)
     ]
     return torch.cat(pieces, dim=1)
 
@@ -154,7 +155,7 @@ def flash_varlen(
     causal,
     window_size=None,
 ):
-    """What flash-attn's kernel of this name computes: (tokens, heads, head_dim), a sequence from border to border."""
+    """What flash-attn's kernel of this name computes: (tokens, heads, head_dim), a sequence from boundary to boundary."""
     assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
     assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
     parts = []

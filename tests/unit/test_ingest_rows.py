@@ -14,7 +14,7 @@ from snaketune.chat_files.processed_layout import find_datasets
 from snaketune.chat_format.template_file import load_template
 from snaketune.common.cli import UserError
 from snaketune.tokenized.block_tokenizer import TokenizeOptions
-from snaketune.tokenized.inspecting import Sample
+from snaketune.tokenized.sample_view import Sample
 from snaketune.tokenized.tokenizing import tokenize_datasets
 
 

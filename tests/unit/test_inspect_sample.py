@@ -14,7 +14,7 @@ import pytest
 from ftdp_small_tokenizers import KINDS, extended_folder, small_tokenizer
 
 from snaketune.tokenized.block_tokenizer import TokenizeOptions
-from snaketune.tokenized.inspecting import Sample, paint, token_table
+from snaketune.tokenized.sample_view import Sample, paint, token_table
 from snaketune.tokenized.tokenizing import tokenize_datasets
 from terminal import read_terminal
 

@@ -318,7 +318,7 @@ def test_the_run_reports_what_it_counted(tmp_path, run_script):
         "tokenize_dataset.py", *places, "--tokenizer-path", extended_folder("newlines"), "--mask", "exact"
     )
     assert done.stdout.splitlines()[-1] == (
-        "  mask exact: 1 messages straddle a border, 5 tokens differ from compat; "
+        "  mask exact: 1 messages straddle a boundary, 5 tokens differ from compat; "
         "1 messages hold a control token (literal)"
     )
     with pytest.raises(UserError, match=r"f\.jsonl:2: \[0\]\.content(.|\n)*<\|im_start\|>"):

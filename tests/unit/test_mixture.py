@@ -14,7 +14,7 @@ from pack_samples import random_samples, write_bin
 
 from snaketune.common.cli import UserError
 from snaketune.packing.pack_plan import open_plan
-from snaketune.packing.packed_rows import PackedRows
+from snaketune.packing.packed_sequences import PackedSequences
 from snaketune.packing.plan_diff import diff_plans
 from snaketune.packing.planner import make_plan
 
@@ -70,7 +70,7 @@ def test_each_document_is_seen_as_often_as_its_weight_says(
     if not sum(expected.values()):
         return
     plan = make_plan(folder, list(files), max_length, seed=7, min_length=min_length, weights=given_weights)
-    rows, seen = PackedRows(plan), Counter()
+    rows, seen = PackedSequences(plan), Counter()
     for number in range(len(plan)):
         ids = rows[number]["input_ids"].tolist()
         for piece in plan.row(number):
@@ -113,7 +113,7 @@ def three(tmp_path):
 
 
 def rows_of(plan):
-    rows = PackedRows(plan)
+    rows = PackedSequences(plan)
     return [{key: value.tolist() for key, value in rows[number].items()} for number in range(len(rows))]
 
 

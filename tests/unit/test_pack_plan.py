@@ -16,7 +16,7 @@ from pack_samples import random_samples, write_bin
 from snaketune.common.cli import UserError
 from snaketune.packing.best_fit import assign_rows, best_fit_decreasing, fill_rows
 from snaketune.packing.pack_plan import open_plan
-from snaketune.packing.packed_rows import PackedRows
+from snaketune.packing.packed_sequences import PackedSequences
 from snaketune.packing.planner import make_plan
 from snaketune.tokenized.data_order import list_train_files
 
@@ -30,18 +30,18 @@ def xtuner_rows(files, max_length, seed):
         stream = [(token, index) for index in permutation.tolist() for token in samples[index]]
         for start in range(0, len(stream) - max_length + 1, max_length):
             cut = stream[start : start + max_length]
-            positions, borders, previous = [], [], None
+            positions, boundaries, previous = [], [], None
             for place, (_, index) in enumerate(cut):
                 if index != previous:
-                    borders.append(place)
-                positions.append(place - borders[-1])
+                    boundaries.append(place)
+                positions.append(place - boundaries[-1])
                 previous = index
             rows.append(
                 {
                     "input_ids": [abs(token) for token, _ in cut],
                     "labels": [token if token > 0 else -100 for token, _ in cut],
                     "position_ids": positions,
-                    "cumulative_len": [*borders, max_length],
+                    "cumulative_len": [*boundaries, max_length],
                 }
             )
     return rows
@@ -78,7 +78,7 @@ def test_xtuner_rows(tmp_path_factory, seed, counts, longest, max_length, packin
             make_plan(folder / "train", names, max_length, "xtuner", packing_seed)
         return
     plan = make_plan(folder / "train", names, max_length, "xtuner", packing_seed)
-    rows = PackedRows(plan)
+    rows = PackedSequences(plan)
     assert [as_lists(rows[number]) for number in range(len(rows))] == expected
     with pytest.raises(IndexError):
         rows[len(rows)]
@@ -92,7 +92,7 @@ def test_xtuner_rows(tmp_path_factory, seed, counts, longest, max_length, packin
 def test_what_xtuner_itself_gave(tmp_path):
     # The output of XTuner 0.2.0's own classes for these samples.
     write_bin(tmp_path / "f.bin", [[10, 11], [20], [30, -31, 32], [40, 41], [0, 51]])
-    rows = PackedRows(make_plan(tmp_path, ["f.bin"], 4, "xtuner"))
+    rows = PackedSequences(make_plan(tmp_path, ["f.bin"], 4, "xtuner"))
     assert [as_lists(rows[number]) for number in range(len(rows))] == [
         {
             "input_ids": [30, 31, 32, 10],
@@ -190,7 +190,7 @@ def test_best_fit_rows(tmp_path_factory, seed, counts, longest, max_length, min_
             make_plan(folder / "train", names, max_length, min_length=min_length)
         return
     plan = make_plan(folder / "train", names, max_length, min_length=min_length)
-    rows = PackedRows(plan)
+    rows = PackedSequences(plan)
     seen = Counter()
     cut = set()
     for number in range(len(rows)):
@@ -210,8 +210,8 @@ def test_best_fit_rows(tmp_path_factory, seed, counts, longest, max_length, min_
                 assert len(kept[document]) > max_length
                 cut.add(document)
             at = end
-        borders = np.cumsum([0, *(piece.stop - piece.start for piece in plan.row(number))])
-        assert row["cumulative_len"] == borders.tolist()
+        boundaries = np.cumsum([0, *(piece.stop - piece.start for piece in plan.row(number))])
+        assert row["cumulative_len"] == boundaries.tolist()
     assert seen == Counter(
         (document, place) for document, tokens in kept.items() for place in range(len(tokens))
     )
@@ -298,7 +298,7 @@ def test_plan_on_disk(tmp_path):
     assert opened.sha256() == plan.sha256() == written["plan_sha256"]
     assert opened.train_folder == tmp_path / "train" and not written["train_folder"].startswith("/")
     assert [opened.order(epoch).tolist() for epoch in range(5)] == [plan.order(e).tolist() for e in range(5)]
-    rows, again = PackedRows(plan), pickle.loads(pickle.dumps(PackedRows(opened)))  # noqa: S301  (our own object)
+    rows, again = PackedSequences(plan), pickle.loads(pickle.dumps(PackedSequences(opened)))  # noqa: S301  (our own object)
     assert all(as_lists(rows[number]) == as_lists(again[number]) for number in range(len(rows)))
     # Another folder holds the same data.
     (tmp_path / "train").rename(tmp_path / "moved")
@@ -312,7 +312,7 @@ def test_more_files_than_may_be_open(tmp_path):
     names = [f"f{number:03}.bin" for number in range(300)]
     for number, name in enumerate(names):
         write_bin(tmp_path / name, [[number + 1] * 2])
-    rows = PackedRows(make_plan(tmp_path, names, 400))
+    rows = PackedSequences(make_plan(tmp_path, names, 400))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
@@ -331,7 +331,7 @@ def test_broken_plans_and_data_are_named(tmp_path):
     data = (tmp_path / "f.bin").read_bytes()
     (tmp_path / "f.bin").write_bytes(data.replace(b"1, 2, 3", b"1,2 ]}#"))
     with pytest.raises(UserError, match=r"f\.bin: the line at byte 0 is not what was planned with"):
-        PackedRows(open_plan(folder))[0]
+        PackedSequences(open_plan(folder))[0]
     (tmp_path / "f.bin").write_bytes(data + b" ")
     with pytest.raises(UserError, match=rf"f\.bin is not the file(.|\n)*{len(data)} bytes"):
         open_plan(folder)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from snaketune.common.cli import UserError
 from snaketune.packing.pack_plan import open_plan
-from snaketune.packing.packed_rows import PackedRows
+from snaketune.packing.packed_sequences import PackedSequences
 from snaketune.packing.plan_diff import diff_plans
 from snaketune.packing.planner import make_plan
 from snaketune.packing.row_tracer import RowTracer
@@ -63,11 +63,11 @@ def tokenized(tmp_path_factory, extended_tokenizer, write_processed, run_script)
 def test_every_document_is_found_on_its_line(tokenized, extended_tokenizer):
     plan = open_plan(tokenized / "plan")
     tokenizer = Tokenizer.from_file(str(extended_tokenizer / "tokenizer.json"))
-    rows, tracer = PackedRows(plan), RowTracer(plan)
+    rows, tracer = PackedSequences(plan), RowTracer(plan)
     seen = whole = 0
     for number in range(len(plan)):
-        ids, borders = rows[number]["input_ids"], rows[number]["cumulative_len"]
-        for traced, begin, end in zip(tracer.row(number), borders[:-1], borders[1:], strict=True):
+        ids, boundaries = rows[number]["input_ids"], rows[number]["cumulative_len"]
+        for traced, begin, end in zip(tracer.row(number), boundaries[:-1], boundaries[1:], strict=True):
             text = tokenizer.decode(ids[begin:end].tolist())
             line = Path(traced.source).read_text().splitlines()[traced.line - 1]
             question, answer = (message["content"] for message in json.loads(line))

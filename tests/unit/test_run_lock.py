@@ -11,7 +11,7 @@ import time
 import pytest
 
 from snaketune.training.early_stop import EXIT_GO_ON
-from snaketune.training.run_lock import LOCK, STALE, Held, RunLock, is_alive, read_owner, wait_until_free
+from snaketune.training.run_lock import LOCK, STALE, LockTaken, RunLock, is_alive, read_owner, wait_until_free
 
 HOLD = "import sys, time; from pathlib import Path; from snaketune.training.run_lock import RunLock; lock = RunLock(Path(sys.argv[1]))"
 
@@ -38,7 +38,7 @@ def leave_lock(folder, age: float, job: str | None = None) -> dict:
 
 
 def test_one_trainer_at_a_time_and_the_next_after_a_kill(tmp_path, holder):
-    with pytest.raises(Held, match=f"process {holder.pid} of .*, Slurm job 41, since 20"):
+    with pytest.raises(LockTaken, match=f"process {holder.pid} of .*, Slurm job 41, since 20"):
         RunLock(tmp_path)
     holder.kill()
     holder.wait()
@@ -62,7 +62,7 @@ def test_waiting_ends_with_the_other_trainer_or_with_the_time(tmp_path, holder, 
 def test_without_slurm_a_trainer_elsewhere_lives_while_it_gives_signs_of_life(tmp_path):
     owner = leave_lock(tmp_path, age=STALE / 2)
     assert is_alive(tmp_path, owner)
-    with pytest.raises(Held, match="other-host"):
+    with pytest.raises(LockTaken, match="other-host"):
         RunLock(tmp_path)
     leave_lock(tmp_path, age=STALE + 5)
     RunLock(tmp_path).release()

@@ -44,13 +44,15 @@ def test_stretches_make_the_row(lengths):
     for name in ("input_ids", "position_ids"):
         whole = torch.cat([part[name] for part in parts], dim=1)
         assert torch.equal(whole[:, :count], row[name]) and whole.shape[1] % size == 0
-    # What each position predicts, borders between ranks included; the filling predicts nothing.
+    # What each position predicts, boundaries between ranks included; the filling predicts nothing.
     predicted = torch.cat([part["labels"][:, 1:] for part in parts], dim=1)[0].tolist()
     assert predicted == row["labels"][0, 1:].tolist() + [-100] * (len(predicted) - count + 1)
     for part in parts:
-        borders = part["cumulative_len"].tolist()
-        assert borders[: len(lengths) + 1] == row["cumulative_len"].tolist() and borders[-1] == len(predicted)
-        assert part["max_seqlen"] == max(np.diff(borders))
+        boundaries = part["cumulative_len"].tolist()
+        assert boundaries[: len(lengths) + 1] == row["cumulative_len"].tolist() and boundaries[-1] == len(
+            predicted
+        )
+        assert part["max_seqlen"] == max(np.diff(boundaries))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from snaketune.chat_files.range_reader import RangeReader, lines_before
 from snaketune.common.cli import UserError
 from snaketune.tokenized import chunk_store
 from snaketune.tokenized.block_tokenizer import TokenizeOptions
-from snaketune.tokenized.job_parts import file_sizes, plan_parts
+from snaketune.tokenized.job_parts import file_sizes, split_parts
 from snaketune.tokenized.tokenizing import merge_parts, tokenize_datasets, tokenize_part
 
 DEFAULT = TokenizeOptions()
@@ -25,7 +25,7 @@ SMALL = {"shard_bytes": 100_000, "batch_bytes": 30_000}
 
 def parts_of(processed, **sizes):
     datasets = find_datasets(processed)
-    return plan_parts(datasets, file_sizes(datasets), **(sizes or SMALL))
+    return split_parts(datasets, file_sizes(datasets), **(sizes or SMALL))
 
 
 def in_parts(processed, out, tokenizer, options=DEFAULT, names=None, **sizes):
@@ -95,8 +95,8 @@ def test_the_plan(processed):
 def test_five_thousand_folders_are_a_few_jobs(tmp_path):
     datasets = {f"d{number}": [tmp_path / f"d{number}" / "f.jsonl"] for number in range(5000)}
     sizes = {files[0]: 10_000 for files in datasets.values()}
-    assert len(plan_parts(datasets, sizes)) == 1
-    assert len(plan_parts(datasets, dict.fromkeys(sizes, 1_000_000))) <= 128
+    assert len(split_parts(datasets, sizes)) == 1
+    assert len(split_parts(datasets, dict.fromkeys(sizes, 1_000_000))) <= 128
 
 
 @pytest.mark.parametrize(

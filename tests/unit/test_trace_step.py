@@ -93,7 +93,7 @@ def test_traced_documents_are_what_the_model_saw(run, run_script):
             ]
             assert each["ids"] == ids
             lengths = [document["stop"] - document["start"] for document in documents]
-            assert each["borders"] == [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+            assert each["boundaries"] == [sum(lengths[:n]) for n in range(len(lengths) + 1)]
     assert len(epochs) > 1
     plan = json.loads((run / "packs" / "p" / "plan.json").read_text())
     record = json.loads((run / "out" / "train.json").read_text())

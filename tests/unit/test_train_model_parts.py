@@ -25,8 +25,8 @@ def row(vocabulary: int = 96, seed: int = 0) -> dict:
     ids = rng.randint(3, vocabulary, sum(LENGTHS))
     positions = np.concatenate([np.arange(n) for n in LENGTHS])
     labels = np.where(positions % 3 == 1, -100, ids)
-    borders = np.cumsum([0, *LENGTHS])
-    return {"input_ids": ids, "labels": labels, "position_ids": positions, "cumulative_len": borders}
+    boundaries = np.cumsum([0, *LENGTHS])
+    return {"input_ids": ids, "labels": labels, "position_ids": positions, "cumulative_len": boundaries}
 
 
 def small_config(kind: str):
@@ -64,10 +64,10 @@ def test_packed_row_equals_documents_alone(model_folder, checkpointing):
 
     alone = load_base_model(str(model_folder), attention="eager").train()
     labels = torch.from_numpy(packed["labels"])
-    borders = packed["cumulative_len"]
+    boundaries = packed["cumulative_len"]
     pieces = [
         alone(torch.from_numpy(packed["input_ids"][a:b])[None], use_cache=False).logits[0]
-        for a, b in zip(borders[:-1], borders[1:], strict=True)
+        for a, b in zip(boundaries[:-1], boundaries[1:], strict=True)
     ]
     # Labels shift over the row, as in XTuner: the last token of a document predicts the first of the next.
     expected = torch.nn.functional.cross_entropy(torch.cat(pieces)[:-1], labels[1:], ignore_index=-100)

@@ -78,11 +78,11 @@ def reference(folder):
 
 def row_loss(model, row: dict) -> torch.Tensor:
     """Sum of the token losses of a row, its documents one by one; labels shift over the whole row."""
-    borders = row["cumulative_len"]
+    boundaries = row["cumulative_len"]
     logits = torch.cat(
         [
             model(torch.from_numpy(row["input_ids"][start:stop])[None], use_cache=False).logits[0]
-            for start, stop in zip(borders[:-1], borders[1:], strict=True)
+            for start, stop in zip(boundaries[:-1], boundaries[1:], strict=True)
         ]
     )
     targets = torch.from_numpy(row["labels"])[1:]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from snaketune.checkpoints.checkpoint_folders import newest_whole_checkpoint, read_state_dict
-from snaketune.packing.packed_rows import PackedRows
+from snaketune.packing.packed_sequences import PackedSequences
 from snaketune.packing.planner import make_plan
 from snaketune.tokenized.data_order import read_data_order
 from snaketune.training.metrics_hook import MEASURED
@@ -179,7 +179,7 @@ def reference(world):
         rows[old:] = layer.weight.data.mean(0)
         layer.weight = torch.nn.Parameter(rows)
     names = read_data_order(folder / "data_order.txt")
-    rows = PackedRows(make_plan(folder / "data/chatml_llamav13_32k/train", names, LENGTH, "xtuner"))
+    rows = PackedSequences(make_plan(folder / "data/chatml_llamav13_32k/train", names, LENGTH, "xtuner"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.01)
     order = [[], []]
     for epoch in range(3):
@@ -195,11 +195,11 @@ def reference(world):
         total = 0.0
         trained = sum(int((row["labels"][1:] != -100).sum()) for row in micro)
         for row in micro:
-            borders = row["cumulative_len"]
+            boundaries = row["cumulative_len"]
             logits = torch.cat(
                 [
                     model(torch.from_numpy(row["input_ids"][start:stop])[None], use_cache=False).logits[0]
-                    for start, stop in zip(borders[:-1], borders[1:], strict=True)
+                    for start, stop in zip(boundaries[:-1], boundaries[1:], strict=True)
                 ]
             )
             labels = torch.from_numpy(row["labels"])

@@ -84,7 +84,7 @@ def test_ordinary_conversations_take_the_hot_path(kind, template, mask):
         ["你好，世界。！", "<|im_end|> <s>!"],
     ):
         assert check(encoder, plain, talk(*contents), exact)
-    # At a border that a merge or the pre-tokenizer may cross, it is not tried.
+    # At a boundary that a merge or the pre-tokenizer may cross, it is not tried.
     crossing = {"sentencepiece": "", "bang": "\n x"}.get(kind, "  x")
     if crossing:
         assert encoder.line(encoder.turns(talk(crossing, "x"))) is None
@@ -95,7 +95,7 @@ def test_ordinary_conversations_take_the_hot_path(kind, template, mask):
 def test_forgetting_changes_nothing(kind, mask, monkeypatch):
     monkeypatch.setattr(word_lines, "_MAX_ENTRIES", 12)
     monkeypatch.setattr(word_lines, "_MAX_CHARACTERS", 4)
-    monkeypatch.setattr(word_lines, "_MAX_BORDERS", 3)
+    monkeypatch.setattr(word_lines, "_MAX_BOUNDARIES", 3)
     encoder, plain = pair(kind, mask=mask)
     rng = random.Random(0)
     words = ["a", "hello", "x=1", "你好世界", "don't", "!", "\n", "  ", "<s>", "12", ""]
@@ -105,7 +105,7 @@ def test_forgetting_changes_nothing(kind, mask, monkeypatch):
         assert check(encoder, plain, named, mask == "exact")
     tables = [table for sign in encoder._lines._signs for table in (sign._words, sign._spaced)]
     assert max(map(len, tables)) <= 12
-    assert len(encoder._lines._borders) <= 3
+    assert len(encoder._lines._boundaries) <= 3
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte_level", "newlines"])

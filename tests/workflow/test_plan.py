@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from snaketune.common.plan_table import planned_job, render_plan
+from snaketune.common.job_table import planned_job, render_job_table
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -41,7 +41,7 @@ def test_core_hours_and_gpu_hours_of_a_job_of_many_tasks(tmp_path):
     here = planned_job("report", False, 2, {"gpu": 3}, tmp_path / "torn.tsv")
     assert (here.cores, here.gpus, here.minutes) == (2, 3, None)
     (tmp_path / "torn.tsv").write_text("s\n")
-    plan = rows(render_plan([train, here, here], tmp_path))
+    plan = rows(render_job_table([train, here, here], tmp_path))
     assert plan["train_model"] == ["1", "cluster", "32", "4", "90 min", "48.0", "6.0"]
     assert plan["report"][:5] == ["2", "here", "2", "3", "none"]
     assert plan["total"][0] == "3"

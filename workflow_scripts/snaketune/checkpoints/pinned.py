@@ -16,11 +16,11 @@ from pathlib import Path
 from snaketune.checkpoints.checkpoint_folders import is_whole, list_checkpoints, remove_leftovers, step_of
 from snaketune.common.cli import UserError
 from snaketune.common.files import fsync_path, link_or_copy, read_json, write_bytes, write_json
-from snaketune.common.result_paths import FINISHED, HELD, IDENTITY, MARKER, TRAIN_CONFIG
+from snaketune.common.result_paths import FINISHED, IDENTITY, MARKER, PINNED, TRAIN_CONFIG
 
 
 @dataclass(frozen=True)
-class Holding:
+class PinPolicy:
     """Which checkpoints of a run are held.
 
     Attributes:
@@ -32,7 +32,7 @@ class Holding:
     record: Path | None = None
 
     @classmethod
-    def from_text(cls, every: str, save_steps: int, record: Path | None) -> Holding:
+    def from_text(cls, every: str, save_steps: int, record: Path | None) -> PinPolicy:
         """Takes the number of steps as text, `save` for as often as training saves."""
         if every == "save":
             return cls(save_steps, record)
@@ -59,15 +59,15 @@ class Holding:
             The steps after `done` to hold: not those that an attempt before this one held.
         """
         steps = self.steps(total_steps)
-        held = run_folder / HELD
+        held = run_folder / PINNED
         if steps:
             held.mkdir(exist_ok=True)
             remove_leftovers(held)
         for folder in (run_folder, held):
             for step in map(step_of, list_checkpoints(folder, warn=False)):
-                if step in steps and not was_held(run_folder, step):
-                    hold(run_folder, step)
-        coming = frozenset(step for step in steps if step > done and not was_held(run_folder, step))
+                if step in steps and not was_pinned(run_folder, step):
+                    pin(run_folder, step)
+        coming = frozenset(step for step in steps if step > done and not was_pinned(run_folder, step))
         if self.record is not None:
             write_json(
                 self.record,
@@ -76,26 +76,26 @@ class Holding:
                     "identity": read_json(run_folder / IDENTITY)["identity"],
                     "run_folder": os.path.relpath(run_folder, self.record.resolve().parent),
                     "total_steps": total_steps,
-                    "steps": [step for step in steps if step in coming or was_held(run_folder, step)],
+                    "steps": [step for step in steps if step in coming or was_pinned(run_folder, step)],
                 },
             )
         return coming
 
 
-def open_finished(run_folder: Path, holding: Holding) -> None:
-    """As `Holding.open`, for a run that has been trained to its end."""
+def pin_finished(run_folder: Path, pins: PinPolicy) -> None:
+    """As `PinPolicy.open`, for a run that has been trained to its end."""
     steps = read_json(run_folder / FINISHED)["steps"]
-    holding.open(run_folder, steps, steps)
+    pins.open(run_folder, steps, steps)
 
 
-def was_held(run_folder: Path, step: int) -> bool:
+def was_pinned(run_folder: Path, step: int) -> bool:
     """Tells whether the checkpoint of a step has been held, and perhaps been evaluated and removed since."""
-    return (run_folder / HELD / f"iter_{step}.json").is_file()
+    return (run_folder / PINNED / f"iter_{step}.json").is_file()
 
 
-def hold(run_folder: Path, step: int) -> None:
+def pin(run_folder: Path, step: int) -> None:
     """Holds `iter_<step>.pth` of a run folder, or what was written into `held` itself. One process calls it."""
-    folder = run_folder / HELD
+    folder = run_folder / PINNED
     target = folder / f"iter_{step}.pth"
     if not is_whole(target):
         shutil.rmtree(target, ignore_errors=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from snaketune.checkpoints.stored_tensors import Piece, StoredTensor, StoredTensors
+from snaketune.checkpoints.stored_tensors import Extent, StoredTensor, StoredTensors
 from snaketune.common.cli import UserError
 from snaketune.common.files import read_json
 
@@ -71,7 +71,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             first, last = (start + offset for offset in entry["data_offsets"])
             if first < start or last - first != shape.numel() * dtype.itemsize:
                 raise ValueError(f"{last - first} bytes for {name} of shape {list(shape)}")
-            stored[name] = StoredTensor(shape, (Piece(file, first, dtype, shape.numel()),))
+            stored[name] = StoredTensor(shape, (Extent(file, first, dtype, shape.numel()),))
             end = max(end, last)
         if end != length:
             raise ValueError(f"{length} bytes, of {end}")

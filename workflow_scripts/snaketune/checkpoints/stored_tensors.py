@@ -22,7 +22,7 @@ CHUNK = 1 << 20  # elements read at a time: 4 MB of fp32, which stay in the cach
 
 
 @dataclass(frozen=True)
-class Piece:
+class Extent:
     """Elements that lie one after the other in a file: `count` of type `dtype`, from byte `offset` on."""
 
     file: BinaryIO
@@ -36,7 +36,7 @@ class StoredTensor:
     """A tensor of this shape, made of pieces one after the other, in row-major order; padding may follow."""
 
     shape: torch.Size
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Extent, ...]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,7 +63,7 @@ class LoadedTensor:
     """A tensor in memory, with the face of a `StoredTensor`."""
 
     tensor: torch.Tensor
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[Extent, ...] = ()
 
     @property
     def shape(self) -> torch.Size:
@@ -135,22 +135,22 @@ def stored_tensor(fake: torch.Tensor, file: BinaryIO) -> StoredTensor:
     if not fake.is_contiguous():
         raise UserError(f"{file.name} holds a tensor that does not lie in one piece", found=fake.stride())
     offset = fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * fake.element_size()
-    return StoredTensor(fake.shape, (Piece(file, offset, fake.dtype, fake.numel()),))
+    return StoredTensor(fake.shape, (Extent(file, offset, fake.dtype, fake.numel()),))
 
 
-def cut(pieces: Iterable[Piece], start: int, count: int) -> tuple[Piece, ...]:
+def cut(pieces: Iterable[Extent], start: int, count: int) -> tuple[Extent, ...]:
     """Returns `count` elements from `start` on, of pieces seen as one vector; fewer where it ends."""
     found = []
     for piece in pieces:
         first, last = max(start, 0), min(start + count, piece.count)
         if first < last:
             offset = piece.offset + first * piece.dtype.itemsize
-            found.append(Piece(piece.file, offset, piece.dtype, last - first))
+            found.append(Extent(piece.file, offset, piece.dtype, last - first))
         start -= piece.count
     return tuple(found)
 
 
-def _read(piece: Piece, start: int, count: int) -> torch.Tensor:
+def _read(piece: Extent, start: int, count: int) -> torch.Tensor:
     result = torch.empty(count, dtype=piece.dtype)
     buffer = memoryview(result.view(torch.uint8).numpy())
     offset = piece.offset + start * piece.dtype.itemsize

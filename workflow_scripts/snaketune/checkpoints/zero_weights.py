@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 
 from snaketune.checkpoints.stored_tensors import (
-    Piece,
+    Extent,
     StoredTensor,
     StoredTensors,
     cut,
@@ -81,7 +81,7 @@ _STORED_TYPES = [
 ]
 
 
-def _vector(tensors: list[torch.Tensor], file: BinaryIO) -> list[Piece]:
+def _vector(tensors: list[torch.Tensor], file: BinaryIO) -> list[Extent]:
     return [piece for tensor in tensors for piece in stored_tensor(tensor, file).pieces]
 
 

@@ -2,7 +2,7 @@
 
 All turns of a batch go through the tokenizer in one call. Begins and ends repeat, so their ids are cached. With
 `mask: compat` the ids of a content are those of `begin + content + end` without the first `len(begin ids)` and the last
-`len(end ids)`: where the tokenizer merges across a border (a content that starts with a line break), this drops or
+`len(end ids)`: where the tokenizer merges across a boundary (a content that starts with a line break), this drops or
 shifts an id, and that is what XTuner's files hold. `mask: exact` is in `snaketune.encoding.exact_mask`, `control_tokens: literal` in
 `snaketune.encoding.control_tokens`.
 """
@@ -26,7 +26,7 @@ from snaketune.encoding.control_tokens import (
 )
 from snaketune.encoding.control_tokens import control_tokens as find_control_tokens
 from snaketune.encoding.exact_mask import Span, difference, encode_spans, one_answer, spans_of
-from snaketune.encoding.signed_ids import Piece, signed_ids
+from snaketune.encoding.signed_ids import TokenSpan, signed_ids
 from snaketune.encoding.tokenizer import ExtendedTokenizer
 from snaketune.encoding.word_encoder import WordEncoder, word_encoder
 from snaketune.encoding.word_lines import WordLines, word_lines
@@ -73,11 +73,11 @@ class BatchEncoder:
         self._bos_text = self._spelling.get(bos, bos)
         self._anchors = tuple(self._spelling.get(token, token) for token in tokens)
         self.template = template
-        self._bos = [Piece([tokenizer.bos_token_id], not self._exact)] if template.bos else []
+        self._bos = [TokenSpan([tokenizer.bos_token_id], not self._exact)] if template.bos else []
         self._lines = self._prepare_lines() if many else None
         if self._lines is None:
             _ = self._tokenizer  # so that one which cannot be made is known before any work
-        self._cache: dict[tuple[str, bool], Piece] = {}
+        self._cache: dict[tuple[str, bool], TokenSpan] = {}
         self._plain_begins: dict[str, bool] = {}
         self._counts = dict.fromkeys(
             ("straddling_messages", "tokens_differing_from_compat", "control_messages"), 0
@@ -93,7 +93,7 @@ class BatchEncoder:
             self._refuse_control_tokens(messages)
         return self.template.turns(messages, self._exact)
 
-    def encode_turns(self, conversations: Sequence[list[Turn]]) -> list[list[Piece]]:
+    def encode_turns(self, conversations: Sequence[list[Turn]]) -> list[list[TokenSpan]]:
         """Returns the pieces of each conversation, BOS first where the template has it, not truncated."""
         if not conversations:
             return []  # without what is made when it is first needed
@@ -120,7 +120,7 @@ class BatchEncoder:
     def take_counts(self) -> dict[str, int]:
         """Returns what was counted since the last call.
 
-        `straddling_messages`: turns where the tokenizer merges across the border of begin, content or end.
+        `straddling_messages`: turns where the tokenizer merges across the boundary of begin, content or end.
         `tokens_differing_from_compat`: places where `exact` has another id or sign, before a conversation is cut.
         `control_messages`: messages that hold a control token, in the content or the name.
         """
@@ -133,7 +133,7 @@ class BatchEncoder:
 
     def _compat_pieces(
         self, conversations: Sequence[list[Turn]], every_ids: list[list[int]]
-    ) -> list[list[Piece]]:
+    ) -> list[list[TokenSpan]]:
         cache, ids_of_next = self._cache, iter(every_ids)
         straddling = 0
         result = []
@@ -146,27 +146,27 @@ class BatchEncoder:
                 straddling += content is None
                 if content is None:
                     content = ids[len(begin.ids) : -len(end.ids) or None]
-                pieces += begin, Piece(content, turn.content_trained), end
+                pieces += begin, TokenSpan(content, turn.content_trained), end
             result.append(pieces)
         self._counts["straddling_messages"] += straddling
         return result
 
     def _exact_pieces(
         self, conversations: Sequence[list[Turn]], every_ids: list[list[int]]
-    ) -> list[list[Piece]]:
+    ) -> list[list[TokenSpan]]:
         ids_of_next = iter(every_ids)
         straddling = different = 0
-        result: list[list[Piece]] = []
+        result: list[list[TokenSpan]] = []
         # What is encoded again with offsets: where it goes, its spans, and the same by XTuner's rule.
-        later: list[tuple[list[Piece], list[Span], list[Piece]]] = []
+        later: list[tuple[list[TokenSpan], list[Span], list[TokenSpan]]] = []
         for conversation in conversations:
-            pieces: list[Piece] = list(self._bos)
+            pieces: list[TokenSpan] = list(self._bos)
             different += sum(piece.ids != [0] for piece in pieces)
             result.append(pieces)
             chunks = self._chunks(conversation)
             for number, chunk in enumerate(chunks):
                 alone = len(chunk) == 1 and self._is_plain_begin(chunk[0].begin)
-                compat: list[Piece] = []
+                compat: list[TokenSpan] = []
                 for turn in chunk:
                     begin, end = self._cache[turn.begin, False], self._cache[turn.end, turn.end_trained]
                     ids = next(ids_of_next)
@@ -175,13 +175,13 @@ class BatchEncoder:
                     straddling += content is None
                     if alone and content is not None and answer is not None:
                         end_trained = answer and turn.end_trained
-                        pieces += begin, Piece(content, answer), self._piece(end, end_trained)
+                        pieces += begin, TokenSpan(content, answer), self._piece(end, end_trained)
                         different += _different(end.ids, end_trained, turn.end_trained)
                         different += _different(content, answer, turn.content_trained)
                         break
                     if content is None:
                         content = ids[len(begin.ids) : -len(end.ids) or None]
-                    compat += begin, Piece(content, turn.content_trained), end
+                    compat += begin, TokenSpan(content, turn.content_trained), end
                 else:
                     spans = [span for turn in chunk for span in spans_of(turn)]
                     if number == 0 and self._bos and not chunk[0].begin.startswith(self._anchors):
@@ -190,7 +190,7 @@ class BatchEncoder:
                         pieces.clear()
                         spans.insert(0, Span(self._bos_text, False))
                         different -= self._bos[0].ids != [0]
-                    slot: list[Piece] = []
+                    slot: list[TokenSpan] = []
                     pieces.append(slot)  # type: ignore[arg-type]  (filled below)
                     later.append((slot, spans, compat))
         if later:
@@ -223,8 +223,8 @@ class BatchEncoder:
             self._plain_begins[begin] = plain
         return plain
 
-    def _piece(self, piece: Piece, trained: bool) -> Piece:
-        return piece if piece.trained == trained else Piece(piece.ids, trained)
+    def _piece(self, piece: TokenSpan, trained: bool) -> TokenSpan:
+        return piece if piece.trained == trained else TokenSpan(piece.ids, trained)
 
     # What follows is made when it is first needed: most conversations of some tokenizers never need it.
 
@@ -263,7 +263,7 @@ class BatchEncoder:
         missing = [key for key in wanted if key not in self._cache]
         ids_of = self._encode({text for text, _ in missing})
         for text, trained in missing:
-            piece = Piece(ids_of[text], trained)
+            piece = TokenSpan(ids_of[text], trained)
             self._cache[text, trained] = piece._replace(written=piece.write(self._exact))
 
     def count_control_tokens(self, every: Iterable[Turn]) -> None:
@@ -350,10 +350,10 @@ def _different(ids: list[int], exact: bool, compat: bool) -> int:
     return len(ids) if exact else len(ids) - ids.count(0)
 
 
-def _flat(pieces: list) -> list[Piece]:
-    result: list[Piece] = []
+def _flat(pieces: list) -> list[TokenSpan]:
+    result: list[TokenSpan] = []
     for each in pieces:
-        if isinstance(each, Piece):
+        if isinstance(each, TokenSpan):
             result.append(each)
         else:
             result += each

@@ -1,10 +1,10 @@
 """`mask: exact`: the ids of the whole conversation, each trained on when a character of it is.
 
 XTuner encodes begin, content and end together and cuts the first `len(begin ids)` and the last `len(end ids)` off.
-Where the tokenizer merges across such a border, that cuts the wrong ids. Here the border is looked up in the text: a
+Where the tokenizer merges across such a boundary, that cuts the wrong ids. Here the boundary is looked up in the text: a
 token counts as trained when one of its characters does.
 
-Most turns need no look-up. When their ids begin with those of the begin and end with those of the end, the borders lie
+Most turns need no look-up. When their ids begin with those of the begin and end with those of the end, the boundaries lie
 between tokens, because a token always stands for the same characters.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from snaketune.chat_format.chat_template import Turn
-from snaketune.encoding.signed_ids import Piece, trained_mask
+from snaketune.encoding.signed_ids import TokenSpan, trained_mask
 
 
 class Span(NamedTuple):
@@ -46,7 +46,7 @@ def one_answer(turn: Turn) -> bool | None:
     return answers.pop() if len(answers) == 1 else None
 
 
-def encode_spans(tokenizer: Tokenizer, texts: Sequence[Sequence[Span]]) -> list[list[Piece]]:
+def encode_spans(tokenizer: Tokenizer, texts: Sequence[Sequence[Span]]) -> list[list[TokenSpan]]:
     """Encodes texts given as spans, each as one text.
 
     Args:
@@ -58,22 +58,22 @@ def encode_spans(tokenizer: Tokenizer, texts: Sequence[Sequence[Span]]) -> list[
     return [_pieces(each.ids, each.offsets, spans) for each, spans in zip(encodings, texts, strict=True)]
 
 
-def _pieces(ids: list[int], offsets: list[tuple[int, int]], spans: Sequence[Span]) -> list[Piece]:
+def _pieces(ids: list[int], offsets: list[tuple[int, int]], spans: Sequence[Span]) -> list[TokenSpan]:
     if not ids:
         return []
     lengths = [len(span.text) for span in spans]
     # trained_before[i]: how many of the first i characters are trained on.
     trained_before = np.zeros(sum(lengths) + 1, dtype=np.int64)
     trained_before[1:] = np.cumsum(np.repeat([span.trained for span in spans], lengths))
-    borders = np.array(offsets, dtype=np.int64)
+    boundaries = np.array(offsets, dtype=np.int64)
     # A token that a normalizer made of nothing stands for no character: it goes with the one it stands before.
-    stop = np.minimum(np.maximum(borders[:, 1], borders[:, 0] + 1), len(trained_before) - 1)
-    trained = (trained_before[stop] > trained_before[borders[:, 0]]).tolist()
+    stop = np.minimum(np.maximum(boundaries[:, 1], boundaries[:, 0] + 1), len(trained_before) - 1)
+    trained = (trained_before[stop] > trained_before[boundaries[:, 0]]).tolist()
     grouped = groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1])
-    return [Piece([token for token, _ in pairs], answer) for answer, pairs in grouped]
+    return [TokenSpan([token for token, _ in pairs], answer) for answer, pairs in grouped]
 
 
-def difference(exact: Sequence[Piece], compat: Sequence[Piece]) -> int:
+def difference(exact: Sequence[TokenSpan], compat: Sequence[TokenSpan]) -> int:
     """Returns at how many places ids or masks differ; what one has more counts as differing."""
     one, other = (
         list(

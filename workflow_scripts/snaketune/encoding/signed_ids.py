@@ -12,7 +12,7 @@ from typing import NamedTuple
 import orjson
 
 
-class Piece(NamedTuple):
+class TokenSpan(NamedTuple):
     """Consecutive ids that are trained on all alike.
 
     Attributes:
@@ -47,7 +47,7 @@ class Piece(NamedTuple):
         return text.replace(b"-0", b"0") if b"-0" in text else text
 
 
-def trained_mask(pieces: Iterable[Piece], exact: bool, max_length: int | None = None) -> list[bool]:
+def trained_mask(pieces: Iterable[TokenSpan], exact: bool, max_length: int | None = None) -> list[bool]:
     """Returns for each id whether it is trained on, as reading the `.bin` file tells, cut at `max_length`."""
     mask = [piece.trained and (exact or token != 0) for piece in pieces for token in piece.ids]
     return mask[:max_length]
@@ -58,7 +58,7 @@ def count_trained(line: bytes) -> int:
     return sum(token > 0 for token in orjson.loads(line)["tokens"]) + line.count(b"-0")
 
 
-def signed_ids(pieces: Iterable[Piece], max_length: int | None = None) -> list[int]:
+def signed_ids(pieces: Iterable[TokenSpan], max_length: int | None = None) -> list[int]:
     """Joins pieces to signed ids, cut at `max_length`."""
     ids: list[int] = []
     for piece in pieces:

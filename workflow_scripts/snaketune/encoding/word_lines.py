@@ -2,8 +2,8 @@
 
 What is remembered of a word is how the file spells its ids, `12, 345, ` where it is trained on and `-12, -345, ` where
 it is not. A line is one join of such bytes: no list of ids is made, and nothing goes through the tokenizers library but
-words that are new. Where no merge and no added token can cross the borders of begin, content and end, masks follow from
-the text alone; a conversation with other borders is left to `snaketune.encoding.batch_encoder`.
+words that are new. Where no merge and no added token can cross the boundaries of begin, content and end, masks follow from
+the text alone; a conversation with other boundaries is left to `snaketune.encoding.batch_encoder`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MAX_ENTRIES = 1 << 13
 _MAX_CHARACTERS = 24
 # From here on words are handled one after the other, not as a list: a text may have millions.
 _LONG = 1 << 16
-_MAX_BORDERS = 4096
+_MAX_BOUNDARIES = 4096
 
 
 class _Spelled(dict[str, bytes]):
@@ -125,7 +125,7 @@ class _Sign:
         return b"".join(spelled)
 
 
-class _Border(NamedTuple):
+class _Boundary(NamedTuple):
     """What stands around a content, spelled."""
 
     begin: bytes
@@ -146,21 +146,21 @@ class WordLines:
         trained = _Sign(rules, added, b"%d, ", b"-0, " if exact else b"0, ")
         self._signs = untrained, trained
         self._bos = (untrained if exact else trained).spell([] if bos is None else [bos])
-        self._borders: dict[tuple[str, str], _Border | None] = {}
+        self._boundaries: dict[tuple[str, str], _Boundary | None] = {}
         self.different = 0
 
     def line(self, conversation: Iterable[Turn]) -> bytes | None:
-        """Returns a conversation's line, not cut; None where ids could cross a border."""
-        borders, signs, begins_apart = self._borders, self._signs, self._rules.begins_apart
+        """Returns a conversation's line, not cut; None where ids could cross a boundary."""
+        boundaries, signs, begins_apart = self._boundaries, self._signs, self._rules.begins_apart
         pieces = [b'{"tokens": [', self._bos]
         different = _differing(self._bos, False, True)
         for turn in conversation:
             begin, content, end, trained, end_trained, _, parts = turn
             try:
-                border = borders[begin, end]
+                boundary = boundaries[begin, end]
             except KeyError:
-                border = self._add_border(begin, end)
-            if border is None or not begins_apart(content):
+                boundary = self._add_boundary(begin, end)
+            if boundary is None or not begins_apart(content):
                 return None
             if self._exact and parts is not None:
                 answer = one_answer(turn)
@@ -170,23 +170,23 @@ class WordLines:
                 answer = trained
             spelled = signs[answer].content(content)
             ends = end_trained and answer if self._exact else end_trained
-            end = border.end_if_trained if ends else border.end
-            pieces += border.begin, spelled, end
+            end = boundary.end_if_trained if ends else boundary.end
+            pieces += boundary.begin, spelled, end
             if self._exact:
                 different += _differing(spelled, answer, trained) + _differing(end, ends, end_trained)
         if self._exact:
             self.different += different
         return b"".join(pieces).removesuffix(b", ") + b"]}\n"
 
-    def _add_border(self, begin: str, end: str) -> _Border | None:
+    def _add_boundary(self, begin: str, end: str) -> _Boundary | None:
         untrained, trained = self._signs
-        border = None
+        boundary = None
         if self._is_clear(begin, end):
-            border = _Border(untrained.whole(begin), untrained.whole(end), trained.whole(end))
-        if len(self._borders) >= _MAX_BORDERS:
-            self._borders.clear()
-        self._borders[begin, end] = border
-        return border
+            boundary = _Boundary(untrained.whole(begin), untrained.whole(end), trained.whole(end))
+        if len(self._boundaries) >= _MAX_BOUNDARIES:
+            self._boundaries.clear()
+        self._boundaries[begin, end] = boundary
+        return boundary
 
     def _is_clear(self, begin: str, end: str) -> bool:
         """Are the ids of any text between begin and end its own?"""

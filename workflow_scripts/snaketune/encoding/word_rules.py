@@ -4,7 +4,7 @@ Encoding is most of the time of tokenising, and texts repeat their words. What i
 and `snaketune.encoding.word_lines` encode a word once and keep its ids. There are two kinds of proof.
 
 `MergeWords` is for Llama- and Mistral-like tokenizers. They have no pre-tokenizer and merge a whole message as one word,
-but what a merge makes is the text of its two sides, so it holds the characters left and right of a border that it
+but what a merge makes is the text of its two sides, so it holds the characters left and right of a boundary that it
 crosses. Therefore
 
 - a character that is in nothing that merges make is a word of its own (a Chinese character, a digit);
@@ -217,13 +217,13 @@ def word_rules(tokenizer: Tokenizer, text: str) -> WordRules | None:
 
 
 def _products(model: dict[str, Any]) -> frozenset[str] | None:
-    """Returns what merges make, or None where one could cross a border of `MergeWords`."""
+    """Returns what merges make, or None where one could cross a boundary of `MergeWords`."""
     of_bytes = {f"<0x{byte:02X}>" for byte in range(256)}
     suits = (
         not any(
             model.get(key) for key in ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
         )
-        # With a token for "▁" and for every byte nothing is unknown, so no run of unknowns is fused over a border.
+        # With a token for "▁" and for every byte nothing is unknown, so no run of unknowns is fused over a boundary.
         and model.get("byte_fallback")
         and of_bytes <= model["vocab"].keys()
         and SPACE in model["vocab"]

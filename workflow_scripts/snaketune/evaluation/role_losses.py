@@ -20,7 +20,7 @@ from snaketune.evaluation.call_verdicts import INTERPRETER
 from snaketune.evaluation.conversations import Conversation
 from snaketune.evaluation.heldout import Sample
 
-# Tokens whose role cannot be told: the tokenizer merges across the border of a message.
+# Tokens whose role cannot be told: the tokenizer merges across the boundary of a message.
 UNCLEAR = "unclear"
 ALL = "all"
 
@@ -36,7 +36,7 @@ def role_of(message: dict[str, Any]) -> str | None:
 def token_roles(conversation: Conversation, ids: Sequence[int], exact: BatchEncoder) -> list[str]:
     """Returns the role of each id of a conversation; those of no message of the assistant are `unclear`.
 
-    The exact mask finds borders between messages in the text. So the conversation is encoded once for each role with a
+    The exact mask finds boundaries between messages in the text. So the conversation is encoded once for each role with a
     loss on its messages alone, and the ids that come out as trained are that role's.
 
     Args:

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from snaketune.checkpoints.stored_tensors import (
     CHUNK,
+    Extent,
     LoadedTensor,
-    Piece,
     StoredTensor,
     StoredTensors,
     read_whole,
@@ -66,7 +66,7 @@ class MergedTensor:
     dtype = torch.float32
 
     @property
-    def pieces(self) -> tuple[Piece, ...]:
+    def pieces(self) -> tuple[Extent, ...]:
         """What is read for it."""
         read = [self.base, self.rows, *((self.low_rank.a, self.low_rank.b) if self.low_rank else ())]
         return tuple(piece for each in read if each for piece in each.pieces)

@@ -1,4 +1,4 @@
-"""Attention that never crosses the borders of packed documents, at the cost of the documents alone.
+"""Attention that never crosses the boundaries of packed documents, at the cost of the documents alone.
 
 A packed row holds several documents end to end. Stock sdpa would need a dense (row x row) mask for that: at 32,768
 tokens it costs more than the model itself. Here each document gets its own causal
@@ -53,22 +53,22 @@ def packing_kwargs(cumulative_len: torch.Tensor, longest: int | None = None) -> 
     """Returns the forward arguments that tell every attention where the documents of a row begin and end.
 
     Args:
-        cumulative_len: int tensor (documents + 1,), borders from 0 to the row's length.
+        cumulative_len: int tensor (documents + 1,), boundaries from 0 to the row's length.
         longest: Tokens of the longest document; None computes it (on a GPU that waits for the device).
     """
-    borders = cumulative_len.to(torch.int32)
+    boundaries = cumulative_len.to(torch.int32)
     if longest is None:
-        longest = int((borders[1:] - borders[:-1]).max())
+        longest = int((boundaries[1:] - boundaries[:-1]).max())
     return {
-        "cu_seq_lens_q": borders,
-        "cu_seq_lens_k": borders,
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
         "max_length_q": longest,
         "max_length_k": longest,
     }
 
 
-def document_borders(position_ids: torch.Tensor) -> list[int]:
-    """Returns the borders of the documents of one row, [0, ..., length], from its position ids (1, length)."""
+def document_boundaries(position_ids: torch.Tensor) -> list[int]:
+    """Returns the boundaries of the documents of one row, [0, ..., length], from its position ids (1, length)."""
     starts = (position_ids[0, 1:] != position_ids[0, :-1] + 1).nonzero().flatten() + 1
     return [0, *starts.tolist(), position_ids.shape[1]]
 
@@ -92,7 +92,7 @@ def packed_sdpa(
         query: (batch, heads, tokens, head_dim); `key` and `value` may have fewer heads.
         attention_mask: A mask that transformers made (padded batch, or a cache): then stock sdpa does the work.
         sliding_window: Keys that a query sees at most, itself included; None for all before it.
-        cu_seq_lens_q: int32 (documents + 1,), the borders. Without it they come from `position_ids`.
+        cu_seq_lens_q: int32 (documents + 1,), the boundaries. Without it they come from `position_ids`.
 
     Returns:
         ((batch, tokens, heads, head_dim), None), as transformers wants it.
@@ -107,14 +107,14 @@ def packed_sdpa(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if cu_seq_lens_q is not None:
-        borders = cu_seq_lens_q.tolist()
+        boundaries = cu_seq_lens_q.tolist()
     elif position_ids is not None and position_ids.shape[-1] == tokens:
-        borders = document_borders(position_ids)
+        boundaries = document_boundaries(position_ids)
     else:
-        borders = [0, tokens]
+        boundaries = [0, tokens]
     gqa = query.shape[1] != key.shape[1]
     pieces = []
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+    for start, stop in zip(boundaries[:-1], boundaries[1:], strict=True):
         document = [part[:, :, start:stop] for part in (query, key, value)]
         if sliding_window is not None and stop - start > sliding_window:
             pieces.append(

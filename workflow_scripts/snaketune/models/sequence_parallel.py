@@ -76,7 +76,7 @@ class SequenceParallel:
             row: `input_ids`, `labels`, `position_ids` (1, length), `cumulative_len` (documents + 1,), `max_seqlen`.
 
         Returns:
-            The same with the stretch's `input_ids` and `position_ids` (1, n), its `labels` (1, n + 1), and the borders of
+            The same with the stretch's `input_ids` and `position_ids` (1, n), its `labels` (1, n + 1), and the boundaries of
             the whole row. The label after the stretch is what its last token predicts: the first of the next rank's.
             The row is filled up to a multiple of the group's size with a document of its own, of which nothing is trained.
         """
@@ -86,18 +86,18 @@ class SequenceParallel:
         missing = -length % self.size
         share = (length + missing) // self.size
         start = self.rank * share
-        borders, longest = row["cumulative_len"], row["max_seqlen"]
+        boundaries, longest = row["cumulative_len"], row["max_seqlen"]
         positions = row["position_ids"]
         if missing:
             positions = torch.cat([positions, torch.arange(missing).to(positions)[None]], dim=1)
-            borders, longest = torch.cat([borders, borders[-1:] + missing]), max(longest, missing)
+            boundaries, longest = torch.cat([boundaries, boundaries[-1:] + missing]), max(longest, missing)
         labels = pad(row["labels"], (0, missing + 1), value=IGNORE_INDEX)
         return {
             **row,
             "input_ids": pad(row["input_ids"], (0, missing))[:, start : start + share],
             "position_ids": positions[:, start : start + share],
             "labels": labels[:, start : start + share + 1],
-            "cumulative_len": borders,
+            "cumulative_len": boundaries,
             "max_seqlen": longest,
             "sequence_parallel": self,
         }
@@ -123,7 +123,7 @@ class _Attention:
     def __call__(self, module, query, key, value, mask, *args, sequence_parallel=None, **kwargs):
         if sequence_parallel is None:
             return self.alone(module, query, key, value, mask, *args, **kwargs)
-        # The mask, if any, is for the stretch alone; the borders of the documents say what is to be seen.
+        # The mask, if any, is for the stretch alone; the boundaries of the documents say what is to be seen.
         return sequence_parallel.attend(module, query, key, value, None, *args, **kwargs)
 
 

@@ -50,14 +50,14 @@ class Documents(NamedTuple):
         return Documents(*(column[which] for column in self))
 
 
-class Pieces(NamedTuple):
+class Slices(NamedTuple):
     """Stretches of documents, row after row.
 
     Attributes:
-        document: int64 (pieces,), the number of the document.
-        start: int64 (pieces,), first token.
-        stop: int64 (pieces,), the token after the last.
-        rows: int64 (rows + 1,), the pieces of each row.
+        document: int64 (slices,), the number of the document.
+        start: int64 (slices,), first token.
+        stop: int64 (slices,), the token after the last.
+        rows: int64 (rows + 1,), the slices of each row.
     """
 
     document: np.ndarray
@@ -130,9 +130,9 @@ def make_plan(
             fix="check the data folder and the data order",
         )
     make = _best_fit if mode == "best_fit" else _xtuner
-    pieces = make(documents.chosen(kept), max_length, seed)
-    pieces = pieces._replace(document=kept[pieces.document])
-    if len(pieces.rows) < 2:
+    slices = make(documents.chosen(kept), max_length, seed)
+    slices = slices._replace(document=kept[slices.document])
+    if len(slices.rows) < 2:
         raise _no_row(train_folder, files, max_length)
     return PackPlan(
         mode,
@@ -140,10 +140,10 @@ def make_plan(
         max_length,
         train_folder,
         files,
-        pieces.rows,
-        _records(documents, pieces),
-        _orders(len(pieces.rows) - 1, seed, epochs),
-        totals=_count(documents, pieces, max_length, min_length, copies)
+        slices.rows,
+        _records(documents, slices),
+        _orders(len(slices.rows) - 1, seed, epochs),
+        totals=_count(documents, slices, max_length, min_length, copies)
         | (_count_mixture(documents, copies, files, weights, min_length) if weights else {}),
         processed_dir=processed_dir and Path(processed_dir),
         made_with=made_with,
@@ -200,9 +200,9 @@ def _read_documents(train_folder: Path, files: list[dict]) -> Documents:
     return Documents(*(np.concatenate(column) for column in columns))
 
 
-def _xtuner(documents: Documents, max_length: int, seed: int) -> Pieces:
+def _xtuner(documents: Documents, max_length: int, seed: int) -> Slices:
     """Packs each file on its own, as XTuner."""
-    parts: list[Pieces] = []
+    parts: list[Slices] = []
     files, begins = np.unique(documents.file, return_index=True)
     for begin, end in zip(begins, [*begins[1:], len(documents.file)], strict=True):
         order = np.arange(end - begin)
@@ -211,20 +211,20 @@ def _xtuner(documents: Documents, max_length: int, seed: int) -> Pieces:
         ends = np.cumsum(documents.length[order])
         rows = int(ends[-1]) // max_length
         cuts = np.arange(rows + 1, dtype=np.int64) * max_length
-        # Borders of pieces in the stream of all tokens: where a document ends, and where a row does.
-        borders = np.union1d(ends[ends < cuts[-1]], cuts)
-        place = np.searchsorted(ends, borders[:-1], side="right")
+        # Boundaries of slices in the stream of all tokens: where a document ends, and where a row does.
+        boundaries = np.union1d(ends[ends < cuts[-1]], cuts)
+        place = np.searchsorted(ends, boundaries[:-1], side="right")
         document = order[place]
-        start = borders[:-1] - (ends[place] - documents.length[document])
+        start = boundaries[:-1] - (ends[place] - documents.length[document])
         parts.append(
-            Pieces(document, start, start + np.diff(borders), np.diff(np.searchsorted(borders, cuts)))
+            Slices(document, start, start + np.diff(boundaries), np.diff(np.searchsorted(boundaries, cuts)))
         )
     document, start, stop, counts = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Pieces(document, start, stop, join_rows(counts))
+    return Slices(document, start, stop, join_rows(counts))
 
 
-def _best_fit(documents: Documents, max_length: int, seed: int) -> Pieces:
-    """Packs all documents together; one longer than a row is cut every `max_length` tokens, and its pieces packed."""
+def _best_fit(documents: Documents, max_length: int, seed: int) -> Slices:
+    """Packs all documents together; one longer than a row is cut every `max_length` tokens, and its slices packed."""
     # Shuffled first, so that a row does not collect neighbours of one file among documents of one length.
     order = np.arange(len(documents.length))
     np.random.RandomState(seed).shuffle(order)
@@ -235,14 +235,14 @@ def _best_fit(documents: Documents, max_length: int, seed: int) -> Pieces:
     by_length = np.argsort(start - stop, kind="stable")
     row = assign_rows((stop - start)[by_length], max_length)
     by_row = by_length[np.argsort(row, kind="stable")]
-    return Pieces(document[by_row], start[by_row], stop[by_row], join_rows(np.bincount(row)))
+    return Slices(document[by_row], start[by_row], stop[by_row], join_rows(np.bincount(row)))
 
 
-def _records(documents: Documents, pieces: Pieces) -> np.ndarray:
-    records = np.empty(len(pieces.document), dtype=SLICE)
+def _records(documents: Documents, slices: Slices) -> np.ndarray:
+    records = np.empty(len(slices.document), dtype=SLICE)
     for name in ("file", "sample", "offset", "bytes"):
-        records[name] = getattr(documents, name)[pieces.document]
-    records["start"], records["stop"] = pieces.start, pieces.stop
+        records[name] = getattr(documents, name)[slices.document]
+    records["start"], records["stop"] = slices.start, slices.stop
     return records
 
 
@@ -254,12 +254,12 @@ def _orders(rows: int, seed: int, epochs: int) -> np.ndarray:
 
 
 def _count(
-    documents: Documents, pieces: Pieces, max_length: int, min_length: int, copies: np.ndarray
+    documents: Documents, slices: Slices, max_length: int, min_length: int, copies: np.ndarray
 ) -> dict[str, Any]:
     """Every document and every token is in a row or under `dropped`, or left out by its dataset's weight."""
-    rows, sizes = len(pieces.rows) - 1, pieces.stop - pieces.start
-    placed = np.bincount(pieces.document, weights=sizes, minlength=len(documents.length)).astype(np.int64)
-    cut = sizes < documents.length[pieces.document]
+    rows, sizes = len(slices.rows) - 1, slices.stop - slices.start
+    placed = np.bincount(slices.document, weights=sizes, minlength=len(documents.length)).astype(np.int64)
+    cut = sizes < documents.length[slices.document]
     short = documents.length < max(min_length, 1)
     lost = documents.length * copies - placed
     waste = rows * max_length - int(sizes.sum())
@@ -274,7 +274,7 @@ def _count(
         "rows": rows,
         "least_rows": -(-int(sizes.sum()) // max_length),
         "waste": {"tokens": waste, "share": waste / (rows * max_length)},
-        "cut": {"documents": len(np.unique(pieces.document[cut])), "pieces": int(cut.sum())},
+        "cut": {"documents": len(np.unique(slices.document[cut])), "pieces": int(cut.sum())},
         "dropped": {
             reason: {"documents": int(which.sum()), "tokens": int(tokens.sum())}
             for reason, (which, tokens) in reasons.items()

@@ -99,7 +99,7 @@ class RunRecords:
         there = (folder / names.MANIFEST).is_file()
         record = _folder(title, folder) if there else Record(title, None, [("folder", "removed")])
         step = folder.name.removeprefix("iter_")
-        held = self.files.read(names.HELD_RECORD, identity=folder.parent.name, step=step)
+        held = self.files.read(names.PINNED_RECORD, identity=folder.parent.name, step=step)
         facts = [(name, entry["sha256"]) for name, entry in held["files"].items()]
         record.sources.append(Record(f"checkpoint {folder.name}", None, facts, [], self.training().sources))
         return record

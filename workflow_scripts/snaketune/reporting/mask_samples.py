@@ -10,8 +10,8 @@ import numpy as np
 from snaketune.encoding.tokenizer import load_tokenizer
 from snaketune.reporting.data_summary import Dataset
 from snaketune.tokenized.bin_reader import TokenizedFile
-from snaketune.tokenized.inspecting import Sample, shown
-from snaketune.tokenized.made_with import refuse_other_tokenizer
+from snaketune.tokenized.compatibility import refuse_other_tokenizer
+from snaketune.tokenized.sample_view import Sample, shown
 
 _DATASETS = 4
 _TOKENS = 1500

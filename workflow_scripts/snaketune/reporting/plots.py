@@ -133,7 +133,7 @@ def length_histogram(edges: list[int], counts: list[int]) -> str:
     """Returns how many conversations fall between one length in tokens and the next, as `<svg>`.
 
     Args:
-        edges: Rising borders, one more than `counts`; a bar holds `edges[i] <= tokens < edges[i + 1]`.
+        edges: Rising boundaries, one more than `counts`; a bar holds `edges[i] <= tokens < edges[i + 1]`.
         counts: Conversations.
     """
     from matplotlib.ticker import MaxNLocator
@@ -147,7 +147,7 @@ def length_histogram(edges: list[int], counts: list[int]) -> str:
     axes.bar_label(
         bars, labels=[str(n) if n else "" for n in counts[first:last]], fontsize=8, color=_INK, padding=1
     )
-    # The borders stand between the bars, where a length is.
+    # The boundaries stand between the bars, where a length is.
     axes.set_xticks(
         [place - 0.5 for place in range(last - first + 1)], [_short(e) for e in edges[first : last + 1]]
     )

@@ -26,7 +26,7 @@ ROLES: dict[str, Words] = {
     "thought": ("thought", "思考"),
     "call": ("tool calls", "工具调用"),
     "code": ("code for the interpreter", "解释器代码"),
-    "unclear": ("tokens across the border of two messages", "跨两条消息边界的 token"),
+    "unclear": ("tokens across the boundary of two messages", "跨两条消息边界的 token"),
     "plain_text": ("plain text", "纯文本"),
 }
 STAGES: dict[str, Words] = {

@@ -14,7 +14,7 @@ from snaketune.chat_format.chat_template import MAX_LENGTH, Turn
 from snaketune.chat_format.template_file import DEFAULT_TEMPLATE
 from snaketune.encoding.batch_encoder import BatchEncoder
 from snaketune.encoding.chat_encoding import ChatEncoding
-from snaketune.encoding.signed_ids import Piece
+from snaketune.encoding.signed_ids import TokenSpan
 from snaketune.encoding.tokenizer import ExtendedTokenizer
 
 
@@ -201,7 +201,7 @@ def _count_untrained(data: bytes) -> int:
     return data.count(b"-") - data.count(b"-0") + zeros
 
 
-def _line_of_pieces(pieces: list[Piece], max_length: int, exact: bool) -> _Line:
+def _line_of_pieces(pieces: list[TokenSpan], max_length: int, exact: bool) -> _Line:
     tokens = sum(len(piece.ids) for piece in pieces)
     truncated = tokens > max_length
     if truncated:
@@ -211,11 +211,11 @@ def _line_of_pieces(pieces: list[Piece], max_length: int, exact: bool) -> _Line:
     return _Line(b'{"tokens": [' + data + b"]}\n", tokens, truncated)
 
 
-def _cut(pieces: list[Piece], max_length: int) -> list[Piece]:
+def _cut(pieces: list[TokenSpan], max_length: int) -> list[TokenSpan]:
     result, room = [], max_length
     for piece in pieces:
         if room <= 0:
             break
-        result.append(Piece(piece.ids[:room], piece.trained))
+        result.append(TokenSpan(piece.ids[:room], piece.trained))
         room -= len(piece.ids)
     return result

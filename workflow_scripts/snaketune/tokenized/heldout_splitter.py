@@ -116,7 +116,7 @@ class HeldoutSplitter:
 
         Args:
             datasets: Names of those to use; None takes all. Their manifests go to `<output_dir>/<dataset>.json`.
-            part: Name of a part of `plan_datasets`.
+            part: Name of a part of `split_datasets`.
             marker: JSON file with the digest of each manifest.
 
         Returns:

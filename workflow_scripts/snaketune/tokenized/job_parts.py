@@ -50,7 +50,7 @@ class Chunk(NamedTuple):
         return size * self.index // self.count, size * (self.index + 1) // self.count
 
 
-def plan_parts(
+def split_parts(
     datasets: Mapping[str, list[Path]],
     sizes: Mapping[Path, int],
     shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -83,7 +83,7 @@ def plan_parts(
     return dict(sorted(parts.items()))
 
 
-def plan_datasets(
+def split_datasets(
     datasets: Mapping[str, list[Path]], sizes: Mapping[Path, int], batch_bytes: int = HELDOUT_BYTES
 ) -> dict[str, list[str]]:
     """Returns the names of the datasets of each job that takes whole ones; a job may have none."""
@@ -95,7 +95,7 @@ def plan_datasets(
 
 
 def is_in_batch(name: str, batch: str) -> bool:
-    """Is a dataset of this name the concern of this job of `plan_datasets`?"""
+    """Is a dataset of this name the concern of this job of `split_datasets`?"""
     return _batch(name, int(batch.rpartition("-")[2])) == batch
 
 

@@ -37,7 +37,7 @@ from snaketune.tokenized.job_parts import (
     DEFAULT_SHARD_BYTES,
     Chunk,
     file_sizes,
-    plan_parts,
+    split_parts,
 )
 from snaketune.tokenized.manifests import write_index
 
@@ -81,7 +81,7 @@ def tokenize_datasets(
     store = _open_store(tokenized_dir, tokenizer, options)
     finisher = Finisher(store, processed_dir, options)
     sizes = file_sizes(chosen)
-    parts = plan_parts(chosen, sizes, shard_bytes, DEFAULT_BATCH_BYTES)
+    parts = split_parts(chosen, sizes, shard_bytes, DEFAULT_BATCH_BYTES)
     chunks = sorted(chunk for part in parts.values() for chunk in part)
     unfinished = _Unfinished(finisher, chosen, chunks)
     run = _Run(finisher, tokenizer, options, processes)
@@ -117,7 +117,7 @@ def tokenize_part(
     check_options(options)
     chosen = choose_datasets(processed_dir, datasets)
     sizes = file_sizes(chosen)
-    parts = plan_parts(chosen, sizes, shard_bytes, batch_bytes)
+    parts = split_parts(chosen, sizes, shard_bytes, batch_bytes)
     if part not in parts:
         raise UserError(
             f"the plan has no part {part!r}",

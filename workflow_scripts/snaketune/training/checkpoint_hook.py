@@ -10,9 +10,9 @@ from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 
 from snaketune.checkpoints.checkpoint_folders import prune_checkpoints, remove_leftovers, write_checkpoint
-from snaketune.checkpoints.pinned import hold
+from snaketune.checkpoints.pinned import pin
 from snaketune.common.cli import UserError
-from snaketune.common.result_paths import HELD
+from snaketune.common.result_paths import PINNED
 from snaketune.training.nonfinite_steps import weights_are_finite
 from snaketune.training.progress_line import say
 
@@ -23,7 +23,7 @@ class CheckpointHook(Hook):
     """Saves a whole checkpoint every `interval` optimizer steps, after the last step, and before the run stops early.
 
     Nothing is saved while steps are being skipped, so that a resumed run skips the same ones, nor when a weight is not
-    finite: the checkpoints from before such a step are kept. What `runner.holding` asks for is held, once in all attempts,
+    finite: the checkpoints from before such a step are kept. What `runner.pins` asks for is held, once in all attempts,
     before older ones are removed; where nothing is saved at such a step, its weights alone are written for that.
 
     Args:
@@ -39,13 +39,13 @@ class CheckpointHook(Hook):
 
     def before_train(self, runner) -> None:
         """Expects of the first save, for the time limit, weights and two moments in fp32 at 100 MB/s, and 5 s."""
-        to_hold = [None]
+        to_pin = [None]
         if is_main_process():
-            to_hold = [runner.holding.open(Path(runner.work_dir), runner.iter, runner.max_iters)]
+            to_pin = [runner.pins.open(Path(runner.work_dir), runner.iter, runner.max_iters)]
         broadcast_object_list(
-            to_hold
+            to_pin
         )  # a save is for all ranks, which may not see the same files at this moment
-        self.to_hold = to_hold[0]
+        self.to_pin = to_pin[0]
         weights = sum(getattr(p, "ds_numel", p.numel()) for p in runner.model.model.module.parameters())
         runner.stop.saved(5 + 12 * weights / runner.world_size / 100e6)
 
@@ -55,7 +55,7 @@ class CheckpointHook(Hook):
         last = step == runner.max_iters
         save = last or runner.stop.agreed or (self.interval > 0 and step % self.interval == 0)
         save = save and (last or not runner.train_loop.skipped.in_a_row)
-        held = step in self.to_hold
+        held = step in self.to_pin
         if not (save or held):
             return
         if not weights_are_finite(runner.model.model):
@@ -79,15 +79,15 @@ class CheckpointHook(Hook):
                 state = {"step": step, "param_schedulers": runner.strategy.scheduler_state_dict()}
                 write_checkpoint(engine, folder, step, total, state, self.save_optimizer)
             else:
-                write_checkpoint(engine, folder / HELD, step, total, {}, save_optimizer=False)
+                write_checkpoint(engine, folder / PINNED, step, total, {}, save_optimizer=False)
             if held and is_main_process():
-                hold(folder, step)
+                pin(folder, step)
         except BaseException:
             if shutil.disk_usage(folder).free < _FULL:  # torch's own message does not say so
                 print(f"No space left to save step {step} in {folder}: free some", flush=True)
             if is_main_process():
                 remove_leftovers(folder)  # the disk may be full, and the next start needs a few kilobytes
-                remove_leftovers(folder / HELD)
+                remove_leftovers(folder / PINNED)
             raise
         if is_main_process() and save:
             say(f"Saved {folder / f'iter_{step}.pth'}")

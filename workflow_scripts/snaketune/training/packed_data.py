@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from snaketune.packing.packed_rows import PackedRows
+from snaketune.packing.packed_sequences import PackedSequences
 from snaketune.packing.planner import plan_for_training
 
 
@@ -27,7 +27,7 @@ class PackedDataset(Dataset):
 
     def __init__(self, plan: str | None = None, **data):
         self.plan = plan_for_training(plan, **data)
-        self.rows = PackedRows(self.plan)
+        self.rows = PackedSequences(self.plan)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -15,8 +15,8 @@ from snaketune.common.fingerprints import FingerprintCache
 from snaketune.models.device import resolve_dtype, training_device
 from snaketune.packing.data_check import bin_digests, refuse_other_data
 from snaketune.packing.pack_plan import read_plan_manifest
+from snaketune.tokenized.compatibility import made_with, refuse_other_template, refuse_other_tokenizer
 from snaketune.tokenized.data_order import list_train_files, read_data_order
-from snaketune.tokenized.made_with import made_with, refuse_other_template, refuse_other_tokenizer
 from snaketune.training.train_config import TrainConfig
 
 _PARTS = (

@@ -31,7 +31,7 @@ class RunLock:
     """The lock of a run folder, held by this process until it ends or calls `release`.
 
     Raises:
-        Held: Another trainer holds it and lives.
+        LockTaken: Another trainer holds it and lives.
     """
 
     def __init__(self, folder: Path):
@@ -47,14 +47,14 @@ class RunLock:
         owner = read_owner(folder)
         if owner is not None:
             if is_alive(folder, owner):
-                raise Held(owner)
+                raise LockTaken(owner)
             self._remove(owner)
         temporary = folder / f".{LOCK}.{self._owner['token']}"
         write_json(temporary, self._owner)
         try:
             os.link(temporary, self._path)
         except FileExistsError:
-            raise Held(read_owner(folder) or {}) from None
+            raise LockTaken(read_owner(folder) or {}) from None
         finally:
             temporary.unlink()
         self._released = threading.Event()
@@ -75,7 +75,7 @@ class RunLock:
             return
         if read_json(aside)["token"] != stale["token"]:
             aside.rename(self._path)
-            raise Held(read_owner(self._path.parent) or {})
+            raise LockTaken(read_owner(self._path.parent) or {})
         aside.unlink()
 
     def _beat(self) -> None:
@@ -89,7 +89,7 @@ class RunLock:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Held(Exception):
+class LockTaken(Exception):
     """Another trainer holds the lock. Args: owner: what its file says."""
 
     def __init__(self, owner: dict[str, Any]):
@@ -145,7 +145,7 @@ def wait_until_free(folder: Path, deadline: float) -> bool:
     told = False
     while (owner := read_owner(folder)) is not None and is_alive(folder, owner):
         if not told:
-            print(f"Another trainer works in {folder}: {Held(owner)}. Waiting for it.", flush=True)
+            print(f"Another trainer works in {folder}: {LockTaken(owner)}. Waiting for it.", flush=True)
             told = True
         if time.time() > deadline:
             print(

@@ -26,12 +26,12 @@ from snaketune.common.fingerprints import FingerprintCache
 from snaketune.common.result_paths import FINISHED, IDENTITY, METRICS, TRAIN_CONFIG
 from snaketune.packing.planner import plan_for_training
 from snaketune.training.run_identity import differences, run_identity
-from snaketune.training.run_lock import STALE, Held, RunLock
+from snaketune.training.run_lock import STALE, LockTaken, RunLock
 from snaketune.training.train_config import TrainConfig
 
 
 @dataclass
-class Plan:
+class RunState:
     """What is to be done.
 
     Attributes:
@@ -54,9 +54,9 @@ class Plan:
     finished: bool = False
 
 
-def plan_run(
+def find_run_state(
     config: TrainConfig, work_dir: Path | None, runs_dir: Path | None, world_size: int, announce: bool = True
-) -> Plan:
+) -> RunState:
     """Finds the run folder for a config and what is in it already. Changes nothing but a cache of digests.
 
     Args:
@@ -77,11 +77,11 @@ def plan_run(
     cache.save()
     identity = sha256_json(fields)
     folder = work_dir if work_dir is not None else runs_dir / identity[:12]
-    plan = Plan(folder.resolve(), identity, fields, world_size)
+    state = RunState(folder.resolve(), identity, fields, world_size)
     if not (folder / IDENTITY).is_file():
         if work_dir is None and announce:
-            _announce_other_runs(plan)
-        return plan
+            _announce_other_runs(state)
+        return state
     old = read_json(folder / IDENTITY)
     if old["identity"] != identity:
         changed = differences(old["fields"], fields)
@@ -92,12 +92,12 @@ def plan_run(
         )
     checkpoints = list_checkpoints(folder, warn=announce)
     if not checkpoints:
-        return plan
+        return state
     finished = folder / FINISHED
-    plan.checkpoint = checkpoints[-1]
-    plan.finished = finished.is_file() and plan.checkpoint.name == read_json(finished)["checkpoint"]
-    plan.trained = plan.finished or is_last(plan.checkpoint)
-    if not plan.trained:
+    state.checkpoint = checkpoints[-1]
+    state.finished = finished.is_file() and state.checkpoint.name == read_json(finished)["checkpoint"]
+    state.trained = state.finished or is_last(state.checkpoint)
+    if not state.trained:
         resumable = [path for path in checkpoints if is_resumable(path)]
         if not resumable:
             raise UserError(
@@ -105,72 +105,72 @@ def plan_run(
                 found=f"{checkpoints[-1].name}, saved with save_optimizer = False",
                 fix="set save_optimizer = True for runs that may be cut off; to train this one anew, delete the folder",
             )
-        plan.checkpoint = resumable[-1]
-    return plan
+        state.checkpoint = resumable[-1]
+    return state
 
 
-def _announce_other_runs(plan: Plan) -> None:
-    others = [path for path in plan.folder.parent.glob(f"*/{IDENTITY}") if path.parent != plan.folder]
+def _announce_other_runs(state: RunState) -> None:
+    others = [path for path in state.folder.parent.glob(f"*/{IDENTITY}") if path.parent != state.folder]
     if others:
         newest = max(others, key=lambda path: path.stat().st_mtime)
         print(
-            f"Notice: a new run in {plan.folder}; the last one was {newest.parent.name} and stays. What differs:"
+            f"Notice: a new run in {state.folder}; the last one was {newest.parent.name} and stays. What differs:"
         )
-        for line in differences(read_json(newest)["fields"], plan.fields):
+        for line in differences(read_json(newest)["fields"], state.fields):
             print(f"  {line}", flush=True)
 
 
-def open_run_folder(plan: Plan, config_path: Path) -> RunLock:
+def open_run_folder(state: RunState, config_path: Path) -> RunLock:
     """Makes the run folder, keeps a second trainer out of it, and returns the lock: hold it while training.
 
     Raises:
-        Held: Another trainer works there.
+        LockTaken: Another trainer works there.
     """
     # A trainer that was just killed on another host is given up by then.
     deadline = time.monotonic() + STALE + 30
     told = False
     while True:
         try:
-            lock = RunLock(plan.folder)
+            lock = RunLock(state.folder)
             break
-        except Held as owner:
+        except LockTaken as owner:
             if time.monotonic() > deadline:
                 raise
             if not told:
-                print(f"Another trainer works in {plan.folder}: {owner}. Waiting for it.", flush=True)
+                print(f"Another trainer works in {state.folder}: {owner}. Waiting for it.", flush=True)
             told = True
             time.sleep(0.5)
-    remove_leftovers(plan.folder)
+    remove_leftovers(state.folder)
     write_json(
-        plan.folder / IDENTITY,
-        {"format": 1, "identity": plan.identity, "fields": plan.fields, "world_size": plan.world_size},
+        state.folder / IDENTITY,
+        {"format": 1, "identity": state.identity, "fields": state.fields, "world_size": state.world_size},
     )
-    write_bytes(plan.folder / TRAIN_CONFIG, config_path.read_bytes())
+    write_bytes(state.folder / TRAIN_CONFIG, config_path.read_bytes())
     return lock
 
 
-def record_finished_run(plan: Plan, config: TrainConfig, config_path: Path) -> None:
+def record_finished_run(state: RunState, config: TrainConfig, config_path: Path) -> None:
     """Writes finished.json from the last checkpoint and the metrics; reading the weights proves that they are whole."""
-    checkpoint = list_checkpoints(plan.folder)[-1]
-    lines = [json.loads(line) for line in (plan.folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    checkpoint = list_checkpoints(state.folder)[-1]
+    lines = [json.loads(line) for line in (state.folder / METRICS).read_text(encoding="utf-8").splitlines()]
     write_json(
-        plan.folder / FINISHED,
+        state.folder / FINISHED,
         {
             "format": 1,
-            "identity": plan.identity,
+            "identity": state.identity,
             "checkpoint": checkpoint.name,
             "weights_sha256": weights_digest(read_state_dict(checkpoint)),
             "steps": lines[-1]["step"],
             "epochs": lines[-1]["epoch"],
             "tokens": sum(line["tokens"] for line in lines),
-            "rows_not_trained": rows_not_trained(config, plan),
+            "rows_not_trained": rows_not_trained(config, state),
             "final_loss": lines[-1]["loss"],
-            "world_size": plan.world_size,
-            "global_batch": plan.fields["global_batch"],
+            "world_size": state.world_size,
+            "global_batch": state.fields["global_batch"],
             "zero_stage": config.zero_stage,
-            "dtype": plan.fields["dtype"],
-            "plan_sha256": plan.fields.get("plan"),
-            "data_sha256": plan.fields.get("data"),
+            "dtype": state.fields["dtype"],
+            "plan_sha256": state.fields.get("plan"),
+            "data_sha256": state.fields.get("data"),
             "config_sha256": sha256_file(config_path),
             "versions": versions(),
             "git_commit": git_commit(),
@@ -178,18 +178,18 @@ def record_finished_run(plan: Plan, config: TrainConfig, config_path: Path) -> N
     )
 
 
-def rows_not_trained(config: TrainConfig, plan: Plan) -> int:
+def rows_not_trained(config: TrainConfig, state: RunState) -> int:
     """Returns how many rows at the end of the last epoch fill no optimizer step; 0 where `max_steps` ends the run."""
     if config.max_steps:
         return 0
-    rows = plan_for_training(**config.data).entries_per_epoch(config.data_ranks(plan.world_size))
-    return int(config.max_epochs * rows) % plan.fields["global_batch"]
+    rows = plan_for_training(**config.data).entries_per_epoch(config.data_ranks(state.world_size))
+    return int(config.max_epochs * rows) % state.fields["global_batch"]
 
 
-def write_manifest(plan: Plan, manifest: Path) -> None:
+def write_manifest(state: RunState, manifest: Path) -> None:
     """Writes train.json: the record of a finished run, with paths relative to the manifest's folder."""
-    record = read_json(plan.folder / FINISHED)
-    folder = os.path.relpath(plan.folder, manifest.resolve().parent)
+    record = read_json(state.folder / FINISHED)
+    folder = os.path.relpath(state.folder, manifest.resolve().parent)
     write_json(manifest, {**record, "run_folder": folder, "checkpoint": f"{folder}/{record['checkpoint']}"})
 
 

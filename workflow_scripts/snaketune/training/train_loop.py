@@ -12,7 +12,7 @@ from torch import distributed
 from torch.utils.data import DataLoader
 
 from snaketune.checkpoints.checkpoint_folders import load_random_state
-from snaketune.checkpoints.pinned import Holding
+from snaketune.checkpoints.pinned import PinPolicy
 from snaketune.checkpoints.universal import remove_universal
 from snaketune.common.cli import UserError
 from snaketune.training.early_stop import StopRequest
@@ -155,13 +155,13 @@ class TrainLoop(BaseLoop):
             losses.append(outputs["loss"].detach())
         if shared.rank > 0:
             rows, trained_tokens = [], []
-        borders = [row["cumulative_len"] for row in rows]
+        boundaries = [row["cumulative_len"] for row in rows]
         return {
             "loss": torch.stack(losses).double().sum() / divisor,
             "micro_batch_losses": losses,
             "tokens": sum(row["labels"].numel() for row in rows),
             "trained_tokens": sum(trained_tokens),
-            "document_lengths": [length for b in borders for length in (b[1:] - b[:-1]).tolist()],
+            "document_lengths": [length for b in boundaries for length in (b[1:] - b[:-1]).tolist()],
         }
 
     def _micro_batches(self):
@@ -183,7 +183,7 @@ class TrainRunner(FlexibleRunner):
     """mmengine's runner that goes on from a whole checkpoint of ours."""
 
     stop = StopRequest()
-    holding = Holding()
+    pins = PinPolicy()
     resume_from: Path | None = None
     universal: Path | None = None
     random_state_folder: Path | None = None

@@ -12,7 +12,7 @@ from mmengine.config import Config, ConfigDict
 from torch import distributed
 
 from snaketune.checkpoints.checkpoint_folders import is_intact, saved_world_size, set_aside, step_of
-from snaketune.checkpoints.pinned import Holding, open_finished
+from snaketune.checkpoints.pinned import PinPolicy, pin_finished
 from snaketune.checkpoints.universal import make_universal
 from snaketune.common.cli import UserError
 from snaketune.common.result_paths import METRICS
@@ -20,8 +20,14 @@ from snaketune.training.crash_guard import begin_attempt, check_guard, clear_gua
 from snaketune.training.deepspeed_strategy import DeepSpeedStrategy, init_process_group  # noqa: F401 (before any other mmengine strategy)
 from snaketune.training.early_stop import EXIT_GO_ON, StopRequest
 from snaketune.training.metrics_file import cut_metrics
-from snaketune.training.run_lock import Held, RunLock
-from snaketune.training.run_state import Plan, open_run_folder, plan_run, record_finished_run, write_manifest
+from snaketune.training.run_lock import LockTaken, RunLock
+from snaketune.training.run_state import (
+    RunState,
+    find_run_state,
+    open_run_folder,
+    record_finished_run,
+    write_manifest,
+)
 from snaketune.training.train_config import TrainConfig
 
 
@@ -33,7 +39,7 @@ def train_rank(
     manifest: Path | None,
     time_limit: float | None = None,
     ignore_guard: bool = False,
-    holding: Holding | None = None,
+    pins: PinPolicy | None = None,
 ) -> int:
     """Runs this process' part of a run; RANK, WORLD_SIZE and so on are set.
 
@@ -45,7 +51,7 @@ def train_rank(
         manifest: Where the record of the finished run goes, if anywhere.
         time_limit: Minutes from the start of the job until it is killed.
         ignore_guard: Starts even if the last attempts all crashed at one step.
-        holding: Which checkpoints are held for evaluation.
+        pins: Which checkpoints are held for evaluation.
 
     Returns:
         0 when the run is finished, EXIT_GO_ON when it was saved to go on later.
@@ -55,7 +61,7 @@ def train_rank(
     """
     try:
         return _train_rank(
-            config, config_path, work_dir, runs_dir, manifest, time_limit, ignore_guard, holding or Holding()
+            config, config_path, work_dir, runs_dir, manifest, time_limit, ignore_guard, pins or PinPolicy()
         )
     except UserError:
         if os.environ["LOCAL_RANK"] != "0":
@@ -64,7 +70,7 @@ def train_rank(
 
 
 def _train_rank(
-    config, config_path, work_dir, runs_dir, manifest, time_limit, ignore_guard, holding: Holding
+    config, config_path, work_dir, runs_dir, manifest, time_limit, ignore_guard, pins: PinPolicy
 ) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Setting (OMP|MKL)_NUM_THREADS")
@@ -72,27 +78,27 @@ def _train_rank(
     stop.listen()
     init_process_group()
     try:
-        plan, lock = _plan_together(config, config_path, work_dir, runs_dir, ignore_guard)
+        state, lock = _agree_on_state(config, config_path, work_dir, runs_dir, ignore_guard)
     except (UserError, SystemExit):
         distributed.destroy_process_group()
         raise
     finished = True
     try:
-        if not plan.trained:
-            finished = _train(config, plan, stop, holding)
+        if not state.trained:
+            finished = _train(config, state, stop, pins)
             if distributed.get_rank() == 0:
-                clear_guard(plan.folder)
+                clear_guard(state.folder)
         if finished and distributed.get_rank() == 0:
-            if not plan.finished:
-                record_finished_run(plan, config, config_path)
-            if plan.trained:
-                open_finished(plan.folder, holding)
+            if not state.finished:
+                record_finished_run(state, config, config_path)
+            if state.trained:
+                pin_finished(state.folder, pins)
             if manifest is not None:
-                write_manifest(plan, manifest)
-            print(f"Finished: {plan.folder}", flush=True)
+                write_manifest(state, manifest)
+            print(f"Finished: {state.folder}", flush=True)
     except BaseException as error:
-        if not plan.trained:
-            record_crash(plan.folder, error)
+        if not state.trained:
+            record_crash(state.folder, error)
         raise
     finally:
         if lock is not None:
@@ -102,8 +108,8 @@ def _train_rank(
     return 0 if finished else EXIT_GO_ON
 
 
-def _plan_together(config, config_path, work_dir, runs_dir, ignore_guard) -> tuple[Plan, RunLock | None]:
-    """Rank 0 looks at the disk and takes the lock; all ranks follow its plan, and read what they go on from."""
+def _agree_on_state(config, config_path, work_dir, runs_dir, ignore_guard) -> tuple[RunState, RunLock | None]:
+    """Rank 0 looks at the disk and takes the lock; all ranks follow its state, and read what they go on from."""
     world_size = distributed.get_world_size()
     lock = corrupt = None
     while True:
@@ -116,14 +122,14 @@ def _plan_together(config, config_path, work_dir, runs_dir, ignore_guard) -> tup
                         f"warning: {corrupt} is corrupt; set aside as {set_aside(corrupt).name}", flush=True
                     )
                 if lock is None:
-                    plan = plan_run(config, work_dir, runs_dir, world_size)
-                    lock = open_run_folder(plan, config_path)
+                    state = find_run_state(config, work_dir, runs_dir, world_size)
+                    lock = open_run_folder(state, config_path)
                     if ignore_guard:
-                        clear_guard(plan.folder)
-                    check_guard(plan.folder, plan.folder / METRICS)
+                        clear_guard(state.folder)
+                    check_guard(state.folder, state.folder / METRICS)
                 # Again, now that nobody else writes there.
-                answer[0] = plan_run(config, work_dir, runs_dir, world_size, announce=False)
-            except Held as owner:
+                answer[0] = find_run_state(config, work_dir, runs_dir, world_size, announce=False)
+            except LockTaken as owner:
                 print(f"Another trainer works there: {owner}. Start again to go on after it.", flush=True)
                 answer[0] = "held"
             except UserError as caught:
@@ -138,12 +144,12 @@ def _plan_together(config, config_path, work_dir, runs_dir, ignore_guard) -> tup
         corrupt = answer[0].checkpoint
         if answer[0].finished or _is_intact_together(corrupt):
             break
-    plan = answer[0]
-    if distributed.get_rank() == 0 and not plan.trained:
-        metrics, step = plan.folder / METRICS, step_of(plan.checkpoint) if plan.checkpoint else 0
-        begin_attempt(plan.folder, metrics, step)
+    state = answer[0]
+    if distributed.get_rank() == 0 and not state.trained:
+        metrics, step = state.folder / METRICS, step_of(state.checkpoint) if state.checkpoint else 0
+        begin_attempt(state.folder, metrics, step)
         cut_metrics(metrics, step)
-    return plan, lock
+    return state, lock
 
 
 def _is_intact_together(checkpoint: Path | None) -> bool:
@@ -156,7 +162,7 @@ def _is_intact_together(checkpoint: Path | None) -> bool:
     return all(verdicts)
 
 
-def _train(config: TrainConfig, plan: Plan, stop: StopRequest, holding: Holding) -> bool:
+def _train(config: TrainConfig, state: RunState, stop: StopRequest, pins: PinPolicy) -> bool:
     """Trains until the end or until the run has to stop early; tells whether it is finished."""
     from snaketune.training.train_loop import TrainRunner
 
@@ -165,11 +171,11 @@ def _train(config: TrainConfig, plan: Plan, stop: StopRequest, holding: Holding)
 
         disable_progress_bar()
 
-    other_ranks = plan.checkpoint and saved_world_size(plan.checkpoint) != distributed.get_world_size()
-    universal = make_universal(plan.checkpoint) if other_ranks and config.zero_stage > 0 else None
-    runner = TrainRunner.from_cfg(runner_config(config, plan.folder, universal is not None))
-    runner.resume_from, runner.universal, runner.stop = plan.checkpoint, universal, stop
-    runner.holding = holding
+    other_ranks = state.checkpoint and saved_world_size(state.checkpoint) != distributed.get_world_size()
+    universal = make_universal(state.checkpoint) if other_ranks and config.zero_stage > 0 else None
+    runner = TrainRunner.from_cfg(runner_config(config, state.folder, universal is not None))
+    runner.resume_from, runner.universal, runner.stop = state.checkpoint, universal, stop
+    runner.pins = pins
     runner.train()
     if runner.iter == runner.max_iters:
         return True

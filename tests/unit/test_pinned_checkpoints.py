@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from snaketune.checkpoints.checkpoint_folders import is_whole
-from snaketune.checkpoints.pinned import HELD, Holding
+from snaketune.checkpoints.pinned import PINNED, PinPolicy
 from snaketune.common.files import read_json, write_json
 from snaketune.reporting.checkpoint_curve import remove_held
 from snaketune.training.checkpoint_hook import CheckpointHook
@@ -26,7 +26,7 @@ def run_folder(tmp_path):
     folder = tmp_path / "checkpoints" / "0123456789ab"
     write_json(folder / "identity.json", {"identity": "0123456789ab" * 5})
     (folder / "train_config.py").write_text("model = dict()\n")
-    (folder / HELD).mkdir()
+    (folder / PINNED).mkdir()
     return folder
 
 
@@ -41,19 +41,19 @@ def save(folder, step: int, data: bytes = WEIGHTS) -> None:
 
 def evaluate(run_folder, step: int) -> None:
     """Does to the run folder what the evaluation of a checkpoint does (rules/follow_checkpoints.smk)."""
-    shutil.rmtree(run_folder / HELD / f"iter_{step}.pth")
+    shutil.rmtree(run_folder / PINNED / f"iter_{step}.pth")
 
 
 def names(run_folder) -> list[str]:
-    return sorted(path.name for path in (run_folder / HELD).glob("iter_*"))
+    return sorted(path.name for path in (run_folder / PINNED).glob("iter_*"))
 
 
 @pytest.fixture
 def evaluated(run_folder):
     """A training killed after step 7: it saved step 2, 4 and 6, held 3 and 6 and had both evaluated; then 6 was lost."""
-    for folder, step in ((run_folder, 2), (run_folder / HELD, 3), (run_folder, 4), (run_folder, 6)):
+    for folder, step in ((run_folder, 2), (run_folder / PINNED, 3), (run_folder, 4), (run_folder, 6)):
         save(folder, step)
-    assert Holding(3).open(run_folder, 6, TOTAL) == {9}
+    assert PinPolicy(3).open(run_folder, 6, TOTAL) == {9}
     assert names(run_folder) == ["iter_3.json", "iter_3.pth", "iter_6.json", "iter_6.pth"]
     evaluate(run_folder, 3)
     evaluate(run_folder, 6)
@@ -62,7 +62,7 @@ def evaluated(run_folder):
 
 
 def test_a_step_that_is_trained_again_is_not_held_again(evaluated, tmp_path):
-    assert Holding(3, tmp_path / "training.json").open(evaluated, 2, TOTAL) == {9}
+    assert PinPolicy(3, tmp_path / "training.json").open(evaluated, 2, TOTAL) == {9}
     assert names(evaluated) == ["iter_3.json", "iter_6.json"]
     assert read_json(tmp_path / "training.json")["steps"] == [3, 6, 9]
 
@@ -75,14 +75,14 @@ def test_the_hook_leaves_a_step_that_was_held_alone(evaluated):
         iter=2,
         max_iters=TOTAL,
         world_size=1,
-        holding=Holding(3),
+        pins=PinPolicy(3),
         model=SimpleNamespace(model=SimpleNamespace(module=model)),
         stop=StopRequest(None),
         train_loop=SimpleNamespace(skipped=SimpleNamespace(in_a_row=0)),
     )
     hook = CheckpointHook(interval=4)
     hook.before_train(runner)
-    assert hook.to_hold == {9}
+    assert hook.to_pin == {9}
     for step in (3, 6):
         hook.after_train_iter(runner, step - 1)
     assert names(evaluated) == ["iter_3.json", "iter_6.json"]
@@ -90,36 +90,36 @@ def test_the_hook_leaves_a_step_that_was_held_alone(evaluated):
 
 @pytest.mark.parametrize("kind", ["links", "weights alone"])
 def test_a_kill_before_the_record_is_made_good(run_folder, kind):
-    save(run_folder if kind == "links" else run_folder / HELD, 3)
+    save(run_folder if kind == "links" else run_folder / PINNED, 3)
     if kind == "links":
-        shutil.copytree(run_folder / "iter_3.pth", run_folder / HELD / "iter_3.pth")
-    assert Holding(3).open(run_folder, 2, TOTAL) == {6, 9}
+        shutil.copytree(run_folder / "iter_3.pth", run_folder / PINNED / "iter_3.pth")
+    assert PinPolicy(3).open(run_folder, 2, TOTAL) == {6, 9}
     assert names(run_folder) == ["iter_3.json", "iter_3.pth"]
-    assert read_json(run_folder / HELD / "iter_3.json")["files"]["weights.pt"]["bytes"] == len(WEIGHTS)
-    assert read_json(run_folder / HELD / "identity.json") == read_json(run_folder / "identity.json")
+    assert read_json(run_folder / PINNED / "iter_3.json")["files"]["weights.pt"]["bytes"] == len(WEIGHTS)
+    assert read_json(run_folder / PINNED / "identity.json") == read_json(run_folder / "identity.json")
 
 
 def test_what_is_not_whole_counts_as_not_held(run_folder):
     for step in (3, 6, 9):
-        save(run_folder / HELD, step)
-        (run_folder / HELD / f"iter_{step}.pth" / "weights.pt").write_bytes(WEIGHTS[:-1])
-    (run_folder / HELD / "iter_3.pth" / "COMPLETE.json").unlink()
+        save(run_folder / PINNED, step)
+        (run_folder / PINNED / f"iter_{step}.pth" / "weights.pt").write_bytes(WEIGHTS[:-1])
+    (run_folder / PINNED / "iter_3.pth" / "COMPLETE.json").unlink()
     save(run_folder, 6)
-    assert Holding(3).open(run_folder, 6, TOTAL) == {9}
+    assert PinPolicy(3).open(run_folder, 6, TOTAL) == {9}
     assert names(run_folder) == ["iter_6.json", "iter_6.pth", "iter_9.pth"]
-    assert is_whole(run_folder / HELD / "iter_6.pth")
+    assert is_whole(run_folder / PINNED / "iter_6.pth")
 
 
 def test_what_is_trained_and_gone_is_not_promised(run_folder, tmp_path):
     save(run_folder, 6)
-    assert Holding(3, tmp_path / "training.json").open(run_folder, 7, TOTAL) == {9}
+    assert PinPolicy(3, tmp_path / "training.json").open(run_folder, 7, TOTAL) == {9}
     assert read_json(tmp_path / "training.json")["steps"] == [6, 9]
-    assert Holding().open(run_folder, 7, TOTAL) == set()
+    assert PinPolicy().open(run_folder, 7, TOTAL) == set()
 
 
 def test_what_other_settings_held_is_removed_at_the_end(evaluated, tmp_path):
     save(evaluated, 10)
-    Holding(10).open(evaluated, 10, TOTAL)
+    PinPolicy(10).open(evaluated, 10, TOTAL)
     remove_held(evaluated)
     assert names(evaluated) == ["iter_3.json", "iter_6.json"]
     assert is_whole(evaluated / "iter_10.pth"), "links: training's own stays"

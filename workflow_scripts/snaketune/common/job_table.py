@@ -53,7 +53,7 @@ def planned_job(
     return PlannedJob(rule, submitted, cores, gpus, minutes, benchmark)
 
 
-def render_plan(jobs: Sequence[PlannedJob], benchmarks: Path) -> str:
+def render_job_table(jobs: Sequence[PlannedJob], benchmarks: Path) -> str:
     """Returns the table, rules in the order of `jobs`.
 
     `at most` counts every job up to its time limit, once; `expected` takes the seconds of an earlier job: the same one's,

@@ -16,7 +16,7 @@ from snaketune.tokenized.bin_reader import IGNORE_INDEX, read_line
 _OPEN_FILES = 128
 
 
-class PackedRows:
+class PackedSequences:
     """The rows of a plan, by number.
 
     Args:
@@ -43,7 +43,7 @@ class PackedRows:
 
         Returns:
             `input_ids`, `labels` and `position_ids`: int64 arrays (tokens,), at most `max_length` of them;
-            `cumulative_len`: int64 array (documents + 1,), the borders of the documents in the row, from 0 on.
+            `cumulative_len`: int64 array (documents + 1,), the boundaries of the documents in the row, from 0 on.
             Labels are -100 where nothing is trained; in mode best_fit also at the first token of each document,
             which nothing in the row can predict. Mode xtuner keeps XTuner's labels: there the last token of a
             document predicts the first of the next.
@@ -57,14 +57,14 @@ class PackedRows:
         documents = [self._read(piece) for piece in pieces]
         ids, labels = (np.concatenate(column) for column in zip(*documents, strict=True))
         sizes = np.array([piece.stop - piece.start for piece in pieces], dtype=np.int64)
-        borders = np.concatenate([[0], np.cumsum(sizes)])
+        boundaries = np.concatenate([[0], np.cumsum(sizes)])
         if self.plan.mode == "best_fit":
-            labels[borders[:-1]] = IGNORE_INDEX
+            labels[boundaries[:-1]] = IGNORE_INDEX
         return {
             "input_ids": ids,
             "labels": labels,
-            "position_ids": np.arange(len(ids)) - np.repeat(borders[:-1], sizes),
-            "cumulative_len": borders,
+            "position_ids": np.arange(len(ids)) - np.repeat(boundaries[:-1], sizes),
+            "cumulative_len": boundaries,
         }
 
     def _read(self, piece: Slice) -> tuple[np.ndarray, np.ndarray]:
