@@ -98,7 +98,7 @@ def merge_from_files(base, state, folder, vocab_size=96, new_ids=NEW, dtype="flo
         load=None,  # not called
         **options,
     )
-    assert all(each.pieces for each in merged.values())
+    assert all(each.extents for each in merged.values())
     return {name: torch.cat(list(each.chunks())).view(each.shape) for name, each in merged.items()}
 
 

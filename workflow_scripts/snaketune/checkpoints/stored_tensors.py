@@ -36,25 +36,25 @@ class StoredTensor:
     """A tensor of this shape, made of pieces one after the other, in row-major order; padding may follow."""
 
     shape: torch.Size
-    pieces: tuple[Extent, ...]
+    extents: tuple[Extent, ...]
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the stored elements."""
-        return self.pieces[0].dtype
+        return self.extents[0].dtype
 
     def chunks(self, rows: int | None = None) -> Iterator[torch.Tensor]:
         """Yields the elements in order, at most `CHUNK` at a time; with `rows`, those of the first rows only."""
         shape = self.shape if rows is None else (rows, *self.shape[1:])
-        for piece in cut(self.pieces, 0, torch.Size(shape).numel()):
-            for start in range(0, piece.count, CHUNK):
-                yield _read(piece, start, min(CHUNK, piece.count - start))
+        for extent in cut(self.extents, 0, torch.Size(shape).numel()):
+            for start in range(0, extent.count, CHUNK):
+                yield _read(extent, start, min(CHUNK, extent.count - start))
 
     def part(self, first: int, rows: int) -> StoredTensor:
         """Returns `rows` rows from `first` on."""
         width = self.shape[1:].numel()
         return StoredTensor(
-            torch.Size((rows, *self.shape[1:])), cut(self.pieces, first * width, rows * width)
+            torch.Size((rows, *self.shape[1:])), cut(self.extents, first * width, rows * width)
         )
 
 
@@ -63,7 +63,7 @@ class LoadedTensor:
     """A tensor in memory, with the face of a `StoredTensor`."""
 
     tensor: torch.Tensor
-    pieces: tuple[Extent, ...] = ()
+    extents: tuple[Extent, ...] = ()
 
     @property
     def shape(self) -> torch.Size:
@@ -138,25 +138,25 @@ def stored_tensor(fake: torch.Tensor, file: BinaryIO) -> StoredTensor:
     return StoredTensor(fake.shape, (Extent(file, offset, fake.dtype, fake.numel()),))
 
 
-def cut(pieces: Iterable[Extent], start: int, count: int) -> tuple[Extent, ...]:
+def cut(extents: Iterable[Extent], start: int, count: int) -> tuple[Extent, ...]:
     """Returns `count` elements from `start` on, of pieces seen as one vector; fewer where it ends."""
     found = []
-    for piece in pieces:
-        first, last = max(start, 0), min(start + count, piece.count)
+    for extent in extents:
+        first, last = max(start, 0), min(start + count, extent.count)
         if first < last:
-            offset = piece.offset + first * piece.dtype.itemsize
-            found.append(Extent(piece.file, offset, piece.dtype, last - first))
-        start -= piece.count
+            offset = extent.offset + first * extent.dtype.itemsize
+            found.append(Extent(extent.file, offset, extent.dtype, last - first))
+        start -= extent.count
     return tuple(found)
 
 
-def _read(piece: Extent, start: int, count: int) -> torch.Tensor:
-    result = torch.empty(count, dtype=piece.dtype)
+def _read(extent: Extent, start: int, count: int) -> torch.Tensor:
+    result = torch.empty(count, dtype=extent.dtype)
     buffer = memoryview(result.view(torch.uint8).numpy())
-    offset = piece.offset + start * piece.dtype.itemsize
+    offset = extent.offset + start * extent.dtype.itemsize
     while buffer:
-        done = os.preadv(piece.file.fileno(), [buffer], offset)
+        done = os.preadv(extent.file.fileno(), [buffer], offset)
         if not done:
-            raise UserError(f"{piece.file.name} ends too early", fix="convert another checkpoint")
+            raise UserError(f"{extent.file.name} ends too early", fix="convert another checkpoint")
         buffer, offset = buffer[done:], offset + done
     return result

@@ -82,7 +82,7 @@ _STORED_TYPES = [
 
 
 def _vector(tensors: list[torch.Tensor], file: BinaryIO) -> list[Extent]:
-    return [piece for tensor in tensors for piece in stored_tensor(tensor, file).pieces]
+    return [extent for tensor in tensors for extent in stored_tensor(tensor, file).extents]
 
 
 def _join_stage_1_2(ranks: list[tuple[dict, BinaryIO]], shapes: list[dict]) -> dict[str, StoredTensor]:
@@ -90,9 +90,9 @@ def _join_stage_1_2(ranks: list[tuple[dict, BinaryIO]], shapes: list[dict]) -> d
     stored = {}
     for group, group_shapes in enumerate(shapes):
         flat = [
-            piece
+            extent
             for state, file in ranks
-            for piece in _vector([state["single_partition_of_fp32_groups"][group]], file)
+            for extent in _vector([state["single_partition_of_fp32_groups"][group]], file)
         ]
         offset = 0
         for name, shape in group_shapes.items():
@@ -107,7 +107,7 @@ def _join_stage_3(ranks: list[tuple[dict, BinaryIO]], shapes: list[dict]) -> dic
     stored, offset = {}, 0
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
         size = math.ceil(shape.numel() / len(ranks))
-        parts = [piece for flat in flats for piece in cut(flat, offset, size)]
+        parts = [extent for flat in flats for extent in cut(flat, offset, size)]
         stored[name] = StoredTensor(shape, cut(parts, 0, shape.numel()))
         offset += size
     return stored

@@ -77,7 +77,7 @@ def convert(
         model = empty_model(base, trust_remote_code)
         rows = find_new_tokens(str(tokenizer), None)[0] if padded_vocab == "trim" else None
         outputs = as_published(model, plan_outputs(model, weights, dtype, base, rows))
-        if weights is state.stored and all(each.stored.pieces for each in outputs.values()):
+        if weights is state.stored and all(each.stored.extents for each in outputs.values()):
             files, digest = write_shards(outputs, folder, max_shard_size, state if record else None)
         else:
             digest = weights_digest(state) if record else None

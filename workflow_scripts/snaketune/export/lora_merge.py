@@ -66,10 +66,10 @@ class MergedTensor:
     dtype = torch.float32
 
     @property
-    def pieces(self) -> tuple[Extent, ...]:
+    def extents(self) -> tuple[Extent, ...]:
         """What is read for it."""
         read = [self.base, self.rows, *((self.low_rank.a, self.low_rank.b) if self.low_rank else ())]
-        return tuple(piece for each in read if each for piece in each.pieces)
+        return tuple(extent for each in read if each for extent in each.extents)
 
     @property
     def recipe(self) -> str:

@@ -150,9 +150,9 @@ def _plan(outputs: Mapping[str, Output], limit: int) -> dict[str, list[str]]:
 
 def _identity(outputs: Mapping[str, Output], shards: dict[str, list[str]]) -> str | None:
     """Names what is written and from which versions of which files; None where that is not known."""
-    if not all(each.stored.pieces for each in outputs.values()):
+    if not all(each.stored.extents for each in outputs.values()):
         return None
-    files = {piece.file for each in outputs.values() for piece in each.stored.pieces}
+    files = {extent.file for each in outputs.values() for extent in each.stored.extents}
     stats = {file.name: os.fstat(file.fileno()) for file in files}
     sources = {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
     tensors = {
