@@ -48,12 +48,12 @@ def test_the_index_says_which_files(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda data: data[:-1], "bytes, of"),
-        (lambda data: data + b"0", "bytes, of"),
-        (lambda data: data[:5], "less than its header"),
-        (lambda data: b"\xff" * 8 + data[8:], "less than its header"),
+        (lambda data: data[:-1], "bytes instead of"),
+        (lambda data: data + b"0", "bytes instead of"),
+        (lambda data: data[:5], "shorter than its header"),
+        (lambda data: b"\xff" * 8 + data[8:], "shorter than its header"),
         (lambda data: data.replace(b'"dtype":', b'"dtype";'), "delimiter"),
-        (lambda data: data.replace(b'"BF16"', b'"FP16"'), "bfloat16 of type FP16"),
+        (lambda data: data.replace(b'"BF16"', b'"FP16"'), "bfloat16 has type FP16"),
         (lambda data: data.replace(b"[7,5]", b"[7,6]"), "70 bytes for half"),
     ],
 )

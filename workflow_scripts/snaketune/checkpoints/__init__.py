@@ -1,1 +1,1 @@
-"""What a training leaves on disk, written and read."""
+"""Writes and reads the checkpoints of a training run."""

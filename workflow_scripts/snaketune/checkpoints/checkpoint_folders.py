@@ -1,12 +1,12 @@
 """Checkpoints that are either whole or absent.
 
-A checkpoint is a folder `iter_N.pth` of N optimizer steps. It is written under a temporary name, flushed, given its
-marker COMPLETE.json with the size and SHA-256 of every file, and renamed; `latest` beside it names it last of all. Full
-ones hold DeepSpeed's files (weights, optimizer, schedulers) and one random state a rank; weights-only ones hold
-`weights.pt` and cannot be resumed.
+A checkpoint is a folder `iter_N.pth`, saved after N optimizer steps. It is written under a temporary name and
+flushed. It then gets its marker COMPLETE.json, which has the size and SHA-256 of every file, and is renamed.
+The file `latest` beside it is updated last. Full checkpoints hold DeepSpeed's files (weights, optimizer,
+schedulers) and one random state per rank. Weights-only checkpoints hold `weights.pt` and cannot be resumed.
 
-Sizes tell a torn checkpoint at no cost (`is_whole`); a flipped bit shows only when every byte is read (`is_intact`),
-which is done before training goes on from one and before its weights are exported.
+File sizes reveal a torn checkpoint at no cost (`is_whole`). Finding a flipped bit takes reading every byte
+(`is_intact`), which is done before training resumes from a checkpoint and before its weights are exported.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from snaketune.common.files import fsync_path, read_json, sha256_file, write_jso
 from snaketune.common.result_paths import MARKER
 
 LATEST = "latest"
-UNIVERSAL = ".universal"  # folder of a checkpoint that is being loaded with another number of ranks
+UNIVERSAL = ".universal"  # holds a checkpoint while it is loaded with a different number of ranks
 WEIGHTS_ONLY = "weights.pt"
 _NAME = re.compile(r"iter_(\d+)\.pth")
 
 
 def read_state_dict(pth: str | os.PathLike, verify: bool = True) -> StoredTensors:
-    """Returns the trained weights of a checkpoint by the names that transformers gives them.
+    """Returns the trained weights of a checkpoint, by their names in transformers.
 
-    Reads every ZeRO stage (fp32, from the optimizer's copies) and weights-only checkpoints (training dtype), also a
-    single file `{"state_dict": ...}`. Nothing is unpickled but tensors and plain values, and a tensor is read when it
-    is asked for.
+    Reads full checkpoints of every ZeRO stage (fp32, from the optimizer's copies), weights-only checkpoints
+    (training dtype), and a single file `{"state_dict": ...}`. Unpickles only tensors and plain values. Reads
+    each tensor when it is accessed.
 
     Args:
         pth: An `iter_N.pth` folder or file.
-        verify: Reads every byte first and compares it with the marker.
+        verify: True reads every byte first and compares the digests with the marker.
 
     Raises:
-        UserError: It is not a whole checkpoint.
+        UserError: The checkpoint is missing, torn or corrupt.
     """
     pth = Path(pth)
     if pth.is_dir():
         if (pth / MARKER).is_file() and not (is_whole(pth) and (not verify or is_intact(pth))):
             raise UserError(
                 f"{pth} is torn or corrupt: files differ from its {MARKER}",
-                fix="delete it and train again: training goes on from the checkpoint before it",
+                fix="delete it and start training again, which resumes from the checkpoint before it",
             )
         weights = pth / WEIGHTS_ONLY
         state = _open_file(weights) if weights.is_file() else read_zero_state_dict(pth)
@@ -79,7 +79,7 @@ def step_of(pth: str | os.PathLike) -> int:
 
 
 def is_whole(pth: Path) -> bool:
-    """Tells whether every file that the marker lists is there with its size."""
+    """True if every file that the marker lists exists with the right size."""
     try:
         files = read_json(pth / MARKER)["files"]
         return all((pth / name).stat().st_size == entry["bytes"] for name, entry in files.items())
@@ -88,7 +88,7 @@ def is_whole(pth: Path) -> bool:
 
 
 def is_intact(pth: Path, rank: int = 0, world_size: int = 1) -> bool:
-    """Tells whether this rank's share of a whole checkpoint's files still has the bytes that were written."""
+    """True if this rank's share of a whole checkpoint's files matches the digests in the marker."""
     files = read_json(pth / MARKER)["files"]
     mine = sorted(files)[rank::world_size]
     found = _digests([pth / name for name in mine])
@@ -96,7 +96,7 @@ def is_intact(pth: Path, rank: int = 0, world_size: int = 1) -> bool:
 
 
 def set_aside(pth: Path) -> Path:
-    """Renames a corrupt checkpoint to `corrupt_iter_N.pth`, where nothing takes it for one, and returns that path."""
+    """Renames a corrupt checkpoint to `corrupt_iter_N.pth`, so that nothing reads it. Returns that path."""
     target = pth.with_name(f"corrupt_{pth.name}")
     shutil.rmtree(target, ignore_errors=True)
     pth.rename(target)
@@ -105,9 +105,10 @@ def set_aside(pth: Path) -> Path:
 
 
 def _digests(files: list[Path], flush: bool = False) -> dict[str, dict]:
-    """Returns size and SHA-256 of files by name, all files at a time; with `flush` they are on the disk as well.
+    """Returns the size and SHA-256 of files by name; with `flush`, also flushes the files to disk.
 
-    Hashing (1.5 GB/s a core) runs beside the flush, so a checkpoint that the disk takes its time to write costs no more.
+    All files are processed in parallel.
+    Hashing (1.5 GB/s per core) overlaps the flush, so on a slow disk it adds no time to a save.
     """
     with ThreadPoolExecutor() as pool:
         flushed = [pool.submit(fsync_path, file) for file in files if flush]
@@ -121,7 +122,7 @@ def _digests(files: list[Path], flush: bool = False) -> dict[str, dict]:
 
 
 def is_resumable(pth: Path) -> bool:
-    """Tells whether a whole checkpoint holds the optimizer too."""
+    """True if a whole checkpoint includes the optimizer state."""
     return read_json(pth / MARKER)["save_optimizer"]
 
 
@@ -131,13 +132,13 @@ def saved_world_size(pth: Path) -> int:
 
 
 def is_last(pth: Path) -> bool:
-    """Tells whether a whole checkpoint is that of the run's last step."""
+    """True if a whole checkpoint was saved after the run's last step."""
     marker = read_json(pth / MARKER)
     return marker["step"] == marker["total_steps"]
 
 
 def list_checkpoints(run_folder: str | os.PathLike, warn: bool = True) -> list[Path]:
-    """Returns the whole checkpoints of a run folder, oldest first; torn ones are skipped, with a warning."""
+    """Returns the whole checkpoints of a run folder, oldest first. Skips torn ones with a warning."""
     found = [
         path for path in Path(run_folder).glob("iter_*.pth") if path.is_dir() and _NAME.fullmatch(path.name)
     ]
@@ -162,11 +163,11 @@ def write_checkpoint(
 
     Args:
         engine: The DeepSpeed engine.
-        run_folder: Seen by all ranks under this path.
+        run_folder: The run folder, at the same path on all ranks.
         step: Optimizer steps done.
-        total_steps: Of the whole run.
-        client_state: Plain values and tensors, for `DeepSpeedStrategy.resume`.
-        save_optimizer: False writes the weights alone.
+        total_steps: Optimizer steps of the whole run.
+        client_state: Plain values and tensors that `DeepSpeedStrategy.resume` returns.
+        save_optimizer: False writes the weights only.
     """
     from deepspeed import comm
     from torch import distributed
@@ -184,7 +185,7 @@ def write_checkpoint(
             tag=temporary.name,
             client_state=client_state,
             save_latest=False,
-            exclude_frozen_parameters=True,  # they are the base model's, see snaketune.models.lora
+            exclude_frozen_parameters=True,  # the base model has them, see snaketune.models.lora
         )
         torch.save(random_state(), temporary / _random_state_name(rank))
     else:
@@ -194,12 +195,12 @@ def write_checkpoint(
             state = {name: tensor.detach().cpu() for name, tensor in state.items()}
             torch.save({"state_dict": state, "step": step}, temporary / WEIGHTS_ONLY)
     comm.barrier()
-    # Each rank hashes what it wrote: on its own node, out of the page cache, all ranks at a time.
+    # Each rank hashes the files it wrote: on its own node, from the page cache, in parallel.
     mine = [file for file in sorted(temporary.iterdir()) if _writer(file.name) == rank]
     parts: list = [None] * comm.get_world_size()
     distributed.all_gather_object(parts, _digests(mine, flush=True))
     if rank == 0:
-        # DeepSpeed drops conversion scripts beside the checkpoint; convert_pth_to_hf.py is ours.
+        # DeepSpeed copies its conversion scripts beside the checkpoint; we use convert_pth_to_hf.py.
         for script in ("zero_to_fp32.py", "zero_to_torch.py"):
             (run_folder / script).unlink(missing_ok=True)
         marker = {"format": 2, "step": step, "total_steps": total_steps, "save_optimizer": save_optimizer}
@@ -228,13 +229,13 @@ def prune_checkpoints(run_folder: Path, keep: int) -> None:
     """Removes all but the `keep` newest whole checkpoints; keep <= 0 keeps all."""
     if keep > 0:
         for path in list_checkpoints(run_folder, warn=False)[:-keep]:
-            # The marker goes first: what a kill leaves behind must not look whole.
+            # Delete the marker first: after a kill, the remains must not look whole.
             (path / MARKER).unlink()
             shutil.rmtree(path)
 
 
 def remove_leftovers(run_folder: Path) -> None:
-    """Removes what a killed save or prune left behind."""
+    """Removes the remains of a killed save or prune."""
     for path in run_folder.glob(".iter_*.pth.tmp"):
         shutil.rmtree(path)
     shutil.rmtree(run_folder / UNIVERSAL, ignore_errors=True)
@@ -244,7 +245,7 @@ def remove_leftovers(run_folder: Path) -> None:
 
 
 def random_state() -> dict:
-    """Returns the state of every generator that training may draw from, as tensors and plain values."""
+    """Returns the state of every random generator that training may use, as tensors and plain values."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     numpy_state = [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached]
     state = {"torch": torch.get_rng_state(), "numpy": numpy_state, "python": random.getstate()}
@@ -254,9 +255,9 @@ def random_state() -> dict:
 
 
 def load_random_state(pth: Path, rank: int) -> None:
-    """Puts back what `random_state` returned on this rank when the checkpoint was written.
+    """Restores the state that `random_state` returned on this rank when the checkpoint was written.
 
-    A rank that was not there then keeps the state it started with.
+    A rank that did not exist then keeps its initial state.
     """
     if not (pth / _random_state_name(rank)).is_file():
         return

@@ -1,9 +1,9 @@
-"""Checkpoints held for evaluation, while training goes on and removes its older ones.
+"""Pins checkpoints for evaluation while training continues and removes its older checkpoints.
 
-`held/iter_N.pth` in the run folder is a checkpoint by hard links, which takes no room until training removes its own, or
-weights alone where training saved nothing at that step. `held/iter_N.json` is written once the checkpoint is whole and
-flushed, and stays when the evaluation has removed the checkpoint: a step that has it is never held again, though a
-resumed training may train it again.
+A pinned checkpoint is `held/iter_N.pth` in the run folder. It consists of hard links, which take no space
+until training removes its own copy, or of the weights only if training saved nothing at that step.
+`held/iter_N.json` is written once the checkpoint is whole and flushed, and remains after the evaluation
+removes the checkpoint: a step with this file is never pinned again, even if a resumed run trains it again.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from snaketune.common.result_paths import FINISHED, IDENTITY, MARKER, PINNED, TR
 
 @dataclass(frozen=True)
 class PinPolicy:
-    """Which checkpoints of a run are held.
+    """Which checkpoints of a run to pin.
 
     Attributes:
-        every: Optimizer steps from one to the next; 0 holds none.
+        every: Optimizer steps between pinned checkpoints; 0 pins none.
         record: The JSON file that `open` writes, if any.
     """
 
@@ -33,37 +33,38 @@ class PinPolicy:
 
     @classmethod
     def from_text(cls, every: str, save_steps: int, record: Path | None) -> PinPolicy:
-        """Takes the number of steps as text, `save` for as often as training saves."""
+        """Parses a number of steps; `save` pins as often as training saves."""
         if every == "save":
             return cls(save_steps, record)
         if not every.isdecimal():
-            raise UserError("--hold-every cannot be used", found=every, expected="save, or a number of steps")
+            raise UserError("invalid --hold-every", found=every, expected="save, or a number of steps")
         return cls(int(every), record)
 
     def steps(self, total_steps: int) -> range:
-        """Returns the steps to hold; the last is not among them: its checkpoint is the run's result."""
+        """Returns the steps to pin. Excludes the last step, whose checkpoint is the run's result."""
         return range(self.every, total_steps, self.every) if self.every > 0 else range(0)
 
     def open(self, run_folder: Path, done: int, total_steps: int) -> frozenset[int]:
-        """Holds what an attempt before this one saved without recording it as held, and writes what there will be.
+        """Pins checkpoints that earlier attempts saved but did not pin, and writes `record`.
 
-        The record: `identity`, `run_folder` (relative to the record), `total_steps`, and the `steps` whose checkpoints
-        were held or will be; steps that were trained and removed before anybody asked for them are not among them.
+        The record has `identity`, `run_folder` (relative to the record), `total_steps`, and the `steps` whose
+        checkpoints were or will be pinned. It leaves out steps whose checkpoints were removed before anyone
+        asked to pin them.
 
         Args:
             run_folder: Where training saves.
-            done: Optimizer steps that are trained.
-            total_steps: Of the whole run.
+            done: Optimizer steps already trained.
+            total_steps: Optimizer steps of the whole run.
 
         Returns:
-            The steps after `done` to hold: not those that an attempt before this one held.
+            The steps after `done` still to pin, without those that an earlier attempt pinned.
         """
         steps = self.steps(total_steps)
-        held = run_folder / PINNED
+        pinned = run_folder / PINNED
         if steps:
-            held.mkdir(exist_ok=True)
-            remove_leftovers(held)
-        for folder in (run_folder, held):
+            pinned.mkdir(exist_ok=True)
+            remove_leftovers(pinned)
+        for folder in (run_folder, pinned):
             for step in map(step_of, list_checkpoints(folder, warn=False)):
                 if step in steps and not was_pinned(run_folder, step):
                     pin(run_folder, step)
@@ -83,18 +84,18 @@ class PinPolicy:
 
 
 def pin_finished(run_folder: Path, pins: PinPolicy) -> None:
-    """As `PinPolicy.open`, for a run that has been trained to its end."""
+    """Like `PinPolicy.open`, for a run whose training is complete."""
     steps = read_json(run_folder / FINISHED)["steps"]
     pins.open(run_folder, steps, steps)
 
 
 def was_pinned(run_folder: Path, step: int) -> bool:
-    """Tells whether the checkpoint of a step has been held, and perhaps been evaluated and removed since."""
+    """True if the checkpoint of a step was ever pinned, even if evaluation has since removed it."""
     return (run_folder / PINNED / f"iter_{step}.json").is_file()
 
 
 def pin(run_folder: Path, step: int) -> None:
-    """Holds `iter_<step>.pth` of a run folder, or what was written into `held` itself. One process calls it."""
+    """Pins `iter_<step>.pth`, saved in the run folder or directly in `held/`. One process calls it."""
     folder = run_folder / PINNED
     target = folder / f"iter_{step}.pth"
     if not is_whole(target):
@@ -103,7 +104,7 @@ def pin(run_folder: Path, step: int) -> None:
         shutil.copytree(run_folder / target.name, temporary, copy_function=link_or_copy)
         fsync_path(temporary)
         temporary.rename(target)
-    for name in (IDENTITY, TRAIN_CONFIG):  # a conversion reads them beside a checkpoint
+    for name in (IDENTITY, TRAIN_CONFIG):  # conversion reads them beside a checkpoint
         write_bytes(folder / name, (run_folder / name).read_bytes())
     write_json(
         folder / f"iter_{step}.json",

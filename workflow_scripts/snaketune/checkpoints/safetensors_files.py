@@ -1,7 +1,7 @@
-"""The tensors of a folder's safetensors files, unread: neither a file nor a tensor need fit into memory.
+"""Reads tensors in safetensors files lazily: neither a file nor a tensor has to fit in memory.
 
-A file is the length of its header (eight bytes, little-endian), the header (JSON: type, shape and place of each tensor)
-and the tensors' bytes (https://huggingface.co/docs/safetensors).
+A file consists of the length of its header (eight bytes, little-endian), the header (JSON: type, shape and
+offsets of each tensor) and the tensors' bytes (https://huggingface.co/docs/safetensors).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DTYPES = {
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """Returns the files that transformers reads: `model.safetensors`, or those of the index; without either, all."""
+    """Returns the files that transformers reads: `model.safetensors`, those in the index, or else all."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
@@ -43,10 +43,10 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 
 def open_safetensors(folder: Path) -> StoredTensors:
-    """Returns the tensors of a folder by name; each is read when it is asked for.
+    """Returns the tensors of a folder by name. Reads each tensor when it is accessed.
 
     Raises:
-        UserError: There are none, or a file is missing or is not whole.
+        UserError: The folder has no safetensors, or a file is missing or incomplete.
     """
     files = safetensors_files(folder)
     if not files:
@@ -56,17 +56,17 @@ def open_safetensors(folder: Path) -> StoredTensors:
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     try:
-        file = open(path, "rb")  # noqa: SIM115 (open as long as its tensors may be read)
+        file = open(path, "rb")  # noqa: SIM115 (stays open while its tensors may be read)
         length = os.fstat(file.fileno()).st_size
         start = 8 + int.from_bytes(file.read(8), "little")
         if start > length:
-            raise ValueError(f"{length} bytes, less than its header")
+            raise ValueError(f"{length} bytes, shorter than its header")
         entries = json.loads(file.read(start - 8))
         entries.pop("__metadata__", None)
         stored, end = {}, start
         for name, entry in entries.items():
             if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} of type {entry['dtype']}")
+                raise ValueError(f"{name} has type {entry['dtype']}")
             dtype, shape = DTYPES[entry["dtype"]], torch.Size(entry["shape"])
             first, last = (start + offset for offset in entry["data_offsets"])
             if first < start or last - first != shape.numel() * dtype.itemsize:
@@ -74,12 +74,12 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             stored[name] = StoredTensor(shape, (Extent(file, first, dtype, shape.numel()),))
             end = max(end, last)
         if end != length:
-            raise ValueError(f"{length} bytes, of {end}")
+            raise ValueError(f"{length} bytes instead of {end}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read as safetensors",
             found=str(error),
-            expected="a whole file of tensors of these types: " + ", ".join(DTYPES),
+            expected="a complete file with tensors of these types: " + ", ".join(DTYPES),
             fix="download or convert it again",
         ) from None
     return stored

@@ -1,8 +1,8 @@
-"""Tensors inside `torch.save` files, read piece by piece: neither a file nor a tensor need fit into memory.
+"""Reads tensors in `torch.save` files in chunks: neither a file nor a tensor has to fit in memory.
 
-The file's structure is unpickled with `weights_only=True` and without its data (torch's fake tensors know where in the
-file their bytes lie); the bytes are then read from there. Files stay open as long as what was found in them, so a
-checkpoint that is deleted meanwhile can still be read to its end.
+The structure of a file is unpickled with `weights_only=True` and without its data: torch's fake tensors
+record the offsets of their bytes, which are read from the file later. A file stays open as long as its
+tensors are in use, so a checkpoint that is deleted in the meantime can still be read.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from snaketune.common.cli import UserError
 
-CHUNK = 1 << 20  # elements read at a time: 4 MB of fp32, which stay in the cache
+CHUNK = 1 << 20  # elements per read: 4 MB of fp32, which fits in the CPU cache
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Elements that lie one after the other in a file: `count` of type `dtype`, from byte `offset` on."""
+    """Consecutive elements in a file: `count` of type `dtype`, starting at byte `offset`."""
 
     file: BinaryIO
     offset: int
@@ -33,25 +33,25 @@ class Extent:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of this shape, made of pieces one after the other, in row-major order; padding may follow."""
+    """A tensor of this shape, made of consecutive extents in row-major order; padding may follow."""
 
     shape: torch.Size
     extents: tuple[Extent, ...]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the stored elements."""
+        """Type of the stored elements."""
         return self.extents[0].dtype
 
     def chunks(self, rows: int | None = None) -> Iterator[torch.Tensor]:
-        """Yields the elements in order, at most `CHUNK` at a time; with `rows`, those of the first rows only."""
+        """Yields the elements in order, at most `CHUNK` at a time; `rows` limits them to the first rows."""
         shape = self.shape if rows is None else (rows, *self.shape[1:])
         for extent in cut(self.extents, 0, torch.Size(shape).numel()):
             for start in range(0, extent.count, CHUNK):
                 yield _read(extent, start, min(CHUNK, extent.count - start))
 
     def part(self, first: int, rows: int) -> StoredTensor:
-        """Returns `rows` rows from `first` on."""
+        """Returns `rows` rows, starting at row `first`."""
         width = self.shape[1:].numel()
         return StoredTensor(
             torch.Size((rows, *self.shape[1:])), cut(self.extents, first * width, rows * width)
@@ -60,29 +60,29 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class LoadedTensor:
-    """A tensor in memory, with the face of a `StoredTensor`."""
+    """A tensor in memory, with the interface of `StoredTensor`."""
 
     tensor: torch.Tensor
     extents: tuple[Extent, ...] = ()
 
     @property
     def shape(self) -> torch.Size:
-        """Its shape."""
+        """Shape of the tensor."""
         return self.tensor.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its type."""
+        """Type of the elements."""
         return self.tensor.dtype
 
     def chunks(self, rows: int | None = None) -> Iterator[torch.Tensor]:
-        """As `StoredTensor.chunks`."""
+        """Same as `StoredTensor.chunks`."""
         part = self.tensor if rows is None else self.tensor[:rows]
         yield from part.detach().contiguous().view(-1).split(CHUNK)
 
 
 class StoredTensors(Mapping[str, torch.Tensor]):
-    """Tensors by name; each is read whole when it is asked for. `stored` has them unread."""
+    """Tensors by name. Accessing one reads it whole; `stored` has them unread."""
 
     def __init__(self, stored: Mapping[str, StoredTensor]):
         self.stored = dict(stored)
@@ -106,9 +106,9 @@ def read_whole(
     """Returns a tensor in memory.
 
     Args:
-        stored: The tensor, or one with the face of a `StoredTensor`.
-        dtype: Type of the result; None leaves it the stored one.
-        rows: The first rows only; None reads all.
+        stored: The tensor, or an object with the interface of `StoredTensor`.
+        dtype: Type of the result; None keeps the stored type.
+        rows: Number of leading rows to read; None reads all.
     """
     shape = stored.shape if rows is None else (rows, *stored.shape[1:])
     result, at = torch.empty(shape, dtype=dtype or stored.dtype), 0
@@ -119,27 +119,27 @@ def read_whole(
 
 
 def open_saved(path: Path, known_types: Iterable[Any] = ()) -> tuple[Any, BinaryIO]:
-    """Returns what `torch.save` wrote, with fake tensors in the place of tensors, and the open file.
+    """Returns the content of a `torch.save` file, with fake tensors in place of tensors, and the open file.
 
     Args:
         path: The file.
-        known_types: Further types that the file may hold, see `torch.serialization.safe_globals`.
+        known_types: Additional types that the file may contain, see `torch.serialization.safe_globals`.
     """
-    file = open(path, "rb")  # noqa: SIM115 (open as long as its tensors may be read)
+    file = open(path, "rb")  # noqa: SIM115 (stays open while its tensors may be read)
     with torch.serialization.safe_globals(list(known_types)), FakeTensorMode():
         return torch.load(file, map_location="cpu", weights_only=True), file
 
 
 def stored_tensor(fake: torch.Tensor, file: BinaryIO) -> StoredTensor:
-    """Returns where the bytes of a tensor from `open_saved` lie."""
+    """Returns the location in the file of a fake tensor from `open_saved`."""
     if not fake.is_contiguous():
-        raise UserError(f"{file.name} holds a tensor that does not lie in one piece", found=fake.stride())
+        raise UserError(f"{file.name} has a tensor that is not contiguous", found=fake.stride())
     offset = fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * fake.element_size()
     return StoredTensor(fake.shape, (Extent(file, offset, fake.dtype, fake.numel()),))
 
 
 def cut(extents: Iterable[Extent], start: int, count: int) -> tuple[Extent, ...]:
-    """Returns `count` elements from `start` on, of pieces seen as one vector; fewer where it ends."""
+    """Returns `count` elements from `start` of extents taken as one vector, or fewer at its end."""
     found = []
     for extent in extents:
         first, last = max(start, 0), min(start + count, extent.count)
@@ -157,6 +157,6 @@ def _read(extent: Extent, start: int, count: int) -> torch.Tensor:
     while buffer:
         done = os.preadv(extent.file.fileno(), [buffer], offset)
         if not done:
-            raise UserError(f"{extent.file.name} ends too early", fix="convert another checkpoint")
+            raise UserError(f"{extent.file.name} is truncated", fix="convert another checkpoint")
         buffer, offset = buffer[done:], offset + done
     return result

@@ -1,7 +1,8 @@
-"""Going on with another number of ranks: DeepSpeed's universal checkpoint, which is cut along parameters, not ranks.
+"""Resumes with a different number of ranks: DeepSpeed's universal checkpoint.
 
-ZeRO-0 keeps everything on every rank and needs none. Above it, the optimizer's files of each rank are taken apart and
-written again as one folder a parameter, from which any number of ranks reads its share.
+A universal checkpoint is split by parameter instead of by rank. ZeRO-0 keeps everything on every rank and
+needs none. For higher stages, each rank's optimizer files are rewritten as one folder per parameter, from
+which any number of ranks can read its share.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from snaketune.common.cli import UserError
 def make_universal(checkpoint: Path) -> Path:
     """Converts a full checkpoint of ZeRO stage 1 to 3 and returns the new folder. All ranks call it together.
 
-    It needs as much room on the disk as the checkpoint, and DeepSpeed unpickles the files without restriction: they are
-    trusted because this run wrote them.
+    The conversion needs as much disk space as the checkpoint. DeepSpeed unpickles the files without
+    restriction; they are trusted because this run wrote them.
 
     Raises:
-        UserError: DeepSpeed could not convert it (on rank 0; the others fail with SystemExit).
+        UserError: DeepSpeed could not convert it (on rank 0; other ranks raise SystemExit).
     """
     target = checkpoint.parent / UNIVERSAL / checkpoint.name
-    # The conversion of a large checkpoint takes longer than the ranks would otherwise wait for each other.
+    # Converting a large checkpoint takes longer than the default timeout of a process group.
     patient = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
     error: UserError | None = None
     if distributed.get_rank() == 0:
@@ -49,7 +50,7 @@ def make_universal(checkpoint: Path) -> Path:
 
 
 def remove_universal(run_folder: Path) -> None:
-    """Removes what `make_universal` wrote."""
+    """Removes the folders that `make_universal` wrote."""
     shutil.rmtree(run_folder / UNIVERSAL, ignore_errors=True)
 
 
@@ -63,7 +64,7 @@ def _convert(checkpoint: Path, target: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(
-            f"{checkpoint} could not be converted for another number of ranks",
+            f"{checkpoint} could not be converted for a different number of ranks",
             found=(done.stderr.strip() or done.stdout.strip()).splitlines()[-1],
-            fix="go on with the number of ranks that wrote it, see world_size in its COMPLETE.json",
+            fix="resume with the number of ranks that wrote it: world_size in its COMPLETE.json",
         )

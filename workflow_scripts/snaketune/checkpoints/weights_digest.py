@@ -1,4 +1,4 @@
-"""The name of a model's weights: one SHA-256 over all tensors."""
+"""Identifies a model's weights by one SHA-256 over all tensors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 class WeightsDigest:
-    """Takes tensors in the order of their names, each as its begin and then its elements in any number of parts."""
+    """Hashes tensors in the order of their names: `begin` once, then `update` until all elements are added."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
     def begin(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
-        """Starts a tensor."""
+        """Starts the next tensor."""
         self._digest.update(f"{name} {dtype} {list(shape)}\n".encode())
 
     def update(self, elements: torch.Tensor) -> None:
@@ -23,12 +23,12 @@ class WeightsDigest:
         self._digest.update(elements.contiguous().reshape(-1).view(torch.uint8).numpy())
 
     def hexdigest(self) -> str:
-        """Returns the digest of what was added."""
+        """Returns the digest of everything added so far."""
         return self._digest.hexdigest()
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """Returns the SHA-256 of weights: names, dtypes, shapes and bytes, in the order of the names."""
+    """Returns the SHA-256 of the weights: names, dtypes, shapes and bytes, in the order of the names."""
     digest = WeightsDigest()
     for name in sorted(state):
         tensor = state[name]

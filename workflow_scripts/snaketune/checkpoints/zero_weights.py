@@ -1,7 +1,8 @@
 """Finds the fp32 weights in a DeepSpeed checkpoint of any ZeRO stage and world size.
 
-DeepSpeed's own `zero_to_fp32` unpickles the files without restriction; here `weights_only=True` and a list of the
-few harmless types that DeepSpeed stores. The layout is that of DeepSpeed 0.19 (`deepspeed/utils/zero_to_fp32.py`).
+DeepSpeed's own `zero_to_fp32` unpickles the files without restriction. This module uses `weights_only=True`
+and allows only the few harmless types that DeepSpeed stores. It reads the layout of DeepSpeed 0.19
+(`deepspeed/utils/zero_to_fp32.py`).
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from snaketune.common.cli import UserError
 
 
 def read_zero_state_dict(folder: Path) -> StoredTensors:
-    """Returns the weights by their names in the trained module; each is read when it is asked for.
+    """Returns the weights by their names in the trained module. Reads each one when it is accessed.
 
     Args:
         folder: A folder with `*_model_states.pt` and, above stage 0, `*_optim_states.pt`.
 
     Raises:
-        UserError: Files are missing, or some parameters were frozen (not written by full fine-tuning).
+        UserError: Files are missing, or some parameters are frozen (full fine-tuning freezes none).
     """
     optimizer_files = _by_rank(folder, "*_optim_states.pt")
     model_files = _by_rank(folder, "*_model_states.pt")
@@ -54,7 +55,7 @@ def read_zero_state_dict(folder: Path) -> StoredTensors:
         ranks.append((content["optimizer_state_dict"], opened))
     join = _join_stage_3 if int(ranks[0][0]["zero_stage"]) == 3 else _join_stage_1_2
     stored = join(ranks, shapes)
-    # Buffers and tied weights are not among the optimizer's parameters.
+    # The optimizer's parameters do not include buffers and tied weights.
     stored |= {name: stored_tensor(module[name], file) for name in model.get("buffer_names") or []}
     stored |= {alias: stored[name] for alias, name in _pairs(model.get("shared_params"))}
     return StoredTensors(stored)
@@ -70,7 +71,7 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
 
 
 class _Stored:
-    """Stands in for DeepSpeed's plain record types: nothing of them is used, and DeepSpeed need not be imported."""
+    """Stands in for DeepSpeed's record types, whose content is not used, so DeepSpeed is not imported."""
 
 
 _STORED_TYPES = [
@@ -86,7 +87,7 @@ def _vector(tensors: list[torch.Tensor], file: BinaryIO) -> list[Extent]:
 
 
 def _join_stage_1_2(ranks: list[tuple[dict, BinaryIO]], shapes: list[dict]) -> dict[str, StoredTensor]:
-    """Each group of parameters is one flat vector, cut into one piece a rank, padded at its end."""
+    """Each parameter group is one flat vector, padded at its end and split into one partition per rank."""
     stored = {}
     for group, group_shapes in enumerate(shapes):
         flat = [
@@ -102,7 +103,7 @@ def _join_stage_1_2(ranks: list[tuple[dict, BinaryIO]], shapes: list[dict]) -> d
 
 
 def _join_stage_3(ranks: list[tuple[dict, BinaryIO]], shapes: list[dict]) -> dict[str, StoredTensor]:
-    """Each parameter is cut into one piece a rank, padded at its end; a rank's pieces lie end to end."""
+    """Each parameter is padded and split into one partition per rank; a rank's partitions are consecutive."""
     flats = [_vector(state["fp32_flat_groups"], file) for state, file in ranks]
     stored, offset = {}, 0
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
