@@ -1,1 +1,1 @@
-"""Held-out loss, generations, and the report that lays them side by side."""
+"""Held-out loss, generations and tool calls of base and tuned models."""

@@ -1,4 +1,4 @@
-"""The command line that the scripts which evaluate a model have in common. Imports nothing heavy: `--help` is quick."""
+"""Command-line arguments shared by the evaluation scripts. No heavy imports, so that `--help` stays fast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from snaketune.settings.command_line import add_settings
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, script: str) -> None:
-    """Adds the model, its tokenizer, the held-out conversations, the file that is written and the script's settings."""
+    """Adds arguments for the model, its tokenizer, the held-out conversations, the output file and the script's settings."""
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
     parser.add_argument("--tokenizer-path", required=True, help="folder of the extended tokenizer")
     parser.add_argument(
@@ -34,24 +34,26 @@ def add_model_arguments(parser: argparse.ArgumentParser, script: str) -> None:
     parser.add_argument(
         "--base-model",
         action="store_true",
-        help="grow the embedding to the tokenizer as training does at its start",
+        help="grow the embedding to the tokenizer's size, as training does before its first step",
     )
-    parser.add_argument("--label", default=None, help="what the report calls it; default base or tuned")
+    parser.add_argument(
+        "--label", default=None, help="the model's name in the report; default: base or tuned"
+    )
     add_settings(parser, script)
 
 
 def label_of(args: argparse.Namespace) -> str:
-    """Returns what the report calls the model."""
+    """Returns the model's name in the report."""
     return args.label or ("base" if args.base_model else "tuned")
 
 
 def encoding_record(tokenizer: ExtendedTokenizer, encoding: ChatEncoding) -> dict[str, str]:
-    """Returns what an evaluation writes of the encoding; the template by the name that it has with the tokenizer."""
+    """Returns the encoding as evaluations record it, with the template named as in the tokenizer."""
     return asdict(replace(encoding, template=tokenizer.template.name))
 
 
 def model_sha256(args: argparse.Namespace) -> str | None:
-    """Returns the digest of the model's configuration and weights; None for a name on the hub."""
+    """Returns the digest of the model's configuration and weights; None for a hub name."""
     from snaketune.training.run_identity import base_model_digest
 
     cache = FingerprintCache(os.devnull)
@@ -59,7 +61,7 @@ def model_sha256(args: argparse.Namespace) -> str | None:
 
 
 def load_model(args: argparse.Namespace, tokenizer: ExtendedTokenizer):
-    """Loads the model that the command line names, in eval mode. Takes the seconds that torch and transformers take."""
+    """Loads the model given on the command line, in eval mode. Imports torch and transformers, which takes seconds."""
     from snaketune.evaluation.models import load_for_evaluation
 
     return load_for_evaluation(

@@ -1,9 +1,9 @@
 """Greedy answers to many prompts at once, with a key-value cache.
 
-Prompts enter one by one: without padding their attention is plainly causal, and a prompt computes only what it does
-not share with the beginning of the one before, such as the earlier turns of the same conversation. Then they take part
-in a batch, aligned at its right edge. Padding is masked and takes no part in the positions, so a row gets the tokens
-that it would get alone. A row that has ended makes room for the next prompt, so a long answer does not hold up others.
+Prompts are prefilled one at a time: without padding, attention is plainly causal, and a prompt reuses the cache of
+the prefix that it shares with the previous prompt, such as the earlier turns of a conversation. They then join a
+right-aligned batch. Padding is masked and not counted in the positions, so each row gets the tokens that it would get
+alone. A finished row makes room for the next prompt, so a long answer does not hold up others.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Answer:
     """One greedy answer.
 
     Attributes:
-        ids: The new ids, the one that stopped it included.
-        stopped: Did it end with a stop id, within the limit?
-        suppressed: At how many places a suppressed id had the largest logit.
+        ids: The new ids, including the stop id.
+        stopped: True if it ended with a stop id within the limit.
+        suppressed: Number of positions where a suppressed id had the largest logit.
     """
 
     ids: list[int]
@@ -33,10 +33,11 @@ class Answer:
 
 
 def entry_order(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Returns the places of the prompts in the order in which they are best computed.
+    """Returns the indices of the prompts in the most efficient order.
 
-    Prompts that share half of their ids follow each other. The longest prompt is among the first of these families, so
-    that a lack of memory shows early, and prompts of similar length, which pad each other little, meet in a batch.
+    Prompts that share at least half of their ids form a family and are adjacent. The family with the longest prompt
+    comes first, so that running out of memory shows early. Prompts of similar length, which need little padding, end
+    up in the same batch.
     """
     families: list[list[int]] = []
     for place in sorted(range(len(prompts)), key=lambda place: list(prompts[place])):
@@ -66,13 +67,13 @@ def generate_batched(
     Args:
         model: A transformers causal language model in eval mode, all of whose layers are attention.
         prompts: Token ids; none may be empty.
-        stop_ids: An answer ends with the first of these.
-        max_new_tokens: Ids after which an answer is cut.
+        stop_ids: An answer ends at the first of these.
+        max_new_tokens: Maximum ids of an answer; longer ones are cut.
         suppress: Ids that are never chosen.
-        batch_tokens: Ids that a padded batch may come to hold, answers included: what bounds the cache. A prompt that
-            is longer than that is answered alone.
-        max_rows: Prompts in a batch.
-        on_answer: Called with the place of a prompt and its answer as soon as there is one.
+        batch_tokens: Maximum ids of a padded batch, answers included; bounds the cache. A longer prompt is answered
+            alone.
+        max_rows: Maximum prompts in a batch.
+        on_answer: Called with the index of a prompt and its answer as soon as the answer is complete.
     """
     answers: list[Answer | None] = [None] * len(prompts)
     waiting = deque(entry_order(prompts))
@@ -80,7 +81,7 @@ def generate_batched(
     places: list[int] = []
     while waiting or places:
         kept = [row for row, place in enumerate(places) if answers[place] is None]
-        # A change copies the cache, so some rows have to have ended first.
+        # A change copies the whole cache, so wait until enough rows have ended.
         if 8 * (len(places) - len(kept)) >= len(places):
             places = [places[row] for row in kept]
             longest = max((len(prompts[place]) for place in places), default=0)
@@ -107,23 +108,23 @@ def generate_batched(
 
 
 class _Layer(DynamicLayer):
-    """A layer of the cache that is written in place: transformers' own copies all of it for every new id.
+    """A cache layer that is written in place; the one of transformers copies itself for every new id.
 
-    It keeps all ids also where attention slides over a window, as the mask sees to that.
+    Keeps all ids even with sliding-window attention: the mask limits the window.
     """
 
     _SPARE = 64
 
     def hold(self, rows: list[tuple[torch.Tensor, torch.Tensor]], width: int, room: int) -> None:
-        """Takes in the keys and values of rows, each (heads, length, dim), aligned at the right edge of a width.
+        """Stores the keys and values of rows, each (heads, length, dim), right-aligned.
 
         Args:
             rows: At least one.
             width: The largest length.
-            room: Ids that there shall be space for.
+            room: Ids to allocate space for.
         """
         self.lazy_initialization(*rows[0])
-        # Zeros: what is masked must not be NaN.
+        # Zeros, since masked values must not be NaN.
         self._rooms = [
             like.new_zeros(len(rows), like.shape[0], room + self._SPARE, like.shape[2]) for like in rows[0]
         ]
@@ -133,7 +134,7 @@ class _Layer(DynamicLayer):
         self.keys, self.values = (space[:, :, :width] for space in self._rooms)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Appends keys and values (rows, heads, new ids, dim), and returns all."""
+        """Appends keys and values (rows, heads, new ids, dim) and returns all of them."""
         held = self.get_seq_length()
         stop = held + key_states.shape[2]
         if not self.is_initialized or stop > self._rooms[0].shape[2]:
@@ -146,7 +147,7 @@ class _Layer(DynamicLayer):
 
 
 class _Batch:
-    """The rows that generate: their cache, mask and new ids."""
+    """The rows being generated: their cache, mask and new ids."""
 
     def __init__(self, model, suppress: Collection[int]):
         self._model = model
@@ -162,7 +163,7 @@ class _Batch:
         self.suppressed: list[int] = []
 
     def change(self, kept: list[int], prompts: list[Sequence[int]]) -> None:
-        """Drops all rows but some, and lets new ones in behind them."""
+        """Keeps only the given rows, and appends new ones."""
         entered = [self._enter(prompt) for prompt in prompts]
         inputs = [self.new_ids[row][-1] for row in kept] + [prompt[-1] for prompt in prompts]
         lengths = [self._positions[row].item() for row in kept] + [len(prompt) - 1 for prompt in prompts]
@@ -178,7 +179,7 @@ class _Batch:
             layers.append(_Layer())
             layers[-1].hold(rows + [parts.pop(0) for parts in entered], width, width)
             if old:
-                old[number] = None  # so that no more than one layer is there twice
+                old[number] = None  # so that at most one layer is in memory twice
         self._cache = Cache(layers=layers)
         self._input = torch.tensor(inputs, device=self._device)[:, None]
         self._positions = torch.tensor(lengths, device=self._device)[:, None]
@@ -203,7 +204,7 @@ class _Batch:
         self._positions = self._positions + 1
 
     def _enter(self, prompt: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Returns the keys and values of each layer, (heads, ids, dim), for all ids of a prompt but the last."""
+        """Returns the keys and values of each layer, (heads, ids, dim), for all ids of a prompt except the last."""
         shared = min(_shared(self._entered, prompt), len(prompt) - 1)
         self._entry.crop(shared - len(self._entered))
         self._entered = prompt
@@ -227,6 +228,6 @@ class _Batch:
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Returns how many ids two prompts have in common at their beginning."""
+    """Returns the length of the common prefix of two prompts."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))

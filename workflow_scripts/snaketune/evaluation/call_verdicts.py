@@ -1,6 +1,6 @@
-"""Judges one answer: does it call, is the call well formed, does it equal the reference?
+"""Judges an answer: whether it calls a tool, whether the call is well formed, and whether it matches the reference.
 
-Nothing that a model writes is executed: JSON is parsed, code is only parsed for its syntax.
+Nothing that a model writes is executed: JSON and code are only parsed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from snaketune.evaluation.call_format import Call
 
 INTERPRETER = "interpreter"
-# What may be wrong with a call, in the order in which it is looked at: a later check needs the earlier ones.
+# The checks of a call, in order: each one requires that the earlier ones passed.
 STAGES = ("control_tokens", "json", "tool", "arguments")
 _ARGUMENTS = ("arguments", "parameters")
 _FENCE = re.compile(r"\s*```([A-Za-z0-9_+-]*)[ \t]*\n(.*?)\n?```\s*", re.S)
@@ -28,9 +28,9 @@ class Offered:
     """The tools that a conversation offers before an answer.
 
     Attributes:
-        tools: Name -> JSON schema of the arguments, None where it has none.
-        known: False where the conversation does not say it in a form that we read; then no name is wrong.
-        interpreter: Is code run? None where the conversation does not say it.
+        tools: Name -> JSON schema of the arguments, or None without one.
+        known: False if the conversation does not list its tools in a format we can read; every name is then accepted.
+        interpreter: True if code can be run; None if the conversation does not say.
     """
 
     tools: Mapping[str, Any] = field(default_factory=dict)
@@ -41,8 +41,8 @@ class Offered:
 def offered_tools(messages: Sequence[Mapping[str, Any]], before: int) -> Offered:
     """Returns the tools that the system messages named `plugin` and `interpreter` offer before a message.
 
-    `plugin` holds a JSON list of `{"name", "parameters"}` (or of `{"type": "function", "function": {...}}`). Where a
-    conversation calls such a tool although no system message offers one, what it offers is not known.
+    `plugin` holds a JSON list of `{"name", "parameters"}` (or of `{"type": "function", "function": {...}}`). If a
+    conversation calls a tool other than the interpreter and has no `plugin` message, its tools are unknown.
 
     Args:
         messages: The whole conversation.
@@ -71,16 +71,16 @@ def offered_tools(messages: Sequence[Mapping[str, Any]], before: int) -> Offered
 
 @dataclass(frozen=True)
 class Judged:
-    """A call, read.
+    """A parsed and checked call.
 
     Attributes:
-        tool: What the control tokens call it.
-        name: The tool that the JSON names; None for code and for what is no call.
-        arguments: Its arguments; None where there is no name.
-        value: What must be equal in an exact match.
-        stage: The first of `STAGES` that fails, None if none does.
-        problem: What fails, in words.
-        code: Is it code?
+        tool: The name given by the control tokens.
+        name: The tool named in the JSON; None for code and for invalid calls.
+        arguments: Its arguments; None without a name.
+        value: The value compared in an exact match.
+        stage: The first of `STAGES` that fails; None if none does.
+        problem: The failure in words.
+        code: True if the call is code.
     """
 
     tool: str | None
@@ -93,7 +93,7 @@ class Judged:
 
 
 def judge_call(call: Call, offered: Offered) -> Judged:
-    """Checks the control tokens, the JSON (or the syntax of the code), the name and the arguments of a call."""
+    """Checks the control tokens, the JSON (or the code's syntax), the name and the arguments of a call."""
     code = call.tool == INTERPRETER or (
         call.tool is None and offered.interpreter is not False and not offered.tools
     )
@@ -110,19 +110,19 @@ def judge_call(call: Call, offered: Offered) -> Judged:
 def verdicts(
     calls: Sequence[Call], references: Sequence[Call], offered: Offered, stopped: bool
 ) -> dict[str, Any]:
-    """Returns what is said about one answer.
+    """Returns the verdicts on one answer.
 
     Args:
         calls: The answer's calls.
-        references: Those of the reference, none where it answers in text.
+        references: The reference's calls; empty if it answers in text.
         offered: The tools that it may call.
-        stopped: Did the answer end with the right token within the limit?
+        stopped: True if the answer ended with the right token within the limit.
 
     Returns:
-        called, stopped; where it calls: `failed` (the first of `STAGES` that a call fails at, or None) and `problem`;
-        where the reference calls: reference_failed; exact, the same JSON or code between the right control tokens;
-        name, the same tools; argument_f1 (None for code). A call is compared with the reference's call at the same
-        place.
+        Always `called` and `stopped`. If the answer calls: `failed` (the first of `STAGES` that a call fails, or None)
+        and `problem`. If the reference calls: `reference_failed`; `exact`, True if JSON or code and the control tokens
+        around it are the same; `name`, True if the tools are the same; `argument_f1` (None for code). Calls are
+        compared with the reference's by position.
     """
     judged = [judge_call(call, offered) for call in calls]
     result: dict[str, Any] = {"called": bool(calls), "stopped": stopped}
@@ -151,14 +151,14 @@ def _check_code(body: str, offered: Offered) -> tuple[str | None, str | None]:
     fenced = _FENCE.fullmatch(body)
     language, source = fenced.groups() if fenced else ("", body)
     if not source.strip():
-        return "json", "no code"
+        return "json", "empty code"
     if language.lower() in ("", "py", "python", "python3"):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 ast.parse(source)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            return "json", f"no Python: {error}"[:200]
+            return "json", f"invalid Python: {error}"[:200]
     if offered.interpreter is False:
         return "tool", "no interpreter is offered"
     return None, None
@@ -169,20 +169,20 @@ def _check_json(body: str, offered: Offered) -> tuple[str | None, str | None, st
     try:
         value = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        return "json", f"no JSON: {error}"[:200], None, None, body
+        return "json", f"invalid JSON: {error}"[:200], None, None, body
     canonical = _canonical(value)
     name = value.get("name") if isinstance(value, dict) else None
     arguments = _arguments(value) if isinstance(value, dict) else None
     if not isinstance(name, str) or arguments is None:
-        return "json", "no object with a name and an object of arguments", None, None, canonical
+        return "json", "not an object with a name and an object of arguments", None, None, canonical
     if offered.known and name not in offered.tools:
-        return "tool", f"{name!r} is not among the tools offered", name, arguments, canonical
+        return "tool", f"{name!r} is not an offered tool", name, arguments, canonical
     problem = _schema_problem(arguments, offered.tools.get(name))
     return ("arguments" if problem else None), problem, name, arguments, canonical
 
 
 def _arguments(value: dict) -> dict | None:
-    """Returns the arguments of a call, {} where it has none; None where they are no object."""
+    """Returns the arguments of a call: {} if it has none, None if they are not an object."""
     for key in _ARGUMENTS:
         arguments = value.get(key)
         if isinstance(arguments, str):
@@ -197,7 +197,7 @@ def _arguments(value: dict) -> dict | None:
 
 
 def _schema_problem(arguments: dict, schema: Any) -> str | None:
-    """Returns how the arguments break their schema; None also where the schema itself cannot be used."""
+    """Returns how the arguments violate their schema; None if they do not or if the schema is unusable."""
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import best_match
     from referencing import Registry
@@ -206,9 +206,9 @@ def _schema_problem(arguments: dict, schema: Any) -> str | None:
         return None
     try:
         Draft202012Validator.check_schema(schema)
-        # An empty registry: a schema must not make us fetch what it refers to.
+        # An empty registry, so that a schema cannot make us fetch its references.
         error = best_match(Draft202012Validator(schema, registry=Registry()).iter_errors(arguments))
-    except Exception:  # a schema in no known dialect, with a broken pattern, with a reference to elsewhere
+    except Exception:  # unknown dialect, invalid pattern or external reference
         return None
     if error is None:
         return None
@@ -217,7 +217,7 @@ def _schema_problem(arguments: dict, schema: Any) -> str | None:
 
 
 def _argument_f1(judged: Sequence[Judged], right: Sequence[Judged]) -> float | None:
-    """F1 over the leaves of the arguments, (path, value); a call of another name has no leaf in common."""
+    """F1 over the leaves of the arguments, (path, value); calls of different tools have no leaf in common."""
     if any(each.code or each.name is None for each in right):
         return None
     same = given = wanted = 0
@@ -247,7 +247,7 @@ def _leaves(value: Any, path: tuple = ()) -> Counter:
 
 
 def _canonical(value: Any) -> str:
-    """Returns JSON with sorted keys in which 2 and 2.0 are one number (and true is none)."""
+    """Returns JSON with sorted keys in which 2 and 2.0 are equal (and true is not a number)."""
     return json.dumps(_plain_numbers(value), sort_keys=True, ensure_ascii=False)
 
 
@@ -262,4 +262,4 @@ def _plain_numbers(value: Any) -> Any:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")

@@ -1,4 +1,4 @@
-"""Held-out conversations with where they come from, and the answers in them."""
+"""Held-out conversations, their origin, and the assistant's answers in them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from snaketune.evaluation.languages import language_of
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation of the held-out folder.
+    """A conversation in the held-out folder.
 
     Attributes:
         dataset: Name of its dataset folder.
         file: Its file, relative to the held-out folder.
-        line: Number of its line, from 1.
-        sha256: Of the line's bytes, without white space around them.
-        language: From the dataset's name, or the script of what the user says.
+        line: Line number, from 1.
+        sha256: Digest of the line's bytes, without surrounding white space.
+        language: Taken from the dataset's name, or the script of the user's messages.
         messages: The messages.
-        turns: The same as turns of the chat template.
+        turns: The messages as turns of the chat template.
     """
 
     dataset: str
@@ -41,7 +41,7 @@ class Conversation:
 
 
 class AnswerTurn(NamedTuple):
-    """The messages that make one turn of the assistant.
+    """The messages that form one turn of the assistant.
 
     Attributes:
         turn: Index among the conversation's turns.
@@ -61,11 +61,11 @@ def read_conversations(
 
     Args:
         folder: Held-out conversations, `<dataset>/processed/<any>/<file>.jsonl`.
-        encoder: Makes the turns.
-        max_samples: Conversations per dataset; those whose lines have the smallest SHA-256.
+        encoder: Splits messages into turns.
+        max_samples: Maximum conversations per dataset; those whose lines have the smallest SHA-256 are kept.
 
     Raises:
-        UserError: There are none, or a line is no conversation.
+        UserError: There are none, or a line is not a conversation.
     """
     result = []
     for line in read_lines(folder, max_samples):
@@ -77,7 +77,7 @@ def read_conversations(
 
 
 def answer_turns(messages: list[Mapping[str, Any]], template: ChatTemplate) -> list[AnswerTurn]:
-    """Returns the turns of the assistant: an assistant message, or a part of its turn, and the parts glued to it.
+    """Returns the turns of the assistant: an assistant message or a part of its turn, and the parts attached to it.
 
     Args:
         messages: A conversation in the format.
@@ -92,7 +92,7 @@ def answer_turns(messages: list[Mapping[str, Any]], template: ChatTemplate) -> l
         if role.part_of is not None and open_role == owner:
             if owner == "assistant":
                 result[-1] = result[-1]._replace(stop=index + 1)
-        elif role.opens is None:  # else it is written into the next turn
+        elif role.opens is None:  # otherwise it is written into the next turn
             turn, open_role = turn + 1, owner
             if owner == "assistant":
                 result.append(AnswerTurn(turn, index, index + 1))
@@ -100,5 +100,5 @@ def answer_turns(messages: list[Mapping[str, Any]], template: ChatTemplate) -> l
 
 
 def said_by_user(messages: list[Mapping[str, Any]]) -> str:
-    """Returns what the user says in a conversation, as one text."""
+    """Returns the user's messages, joined into one text."""
     return "\n".join(message["content"] for message in messages if message["role"] == "user")

@@ -1,4 +1,4 @@
-"""Greedy answers to fixed prompts, in the chat format that the model is trained on."""
+"""Greedy answers to fixed prompts, in the chat format used in training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from snaketune.encoding.prompt_ids import encode_prompt
 from snaketune.encoding.tokenizer import ExtendedTokenizer
 
 
-@torch.no_grad()  # not inference_mode: ZeRO-3 gathers weights here that training uses again
+@torch.no_grad()  # not inference_mode: training reuses the weights that ZeRO-3 gathers here
 def generate(
     model,
     prompts: list[list[dict]],
@@ -23,16 +23,16 @@ def generate(
 ) -> list[dict[str, Any]]:
     """Returns one greedy answer per prompt, up to the end of the turn, the base's end token, or `max_new_tokens`.
 
-    BOS is not allowed in an answer: packed rows teach a document's end to predict the next document's BOS, so a
-    weak model would say that after every line break.
+    BOS is suppressed: in packed sequences the end of a document learns to predict the BOS of the next one, so a weak
+    model would generate it after every line break.
 
     Args:
         model: A transformers causal language model in eval mode.
         prompts: Conversations without the answer.
         tokenizer: The extended tokenizer.
         encoding: As in training.
-        max_new_tokens: Longest answer.
-        show_progress: Tells how far it is.
+        max_new_tokens: Maximum tokens of an answer.
+        show_progress: Reports progress.
 
     Returns:
         [{"prompt": messages, "text": answer without the end token, "tokens": count, "finished": bool}]
@@ -41,7 +41,7 @@ def generate(
 
     ends = {tokenizer.end_of_turn_id, tokenizer.eos_token_id} - {None}
     pad_id = tokenizer.pad_token_id
-    # Instead of the model's own settings, which may sample.
+    # Overrides the model's own settings, which may sample.
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -58,7 +58,7 @@ def generate(
         output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
         new = output[0, ids.shape[1] :].tolist()
         finished = bool(new) and new[-1] in ends
-        # Special tokens stay: a tool call is made of them.
+        # Keep special tokens: tool calls contain them.
         text = tokenizer.tokenizer.decode(new[:-1] if finished else new, skip_special_tokens=False)
         answers.append({"prompt": prompt, "text": text, "tokens": len(new), "finished": finished})
         if progress is not None:

@@ -1,4 +1,4 @@
-"""Held-out conversations as token ids, with the chat template and loss mask that training uses."""
+"""Held-out conversations as token ids, with the chat template and loss mask of training."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Sample:
 
     Attributes:
         dataset: Name of its dataset folder.
-        ids: Token ids, BOS first where the template has one.
-        trained: Whether the id at the same place is one that training would learn to predict.
-        truncated: Whether the conversation was cut at the maximum length.
+        ids: Token ids, starting with BOS if the template has one.
+        trained: One bool per id: True if training learns to predict it.
+        truncated: True if the conversation was cut at the maximum length.
     """
 
     dataset: str
@@ -38,12 +38,12 @@ class Sample:
 
     @property
     def targets(self) -> int:
-        """Trained ids that something comes before: `mask: compat` trains on BOS, but nothing can predict it."""
+        """Number of trained ids after the first: `mask: compat` trains on BOS, but nothing can predict it."""
         return sum(self.trained[1:])
 
 
 class HeldoutLine(NamedTuple):
-    """One line of the held-out files: its dataset, file, number from 1, and bytes without white space around them."""
+    """A line of a held-out file: its dataset, file, number from 1, and bytes without surrounding white space."""
 
     dataset: str
     path: Path
@@ -57,10 +57,10 @@ class HeldoutLine(NamedTuple):
 
 
 def find_files(folder: Path) -> list[tuple[str, Path]]:
-    """Returns (dataset, file) of every JSONL file of a folder in the processed layout, sorted.
+    """Returns (dataset, file) of every JSONL file in a folder of the processed layout, sorted.
 
     Raises:
-        UserError: When there is none.
+        UserError: There are none.
     """
     try:
         datasets = find_datasets(folder)
@@ -75,17 +75,17 @@ def find_files(folder: Path) -> list[tuple[str, Path]]:
 
 
 def heldout_digest(folder: Path) -> str:
-    """Returns a SHA-256 over names and contents of the held-out files."""
+    """Returns a SHA-256 of the names and contents of the held-out files."""
     return sha256_json([[str(path.relative_to(folder)), sha256_file(path)] for _, path in find_files(folder)])
 
 
 def read_lines(folder: Path, max_samples: int | None = None) -> list[HeldoutLine]:
-    """Returns the lines of all held-out files, in their order, without blank ones.
+    """Returns the non-blank lines of all held-out files, in order.
 
     Args:
         folder: Held-out conversations, `<dataset>/processed/<any>/<file>.jsonl`.
-        max_samples: Lines per dataset; those with the smallest SHA-256, so that the choice depends neither on the
-            order of the file nor on other lines.
+        max_samples: Maximum lines per dataset. Those with the smallest SHA-256 are kept, so that the choice depends
+            neither on the order of the lines nor on other lines.
 
     Raises:
         UserError: There are none.
@@ -108,16 +108,16 @@ def read_lines(folder: Path, max_samples: int | None = None) -> list[HeldoutLine
 
 
 def parse_line(line: HeldoutLine, encoder: BatchEncoder) -> tuple[list[dict], list[Turn]]:
-    """Returns the messages of a line, and the same as turns of the encoder's chat template.
+    """Returns the messages of a line, and those messages as turns of the encoder's chat template.
 
     Raises:
-        UserError: It is no conversation.
+        UserError: The line is not a conversation.
     """
     where = f"{line.path}:{line.number}"
     try:
         messages = json.loads(line.text)
     except ValueError as error:
-        raise UserError(f"{where} is not JSON", found=error, fix="write one conversation a line") from None
+        raise UserError(f"{where} is not JSON", found=error, fix="write one conversation per line") from None
     try:
         turns = encoder.turns(messages)
         refuse_half_characters(turns)
@@ -141,15 +141,14 @@ def load_heldout(
         folder: Held-out conversations, `<dataset>/processed/<any>/<file>.jsonl`.
         tokenizer: The extended tokenizer.
         encoding: As in training.
-        max_length: Tokens after which a conversation is cut.
-        max_samples: Conversations per dataset; those whose lines have the smallest SHA-256, so that the choice
-            depends neither on the order of the file nor on other lines.
+        max_length: Maximum tokens of a conversation; longer ones are cut.
+        max_samples: Maximum conversations per dataset, chosen as in `read_lines`.
 
     Returns:
         The samples, in the order of the files.
 
     Raises:
-        UserError: When there are none, or a line is no conversation.
+        UserError: There are none, or a line is not a conversation.
     """
     encoder = BatchEncoder(tokenizer, encoding)
     samples = [
@@ -167,9 +166,9 @@ def load_heldout(
 
 
 def batches_by_length(samples: list[Sample], batch_tokens: int) -> list[list[Sample]]:
-    """Groups samples of similar length; a batch, padded to its longest, holds at most `batch_tokens` ids.
+    """Groups samples of similar length. A batch, padded to its longest sample, holds at most `batch_tokens` ids.
 
-    Longest first, so that a lack of memory shows at once. A sample longer than that makes a batch of its own.
+    Longest first, so that running out of memory shows at once. A sample longer than `batch_tokens` is a batch by itself.
     """
     batches: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda sample: -len(sample.ids)):

@@ -1,4 +1,4 @@
-"""The language of a dataset or a conversation, well enough to keep results of two languages apart."""
+"""Guesses the language of a dataset or conversation, well enough to report results by language."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 
-# Endings (or parts) of a dataset's name that say a language, and the code that results call it.
+# Parts of a dataset's name that denote a language, and its code in the results.
 _CODES = {
     **{code: code for code in ("ar", "de", "en", "es", "fr", "hi", "id", "it", "ja", "ko", "nl", "pl", "pt")},
     **{code: code for code in ("ru", "th", "tr", "uk", "vi", "zh")},
@@ -15,21 +15,21 @@ _CODES = {
     "kr": "ko",
 }
 _SCRIPTS = {"CJK": "zh", "HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko"}
-# A Chinese text about "USD" and "Python" is Chinese: one Han character says as much as several letters.
+# A Chinese text about "USD" and "Python" is still Chinese: a Han character carries as much as several letters.
 _HAN_SHARE = 0.15
 _KANA_SHARE = 0.05
 
 
 def language_of(dataset: str, text: str) -> str:
-    """Returns a language code, or the name of a script where the script does not tell the language.
+    """Returns a language code, or a script's name if the script does not identify the language.
 
-    The last part of the dataset's name that is a language code decides (`glaive_toolcall_zh`, `chat-cn`). Without one
-    the script of the text does: Han is `zh`, kana `ja`, Hangul `ko`; every other script gives its own name in lower
-    case (`latin`, `cyrillic`), since many languages are written in it. A text without letters is `other`.
+    Uses the last part of the dataset's name that is a language code (`glaive_toolcall_zh`, `chat-cn`), else the script
+    of the text: Han is `zh`, kana `ja`, Hangul `ko`. Any other script is shared by many languages, so its name is
+    returned in lower case (`latin`, `cyrillic`). A text without letters is `other`.
 
     Args:
         dataset: Name of the dataset folder.
-        text: What the user says in the conversation.
+        text: The user's messages.
     """
     for part in reversed(re.split(r"[^A-Za-z]+", dataset)):
         if part.lower() in _CODES:

@@ -1,4 +1,4 @@
-"""The two models that are compared: the tuned one, and its base as training started from it."""
+"""Loads the two models to compare: the tuned model, and its base as training started from it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def load_for_evaluation(
     attention: str = "auto",
     trust_remote_code: bool = False,
 ):
-    """Loads a causal language model in eval mode, on the GPU if there is one.
+    """Loads a causal language model in eval mode, on a GPU if available.
 
     Args:
         model_path: Hugging Face folder or hub name.
         tokenizer_path: Folder of the extended tokenizer.
-        tokenizer: The same, loaded.
-        base: Grow the embedding to the tokenizer exactly as training does before its first step.
+        tokenizer: That tokenizer, loaded.
+        base: Grows the embedding to the tokenizer's size exactly as training does before its first step.
         dtype: auto (bfloat16 on a GPU, float32 on a CPU), or a torch dtype's name.
-        attention: auto or a name that transformers knows.
+        attention: auto, or an attention implementation of transformers.
         trust_remote_code: Runs Python code that comes with the model.
 
     Raises:
-        UserError: When the model has fewer rows than the tokenizer has ids.
+        UserError: The model has fewer embedding rows than the tokenizer has ids.
     """
     from snaketune.models.base_model import grow_to_tokenizer, load_base_model
     from snaketune.models.device import training_device
@@ -42,6 +42,6 @@ def load_for_evaluation(
             f"{model_path} has too few embedding rows for the tokenizer {tokenizer_path}",
             found=f"{rows} rows",
             expected=f"at least {tokenizer.vocab_size}",
-            fix="give the tokenizer that the model was trained with; for a base model add --base-model",
+            fix="pass the tokenizer that the model was trained with; for a base model add --base-model",
         )
     return model.to(training_device()).eval()
