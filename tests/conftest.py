@@ -15,6 +15,8 @@ from warm import PARENT, SNAKEMAKE
 REPO = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Several suites share the cores: threads of one process that wait for each other would make some tests ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _CORPUS = [
     "Hello, how are you today? I am fine, thank you.\n",

@@ -14,15 +14,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 TESTS = Path(__file__).resolve().parent
-# What pytest gets for each. The unit tests take as long as all others, so they run in two halves; the half that trains
-# waits for the Slurm tests, which load the machine as much.
+# Arguments of pytest. The unit tests take longest, so they run in two halves.
 SUITES = {
     "unit": ["unit", "-m", "not slow"],
     "training": ["unit", "-m", "slow"],
     "workflow": ["workflow"],
     "slurm": ["slurm"],
 }
-AFTER = {"training": "slurm"}
 SLOWEST = 20
 
 
@@ -63,11 +61,9 @@ def main() -> int:
         folder = Path(temporary)
         running: dict[str, subprocess.Popen] = {}
         try:
+            for suite in suites:
+                running[suite] = start(suite, folder, arguments)
             while len(codes) < len(suites):
-                for suite in suites:
-                    before = AFTER.get(suite)
-                    if suite not in running and (before not in suites or before in codes):
-                        running[suite] = start(suite, folder, arguments)
                 time.sleep(0.5)
                 for suite, process in running.items():
                     if suite not in codes and process.poll() is not None:
