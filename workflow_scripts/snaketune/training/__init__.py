@@ -1,1 +1,1 @@
-"""A run from its config to its record: an mmengine runner over DeepSpeed, on packed rows."""
+"""Trains a run, from its config to its record: an mmengine runner over DeepSpeed, on packed sequences."""

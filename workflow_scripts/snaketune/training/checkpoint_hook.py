@@ -1,4 +1,4 @@
-"""The hook that saves: a whole checkpoint now and then, and after the last step; and holds some for evaluation."""
+"""The hook that saves checkpoints, and pins some of them for evaluation."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from snaketune.common.result_paths import PINNED
 from snaketune.training.nonfinite_steps import weights_are_finite
 from snaketune.training.progress_line import say
 
-_FULL = 1 << 20  # bytes free: a disk is full
+_FULL = 1 << 20  # with fewer bytes free, the disk counts as full
 
 
 class CheckpointHook(Hook):
-    """Saves a whole checkpoint every `interval` optimizer steps, after the last step, and before the run stops early.
+    """Saves checkpoints every `interval` optimizer steps, after the last step, and before stopping early.
 
-    Nothing is saved while steps are being skipped, so that a resumed run skips the same ones, nor when a weight is not
-    finite: the checkpoints from before such a step are kept. What `runner.pins` asks for is held, once in all attempts,
-    before older ones are removed; where nothing is saved at such a step, its weights alone are written for that.
+    Saves nothing while steps are being skipped, so that a resumed run skips the same ones, and nothing if a
+    weight is not finite, so the earlier checkpoints remain. Pins the steps that `runner.pins` asks for, once
+    across all attempts, before removing older checkpoints. If a step to pin is not saved otherwise, only its
+    weights are written.
 
     Args:
-        interval: Steps between checkpoints; 0 saves after the last step only.
-        save_optimizer: False saves the weights alone: smaller, and training cannot be resumed from it.
-        max_keep_ckpts: Newest checkpoints to keep; -1 keeps all.
+        interval: Steps between checkpoints; 0 saves only after the last step.
+        save_optimizer: False saves only the weights: smaller, but training cannot resume from them.
+        max_keep_ckpts: Number of newest checkpoints to keep; -1 keeps all.
     """
 
     priority = "VERY_LOW"
@@ -38,40 +39,39 @@ class CheckpointHook(Hook):
         self.interval, self.save_optimizer, self.max_keep_ckpts = interval, save_optimizer, max_keep_ckpts
 
     def before_train(self, runner) -> None:
-        """Expects of the first save, for the time limit, weights and two moments in fp32 at 100 MB/s, and 5 s."""
+        """Estimates the time of the first save: weights and two moments in fp32 at 100 MB/s, plus 5 s."""
         to_pin = [None]
         if is_main_process():
             to_pin = [runner.pins.open(Path(runner.work_dir), runner.iter, runner.max_iters)]
-        broadcast_object_list(
-            to_pin
-        )  # a save is for all ranks, which may not see the same files at this moment
+        # All ranks save together, but may not see the same files right now.
+        broadcast_object_list(to_pin)
         self.to_pin = to_pin[0]
         weights = sum(getattr(p, "ds_numel", p.numel()) for p in runner.model.model.module.parameters())
         runner.stop.saved(5 + 12 * weights / runner.world_size / 100e6)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Saves when it is time."""
+        """Saves if a checkpoint is due after this step."""
         step = batch_idx + 1
         last = step == runner.max_iters
         save = last or runner.stop.agreed or (self.interval > 0 and step % self.interval == 0)
         save = save and (last or not runner.train_loop.skipped.in_a_row)
-        held = step in self.to_pin
-        if not (save or held):
+        pinned = step in self.to_pin
+        if not (save or pinned):
             return
         if not weights_are_finite(runner.model.model):
             if last:
                 raise UserError(
                     f"the weights are not finite after the last step, {step}",
-                    fix="lower lr, or raise warmup_ratio; the last checkpoint is from before that",
+                    fix="lower lr, or raise warmup_ratio; the last checkpoint still has finite weights",
                 )
             if is_main_process():
-                print(f"warning: weights are not finite after step {step}: not saved", flush=True)
+                print(f"warning: weights are not finite after step {step}; not saved", flush=True)
             return
         started = time.monotonic()
-        self._save(runner, step, save, held)
+        self._save(runner, step, save, pinned)
         runner.stop.saved(time.monotonic() - started)
 
-    def _save(self, runner, step: int, save: bool, held: bool) -> None:
+    def _save(self, runner, step: int, save: bool, pinned: bool) -> None:
         folder = Path(runner.work_dir)
         engine, total = runner.model.model, runner.max_iters
         try:
@@ -80,13 +80,13 @@ class CheckpointHook(Hook):
                 write_checkpoint(engine, folder, step, total, state, self.save_optimizer)
             else:
                 write_checkpoint(engine, folder / PINNED, step, total, {}, save_optimizer=False)
-            if held and is_main_process():
+            if pinned and is_main_process():
                 pin(folder, step)
         except BaseException:
-            if shutil.disk_usage(folder).free < _FULL:  # torch's own message does not say so
-                print(f"No space left to save step {step} in {folder}: free some", flush=True)
+            if shutil.disk_usage(folder).free < _FULL:  # torch's error does not say so
+                print(f"No space left to save step {step} in {folder}; free some disk space", flush=True)
             if is_main_process():
-                remove_leftovers(folder)  # the disk may be full, and the next start needs a few kilobytes
+                remove_leftovers(folder)  # if the disk is full, the next start still needs a few kilobytes
                 remove_leftovers(folder / PINNED)
             raise
         if is_main_process() and save:

@@ -1,6 +1,6 @@
-"""Writes a training config as text: complete, commented, for people to copy and edit.
+"""Renders a training config as text: complete, commented, and meant to be copied and edited.
 
-The five parts and the names follow XTuner's `mistral_7b_w_tokenized_dataset`, so that a config of old reads the same.
+The five parts and the names follow XTuner's `mistral_7b_w_tokenized_dataset`, to be familiar to its users.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def render_config(
     """Returns the text of a training config.
 
     Args:
-        settings: The settings that render_train_config.py takes, by the names of their flags: `lr`, `lora_rank`, ...
-        model_path: Base model, a folder or a hub name.
+        settings: The settings of render_train_config.py, by flag name: `lr`, `lora_rank`, ...
+        model_path: Base model: a folder or a hub name.
         tokenizer_path: Folder of the extended tokenizer.
-        num_workers: Processes that load data; 0 for a thread.
+        num_workers: Processes that load data; 0 uses a thread.
         log_interval: Optimizer steps between progress lines.
-        plan: A plan folder of plan_packing.py.
-        train_folder: Without a plan: `.../chatml_llamav13_32k/train`, whose rows are made as XTuner makes them.
+        plan: Pack plan folder, written by plan_packing.py.
+        train_folder: Without a plan: `.../chatml_llamav13_32k/train`, packed the way XTuner does.
         data_order: Without a plan: `data_order.txt`; None walks the folder.
-        heldout_dir: Conversations to evaluate on while training.
+        heldout_dir: Conversations to evaluate on during training.
     """
     lines, values = [], {"lora": _lora(settings)}
     for flag in script_flags("render_train_config"):
@@ -57,7 +57,7 @@ def render_config(
 
 
 def _setting(flag: Flag, value: Any) -> str:
-    """Returns an assignment, and what the setting means: behind it, or above it where it is long."""
+    """Returns an assignment with a comment that describes the setting: after it, or above it if too long."""
     line = f"{flag.dest} = {value!r}"
     meaning = help_text(flag.rule["description"])
     if len(line) + len(meaning) + 4 <= _WIDTH:
@@ -83,16 +83,16 @@ def _lora(settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 _FROM_PLAN = {
     "data_settings": """\
-# Data: the plan that plan_packing.py made: which documents make which row, and the order of the rows.
+# Data: the pack plan from plan_packing.py: which slices make each packed sequence, and their order.
 plan = $plan""",
     "dataset": "dict(type=PackedDataset, plan=plan)",
 }
 _FROM_FOLDER = {
     "data_settings": """\
-# Data: the train folder that tokenize_dataset.py filled, and the order of its files. Rows are packed as XTuner does.
+# Data: the train folder from tokenize_dataset.py, and the order of its files. Packing follows XTuner.
 dataset_folder = $train_folder
 data_order_path = $data_order  # None: walk the folder
-max_length = $max_length  # tokens of a packed row; a micro-batch is one row""",
+max_length = $max_length  # tokens per packed sequence; a micro-batch is one packed sequence""",
     "dataset": """\
 dict(
     type=PackedDataset,
@@ -100,7 +100,7 @@ dict(
     data_order_path=data_order_path,
     packed_length=max_length,
     min_length=0,
-    seed=1024,  # of the order within a file, and of the order of rows; XTuner's
+    seed=1024,  # shuffles the documents of a file, and the packed sequences; XTuner's seed
 )""",
 }
 
@@ -108,9 +108,9 @@ dict(
 _TEMPLATE = Template('''\
 """Training config, written by render_train_config.py.
 
-Copy it, edit it, and train with it:
+Copy it, edit it, and train with your copy:
     python workflow_scripts/train_model.py my_config.py --work-dir work_dirs/my_run
-or give its path to the workflow as `train.config`.
+or set `train.config` of the workflow to its path.
 """
 
 from mmengine.hooks import ParamSchedulerHook
@@ -140,19 +140,19 @@ tokenizer_path = $tokenizer_path
 
 $data_settings
 dataloader_num_workers = $num_workers  # 0: a thread reads ahead
-batch_size = 1  # rows; stays 1: plan longer rows, or raise accumulative_counts
+batch_size = 1  # packed sequences; must be 1: raise max_length or accumulative_counts instead
 
-# Conversations to evaluate on while training, as <dataset>/processed/<any>/<file>.jsonl, and the progress lines.
+# Conversations to evaluate on during training, as <dataset>/processed/<any>/<file>.jsonl, and progress lines.
 heldout_dir = $heldout_dir
 log_interval = $log_interval  # optimizer steps between progress lines
 
-# LoRA: None trains all parameters; else dict(rank, alpha, dropout, target_modules).
+# LoRA: None trains all parameters; otherwise dict(rank, alpha, dropout, target_modules).
 lora = $lora
 
-# The settings of docs/config.md. What is empty there is None here.
+# The settings in docs/config.md. Settings that are empty there are None here.
 $settings
 
-# How conversations become tokens, as in the training data; template None: the one saved with the tokenizer.
+# How conversations become tokens, same as in the training data. template None: use the tokenizer's.
 encoding = dict(template=template, mask=mask, control_tokens=control_tokens)
 
 #######################################################################
@@ -160,7 +160,7 @@ encoding = dict(template=template, mask=mask, control_tokens=control_tokens)
 #######################################################################
 model = dict(
     type=SupervisedFinetune,
-    # The embedding grows to this tokenizer; rows of its new tokens start at the mean of the old rows.
+    # The embedding grows to fit this tokenizer. Rows for new tokens start at the mean of the existing rows.
     tokenizer=tokenizer_path,
     gradient_checkpointing=gradient_checkpointing,
     lora=lora,
@@ -198,7 +198,7 @@ optim_wrapper = dict(
     global_batch=global_batch,
 )
 
-# Linear warm-up, then cosine; both count optimizer steps.
+# Linear warm-up, then cosine decay; both count optimizer steps.
 if max_steps is None:
     warm_up_end, schedule_end = warmup_ratio * max_epochs, max_epochs
     schedule_unit = dict(by_epoch=True, convert_to_iter_based=True)
@@ -222,7 +222,7 @@ train_cfg = dict(
 #######################################################################
 #                           PART 5  Runtime                           #
 #######################################################################
-# DeepSpeed; --deepspeed deepspeed_zeroN on the command line wins. `config=dict(...)` takes any DeepSpeed setting.
+# DeepSpeed. --deepspeed deepspeed_zeroN on the command line takes precedence; `config=dict(...)` takes any setting.
 strategy = dict(
     type=DeepSpeedStrategy,
     zero_stage=zero_stage,

@@ -1,4 +1,4 @@
-"""mmengine's DeepSpeed strategy, made to run on CPU ranks (gloo) and on GPUs (nccl) with today's DeepSpeed."""
+"""Adapts mmengine's DeepSpeed strategy to current DeepSpeed, on CPU ranks (gloo) and GPUs (nccl)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from snaketune.training.train_config import plain
 
 
 def prepare_deepspeed() -> None:
-    """Must run before the first import of mmengine's strategies.
+    """Patches DeepSpeed. Must run before the first import of mmengine's strategies.
 
-    mmengine 0.10.7 imports optimizers that DeepSpeed 0.19.7 removed; empty classes stand in for them. The
-    shared-memory collective would be compiled for a minute on first use; gloo does without.
+    mmengine 0.10.7 imports optimizers that DeepSpeed 0.19.7 removed; empty classes replace them. The
+    shared-memory collective, which gloo does not need, is turned off: compiling it on first use takes a
+    minute.
     """
     if training_device() == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said, not guessed: guessing warns
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to guess
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -44,7 +45,7 @@ from mmengine.optim import LinearLR  # noqa: E402
 
 
 def init_process_group() -> None:
-    """Joins the ranks that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe."""
+    """Joins the process group given by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
     if training_device() == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend = "nccl"
@@ -57,19 +58,20 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
     """ZeRO training of one model.
 
     Attributes:
-        steps_per_epoch: Set by the training loop; need not be a whole number.
+        steps_per_epoch: Optimizer steps per epoch, set by the training loop; may be fractional.
 
     Args:
         zero_stage: 0 (plain data parallel), 1 (optimizer state sharded), 2 (and gradients), 3 (and weights).
-        dtype: `auto`, `float32`, `bfloat16` or `float16`: of the weights and activations.
-        gradient_clipping: Greatest L2 norm of the gradient; 0 turns clipping off. Always set, because DeepSpeed's own
-            default changed from 0 to 1.
-        sequence_parallel: Ranks that share the tokens of each row, see `snaketune.models.sequence_parallel`.
-        zero3_init: With stage 3, loads the model in shards, so that no rank ever holds it whole. For models that
-            do not fit a host's memory once a rank.
-        offload: What lies in the host's memory between uses, and is updated there: `none`, `optimizer` (stage 1 to 3),
-            or `all` (the weights too; stage 3).
-        config: Further DeepSpeed settings; they win over the ones made here.
+        dtype: Type of weights and activations: `auto`, `float32`, `bfloat16` or `float16`.
+        gradient_clipping: Maximum L2 norm of the gradient; 0 turns clipping off. Always set, because
+            DeepSpeed's default changed from 0 to 1.
+        sequence_parallel: Ranks that share the tokens of each packed sequence, see
+            `snaketune.models.sequence_parallel`.
+        zero3_init: With stage 3, loads the model in shards, so that no rank ever holds it whole. For models
+            so large that a host cannot hold one copy per rank.
+        offload: State kept in host memory between uses, and updated there: `none`, `optimizer` (stage 1 to
+            3), or `all` (the weights too; stage 3).
+        config: Additional DeepSpeed settings; they override the ones made here.
     """
 
     def __init__(
@@ -84,7 +86,8 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         **kwargs,
     ):
         settings = deepspeed_settings(zero_stage, dtype, training_device(), offload)
-        # Plain values: DeepSpeed writes its settings into checkpoints, which are read without running what is in them.
+        # DeepSpeed writes its settings into checkpoints, which we read with weights_only: use plain values
+        # only.
         for key, value in plain(config or {}).items():
             both = isinstance(value, dict) and isinstance(settings.get(key), dict)
             settings[key] = {**settings[key], **value} if both else value
@@ -93,18 +96,18 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         if zero3_init and zero_stage == 3:
             from transformers.integrations import HfDeepSpeedConfig
 
-            # transformers looks for it while it builds a model, as long as this object lives.
+            # transformers uses it when it builds a model, as long as this object is alive.
             self.transformers_config = HfDeepSpeedConfig(self.config)
 
     def _setup_env(self, **kwargs) -> None:
         super()._setup_env(**kwargs)
-        self._timestamp = "mmengine_log"  # one log folder for all attempts, not one each
+        self._timestamp = "mmengine_log"  # one log folder for all attempts
 
     def _setup_distributed(self, launcher: str | None = None, backend: str = "", **kwargs) -> None:
         init_process_group()
 
     def _init_model_weights(self, model):
-        # Loaded from one file on every rank; DeepSpeed broadcasts rank 0's as well.
+        # Every rank loads the same files, and DeepSpeed also broadcasts rank 0's weights.
         return model
 
     def _wrap_model(self, model):
@@ -112,12 +115,13 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         if self.config["zero_optimization"]["stage"] == 3 and _has_frozen(model):
             register_token_rows(model)
         wrapper = super()._wrap_model(model)
-        # ZeRO-3 does not move the module to the device, and the preprocessor moves the batches.
+        # ZeRO-3 does not move the module to the device, but the preprocessor, which moves batches, has to be
+        # there.
         wrapper.model.module.data_preprocessor.to(wrapper.model.device)
         return wrapper
 
     def prepare(self, model, *, dispatch_kwargs: dict, **kwargs):
-        """As mmengine's, with the epoch counted in optimizer steps: that is how often the schedulers step."""
+        """Like mmengine's, but counts an epoch in optimizer steps, at which the schedulers step."""
         dispatch_kwargs = {**dispatch_kwargs, "epoch_length": self.steps_per_epoch}
         return super().prepare(model, dispatch_kwargs=dispatch_kwargs, **kwargs)
 
@@ -128,12 +132,13 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         return [s for s in built if s is not None]
 
     def resume(self, filename: str, **kwargs) -> dict:
-        """Loads weights, optimizer and scheduler state from `<run folder>/iter_N.pth`; returns the client state.
+        """Loads weights, optimizer and scheduler state from `<run folder>/iter_N.pth`. Returns the client
+        state.
 
-        DeepSpeed unpickles these files without restriction: they are trusted because this run wrote them.
+        DeepSpeed unpickles these files without restriction; they are trusted because this run wrote them.
         """
         path = Path(filename)
-        # What LoRA leaves frozen is not in the checkpoint: the base model has it.
+        # LoRA's frozen weights are not in the checkpoint: the base model has them.
         strict = not _has_frozen(self.model.model.module)
         _, client_state = self.model.load_checkpoint(
             str(path.parent), tag=path.name, load_module_strict=strict
@@ -147,10 +152,10 @@ def _has_frozen(model: torch.nn.Module) -> bool:
 
 
 def _drop_empty(schedulers: list[dict], default_args: dict) -> list[dict]:
-    """Leaves out a warm-up that would take less than two steps.
+    """Drops a warm-up of fewer than two steps.
 
-    LinearLR goes from start to end within its steps; with one step it would stop at the start value, and the cosine
-    after it would begin there (what XTuner's schedule does on runs of fewer than 80 steps).
+    LinearLR moves from start to end within its steps. With one step it would stay at the start value, and the
+    cosine would begin there, as XTuner's schedule does on runs of fewer than 80 steps.
     """
     epoch_length = default_args.get("epoch_length", 1)
     kept = []
@@ -164,23 +169,24 @@ def _drop_empty(schedulers: list[dict], default_args: dict) -> list[dict]:
 
 
 def deepspeed_settings(zero_stage: int, dtype: str, device: str, offload: str = "none") -> dict:
-    """Returns the DeepSpeed configuration for a ZeRO stage, a dtype, a device (`cpu` or `cuda`) and an offload.
+    """Returns the DeepSpeed configuration for a ZeRO stage, a dtype, a device (`cpu` or `cuda`) and an
+    offload.
 
     Raises:
-        UserError: They do not go together.
+        UserError: The combination is not supported.
     """
     on_gpu = device == "cuda"
     resolved = resolve_dtype(dtype, device)
     if zero_stage == 0 and resolved == torch.bfloat16:
         raise UserError(
             "zero_stage 0 cannot train in bfloat16",
-            found="no fp32 copy of the weights in DeepSpeed's stage 0: small updates would be rounded away",
+            found="stage 0 keeps no fp32 copy of the weights, so small updates would be rounded away",
             expected="zero_stage 1, 2 or 3, or dtype float32",
-            fix="set zero_stage to 1: on one rank it costs nothing more",
+            fix="set zero_stage to 1, which costs nothing extra on one rank",
         )
     least = {"none": 0, "optimizer": 1, "all": 3}
     if offload not in least:
-        raise UserError("offload cannot be used", found=offload, expected="none, optimizer or all")
+        raise UserError("invalid offload", found=offload, expected="none, optimizer or all")
     if zero_stage < least[offload]:
         raise UserError(
             f"offload {offload} needs a higher ZeRO stage",
@@ -206,7 +212,8 @@ def deepspeed_settings(zero_stage: int, dtype: str, device: str, offload: str = 
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": resolved == torch.bfloat16},
         "fp16": {"enabled": resolved == torch.float16, "initial_scale_power": 16},
-        # Micro-batches add up in fp32: in bfloat16 a sum over many loses their digits. In stage 1 DeepSpeed would take
-        # another optimizer for it, which neither skips steps that are not finite nor writes the same checkpoints.
+        # Accumulate gradients in fp32: summing many micro-batches in bfloat16 loses precision. Not in stage
+        # 1, where DeepSpeed would switch to an optimizer that neither skips nonfinite steps nor writes the
+        # same checkpoints.
         "data_types": {"grad_accum_dtype": "fp32" if resolved == torch.bfloat16 and zero_stage > 1 else None},
     }

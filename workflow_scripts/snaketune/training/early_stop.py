@@ -1,4 +1,4 @@
-"""Ending a run before it is done, so that the next attempt goes on: signals, time limits, and the exit code for it."""
+"""Stops a run early so that the next attempt can resume it: signals, time limits, and the exit code."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import os
 import signal
 import time
 
-EXIT_GO_ON = 75  # EX_TEMPFAIL of sysexits.h: saved, start again to go on
+EXIT_GO_ON = 75  # EX_TEMPFAIL of sysexits.h: saved; start again to resume
 STARTED = "SNAKETUNE_STARTED"  # environment: when the job began, in seconds since 1970
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Collects what wants this run to stop, and lets all ranks agree on the step after which it does.
+    """Collects the reasons to stop this run, and lets all ranks agree on the step after which to stop.
 
     Args:
-        time_limit: Minutes from the start of the job to the moment when it is killed; None or 0: no limit.
+        time_limit: Minutes from the start of the job until it is killed; None or 0 means no limit.
 
     Attributes:
         agreed: True on all ranks after the same step.
-        save_seconds: What a save is expected to take; CheckpointHook keeps it at the longest one seen.
+        save_seconds: Expected duration of a save: the longest so far, maintained by CheckpointHook.
     """
 
     def __init__(self, time_limit: float | None = None):
         self.deadline = float("inf")
         if time_limit:
             started = float(os.environ.get(STARTED, time.time()))
-            # A part of the limit for what follows the save: ending the processes, and clocks that differ.
+            # Reserve part of the limit for ending the processes after the save, and for clock skew.
             self.deadline = started + 60 * time_limit - min(60.0, 0.05 * 60 * time_limit)
         self.signal: int | None = None
         self.agreed = False
@@ -35,9 +35,10 @@ class StopRequest:
         self._last_call: float | None = None
 
     def listen(self) -> None:
-        """From now on SIGTERM, SIGUSR1 and SIGINT no longer end this process, but the run after its next step.
+        """Makes SIGTERM, SIGUSR1 and SIGINT stop the run after the current step instead of killing this
+        process.
 
-        A second SIGINT ends a process that was started alone at once; ranks leave that to their launcher.
+        A second SIGINT ends a process without a launcher at once. Ranks leave that to their launcher.
         """
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
@@ -48,12 +49,13 @@ class StopRequest:
         self.signal = number
 
     def agree(self, device) -> bool:
-        """All ranks call it once a step; True when one of them was signalled or sees its time run out.
+        """Returns True if any rank received a signal or is running out of time. All ranks call it once per
+        step.
 
-        Time runs out when another step as long as the longest one so far, saving and evaluation included, and a save
-        after it may not fit any more.
+        Time is running out if one more step and a save may not fit. The step is assumed to take as long as
+        the longest so far, including its save and evaluation.
         """
-        import torch  # not above: the launcher and the ranks' first second do without
+        import torch  # imported late: the launcher does not need it
         from torch import distributed
 
         now = time.monotonic()
@@ -69,5 +71,5 @@ class StopRequest:
         return self.agreed
 
     def saved(self, seconds: float) -> None:
-        """Remembers how long a save took."""
+        """Records how long a save took."""
         self.save_seconds = max(self.save_seconds, seconds)

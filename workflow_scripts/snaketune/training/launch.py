@@ -1,7 +1,8 @@
 """Starts the ranks of a run, and makes sure that none outlives the others.
 
-The ranks of a host are forked from the process that starts them. Whatever that process has imported, its ranks share:
-importing torch, transformers, DeepSpeed and mmengine takes ten seconds of processor, once a host instead of once a rank.
+The ranks of a host are forked from the process that starts them, and share the modules it has imported.
+Importing torch, transformers, DeepSpeed and mmengine costs ten seconds of CPU time, once per host instead of
+once per rank.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from snaketune.common.cli import UserError
 from snaketune.training.early_stop import EXIT_GO_ON
 from snaketune.training.run_lock import ask_slurm
 
-# GPUs are counted by NVML, which makes no CUDA context: one would not survive the fork.
+# Count GPUs with NVML, which creates no CUDA context: a context would not survive the fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 _STEP_IN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _HANDED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# Seconds of processor that the parent of a host's ranks took for them all.
+# CPU seconds that the parent process spent on behalf of all ranks of the host.
 _PARENT_SECONDS = "SNAKETUNE_PARENT_SECONDS"
 
 
@@ -37,10 +38,11 @@ def join_environment(launcher: str) -> None:
     """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for this process.
 
     Args:
-        launcher: `none` (one process), `pytorch` (torchrun has set them) or `slurm` (from srun's variables).
+        launcher: `none` (one process), `pytorch` (torchrun has set them) or `slurm` (derived from srun's
+            variables).
 
     Raises:
-        UserError: The launcher's variables are not there.
+        UserError: The launcher's variables are not set.
     """
     if launcher == "none":
         values = {
@@ -57,7 +59,7 @@ def join_environment(launcher: str) -> None:
         if missing:
             raise UserError(
                 f"--launcher pytorch, but {', '.join(missing)} is not set",
-                fix="start it with torchrun, or leave --launcher away and use --processes",
+                fix="start it with torchrun, or use --processes without --launcher",
             )
         values = {}
     os.environ.update({name: str(value) for name, value in values.items()})
@@ -66,8 +68,8 @@ def join_environment(launcher: str) -> None:
 def slurm_environment(environment: dict[str, str]) -> dict[str, object]:
     """Returns the five variables for a task that srun started.
 
-    The rendezvous is the address of the node that srun runs on, because node names need not resolve; its port comes
-    from the job id, so that two jobs on one node do not meet.
+    The rendezvous is the address of the node where srun runs, because node names may not resolve. Its port is
+    derived from the job ID, so that two jobs on one node do not collide.
     """
     needed = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_LAUNCH_NODE_IPADDR", "SLURM_JOB_ID")
     missing = [name for name in needed if name not in environment]
@@ -86,17 +88,17 @@ def slurm_environment(environment: dict[str, str]) -> dict[str, object]:
 
 
 def free_port() -> int:
-    """Returns a TCP port that is free on this host now."""
+    """Returns a TCP port that is currently free on this host."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def die_with_parent(parent: int) -> None:
-    """Asks Linux to kill this process when the one that started it is gone, however that went."""
+    """Makes Linux kill this process when its parent ends, however the parent ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it was gone before we could ask
+    if os.getppid() != parent:  # the parent ended before prctl
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -107,18 +109,20 @@ def run_ranks(
     host: int = 0,
     master: tuple[str, int] | None = None,
 ) -> int:
-    """Runs `command` once a rank on this host and returns the exit code: a killed rank's, else the first that is not 0, else 0.
+    """Runs `command` once per rank on this host and returns the exit code.
 
-    Each rank is forked from this process and runs the script as `__main__`. When a rank ends with an error or a signal
-    the others are ended too, at once: they would wait for it for ever. SIGTERM, SIGUSR1 and SIGINT are handed on to the
-    ranks, which save and end with code 75 in their own time; a second SIGINT ends them at once.
+    The code is that of a killed rank, else the first that is not 0, else 0. Each rank is forked from this
+    process and runs the script as `__main__`. If a rank fails or is killed, the others are killed too: they
+    would wait for it forever. SIGTERM, SIGUSR1 and SIGINT are forwarded to the ranks, which take the time to
+    save and exit with code 75. A second SIGINT kills them at once.
 
     Args:
-        command: This Python, a script and its arguments; each rank gets the environment that `--launcher pytorch` reads.
+        command: This Python, a script and its arguments. Each rank gets the environment that `--launcher
+            pytorch` reads.
         processes: Number of ranks on each host.
-        hosts: Number of hosts whose ranks are one run; on each this function runs them.
-        host: Index of this one.
-        master: Address and port of host 0, where the ranks meet; None where there is one host.
+        hosts: Number of hosts in the run. Each of them calls this function.
+        host: Index of this host.
+        master: Address and port of host 0, where the ranks meet; None if there is only one host.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     address, port = master or ("127.0.0.1", free_port())
@@ -146,12 +150,12 @@ def run_ranks(
             codes = [rank.exitcode for rank in ranks]
             bad = [(number, code) for number, code in enumerate(codes) if code not in (None, 0, EXIT_GO_ON)]
             if bad:
-                wait_all(ranks, patience=2.0)  # the others may have something to say before they go
-                # A rank that was killed is why others ended.
+                wait_all(ranks, patience=2.0)  # the others may still print an error
+                # If a rank was killed, that is the cause of the other failures.
                 number, code = min(bad, key=lambda each: each[1] > 0)
                 cause = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
                 print(
-                    f"Rank {host * processes + number} {cause}; ending the others",
+                    f"Rank {host * processes + number} {cause}; killing the others",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -167,7 +171,7 @@ def run_ranks(
 
 
 def _fork(command: list[str], environment: dict[str, str]) -> BaseProcess:
-    """Forks a rank. A signal that arrives meanwhile waits, and is this process' alone."""
+    """Forks a rank. Signals that arrive in the meantime are blocked, then delivered to this process only."""
     sys.stdout.flush()
     sys.stderr.flush()
     context = multiprocessing.get_context("fork")
@@ -182,7 +186,7 @@ def _fork(command: list[str], environment: dict[str, str]) -> BaseProcess:
 
 
 def _be_rank(command: list[str], environment: dict[str, str]) -> None:
-    """Runs `command` in this forked process, as a fresh Python would."""
+    """Runs `command` in this forked process as a new Python process would."""
     for number in _HANDED_ON:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDED_ON)
@@ -190,7 +194,7 @@ def _be_rank(command: list[str], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch = sys.modules.get("torch")
     if torch is not None:
-        if torch.cuda._is_in_bad_fork():  # an import has touched CUDA, which does not survive a fork
+        if torch.cuda._is_in_bad_fork():  # an import initialized CUDA, which does not survive a fork
             os.environ[_PARENT_SECONDS] = "0"
             os.execv(command[0], command)
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
@@ -199,42 +203,42 @@ def _be_rank(command: list[str], environment: dict[str, str]) -> None:
     try:
         runpy.run_path(command[1], run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # multiprocessing does so from Python 3.14 on
+        atexit._run_exitfuncs()  # from Python 3.14 on, multiprocessing does this
         sys.stdout.flush()
 
 
 def core_seconds() -> float:
-    """Returns the seconds of processor that this rank took; the first of a host counts its parent's with its own."""
+    """Returns the CPU seconds of this rank. The first rank of a host includes its parent's."""
     shared = float(os.environ.get(_PARENT_SECONDS, 0)) if os.environ.get("LOCAL_RANK") == "0" else 0.0
     return time.process_time() + shared
 
 
 def run_step(command: list[str], nodes: int, processes: int, cpus: int, gpus: int) -> int:
-    """Runs `command` as one step of this Slurm job, a task a node, and returns srun's exit code.
+    """Runs `command` as one step of this Slurm job, with one task per node, and returns srun's exit code.
 
-    Each task forks the ranks of its node (`run_node`). The code is the highest of the tasks' (128 + its number for a
-    signal). When a task ends with an error srun ends the others. Slurm signals the tasks itself, this process as well,
-    which then waits for them.
+    Each task forks the ranks of its node (`run_node`). The exit code is the highest among the tasks (128 +
+    the number of a signal). If a task fails, srun kills the others. Slurm signals the tasks and this process
+    directly; this process then waits for the tasks.
 
     Args:
         command: This Python, a script and its arguments.
         nodes: Nodes of the step.
-        processes: Ranks on each node.
-        cpus: Processors of each rank.
-        gpus: GPUs on each node.
+        processes: Ranks per node.
+        cpus: CPUs per rank.
+        gpus: GPUs per node.
     """
     step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
     step += [f"--cpus-per-task={processes * cpus}", "--kill-on-bad-exit=1"]
     if gpus:
         step.append(f"--gres=gpu:{gpus}")
     handlers = {number: signal.signal(number, lambda *_: None) for number in _HANDED_ON}
-    # This process and rank 0 run on the job's first node: a port that is free here is free there.
+    # This process and rank 0 run on the job's first node, so a port that is free here is free there.
     port = os.environ.get("MASTER_PORT", str(free_port()))
     environment = {**os.environ, **thread_limits(cpus), "MASTER_PORT": port}
     try:
         return subprocess.run([*step, *command], env=environment).returncode
     except FileNotFoundError:
-        raise UserError("--launcher srun, but there is no srun here", fix="start it in a Slurm job") from None
+        raise UserError("--launcher srun, but srun is not on PATH", fix="start it in a Slurm job") from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -248,12 +252,12 @@ def run_node(command: list[str], processes: int) -> int:
 
 
 def thread_limits(threads: int | str) -> dict[str, str]:
-    """Returns the variables that give a rank so many threads. MKL's own says those of the whole job under Snakemake."""
+    """Returns the variables that set a rank's threads. Snakemake sets MKL's to those of the whole job."""
     return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
 def slurm_start_time() -> float:
-    """Returns when this Slurm job started, from which its time limit counts, in seconds since 1970; now if not known."""
+    """Returns when this Slurm job and its time limit started, in seconds since 1970; now if unknown."""
     said = ask_slurm("squeue", "-h", "-j", os.environ.get("SLURM_JOB_ID", ""), "-o", "%S")
     try:
         return datetime.fromisoformat(said).timestamp()
@@ -262,7 +266,7 @@ def slurm_start_time() -> float:
 
 
 def end_all(ranks: list[BaseProcess]) -> None:
-    """Kills the processes that are still there: on SIGTERM they would save, and wait for ranks that are gone."""
+    """Kills the processes still running. On SIGTERM they would try to save and wait for ranks that ended."""
     for rank in ranks:
         if rank.is_alive():
             rank.kill()
@@ -270,7 +274,7 @@ def end_all(ranks: list[BaseProcess]) -> None:
 
 
 def wait_all(ranks: list[BaseProcess], patience: float) -> None:
-    """Waits until all processes have ended, but not longer than `patience` seconds."""
+    """Waits for all processes to end, at most `patience` seconds."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline and any(rank.is_alive() for rank in ranks):
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a JSON line an optimizer step. A kill may tear its last line, which then does not count."""
+"""metrics.jsonl: one JSON line per optimizer step. A kill may tear the last line, which is then ignored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from snaketune.common.files import write_bytes
 
 
 def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yields the lines of a JSONL file with steps, as bytes and parsed, up to one that is torn; none if it is missing."""
+    """Yields the lines of a metrics file, raw and parsed, up to the first torn one; none without a file."""
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
         try:
             values = json.loads(line)
@@ -22,12 +22,12 @@ def whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def last_step(path: Path) -> int:
-    """Returns the last step in a metrics file, 0 if there is none."""
+    """Returns the last step in a metrics file, or 0."""
     return max((values["step"] for _, values in whole_lines(path)), default=0)
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Removes the lines of a JSONL file that lie past `step`, and a last line that a kill tore."""
+    """Removes the lines after `step` and a torn last line from a metrics file."""
     if not path.is_file():
         return
     kept = []

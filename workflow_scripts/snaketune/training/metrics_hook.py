@@ -1,4 +1,4 @@
-"""What is measured of each optimizer step, and where it is written."""
+"""Measures each optimizer step and writes the metrics."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from snaketune.training.launch import core_seconds
 from snaketune.training.progress_line import ProgressLine
 from snaketune.training.trackers import check_loggers, start_loggers
 
-_COST_EVERY = 10.0  # seconds between two notes of what an attempt has cost: a kill loses no more than that
-# Fields that differ between two runs that compute the same.
+_COST_EVERY = 10.0  # seconds between updates of an attempt's cost: a kill loses no more than that
+# Fields that may differ between runs that compute the same results.
 MEASURED = frozenset(
     [
         "attempt",
@@ -44,27 +44,31 @@ MEASURED = frozenset(
 
 
 class MetricsHook(Hook):
-    """Writes one line a step to metrics.jsonl, TensorBoard and the trackers asked for, and a progress line.
+    """Writes each step to metrics.jsonl, TensorBoard, the configured trackers, and a progress line.
 
     Fields of a line:
-        step: Optimizer steps done; `epoch` are passes over the data, `attempt` counts the starts of the run, which then
-            had `world_size` ranks, of which `sequence_parallel` shared each row.
-        loss: Of the step, over all ranks, in nats a trained token; null where it is not finite. `skipped` is true
-            where the step changed no weight.
+        step: Optimizer steps done. `epoch` is the number of passes over the data. `attempt` counts the starts
+            of the run; this one has `world_size` ranks, of which `sequence_parallel` share each packed
+            sequence.
+        loss: Loss of the step over all ranks, in nats per trained token; null if not finite. `skipped` is
+            true if the step changed no weights.
         lr, grad_norm: Learning rate used in this step; L2 norm of the gradient before clipping.
-        tokens, trained_tokens, trained_share: Of all ranks, and the share of the tokens that is trained.
-        seconds: Of the step, waiting for data included; saving and evaluating are not.
-        data_share: Share of it spent waiting for data, the mean of the ranks.
-        tokens_per_second, tokens_per_second_per_device: A device is a rank's: a GPU, or a process on CPUs.
-        tflops_per_device: Arithmetic of the model a second and device, in 10^12, see `snaketune.models.flops`.
-        mfu: That as a share of what the device can do; null where this is not known.
-        gpu_memory_mib, cpu_memory_mib: Peak so far, of the rank with most.
-        eta_seconds: Time left, from the last 20 steps.
+        tokens, trained_tokens, trained_share: Totals over all ranks, and the share of tokens that are trained
+            on.
+        seconds: Duration of the step, including waiting for data but not saving or evaluating.
+        data_share: Share of `seconds` spent waiting for data, averaged over the ranks.
+        tokens_per_second, tokens_per_second_per_device: Each rank counts as a device: a GPU, or a process on
+            CPUs.
+        tflops_per_device: FLOP of the model per second and device, in 10^12, see `snaketune.models.flops`.
+        mfu: `tflops_per_device` as a share of the device's peak; null if the peak is unknown.
+        gpu_memory_mib, cpu_memory_mib: Peak so far, on the rank with the highest.
+        eta_seconds: Estimated time left, from the last 20 steps.
 
     Args:
-        interval: Steps between progress lines in a log; the files get every step, a terminal too.
-        loggers: Of `wandb`, `mlflow`.
-        peak_tflops: Of a device, in 10^12 FLOP/s; None looks its name up in `snaketune.models.flops.PEAK_TFLOPS`.
+        interval: Steps between progress lines in a log. The files and a terminal get every step.
+        loggers: Trackers: `wandb`, `mlflow`.
+        peak_tflops: Peak of a device, in 10^12 FLOP/s; None looks it up in
+            `snaketune.models.flops.PEAK_TFLOPS`.
     """
 
     priority = "BELOW_NORMAL"  # before the schedulers change lr, and before the checkpoint is written
@@ -75,7 +79,7 @@ class MetricsHook(Hook):
         self.recent: deque[float] = deque(maxlen=20)
 
     def before_train(self, runner) -> None:
-        """Opens the files. metrics.jsonl was cut back to the step that training goes on from, see `snaketune.training.train_rank`."""
+        """Opens the files. `train_rank` has already cut metrics.jsonl back to the step to resume from."""
         model = runner.model.model.module.llm
         self.flops = model_flops(model)
         if self.peak_tflops is None and torch.cuda.is_available():
@@ -93,12 +97,12 @@ class MetricsHook(Hook):
         self.file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=runner.iter + 1)
         self.trackers = start_loggers(self.loggers, folder)
-        first = "from the start" if runner.iter == 0 else f"after step {runner.iter}"
+        first = "from the start" if runner.iter == 0 else f"resuming after step {runner.iter}"
         print(f"Training {runner.max_iters} steps, {first} (attempt {self.attempt})", flush=True)
         self.line = ProgressLine(runner.iter, runner.max_iters, self.interval)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Sums the step over the ranks, writes it."""
+        """Aggregates the step's metrics over the ranks and writes them."""
         seconds = time.perf_counter() - outputs["started"]
         device = outputs["loss"].device
         own = [outputs["tokens"], outputs["trained_tokens"], outputs.get("data_seconds", 0.0)]
@@ -110,7 +114,7 @@ class MetricsHook(Hook):
         peaks = torch.tensor([gpu, _peak_memory_mib()], dtype=torch.float64, device=device)
         distributed.all_reduce(sums)
         distributed.all_reduce(peaks, op=distributed.ReduceOp.MAX)
-        norm = runner.model.get_global_grad_norm()  # the ranks compute it together
+        norm = runner.model.get_global_grad_norm()  # all ranks compute it together
         if not is_main_process():
             return
         loss, tokens, trained, waited, flops, self.core_seconds = sums.tolist()
@@ -148,7 +152,7 @@ class MetricsHook(Hook):
         self.line.show(step, _describe(values), values["eta_seconds"])
 
     def _note_cost(self, folder: Path, ranks: int) -> None:
-        """Writes down what this attempt has cost since its job began: the last note of one that is killed counts."""
+        """Records the cost of this attempt since its job began. If it is killed, the last record counts."""
         self.noted = time.monotonic()
         values = read_json(folder / ATTEMPTS)
         seconds = time.time() - float(os.environ.get(STARTED, time.time()))
@@ -157,7 +161,7 @@ class MetricsHook(Hook):
         write_json(folder / ATTEMPTS, values)
 
     def record(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Hands values to TensorBoard and the trackers, on rank 0; those that are None are left out."""
+        """Writes values to TensorBoard and the trackers, except None. Called on rank 0."""
         known = {name: value for name, value in values.items() if value is not None}
         for name, value in known.items():
             self.board.add_scalar(name, value, step)
@@ -184,7 +188,7 @@ def _describe(values: Mapping[str, float | None]) -> str:
         f"lr {values['lr']:.3e}",
         f"grad_norm {norm if norm == '-' else format(norm, '.3f')}",
         f"trained {values['trained_share']:.0%}",
-        f"{rate:,.0f} tok/s" + (f" ({each:,.0f} a device)" if each != rate else ""),
+        f"{rate:,.0f} tok/s" + (f" ({each:,.0f} per device)" if each != rate else ""),
         f"{values['tflops_per_device']:.3g} TFLOP/s" if values["mfu"] is None else f"MFU {values['mfu']:.1%}",
         f"data {values['data_share']:.1%}",
         f"{memory:.1f} GiB",
@@ -197,7 +201,7 @@ def _finite(value: float) -> float | None:
 
 
 def _peak_memory_mib() -> float:
-    """Peak of this process' resident memory, as Linux counts it."""
+    """Returns the peak resident memory of this process (VmHWM)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
