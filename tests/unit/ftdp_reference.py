@@ -41,7 +41,7 @@ def glue(messages):
     return merged
 
 
-def begin_of(message):
+def prefix_of(message):
     role, name = message["role"], message.get("name")
     if name is None:
         return "<|im_start|>" + role + "\n"
@@ -65,13 +65,13 @@ def compat_turns(messages, encode):
     """Returns, turn by turn, [(id, trained)]; `encode` maps a text to its ids. Id 0 has no sign, so it is not trained."""
     turns = []
     for message in glue(messages):
-        begin, end = begin_of(message), "<|im_end|>\n"
-        begin_ids, end_ids = encode(begin), encode(end)
-        whole = encode(begin + message["content"] + end)
-        middle = whole[len(begin_ids) : len(whole) - len(end_ids)]
-        turn = [(i, False) for i in begin_ids]
+        prefix, suffix = prefix_of(message), "<|im_end|>\n"
+        prefix_ids, suffix_ids = encode(prefix), encode(suffix)
+        whole = encode(prefix + message["content"] + suffix)
+        middle = whole[len(prefix_ids) : len(whole) - len(suffix_ids)]
+        turn = [(i, False) for i in prefix_ids]
         turn += [(i, is_trained(message) and i != 0) for i in middle]
-        turn += [(i, message["role"] == "assistant" and i != 0) for i in end_ids]
+        turn += [(i, message["role"] == "assistant" and i != 0) for i in suffix_ids]
         turns.append(turn)
     return turns
 
@@ -84,12 +84,12 @@ def signed_tokens(messages, encode, bos, max_length=32768):
 
 def straddles(message, encode):
     """Does a turn's text, encoded as a whole, begin and end otherwise than its begin and end alone?"""
-    begin, end = encode(begin_of(message)), encode("<|im_end|>\n")
-    whole = encode(begin_of(message) + message["content"] + "<|im_end|>\n")
+    prefix, suffix = encode(prefix_of(message)), encode("<|im_end|>\n")
+    whole = encode(prefix_of(message) + message["content"] + "<|im_end|>\n")
     return (
-        len(whole) < len(begin) + len(end)
-        or whole[: len(begin)] != begin
-        or whole[len(whole) - len(end) :] != end
+        len(whole) < len(prefix) + len(suffix)
+        or whole[: len(prefix)] != prefix
+        or whole[len(whole) - len(suffix) :] != suffix
     )
 
 
@@ -140,18 +140,18 @@ def written(template, role, name):
             "thought": ("", ""),
             "environment": (head + "user\n<tool_response>\n", "\n</tool_response><|im_end|>\n"),
         }
-        begin, end = table.get(role, (f"{head}{role}\n", "<|im_end|>\n"))
+        prefix, suffix = table.get(role, (f"{head}{role}\n", "<|im_end|>\n"))
         if plugin:
-            begin, end = head + tools[0], tools[1]
+            prefix, suffix = head + tools[0], tools[1]
     elif template == "llama3":
         shown = {"environment": "ipython"}.get(role, role)
-        begin, end = f"<|start_header_id|>{shown}<|end_header_id|>\n\n", "<|eot_id|>"
+        prefix, suffix = f"<|start_header_id|>{shown}<|end_header_id|>\n\n", "<|eot_id|>"
         if plugin:
-            begin += "Environment: ipython\n\n"
+            prefix += "Environment: ipython\n\n"
         if role in ("tool", "thought"):
-            begin, end = "<|python_tag|>" if role == "tool" else "", ""
+            prefix, suffix = "<|python_tag|>" if role == "tool" else "", ""
     else:
-        begin, end = {
+        prefix, suffix = {
             "system": ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]") if plugin else ("", "\n\n"),
             "user": ("[INST]", "[/INST]"),
             "assistant": ("", "</s>"),
@@ -159,7 +159,7 @@ def written(template, role, name):
             "tool": ("[TOOL_CALLS]", ""),
             "thought": ("", ""),
         }[role]
-    return [(begin, True)], end
+    return [(prefix, True)], suffix
 
 
 def exact_turns(messages, template="internlm2_chat"):
@@ -170,13 +170,13 @@ def exact_turns(messages, template="internlm2_chat"):
     turns, closing, owner, turn_trained, waiting = [], [], None, False, []
     for message in messages:
         role, content = message["role"], message["content"]
-        begin, end = written(template, role, message.get("name"))
+        prefix, suffix = written(template, role, message.get("name"))
         glued = role in ("tool", "thought")
         if glued:
             if owner != "assistant":
                 if turns:
                     turns[-1] += closing
-                opened, assistant_end = written(template, "assistant", None)
+                opened, assistant_suffix = written(template, "assistant", None)
                 turns.append([(text, False, markup) for text, markup in opened])
                 owner, turn_trained = "assistant", True
             trained = bool(message["loss"]) if "loss" in message else turn_trained
@@ -185,18 +185,18 @@ def exact_turns(messages, template="internlm2_chat"):
                 turns[-1] += closing
             trained = turn_trained = is_trained(message)
             if template == "mistral_instruct" and role == "system" and message.get("name") != "plugin":
-                waiting += [(content, False, False), (end, False, True)]
+                waiting += [(content, False, False), (suffix, False, True)]
                 closing = []
                 continue
-            owner, assistant_end = role, end
+            owner, assistant_suffix = role, suffix
             turns.append([])
-        turns[-1] += [(text, trained and glued, markup) for text, markup in begin]
+        turns[-1] += [(text, trained and glued, markup) for text, markup in prefix]
         turns[-1] += waiting
         waiting = []
         turns[-1].append((content, trained, False))
         if glued:
-            turns[-1].append((end, trained, True))
-        closing = [(assistant_end, trained and owner == "assistant", True)]
+            turns[-1].append((suffix, trained, True))
+        closing = [(assistant_suffix, trained and owner == "assistant", True)]
     if turns:
         turns[-1] += closing
     return turns

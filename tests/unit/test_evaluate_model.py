@@ -70,10 +70,10 @@ def _reference(model_dir, tokenizer, conversations) -> tuple[float, int]:
                     text += f"<|action_start|><|{call['name']}|>\n{call['content']}<|action_end|>\n"
                     index += 1
             trained = message["role"] == "assistant"
-            begin = encode(f"<|im_start|>{message['role']}{name}\n")
+            prefix = encode(f"<|im_start|>{message['role']}{name}\n")
             rest = encode(text) + encode("<|im_end|>\n")
-            ids += begin + rest
-            labels += [-100] * len(begin) + (rest if trained else [-100] * len(rest))
+            ids += prefix + rest
+            labels += [-100] * len(prefix) + (rest if trained else [-100] * len(rest))
             index += 1
         with torch.no_grad():
             output = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]))
@@ -252,9 +252,11 @@ def test_held_out_conversations_are_what_training_would_see(
         ]
         assert sum(sample.truncated for sample in samples) == made["d"]["totals"]["truncated"] > 0
         prompt = encode_prompt(talks[1], tokenizer, options)
-        begin = tokenizer.tokenizer.encode(tokenizer.template.generation_prompt, add_special_tokens=False).ids
-        assert prompt[-len(begin) :] == begin
-        assert (prompt[: -len(begin)])[:70] == samples[1].ids
+        prefix = tokenizer.tokenizer.encode(
+            tokenizer.template.generation_prompt, add_special_tokens=False
+        ).ids
+        assert prompt[-len(prefix) :] == prefix
+        assert (prompt[: -len(prefix)])[:70] == samples[1].ids
 
 
 def test_nothing_to_measure_is_an_error(setting, tmp_path, write_processed):

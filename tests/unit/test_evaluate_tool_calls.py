@@ -185,8 +185,8 @@ def test_the_command_asks_a_real_model_at_each_point(setting, model, tmp_path, r
         messages = json.loads((heldout / name).read_text(encoding="utf-8").splitlines()[int(line) - 1])
         before, start = messages[: int(start)], int(start)
         ids, _ = by_hand(tokenizer, [*before, {"role": "assistant", "content": ""}])
-        end = tokenizer.tokenizer.encode("<|im_end|>\n", add_special_tokens=False).ids
-        prompt = ids[: -len(end)]
+        suffix = tokenizer.tokenizer.encode("<|im_end|>\n", add_special_tokens=False).ids
+        prompt = ids[: -len(suffix)]
         answer = greedy(model, tokenizer, prompt, 8)
         assert point["prompt_tokens"] == len(prompt) and point["tokens"] == len(answer)
         assert point["prediction"] == tokenizer.tokenizer.decode(answer, skip_special_tokens=False)

@@ -186,10 +186,10 @@ def test_id_0_is_trained_on_in_exact(valid, tmp_path):
             if path in train:
                 count = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in samples)
                 assert totals["trained_tokens"] == count
-    end = "<|im_end|>\n"
-    assert sorted(trained["exact"]) == sorted([*(text + end for text in texts), ""])
+    suffix = "<|im_end|>\n"
+    assert sorted(trained["exact"]) == sorted([*(text + suffix for text in texts), ""])
     assert sorted(trained["compat"]) == sorted(
-        ["<s>" + text.replace("!", "") + end for text in texts] + ["<s>" + end]
+        ["<s>" + text.replace("!", "") + suffix for text in texts] + ["<s>" + suffix]
     )
     zeros = "".join(texts).count("!")
     # BOS of each, what id 0 adds, and the two ids of the last end; of its content, 0 is trained on in neither.

@@ -99,7 +99,7 @@ def test_an_oracle_that_replays_the_reference_is_right_everywhere(setting):
             # model can follow the prompt as trained, so the oracle says the answer as it is encoded by itself.
             assert tokenizer.template.name == "llama3"
             turn = point.conversation.turns[point.answer.turn]
-            bos, *answer = reference_ids(tokenizer, encoder, [turn._replace(begin="")])
+            bos, *answer = reference_ids(tokenizer, encoder, [turn._replace(prefix="")])
             assert bos == tokenizer.bos_token_id
             texts[place] = point.prompt + answer
     answers = answer_points(Oracle(texts, tokenizer.vocab_size), points, tokenizer, 400)
@@ -218,9 +218,9 @@ def test_text_that_spells_control_tokens_is_no_call(internlm2):
 def test_code_is_parsed_and_compared_as_text(internlm2, body, failed):
     tokenizer, reader = internlm2
     messages = code_talk(1)
-    begin = "<|action_start|><|interpreter|>\n"
-    _, references = reader.read(broken(tokenizer, f"{begin}print(1){END}"))
-    _, calls = reader.read(broken(tokenizer, f"{begin}{body}{END}"))
+    prefix = "<|action_start|><|interpreter|>\n"
+    _, references = reader.read(broken(tokenizer, f"{prefix}print(1){END}"))
+    _, calls = reader.read(broken(tokenizer, f"{prefix}{body}{END}"))
     verdict = verdicts(calls, references, offered_tools(messages, 2), True)
     assert verdict["failed"] == failed
     assert verdict["exact"] == (body == "print(1)")
@@ -254,18 +254,18 @@ def test_what_is_not_known_is_not_held_against_a_call(internlm2, tools, called, 
 def test_answers_are_the_turns_that_the_template_makes(setting):
     tokenizer, encoder, folder = setting
     for conversation in read_conversations(folder, encoder):
-        begins = [
-            conversation.turns[answer.turn].begin
+        prefixes = [
+            conversation.turns[answer.turn].prefix
             for answer in answer_turns(conversation.messages, encoder.template)
         ]
-        assert set(begins) == {encoder.template.roles["assistant"].begin}
+        assert set(prefixes) == {encoder.template.roles["assistant"].prefix}
         wanted = sum(
             message["role"] == "assistant"
             or before["role"] == "user"
             and message["role"] in ("tool", "thought")
             for before, message in zip(conversation.messages, conversation.messages[1:], strict=False)
         )
-        assert len(begins) == wanted
+        assert len(prefixes) == wanted
 
 
 def test_the_choice_of_points_depends_on_content_alone(tmp_path, setting, write_processed):

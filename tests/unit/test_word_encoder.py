@@ -125,7 +125,9 @@ def test_real_tokenizer_and_conversations(shared_data):
     encoder = word_encoder(tokenizer)
     for source in sorted((shared_data / "ftdp").rglob("*.jsonl")):
         lines = source.read_text(encoding="utf-8").splitlines()
-        batch = [turn.begin + turn.content + turn.end for line in lines for turn in turns(json.loads(line))]
+        batch = [
+            turn.prefix + turn.content + turn.suffix for line in lines for turn in turns(json.loads(line))
+        ]
         encodings = tokenizer.encode_batch(batch, add_special_tokens=False)
         assert encoder.encode(batch) == dict(zip(batch, (each.ids for each in encodings), strict=True))
 

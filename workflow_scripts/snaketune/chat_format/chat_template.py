@@ -50,18 +50,18 @@ class Turn(NamedTuple):
         parts: What the content is made of, where that is more than one message's content.
     """
 
-    begin: str
+    prefix: str
     content: str
-    end: str
+    suffix: str
     content_trained: bool
-    end_trained: bool
+    suffix_trained: bool
     name: tuple[int, int] | None = None
     parts: tuple[Part, ...] | None = None
 
     def user_texts(self) -> list[str]:
         """Returns what comes from the messages and not from the template."""
         texts = [part.text for part in self.parts if not part.markup] if self.parts else [self.content]
-        return [*texts, self.begin[slice(*self.name)]] if self.name else texts
+        return [*texts, self.prefix[slice(*self.name)]] if self.name else texts
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Role:
     """
 
     name: str
-    begin: str = ""
-    end: str = ""
+    prefix: str = ""
+    suffix: str = ""
     named: tuple[str, str] | None = None
     map_names: bool = True
     types: Mapping[str, bool] = field(default_factory=dict)
@@ -96,8 +96,8 @@ class Role:
         """Returns the role with `spell` applied to every text of the template."""
         return replace(
             self,
-            begin=spell(self.begin),
-            end=spell(self.end),
+            prefix=spell(self.prefix),
+            suffix=spell(self.suffix),
             named=self.named and (spell(self.named[0]), spell(self.named[1])),
             by_name={name: role.respelled(spell) for name, role in self.by_name.items()},
         )
@@ -133,7 +133,7 @@ class ChatTemplate:
     @property
     def generation_prompt(self) -> str:
         """The text after which the model answers."""
-        return self.roles["assistant"].begin
+        return self.roles["assistant"].prefix
 
     def respelled(self, spelling: Mapping[str, str]) -> ChatTemplate:
         """Returns the template with each token of `spelling` written as the text that it maps to."""
@@ -195,13 +195,13 @@ class ChatTemplate:
                 )
             if name in role.by_name:
                 role = role.by_name[name]
-            begin, name_at = role.begin, None
+            prefix, name_at = role.prefix, None
             if name is not None and role.named is not None:
                 before, after = role.named
                 mapped = self.names.get(name) if role.map_names else None
                 if mapped is None:
                     name_at = len(before), len(before) + len(name)
-                begin = before + (name if mapped is None else mapped) + after
+                prefix = before + (name if mapped is None else mapped) + after
             if role.part_of is not None:
                 owner = roles[role.part_of]
                 if waiting and waiting_for != role.part_of:
@@ -209,13 +209,15 @@ class ChatTemplate:
                 if open_role != role.part_of:
                     if not result:
                         raise _nothing_before(index, role_name, roles)
-                    result.append(Turn(owner.begin, "", owner.end, owner.trained, owner.trained, None, ()))
+                    result.append(
+                        Turn(owner.prefix, "", owner.suffix, owner.trained, owner.trained, None, ())
+                    )
                     open_role = role.part_of
-                result[-1] = _glue(result[-1], role, begin, name_at, content, index, message, own_loss)
+                result[-1] = _glue(result[-1], role, prefix, name_at, content, index, message, own_loss)
                 continue
             trained = _content_trained(index, role, message)
             if role.opens is not None:
-                waiting += _parts(begin, name_at, content, role.end, False)
+                waiting += _parts(prefix, name_at, content, role.suffix, False)
                 waiting_for = role.opens
                 continue
             parts = None
@@ -227,21 +229,21 @@ class ChatTemplate:
                 elif roles[role_name].opens != waiting_for:
                     raise _misplaced(index, waiting_for, role_name)
             open_role = role_name
-            result.append(Turn(begin, content, role.end, trained, role.trained, name_at, parts))
+            result.append(Turn(prefix, content, role.suffix, trained, role.trained, name_at, parts))
         if waiting:
             raise _misplaced(len(messages), waiting_for, "the end of the conversation")
         return result
 
     def render(self, messages: Any) -> str:
         """Returns a conversation as one text, without BOS."""
-        return "".join(turn.begin + turn.content + turn.end for turn in self.turns(messages))
+        return "".join(turn.prefix + turn.content + turn.suffix for turn in self.turns(messages))
 
 
 def refuse_half_characters(conversation: list[Turn]) -> None:
     """Raises a MessageError for half a surrogate pair: no tokenizer can encode it (XTuner ends with a traceback)."""
     for index, turn in enumerate(conversation):
         try:
-            (turn.begin + turn.content).encode()
+            (turn.prefix + turn.content).encode()
         except UnicodeEncodeError as error:
             raise MessageError(
                 f"turn {index + 1}",
@@ -252,15 +254,15 @@ def refuse_half_characters(conversation: list[Turn]) -> None:
 
 
 def _parts(
-    begin: str, name_at: tuple[int, int] | None, content: str, end: str, trained: bool
+    prefix: str, name_at: tuple[int, int] | None, content: str, suffix: str, trained: bool
 ) -> tuple[Part, ...]:
     start, stop = name_at or (0, 0)
     pieces = (
-        (begin[:start], True),
-        (begin[start:stop], False),
-        (begin[stop:], True),
+        (prefix[:start], True),
+        (prefix[start:stop], False),
+        (prefix[stop:], True),
         (content, False),
-        (end, True),
+        (suffix, True),
     )
     # The content stays, even empty: the last part says whether the end is trained on.
     return tuple(Part(text, markup, trained) for text, markup in pieces if text or not markup)
@@ -269,7 +271,7 @@ def _parts(
 def _glue(
     turn: Turn,
     role: Role,
-    begin: str,
+    prefix: str,
     name_at: tuple[int, int] | None,
     content: str,
     index: int,
@@ -281,8 +283,8 @@ def _glue(
         trained = _loss(index, message)
     before = (Part(turn.content, False, turn.content_trained),) if turn.parts is None else turn.parts
     return turn._replace(
-        content=turn.content + begin + content + role.end,
-        parts=before + _parts(begin, name_at, content, role.end, trained),
+        content=turn.content + prefix + content + role.suffix,
+        parts=before + _parts(prefix, name_at, content, role.suffix, trained),
     )
 
 

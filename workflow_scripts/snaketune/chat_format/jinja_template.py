@@ -83,40 +83,40 @@ _OPENAI = (
 
 
 def _message(template: ChatTemplate, role: Role, opens: set[str]) -> list[str]:
-    begin = _begin(template, role)
-    content, end = "message['content']", _quoted(role.end)
+    prefix = _prefix(template, role)
+    content, suffix = "message['content']", _quoted(role.suffix)
     if role.opens is not None:
-        return [f"{{% set ns.waiting = ns.waiting + {begin} + {content} + {end} %}}"]
+        return [f"{{% set ns.waiting = ns.waiting + {prefix} + {content} + {suffix} %}}"]
     if role.part_of is None:
         waiting = ""
         done = []
         if role.name in opens:
             waiting, done = "ns.waiting + ", ["{% set ns.waiting = '' %}"]
         return [
-            f"{{{{ ns.end + {begin} + {waiting}{content} }}}}",
+            f"{{{{ ns.end + {prefix} + {waiting}{content} }}}}",
             *done,
-            f"{{% set ns.role = {_quoted(role.name)} %}}{{% set ns.end = {end} %}}",
+            f"{{% set ns.role = {_quoted(role.name)} %}}{{% set ns.end = {suffix} %}}",
         ]
     owner = template.roles[role.part_of]
     return [
         f"{{% if ns.role != {_quoted(owner.name)} %}}",
-        f"{{{{ ns.end + {_quoted(owner.begin)} }}}}",
-        f"{{% set ns.role = {_quoted(owner.name)} %}}{{% set ns.end = {_quoted(owner.end)} %}}",
+        f"{{{{ ns.end + {_quoted(owner.prefix)} }}}}",
+        f"{{% set ns.role = {_quoted(owner.name)} %}}{{% set ns.end = {_quoted(owner.suffix)} %}}",
         "{% endif %}",
-        f"{{{{ {begin} + {content} + {end} }}}}",
+        f"{{{{ {prefix} + {content} + {suffix} }}}}",
     ]
 
 
-def _begin(template: ChatTemplate, role: Role) -> str:
+def _prefix(template: ChatTemplate, role: Role) -> str:
     """Returns a Jinja expression for what stands before the content."""
     if role.named is None:
-        return _quoted(role.begin)
+        return _quoted(role.prefix)
     before, after = role.named
     name = "name"
     if role.map_names and template.names:
         pairs = ", ".join(f"{_quoted(key)}: {_quoted(value)}" for key, value in template.names.items())
         name = f"{{{pairs}}}.get(name, name)"
-    return f"({_quoted(before)} + {name} + {_quoted(after)} if name is not none else {_quoted(role.begin)})"
+    return f"({_quoted(before)} + {name} + {_quoted(after)} if name is not none else {_quoted(role.prefix)})"
 
 
 def _targets(role: Role) -> set[str]:

@@ -188,8 +188,8 @@ def _role(name: str, said: Any, every: Mapping[str, Any], where: str | os.PathLi
             raise _error(where, f"{at}.types.{kind}", "true", "false, or trained: true for the role")
     role = Role(
         name=name,
-        begin=said.get("begin", ""),
-        end=said.get("end", ""),
+        prefix=said.get("begin", ""),
+        suffix=said.get("end", ""),
         named=_named(said.get("named_begin"), where, f"{at}.named_begin"),
         map_names=said.get("map_names", True),
         types=types,
@@ -211,8 +211,8 @@ def _role(name: str, said: Any, every: Mapping[str, Any], where: str | os.PathLi
             **{
                 **{each: getattr(role, each) for each in ("map_names", "types", "trained", "part_of")},
                 "name": name,
-                "begin": value.get("begin", role.begin),
-                "end": value.get("end", role.end),
+                "prefix": value.get("begin", role.prefix),
+                "suffix": value.get("end", role.suffix),
                 "named": named,
                 "opens": value.get("opens", opens),
             }

@@ -78,7 +78,7 @@ class BatchEncoder:
         if self._lines is None:
             _ = self._tokenizer  # so that one which cannot be made is known before any work
         self._cache: dict[tuple[str, bool], TokenSpan] = {}
-        self._plain_begins: dict[str, bool] = {}
+        self._plain_prefixes: dict[str, bool] = {}
         self._counts = dict.fromkeys(
             ("straddling_messages", "tokens_differing_from_compat", "control_messages"), 0
         )
@@ -101,13 +101,13 @@ class BatchEncoder:
         self._fill_cache(every)
         self.count_control_tokens(every)
         # Many conversations share a system message, often a long one: each text is encoded once a batch.
-        texts = [turn.begin + turn.content + turn.end for turn in every]
+        texts = [turn.prefix + turn.content + turn.suffix for turn in every]
         ids_of = self._encode(dict.fromkeys(texts))
         encode = self._exact_pieces if self._exact else self._compat_pieces
         result = encode(conversations, list(map(ids_of.__getitem__, texts)))
         if len(self._cache) > self._MAX_CACHED:
             self._cache.clear()
-            self._plain_begins.clear()
+            self._plain_prefixes.clear()
         return result
 
     def line(self, conversation: list[Turn]) -> bytes | None:
@@ -138,16 +138,16 @@ class BatchEncoder:
         straddling = 0
         result = []
         for conversation in conversations:
-            pieces = list(self._bos)
+            spans = list(self._bos)
             for turn in conversation:
-                begin, end = cache[turn.begin, False], cache[turn.end, turn.end_trained]
+                prefix, suffix = cache[turn.prefix, False], cache[turn.suffix, turn.suffix_trained]
                 ids = next(ids_of_next)
-                content = _cut(ids, begin.ids, end.ids)
+                content = _cut(ids, prefix.ids, suffix.ids)
                 straddling += content is None
                 if content is None:
-                    content = ids[len(begin.ids) : -len(end.ids) or None]
-                pieces += begin, TokenSpan(content, turn.content_trained), end
-            result.append(pieces)
+                    content = ids[len(prefix.ids) : -len(suffix.ids) or None]
+                spans += prefix, TokenSpan(content, turn.content_trained), suffix
+            result.append(spans)
         self._counts["straddling_messages"] += straddling
         return result
 
@@ -165,26 +165,29 @@ class BatchEncoder:
             result.append(pieces)
             chunks = self._chunks(conversation)
             for number, chunk in enumerate(chunks):
-                alone = len(chunk) == 1 and self._is_plain_begin(chunk[0].begin)
+                alone = len(chunk) == 1 and self._is_plain_prefix(chunk[0].prefix)
                 compat: list[TokenSpan] = []
                 for turn in chunk:
-                    begin, end = self._cache[turn.begin, False], self._cache[turn.end, turn.end_trained]
+                    prefix, suffix = (
+                        self._cache[turn.prefix, False],
+                        self._cache[turn.suffix, turn.suffix_trained],
+                    )
                     ids = next(ids_of_next)
-                    content = _cut(ids, begin.ids, end.ids)
+                    content = _cut(ids, prefix.ids, suffix.ids)
                     answer = one_answer(turn)
                     straddling += content is None
                     if alone and content is not None and answer is not None:
-                        end_trained = answer and turn.end_trained
-                        pieces += begin, TokenSpan(content, answer), self._piece(end, end_trained)
-                        different += _different(end.ids, end_trained, turn.end_trained)
+                        suffix_trained = answer and turn.suffix_trained
+                        pieces += prefix, TokenSpan(content, answer), self._piece(suffix, suffix_trained)
+                        different += _different(suffix.ids, suffix_trained, turn.suffix_trained)
                         different += _different(content, answer, turn.content_trained)
                         break
                     if content is None:
-                        content = ids[len(begin.ids) : -len(end.ids) or None]
-                    compat += begin, TokenSpan(content, turn.content_trained), end
+                        content = ids[len(prefix.ids) : -len(suffix.ids) or None]
+                    compat += prefix, TokenSpan(content, turn.content_trained), suffix
                 else:
                     spans = [span for turn in chunk for span in spans_of(turn)]
-                    if number == 0 and self._bos and not chunk[0].begin.startswith(self._anchors):
+                    if number == 0 and self._bos and not chunk[0].prefix.startswith(self._anchors):
                         # What stands behind BOS may be encoded otherwise than what stands first.
                         compat[:0] = pieces[:1]
                         pieces.clear()
@@ -208,23 +211,23 @@ class BatchEncoder:
         """Cuts a conversation before control tokens: what stands behind one is encoded apart from what is before."""
         chunks: list[list[Turn]] = []
         for turn in conversation:
-            if chunks and not turn.begin.startswith(self._anchors):
+            if chunks and not turn.prefix.startswith(self._anchors):
                 chunks[-1].append(turn)
             else:
                 chunks.append([turn])
         return chunks
 
-    def _is_plain_begin(self, begin: str) -> bool:
+    def _is_plain_prefix(self, prefix: str) -> bool:
         """Does the begin start with a control token, and does each of its ids stand for certain characters?"""
-        plain = self._plain_begins.get(begin)
+        plain = self._plain_prefixes.get(prefix)
         if plain is None:
-            ids = self._cache[begin, False].ids
-            plain = begin.startswith(self._anchors) and self._unknown not in ids
-            self._plain_begins[begin] = plain
+            ids = self._cache[prefix, False].ids
+            plain = prefix.startswith(self._anchors) and self._unknown not in ids
+            self._plain_prefixes[prefix] = plain
         return plain
 
-    def _piece(self, piece: TokenSpan, trained: bool) -> TokenSpan:
-        return piece if piece.trained == trained else TokenSpan(piece.ids, trained)
+    def _piece(self, span: TokenSpan, trained: bool) -> TokenSpan:
+        return span if span.trained == trained else TokenSpan(span.ids, trained)
 
     # What follows is made when it is first needed: most conversations of some tokenizers never need it.
 
@@ -259,12 +262,14 @@ class BatchEncoder:
         return self._rules and word_lines(self._rules, self._spelling, bos, self._exact)
 
     def _fill_cache(self, every: list[Turn]) -> None:
-        wanted = {(turn.begin, False) for turn in every} | {(turn.end, turn.end_trained) for turn in every}
+        wanted = {(turn.prefix, False) for turn in every} | {
+            (turn.suffix, turn.suffix_trained) for turn in every
+        }
         missing = [key for key in wanted if key not in self._cache]
         ids_of = self._encode({text for text, _ in missing})
         for text, trained in missing:
-            piece = TokenSpan(ids_of[text], trained)
-            self._cache[text, trained] = piece._replace(written=piece.write(self._exact))
+            span = TokenSpan(ids_of[text], trained)
+            self._cache[text, trained] = span._replace(written=span.write(self._exact))
 
     def count_control_tokens(self, every: Iterable[Turn]) -> None:
         """Counts the messages that hold a control token; `encode_turns` does so itself."""
@@ -335,10 +340,10 @@ def encode_conversation(
     return encode_conversations([messages], tokenizer, encoding, max_length)[0]
 
 
-def _cut(ids: list[int], begin: list[int], end: list[int]) -> list[int] | None:
+def _cut(ids: list[int], prefix: list[int], suffix: list[int]) -> list[int] | None:
     """Returns the ids between those of begin and end, None where the ids do not begin and end with these."""
-    first, last = len(begin), len(ids) - len(end)
-    if last < first or ids[:first] != begin or ids[last:] != end:
+    first, last = len(prefix), len(ids) - len(suffix)
+    if last < first or ids[:first] != prefix or ids[last:] != suffix:
         return None
     return ids[first:last]
 
@@ -350,9 +355,9 @@ def _different(ids: list[int], exact: bool, compat: bool) -> int:
     return len(ids) if exact else len(ids) - ids.count(0)
 
 
-def _flat(pieces: list) -> list[TokenSpan]:
+def _flat(spans: list) -> list[TokenSpan]:
     result: list[TokenSpan] = []
-    for each in pieces:
+    for each in spans:
         if isinstance(each, TokenSpan):
             result.append(each)
         else:

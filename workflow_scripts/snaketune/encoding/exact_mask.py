@@ -35,7 +35,7 @@ def spans_of(turn: Turn) -> list[Span]:
     else:
         spans = [Span(part.text, part.trained) for part in turn.parts]
     trained = spans[-1].trained if spans else False
-    return [Span(turn.begin, False), *spans, Span(turn.end, trained and turn.end_trained)]
+    return [Span(turn.prefix, False), *spans, Span(turn.suffix, trained and turn.suffix_trained)]
 
 
 def one_answer(turn: Turn) -> bool | None:

@@ -27,5 +27,5 @@ def encode_prompt(
         raise UserError(
             f"{where}: {error.field}", found=error.found, expected=error.expected, fix=error.fix
         ) from None
-    begin = tokenizer.tokenizer.encode(tokenizer.template.generation_prompt, add_special_tokens=False).ids
-    return [abs(i) for i in signed] + begin
+    prefix = tokenizer.tokenizer.encode(tokenizer.template.generation_prompt, add_special_tokens=False).ids
+    return [abs(i) for i in signed] + prefix

@@ -47,9 +47,9 @@ class TokenSpan(NamedTuple):
         return text.replace(b"-0", b"0") if b"-0" in text else text
 
 
-def trained_mask(pieces: Iterable[TokenSpan], exact: bool, max_length: int | None = None) -> list[bool]:
+def trained_mask(spans: Iterable[TokenSpan], exact: bool, max_length: int | None = None) -> list[bool]:
     """Returns for each id whether it is trained on, as reading the `.bin` file tells, cut at `max_length`."""
-    mask = [piece.trained and (exact or token != 0) for piece in pieces for token in piece.ids]
+    mask = [span.trained and (exact or token != 0) for span in spans for token in span.ids]
     return mask[:max_length]
 
 
@@ -58,9 +58,9 @@ def count_trained(line: bytes) -> int:
     return sum(token > 0 for token in orjson.loads(line)["tokens"]) + line.count(b"-0")
 
 
-def signed_ids(pieces: Iterable[TokenSpan], max_length: int | None = None) -> list[int]:
-    """Joins pieces to signed ids, cut at `max_length`."""
+def signed_ids(spans: Iterable[TokenSpan], max_length: int | None = None) -> list[int]:
+    """Joins spans to signed ids, cut at `max_length`."""
     ids: list[int] = []
-    for piece in pieces:
-        ids += piece.ids if piece.trained else [-token for token in piece.ids]
+    for span in spans:
+        ids += span.ids if span.trained else [-token for token in span.ids]
     return ids[:max_length]

@@ -128,9 +128,9 @@ class _Sign:
 class _Boundary(NamedTuple):
     """What stands around a content, spelled."""
 
-    begin: bytes
-    end: bytes
-    end_if_trained: bytes
+    prefix: bytes
+    suffix: bytes
+    suffix_if_trained: bytes
 
 
 class WordLines:
@@ -155,11 +155,11 @@ class WordLines:
         pieces = [b'{"tokens": [', self._bos]
         different = _differing(self._bos, False, True)
         for turn in conversation:
-            begin, content, end, trained, end_trained, _, parts = turn
+            prefix, content, suffix, trained, suffix_trained, _, parts = turn
             try:
-                boundary = boundaries[begin, end]
+                boundary = boundaries[prefix, suffix]
             except KeyError:
-                boundary = self._add_boundary(begin, end)
+                boundary = self._add_boundary(prefix, suffix)
             if boundary is None or not begins_apart(content):
                 return None
             if self._exact and parts is not None:
@@ -169,29 +169,31 @@ class WordLines:
             else:
                 answer = trained
             spelled = signs[answer].content(content)
-            ends = end_trained and answer if self._exact else end_trained
-            end = boundary.end_if_trained if ends else boundary.end
-            pieces += boundary.begin, spelled, end
+            suffix_answer = suffix_trained and answer if self._exact else suffix_trained
+            suffix = boundary.suffix_if_trained if suffix_answer else boundary.suffix
+            pieces += boundary.prefix, spelled, suffix
             if self._exact:
-                different += _differing(spelled, answer, trained) + _differing(end, ends, end_trained)
+                different += _differing(spelled, answer, trained) + _differing(
+                    suffix, suffix_answer, suffix_trained
+                )
         if self._exact:
             self.different += different
         return b"".join(pieces).removesuffix(b", ") + b"]}\n"
 
-    def _add_boundary(self, begin: str, end: str) -> _Boundary | None:
+    def _add_boundary(self, prefix: str, suffix: str) -> _Boundary | None:
         untrained, trained = self._signs
         boundary = None
-        if self._is_clear(begin, end):
-            boundary = _Boundary(untrained.whole(begin), untrained.whole(end), trained.whole(end))
+        if self._is_clear(prefix, suffix):
+            boundary = _Boundary(untrained.whole(prefix), untrained.whole(suffix), trained.whole(suffix))
         if len(self._boundaries) >= _MAX_BOUNDARIES:
             self._boundaries.clear()
-        self._boundaries[begin, end] = boundary
+        self._boundaries[prefix, suffix] = boundary
         return boundary
 
-    def _is_clear(self, begin: str, end: str) -> bool:
+    def _is_clear(self, prefix: str, suffix: str) -> bool:
         """Are the ids of any text between begin and end its own?"""
         split = splitter(self._added).split
-        parts = split(begin)
+        parts = split(prefix)
         last = parts[-1]
         # The begin ends with text that ends apart, and with a character that is in no added token.
         if not last or not self._rules.ends_apart(last) or any(last[-1] in token for token in self._added):
@@ -199,10 +201,10 @@ class WordLines:
         # `exact` encodes turns together, unless control tokens keep them apart.
         if self._exact and parts[0]:
             return False
-        if not end:
+        if not suffix:
             return True
         # The end begins with an added token, and none that begins before it can reach into it.
-        return not split(end)[0] and not any(end[0] in token[1:] for token in self._added)
+        return not split(suffix)[0] and not any(suffix[0] in token[1:] for token in self._added)
 
 
 def _differing(spelled: bytes, exact: bool, compat: bool) -> int:

@@ -70,7 +70,12 @@ def meta_template(template: ChatTemplate) -> dict[str, Any]:
     """
 
     def role(name: str, ours: str, **more: Any) -> dict[str, Any]:
-        return {"role": name, "begin": template.roles[ours].begin, "end": template.roles[ours].end, **more}
+        return {
+            "role": name,
+            "begin": template.roles[ours].prefix,
+            "end": template.roles[ours].suffix,
+            **more,
+        }
 
     if "user" not in template.roles:
         raise UserError(f"the chat template {template.name} has no role user, which all datasets need")
