@@ -1,4 +1,4 @@
-"""The demo's base models: complete folders, equal bytes for equal input, and a sane pretrained model."""
+"""The demo's base models: complete folders, reproducible bytes, and a sane pretrained model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def _wheel(pattern: str) -> Path:
     return found[-1]
 
 
-# Of the tokenizer.json that transformers 4.48 makes from this tokenizer.model.
+# Ids from the tokenizer.json that transformers 4.48 makes from this tokenizer.model.
 TEXT = "Hello  world 2024\n你好"
 IDS = [22557, 28705, 1526, 28705, 28750, 28734, 28750, 28781, 13, 29383, 29530]
 
 
 @pytest.fixture
 def mistral_wheel(request, tmp_path) -> Path:
-    """mistral-common's wheel, or one like it around the tokenizer.model of the shared data."""
+    """mistral-common's wheel, or a stand-in with the tokenizer.model of the shared data."""
     found = sorted(WHEELS.glob("mistral_common-*.whl"))
     if found:
         return found[-1]
@@ -65,7 +65,7 @@ def test_a_wrong_wheel_is_named(tmp_path):
 
     with zipfile.ZipFile(tmp_path / "other.whl", "w") as archive:
         archive.writestr("other/__init__.py", "")
-    with pytest.raises(UserError, match="other.whl is not the wheel"):
+    with pytest.raises(UserError, match="other.whl is the wrong wheel"):
         build_tiny_mistral(tmp_path / "other.whl", tmp_path / "out")
     with pytest.raises(UserError, match="no wheel at"):
         build_smollm2(tmp_path / "absent.whl", tmp_path / "out")
@@ -105,5 +105,5 @@ def test_smollm2_knows_english(tmp_path, run_script):
             losses.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none"))
         return math.exp(torch.cat(losses).mean())
 
-    assert perplexity(shuffled=False) < 25  # 16 when last measured
+    assert perplexity(shuffled=False) < 25  # last measured: 16
     assert perplexity(shuffled=True) > 400

@@ -1,4 +1,4 @@
-"""The gate behind the conversions, on real conversions of a tiny model by the real converter."""
+"""The parity check, on real conversions of a tiny model by the real converter."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_an_honest_chain_passes_and_every_difference_is_listed_and_explained(cha
     assert openai["reader"].endswith("OpenAI's tools")
     for row in (five, openai, four, silent):
         assert row["equal"] == row["prompts"] and not row["differences"], row
-    # What lmdeploy does by itself: a system message where there is none, no line break behind a tool call.
+    # lmdeploy's own habits: a system message if there is none, no line break after a tool call.
     assert [each["prompt"] for each in own_system["differences"]] == [1]
     assert own_system["differences"][0]["reader"].startswith("system\nYou are an AI assistant")
     assert "meta_instruction" in own_system["differences"][0]["why"]
@@ -98,12 +98,12 @@ def test_a_weight_that_the_conversion_changed_stops_it(chain, run_script, tmp_pa
     weights["model.layers.1.mlp.up_proj.weight"] *= 1.01
     save_file(weights, hf / "model.safetensors", {"format": "pt"})
     done = check(chain, run_script, tmp_path / "parity.json", hf, check=False)
-    assert done.returncode == 2 and "Hugging Face gives other logits than the checkpoint" in done.stderr
+    assert done.returncode == 2 and "Hugging Face gives different logits than the checkpoint" in done.stderr
     assert not (tmp_path / "parity.json").exists()
 
 
 def test_another_chat_template_stops_it(chain, run_script, tmp_path):
-    """As when someone edits the template for serving: the role line loses its line break."""
+    """As if somebody edited the template for serving: the role line loses its line break."""
     hf = shutil.copytree(chain / "hf", tmp_path / "hf")
     template = hf / "chat_template.jinja"
     if template.is_file():
@@ -115,7 +115,7 @@ def test_another_chat_template_stops_it(chain, run_script, tmp_path):
         write_json(hf / "tokenizer_config.json", {**config, "chat_template": changed})
     done = check(chain, run_script, tmp_path / "parity.json", hf, check=False)
     assert done.returncode == 2
-    assert "transformers 5." in done.stderr and "otherwise than training did" in done.stderr
+    assert "transformers 5." in done.stderr and "differently than training" in done.stderr
 
 
 def test_a_small_rope_difference_shows_in_the_logits(chain, run_script, tmp_path):
@@ -124,11 +124,11 @@ def test_a_small_rope_difference_shows_in_the_logits(chain, run_script, tmp_path
     config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 10000.0
     write_json(hf / "config.json", config)
     done = check(chain, run_script, tmp_path / "parity.json", hf, check=False)
-    assert done.returncode == 2 and "other logits" in done.stderr
+    assert done.returncode == 2 and "different logits" in done.stderr
 
 
 def test_prompts_in_a_batch_do_not_see_each_other(chain):
-    """Padding on the right must change nothing: each prompt alone has the same logits."""
+    """Padding on the right must have no effect: each prompt alone has the same logits."""
     from transformers import AutoConfig
 
     from snaketune.checkpoints.safetensors_files import open_safetensors
@@ -144,7 +144,7 @@ def test_prompts_in_a_batch_do_not_see_each_other(chain):
 
 
 def test_a_bos_that_begins_turns_is_known_to_be_taken_away(tiny_tokenizer_dir, tmp_path):
-    """SmolLM2's BOS is `<|im_start|>`: training's ids begin with two of it, lmdeploy's with one."""
+    """SmolLM2's BOS is `<|im_start|>`: training's ids start with two of them, lmdeploy's with one."""
     from snaketune.export.parity import compare_ids, require_agreement
 
     tokenizer = extend_tokenizer(tiny_tokenizer_dir, tmp_path / "tokenizer")

@@ -1,4 +1,4 @@
-"""TurboMind workspaces, read back as raw files: every weight must be where the engine looks for it."""
+"""TurboMind workspaces, read back as raw files: every weight must be where the engine expects it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 HEADS, KV_HEADS, SIZE, HIDDEN = 2, 1, 64, 128
 
-# One process for what needs no command line of its own: importing the converter takes seconds.
+# One process for everything that does not test the command line: importing the converter takes seconds.
 _DRIVER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -36,7 +36,7 @@ for job in json.loads(sys.argv[2]):
 
 
 def run_driver(jobs: list[dict]) -> list[str]:
-    """Converts each job in one process; returns "done" or the error's text for each."""
+    """Converts all jobs in one process; returns "done" or the error's text for each."""
     command = [converter_python(), "-c", _DRIVER, str(REPO / "workflow_scripts"), json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -61,7 +61,7 @@ def hf(tmp_path_factory, tiny_tokenizer_dir):
 
 @pytest.fixture(scope="module")
 def workspace(hf):
-    """The workspace that the guide's command makes, tp 1, float16."""
+    """The workspace from the guide's command: tp 1, float16."""
     folder, weights, tokenizer = hf
     dst = folder.parent / "tm"
     command = [converter_python(), str(REPO / "workflow_scripts" / "convert_hf_to_turbomind.py")]
@@ -84,7 +84,7 @@ def _bits(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _rotary_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Columns as TurboMind's rotary kernel wants them: dimension i beside i + 32, where HF has them 32 apart."""
+    """Columns in the order of TurboMind's rotary kernel: dimension i next to i + 32, which HF keeps 32 apart."""
     result = np.empty_like(weight)
     for head in range(heads):
         for i in range(SIZE // 2):
@@ -160,7 +160,7 @@ def test_two_gpus_bfloat16_and_what_is_refused(hf, tmp_path):
     (tmp_path / "kept" / "old").touch()
     jobs = [
         {"hf": str(folder), "dst": str(tmp_path / "tp2"), "options": {"tp": 2, "dtype": "bfloat16"}},
-        # As transformers 5 saves it: lmdeploy reads no rope_parameters and would write 10,000.
+        # As saved by transformers 5: lmdeploy does not read rope_parameters and would write 10,000.
         {"hf": variant("new", rope_theta=None), "dst": str(tmp_path / "kept")},
         {"hf": variant("gpt2", architectures=["GPT2LMHeadModel"]), "dst": str(tmp_path / "no")},
         {"hf": variant("heads", head_dim=32), "dst": str(tmp_path / "no")},
@@ -172,14 +172,14 @@ def test_two_gpus_bfloat16_and_what_is_refused(hf, tmp_path):
     ]
     done, *errors = run_driver(jobs)
     expected = [
-        "another rope theta",
-        "does not know the architecture",
+        "disagree on rope theta",
+        "does not support the architecture",
         "heads of size 32",
-        "tp does not divide",
+        "tp does not fit this model",
         "unknown chat template",
         "--trust-remote-code",
         "tensor lm_head.weight does not fit into float16",
-        "no Hugging Face model folder",
+        "not a Hugging Face model folder",
     ]
     assert done == "done"
     assert len(errors) == len(expected)
@@ -194,14 +194,14 @@ def test_two_gpus_bfloat16_and_what_is_refused(hf, tmp_path):
     for rank in range(2):
         share = _raw(tmp_path / "tp2", f"tok_embeddings.{rank}.weight", np.int16, HIDDEN // 2)
         assert np.array_equal(share, embedding[:, rank * HIDDEN // 2 : (rank + 1) * HIDDEN // 2])
-        # One query head for each rank; the only KV head goes to both.
+        # One query head per rank; both get the only KV head.
         qkv = [_rotary_pairs(q[:, rank * SIZE : (rank + 1) * SIZE], 1), _rotary_pairs(k, 1), v]
         raw = _raw(tmp_path / "tp2", f"layers.1.attention.w_qkv.{rank}.weight", np.int16, 3 * SIZE)
         assert np.array_equal(raw, np.concatenate(qkv, axis=1))
 
 
 def test_the_training_environment_is_told_apart(run_script, tmp_path):
-    """Called with the wrong Python, the script says which one to take."""
+    """Run with the wrong Python, the script names the right one."""
     if importlib.util.find_spec("lmdeploy"):
         pytest.skip("lmdeploy is installed beside the training packages")
     (tmp_path / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Checkpoint -> Hugging Face folder: same weights, and the same model to transformers 5, transformers 4 and lmdeploy."""
+"""Checkpoint -> Hugging Face folder: same weights, and the same model in transformers 4 and 5 and in lmdeploy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tokenizer_dir(tmp_path_factory, tiny_tokenizer_dir):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory, tiny_tokenizer_dir, tokenizer_dir):
-    """{name: (Hugging Face folder, model in memory)} of each of `MODELS`; one without the rows that no token has."""
+    """{name: (Hugging Face folder, model in memory)} of each of `MODELS`; one without rows that have no token."""
     from snaketune.encoding.tokenizer import load_tokenizer
     from snaketune.export.hf_convert import convert
 
@@ -95,7 +95,7 @@ def test_transformers_5_reads_the_model_that_was_in_memory(converted, name):
 
 
 def test_transformers_4_reads_the_same_model(converted, tmp_path):
-    """Token ids, logits, rope and dtype in transformers 4.57, in one process of the converter's environment."""
+    """Token ids, logits, rope and dtype in transformers 4.57, from one process in the converter's environment."""
     script = tmp_path / "read.py"
     script.write_text(
         "import json, sys, torch, transformers\n"
@@ -171,7 +171,7 @@ def test_dtype_shards_and_equal_bytes(converted, tmp_path):
 
 
 def test_auto_is_the_dtype_of_the_training(converted, tmp_path, monkeypatch):
-    """ZeRO keeps fp32 copies of a bf16 model: what the tensors are says nothing."""
+    """ZeRO keeps fp32 copies of a bf16 model, so the tensors' dtype proves nothing."""
     from snaketune.export.checkpoint_source import find_checkpoint
     from snaketune.export.hf_convert import convert
 
@@ -186,14 +186,14 @@ def test_auto_is_the_dtype_of_the_training(converted, tmp_path, monkeypatch):
     record = {"checkpoint": "run/iter_7.pth", "weights_sha256": "0" * 64, "dtype": "float32"}
     (tmp_path / "train.json").write_text(json.dumps(record))
     assert find_checkpoint(tmp_path / "train.json") == (run / "iter_7.pth", record)
-    with pytest.raises(UserError, match="other weights than train.json"):
+    with pytest.raises(UserError, match="do not match train.json"):
         convert(folder.parent / "train_config.py", tmp_path / "train.json", tmp_path / "hf")
     assert read_json(tmp_path / "hf" / "manifest.json") == manifest
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_killed_conversion_keeps_its_finished_files(converted, tokenizer_dir, tmp_path, run_script, kind):
-    """Killed at the tenth tensor; what was finished is not written again, and the bytes are those of one go."""
+    """Killed at the tenth tensor. Keeps finished files, and ends with the bytes of an uninterrupted conversion."""
     run = converted["mistral"][0].parent
     if kind == "lora":
         write_lora_checkpoint(run / "base", tokenizer_dir, tmp_path)
@@ -223,7 +223,7 @@ hf_convert.convert(Path(config), Path(pth), Path(sys.argv[5]), max_shard_size=si
     finished = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
     assert finished and set(read_json(partial / "shards.json")["files"]) == set(finished)
     again = run_script("convert_pth_to_hf.py", *command, tmp_path / "hf")
-    assert f"{len(finished)} of " in again.stdout and "finished before" in again.stdout
+    assert f"{len(finished)} of " in again.stdout and "already finished" in again.stdout
     assert all((tmp_path / "hf" / name).stat().st_mtime_ns == time for name, time in finished.items())
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "hf").iterdir()) and not partial.exists()
@@ -233,7 +233,7 @@ hf_convert.convert(Path(config), Path(pth), Path(sys.argv[5]), max_shard_size=si
 
 
 def test_weights_in_pieces_are_written_whole(tmp_path, monkeypatch):
-    """Two ranks of ZeRO-3, chunks that end within tensors and pieces; safetensors reads what was cut up."""
+    """Two ranks of ZeRO-3, with chunks that end within tensors and extents; safetensors reads the result."""
     from safetensors.torch import load_file
 
     from snaketune.checkpoints import stored_tensors
@@ -275,7 +275,7 @@ def _seal_checkpoint(run, step):
 
 
 def test_the_newest_checkpoint_of_a_training_that_goes_on(tmp_path, monkeypatch):
-    """Training removes a checkpoint while it is opened: the next one is taken. Removed later, it is still read."""
+    """If training removes a checkpoint while it is opened, the next one is used. One removed later stays readable."""
     from snaketune.checkpoints import checkpoint_folders as checkpoints
     from snaketune.export.checkpoint_source import find_run, open_checkpoint
 
@@ -283,7 +283,7 @@ def test_the_newest_checkpoint_of_a_training_that_goes_on(tmp_path, monkeypatch)
     _seal_checkpoint(run, 2)
     (run / "identity.json").write_text("{}")
     assert find_run(tmp_path / "results") == find_run(run) == (run / "train_config.py", run)
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         find_run(tmp_path)
     intact = checkpoints.is_intact
 
@@ -301,7 +301,7 @@ def test_the_newest_checkpoint_of_a_training_that_goes_on(tmp_path, monkeypatch)
     checkpoints.prune_checkpoints(run, 1)
     assert not checkpoint.exists() and torch.equal(state["w"], torch.full((4,), 4.0))
     monkeypatch.setattr(checkpoints, "is_intact", lambda pth: checkpoints.shutil.rmtree(pth) or True)
-    with pytest.raises(UserError, match="was removed while it was read"):
+    with pytest.raises(UserError, match="was removed while it was being read"):
         open_checkpoint(run / "iter_6.pth")
 
 
@@ -324,7 +324,7 @@ def test_a_checkpoint_of_another_model_is_refused(converted, tmp_path):
     from snaketune.export.hf_convert import convert
 
     config = converted["mistral"][0].parent / "train_config.py"
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         convert(config, tmp_path, tmp_path / "hf")
     content = torch.load(config.parent / "iter_7.pth", weights_only=True)
     content["state_dict"]["llm.model.layers.2.mlp.up_proj.weight"] = torch.zeros(2, 2)
@@ -359,7 +359,7 @@ def test_two_rope_bases_are_refused():
 def test_a_real_training_run_as_the_guide_converts_it(
     tmp_path, tiny_model_dir, tokenizer_dir, write_processed, run_script
 ):
-    """ZeRO-2 training, then `convert_pth_to_hf.py CONFIG PTH DST`; DeepSpeed's own reader is the reference."""
+    """ZeRO-2 training, then `convert_pth_to_hf.py CONFIG PTH DST`, compared with DeepSpeed's own reader."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     from safetensors.torch import load_file
 

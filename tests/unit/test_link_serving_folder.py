@@ -1,4 +1,4 @@
-"""The folder for lmdeploy >= 0.10: the same weights, and a Mistral that its TurboMind engine takes as a Llama."""
+"""The folder for lmdeploy >= 0.10: same weights, and a Mistral that its TurboMind engine accepts as a Llama."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from snaketune.export.lmdeploy_folder import as_llama
 
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory, tiny_tokenizer_dir):
-    """Hugging Face folder of a tuned Mistral without a window."""
+    """Hugging Face folder of a tuned Mistral without a sliding window."""
     from snaketune.export.hf_convert import convert
 
     root = tmp_path_factory.mktemp("direct")

@@ -1,4 +1,4 @@
-"""LoRA: what is trained, what a checkpoint holds, and that merging gives the model that was in memory."""
+"""LoRA: trained parameters, checkpoint contents, and merging, which must give the model in memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def small_model(tied: bool, hidden: int = 32) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def trained(request):
-    """(the base, the model after some steps, ids to look at)."""
+    """(base, model after some steps, ids for comparison)."""
     base = small_model(request.param)
     model = copy.deepcopy(base)
     add_lora(model, LORA, NEW)
@@ -68,7 +68,7 @@ def test_only_adapters_and_rows_of_new_tokens_are_trained(trained):
     base, model, _ = trained
     state = model.state_dict()
     assert state and all("lora_" in name or "trainable_tokens_delta" in name for name in state)
-    # 7 linear layers a block: q and o 32 x 32, k and v 32 x 16, gate, up and down 32 x 48.
+    # 7 linear layers per block: q and o 32 x 32, k and v 32 x 16, gate, up and down 32 x 48.
     matrices = 2 * 4 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 48) * 3)
     tied = base.lm_head.weight is base.model.embed_tokens.weight
     assert trained_share(model)[0] == matrices + (1 if tied else 2) * len(NEW) * 32
@@ -85,7 +85,7 @@ def test_a_model_loaded_in_shards_is_refused():
 
 
 def merge_from_files(base, state, folder, vocab_size=96, new_ids=NEW, dtype="float32", **options):
-    """Merges from files: `base` as transformers saves it, grown to the tokenizer, and a checkpoint of `state`."""
+    """Merges from files: `base` saved by transformers and grown to the tokenizer, and a checkpoint of `state`."""
     folder.mkdir()
     base.save_pretrained(folder / "base")
     torch.save({"state_dict": state}, folder / "iter_1.pth")
@@ -125,7 +125,7 @@ def test_merged_weights_give_the_logits_of_the_model_in_memory(trained, tmp_path
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_merged_in_blocks_it_is_what_peft_merges_in_memory(tmp_path, monkeypatch, tied, dtype):
-    """Bit for bit; the vocabulary grows by tokens whose rows are trained and by padding, the base's mean."""
+    """Bit for bit. The vocabulary grows by tokens with trained rows and by padding rows with the base's mean."""
     monkeypatch.setattr(lora_merge, "_BLOCK", 500)
     monkeypatch.setattr(lora_merge, "_MEAN_BLOCK", 96 * 32)
     base, new_ids, vocab_size = small_model(tied, hidden=80), [90, 96, 98], 99
@@ -158,7 +158,7 @@ MIXTURE = {"kind": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
 
 @pytest.mark.parametrize("settings", [{"kind": "mistral"}, MIXTURE], ids=["mistral", "mixture"])
 def test_the_folder_holds_what_peft_merges_in_memory(tiny_tokenizer_dir, tmp_path, settings):
-    """Trained in bf16; a mixture, whose experts are no linear layers, is merged in memory."""
+    """Trained in bf16. A mixture of experts, which are not linear layers, is merged in memory."""
     from transformers import AutoModelForCausalLM
 
     from snaketune.export.hf_convert import convert

@@ -1,4 +1,4 @@
-"""The proof of a TurboMind workspace: lmdeploy's own output passes, anything broken is caught and named."""
+"""The proof of a TurboMind workspace: lmdeploy's own output passes, and every defect is caught and named."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-# As internlm2-chat-7b has it; lmdeploy's reader knows heads of size 128 only.
+# As in internlm2-chat-7b; lmdeploy's reader only supports heads of size 128.
 INTERNLM2 = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -60,7 +60,7 @@ FAMILIES = {
     "internlm2": ("internlm2", INTERNLM2, 1, "float16"),
     "internlm2 tp 2": ("internlm2", INTERNLM2, 2, "bfloat16"),
 }
-# Every number of GPUs for the families that are trained most, the two types in turn; 4 KV heads on 8 GPUs are copied.
+# All numbers of GPUs for the most common families, with alternating types; 4 KV heads on 8 GPUs are copied.
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 512, "intermediate_size": 64}
 MATRIX = {
     f"{family} tp {tp} {dtype}": (kind, HEADS | settings, tp, dtype)
@@ -85,7 +85,7 @@ for job in json.loads(sys.argv[2]):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory, tiny_tokenizer_dir) -> dict[str, tuple[Path, Path]]:
-    """(Hugging Face folder, TurboMind workspace) of each family, all made by lmdeploy in one process."""
+    """(Hugging Face folder, TurboMind workspace) of each family, all converted by lmdeploy in one process."""
     from transformers import AutoModelForCausalLM
 
     python = converter_python()
@@ -95,7 +95,7 @@ def converted(tmp_path_factory, tiny_tokenizer_dir) -> dict[str, tuple[Path, Pat
         hf = root / f"hf{len(models)}"
         write_base(hf, tiny_tokenizer_dir, "llama" if kind == "internlm2" else kind, **settings)
         model = AutoModelForCausalLM.from_pretrained(hf)
-        with torch.no_grad():  # biases and norms start as 0 and 1, which hides a mistake
+        with torch.no_grad():  # biases and norms start as 0 and 1, which would hide errors
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -119,7 +119,7 @@ def converted(tmp_path_factory, tiny_tokenizer_dir) -> dict[str, tuple[Path, Pat
 
 
 def make_internlm2(folder: Path) -> None:
-    """Turns a Llama's folder into InternLM2's: other names, and q, k and v of each KV head one below the other."""
+    """Turns a Llama's folder into InternLM2's: renames tensors, and stacks q, k and v of each KV head."""
     from safetensors.torch import load_file, save_file
 
     llama, result = load_file(folder / "model.safetensors"), {}
@@ -156,7 +156,7 @@ def make_internlm2(folder: Path) -> None:
 
 @pytest.fixture
 def copy(converted, tmp_path):
-    """Returns a function that copies a family's workspace, to be broken."""
+    """Returns a function that copies a family's workspace, for a test to break."""
 
     def make(name: str) -> tuple[Path, Path]:
         hf, turbomind = converted[name]
@@ -253,20 +253,20 @@ def test_another_setting_is_named(copy, field, change):
 
 
 def test_the_logits_alone_show_a_wrong_theta(copy, monkeypatch):
-    """With the comparison of settings out of the way."""
+    """Without the comparison of settings."""
     from snaketune.export import turbomind_proof
 
     hf, turbomind = copy("mistral")
     edit_config(turbomind, lambda c: c["attention_config"]["rope_param"].update(base=10000.0))
     monkeypatch.setattr(turbomind_proof, "compare_config", lambda *_: {})
-    assert "other logits" in refusal(hf, turbomind)
+    assert "different logits" in refusal(hf, turbomind)
 
 
 def test_missing_short_and_surplus_files_are_named(copy):
     hf, turbomind = copy("mistral")
     weights = turbomind / WEIGHTS
     (weights / "layers.2.attention_norm.weight").write_bytes(b"\0\0")
-    assert "layers.2.attention_norm.weight: a file that belongs to no weight" in refusal(hf, turbomind)
+    assert "layers.2.attention_norm.weight: file does not belong to any weight" in refusal(hf, turbomind)
     (weights / "layers.2.attention_norm.weight").unlink()
     path = weights / "norm.weight"
     path.write_bytes(path.read_bytes()[:-2])

@@ -1,5 +1,5 @@
-"""Hugging Face and TurboMind folders: how models leave training, and the demo's base models.
+"""Export to Hugging Face and TurboMind folders, and the demo's base models.
 
-`turbomind.py` is imported in the converter's environment (transformers 4, numpy 1): it and what it imports
-here must not need transformers 5 or mmengine's runner.
+`turbomind_convert.py` is imported in the converter's environment (transformers 4, numpy 1). It and its imports
+must not need transformers 5 or mmengine's runner.
 """

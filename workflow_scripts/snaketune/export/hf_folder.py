@@ -1,4 +1,4 @@
-"""Writing and reading Hugging Face model folders: weights, config, generation config, tokenizer files."""
+"""Writes and reads Hugging Face model folders: weights, config, generation config, tokenizer files."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    TEMPLATE_FILE,  # what training reads; chat.py too
+    TEMPLATE_FILE,  # for training and chat.py
 )
 
 
 def require_model_folder(path: str | Path) -> Path:
-    """Returns `path` if it is a folder with a `config.json`, else raises a `UserError` that says what is missing."""
+    """Returns `path` if it is a folder with a `config.json`, else raises a `UserError`."""
     path = Path(path)
     if not (path / "config.json").is_file():
         raise UserError(
-            f"{path} is no Hugging Face model folder",
+            f"{path} is not a Hugging Face model folder",
             found="a folder without config.json" if path.is_dir() else "no such folder",
             expected="config.json, *.safetensors and tokenizer files",
-            fix="give the folder that holds config.json",
+            fix="pass the folder that contains config.json",
         )
     return path
 
@@ -42,30 +42,30 @@ def require_model_folder(path: str | Path) -> Path:
 def save_model(model, folder: Path, dtype: str, max_shard_size: str = "2GB") -> None:
     """Writes a model's safetensors and a `config.json` that transformers 4 and 5 read alike.
 
-    `save_pretrained` writes the tensor names of the published checkpoints whatever the library's inner ones are.
+    `save_pretrained` uses the tensor names of published checkpoints, regardless of transformers' internal names.
 
     Args:
         model: A transformers model whose parameters have the type `dtype`.
         folder: An existing folder.
         dtype: float32, float16 or bfloat16.
-        max_shard_size: Size at which a new safetensors file is begun, as `2GB` or `500MB`.
+        max_shard_size: Size at which a new safetensors file starts, such as `2GB` or `500MB`.
     """
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     (folder / "generation_config.json").unlink(missing_ok=True)
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
-        path.chmod(mode)  # safetensors makes its files readable by their owner only
+        path.chmod(mode)  # safetensors creates files that only their owner can read
     _make_portable(folder, dtype)
 
 
 def write_config(config, architecture: str, folder: Path, dtype: str) -> None:
-    """Writes a model's `config.json` that transformers 4 and 5 read alike.
+    """Writes a `config.json` that transformers 4 and 5 read alike.
 
     Args:
         config: A transformers config.
         architecture: Name of the model's class.
         folder: An existing folder.
-        dtype: Of the weights beside it.
+        dtype: Type of the weights in this folder.
     """
     config.architectures = [architecture]
     config.save_pretrained(folder)
@@ -77,12 +77,12 @@ def _make_portable(folder: Path, dtype: str) -> None:
 
 
 def write_generation_config(folder: Path, base: dict[str, Any], **tokens: int | list[int] | None) -> None:
-    """Writes `generation_config.json`: the base model's settings with the given token ids laid over them.
+    """Writes `generation_config.json`: the base model's settings, with the given token ids replacing its own.
 
     Args:
-        folder: Where the file goes.
+        folder: Folder of the file.
         base: The base model's generation config, or an empty dictionary.
-        tokens: `bos_token_id`, `eos_token_id`, `pad_token_id`; None leaves the base's.
+        tokens: `bos_token_id`, `eos_token_id`, `pad_token_id`; None keeps the base model's.
     """
     config = {key: value for key, value in base.items() if value is not None}
     config.update({key: value for key, value in tokens.items() if value is not None})
@@ -90,12 +90,12 @@ def write_generation_config(folder: Path, base: dict[str, Any], **tokens: int | 
 
 
 def copy_tokenizer(source: Path, folder: Path, with_code: bool = False) -> None:
-    """Copies the tokenizer's files, and its `*.py` with `with_code`; `tokenizer.json` must be among them."""
+    """Copies the tokenizer's files, and `*.py` if `with_code`. Raises a `UserError` if `tokenizer.json` is missing."""
     if not (source / "tokenizer.json").is_file():
         raise UserError(
-            f"{source} holds no tokenizer.json",
-            expected="the folder that extend_tokenizer.py saved",
-            fix="run extend_tokenizer.py and name its folder as tokenizer_path",
+            f"{source} has no tokenizer.json",
+            expected="the folder that extend_tokenizer.py wrote",
+            fix="run extend_tokenizer.py and set tokenizer_path to its folder",
         )
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     names += sorted(path.name for path in source.glob("*.py")) if with_code else []
@@ -106,9 +106,9 @@ def copy_tokenizer(source: Path, folder: Path, with_code: bool = False) -> None:
 def describe_files(
     folder: Path, known: Mapping[str, dict[str, Any]] = MappingProxyType({})
 ) -> dict[str, dict[str, Any]]:
-    """Returns `{relative path: {"bytes", "sha256"}}` of every file below `folder` but its own `manifest.json`.
+    """Returns `{relative path: {"bytes", "sha256"}}` of every file below `folder` except its `manifest.json`.
 
-    What is `known` already is not read again.
+    Does not read the files in `known` again.
     """
     names = {
         str(path.relative_to(folder)): path
@@ -122,12 +122,12 @@ def describe_files(
 
 
 def require_in_range(name: str, tensor: torch.Tensor, dtype: str) -> None:
-    """Raises a `UserError` naming the tensor when its values are not finite or do not fit into `dtype`."""
+    """Raises a `UserError` that names the tensor if its values are not finite or do not fit into `dtype`."""
     import torch
 
     if not tensor.is_floating_point():
         return
-    # One pass, and no copy: NaN survives in both.
+    # One pass and no copy. NaN propagates to both bounds.
     low, high = (bound.float().item() for bound in tensor.detach().aminmax()) if tensor.numel() else (0, 0)
     peak = max(-low, high)
     limit = torch.finfo(getattr(torch, dtype)).max
@@ -138,5 +138,5 @@ def require_in_range(name: str, tensor: torch.Tensor, dtype: str) -> None:
             expected=f"at most {limit:g}",
             fix="choose --dtype bfloat16 (or float32)"
             if peak > limit
-            else "the training diverged: lower the learning rate",
+            else "lower the learning rate: the training diverged",
         )

@@ -1,4 +1,4 @@
-"""Which tensors a Hugging Face folder holds: from the base model's architecture and what training left."""
+"""Decides which tensors go into a Hugging Face folder, from the base model's architecture and the trained weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def empty_model(base: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Returns a model of the base's architecture without memory for its weights."""
+    """Returns a model of the base's architecture on the meta device, without memory for weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -31,17 +31,17 @@ def plan_outputs(
     base: str,
     rows: int | None = None,
 ) -> dict[str, Output]:
-    """Returns what is written of trained weights, by the names that the model gives them; tied ones once.
+    """Returns the tensors to write, by their names in the model; tied ones once.
 
     Args:
-        model: From `empty_model`; its vocabulary is grown to that of the weights, or to `rows`.
-        state: All weights; a tied head may be left out.
-        dtype: Of the parameters; buffers keep theirs.
+        model: From `empty_model`; its vocabulary is resized to that of the weights, or to `rows`.
+        state: All weights; a tied head may be missing.
+        dtype: Type of the parameters; buffers keep theirs.
         base: Name of the base model, for messages.
-        rows: Rows of the vocabulary to keep; None keeps all.
+        rows: Vocabulary rows to keep; None keeps all.
 
     Raises:
-        UserError: Names or shapes differ from the architecture's.
+        UserError: Names or shapes do not match the architecture.
     """
     import torch
 
@@ -74,10 +74,10 @@ def plan_outputs(
 
 
 def as_published(model: PreTrainedModel, outputs: dict[str, Output]) -> dict[str, Output]:
-    """Returns outputs under the names and in the shapes of published checkpoints, which may differ from transformers' own.
+    """Converts outputs from transformers' internal names and shapes to those of published checkpoints.
 
-    Only those of mixture-of-experts models do, mostly: transformers keeps a layer's experts in one tensor. They are read
-    into memory.
+    They mostly differ for mixture-of-experts models only: transformers keeps all experts of a layer in one tensor. Such
+    models are read into memory.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
@@ -107,5 +107,5 @@ def _mismatch(base: str, found: str, expected: str) -> UserError:
         f"the checkpoint does not belong to the base model {base}",
         found=found,
         expected=expected,
-        fix="give the config that the checkpoint was trained with",
+        fix="pass the config that the checkpoint was trained with",
     )

@@ -1,7 +1,8 @@
-"""InternLM2's weights and config as those of the Llama that computes the same.
+"""Presents InternLM2's weights and config as those of an equivalent Llama.
 
-InternLM2 (arXiv 2403.17297) is a Llama with other names whose q, k and v lie in one matrix, `wqkv`: for each KV head its
-query heads, then the key head, then the value head. transformers has no code for it, and that in its folders is not run.
+InternLM2 (arXiv 2403.17297) is a Llama with different names whose q, k and v share one matrix, `wqkv`: for each KV head
+its query heads, then the key head, then the value head. transformers has no code for it, and we do not run the code in
+its folders.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _NAMES = {
 
 
 class LlamaWeights(Mapping[str, torch.Tensor]):
-    """InternLM2's tensors under Llama's names, each made when it is asked for.
+    """InternLM2's tensors under Llama's names, each created on access.
 
     Args:
-        weights: By InternLM2's names.
+        weights: Tensors by InternLM2's names.
         config: The parsed config.json.
     """
 
@@ -62,7 +63,7 @@ class LlamaWeights(Mapping[str, torch.Tensor]):
 
 
 def llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the config.json of the Llama that computes what an InternLM2 of this config.json computes."""
+    """Returns the config.json of the Llama that is equivalent to an InternLM2 with this config.json."""
     kept = {key: value for key, value in config.items() if key not in ("auto_map", "bias")}
     llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "mlp_bias": False}
     return kept | llama | {"attention_bias": bool(config.get("bias", False))}

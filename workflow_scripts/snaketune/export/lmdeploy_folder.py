@@ -1,8 +1,8 @@
-"""The folder that lmdeploy 0.10 and later serve: they load Hugging Face folders, and have no converter.
+"""Makes the folder that lmdeploy 0.10 and later serve. They load Hugging Face folders and have no converter.
 
-The weights are the same files (hard links where the file system has them). A Mistral model without a sliding window
-computes what a Llama model of its numbers computes, and lmdeploy 0.14 took Mistral off the list of its TurboMind engine:
-its config is written as Llama's, so that this engine takes it.
+The weights are the same files (hard links if the file system supports them). A Mistral model without a sliding window
+is equivalent to a Llama with the same sizes, and lmdeploy 0.14 dropped Mistral from its TurboMind engine. So the config
+is written as Llama's, which this engine accepts.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from snaketune.export.hf_folder import describe_files, require_model_folder
 def make_serving_folder(
     model: Path, dst: Path, *, model_name: str, tp: int = 1, session_len: int | None = None
 ) -> dict[str, Any]:
-    """Makes a folder for lmdeploy >= 0.10 and the command that serves it, `serve.txt`.
+    """Makes a folder for lmdeploy >= 0.10, with the serving command in `serve.txt`.
 
     Args:
         model: Hugging Face folder.
-        dst: Folder to make; replaced as a whole if it exists.
-        model_name: Name under which the model is served.
+        dst: Folder to create; an existing one is replaced.
+        model_name: Name to serve the model under.
         tp: GPUs that share the model.
-        session_len: Longest context; None leaves it to the model's config.
+        session_len: Longest context; None uses the model's config.
 
     Returns:
         The manifest, which is also written to `manifest.json` in the folder.
@@ -65,7 +65,7 @@ def make_serving_folder(
 
 
 def as_llama(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a Mistral config without a window as the config of the Llama that computes the same; others unchanged."""
+    """Returns the config of the equivalent Llama for a Mistral config without a sliding window; others unchanged."""
     if config.get("model_type") != "mistral" or config.get("sliding_window") is not None:
         return config
     llama = {key: value for key, value in config.items() if key != "sliding_window"}

@@ -1,7 +1,7 @@
-"""Merges what LoRA trained into the base model's weights, a block of rows at a time.
+"""Merges LoRA's trained parameters into the base model's weights, a block of rows at a time.
 
-The numbers are those of peft's `merge_and_unload` on the model in fp32, bit for bit: W + (B A) x scaling, and the rows
-of new tokens put in. Neither the base model nor one of its tensors need fit into memory.
+The result equals peft's `merge_and_unload` on the model in fp32, bit for bit: W + (B A) x scaling, with the rows of new
+tokens inserted. Neither the base model nor any of its tensors has to fit into memory.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from snaketune.common.cli import UserError
 from snaketune.models.lora import ADAPTER, add_lora
 
 _BLOCK = 4 * CHUNK  # elements merged at a time
-_MEAN_BLOCK = 64 * CHUNK  # elements of some columns whose mean is taken
-_COLUMNS = 32  # torch adds up columns in groups of so many: other groups give other last bits
+_MEAN_BLOCK = 64 * CHUNK  # elements of the columns averaged at a time
+_COLUMNS = 32  # torch sums columns in groups of this size; other groups change the last bits
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """The update (B A) x `scaling`; `transposed` where the layer keeps its weight as (in, out)."""
+    """The update (B A) x `scaling`; `transposed` if the layer stores its weight as (in, out)."""
 
     a: StoredTensor
     b: StoredTensor
@@ -43,16 +43,16 @@ class LowRank:
 
 @dataclass(frozen=True)
 class MergedTensor:
-    """A weight of the tuned model in fp32, with the face of a `StoredTensor`.
+    """A weight of the tuned model in fp32, with the interface of a `StoredTensor`.
 
     Args:
         base: The base model's weight.
-        shape: With the rows that the tokenizer added.
-        trained_in: The type that the base was loaded in for its training.
-        before: The rows whose mean the added ones start from.
-        low_rank: What LoRA adds.
+        shape: Shape including the rows added for the tokenizer.
+        trained_in: Type that the base model was loaded in for training.
+        before: The rows whose mean initialised the added ones.
+        low_rank: The update that LoRA adds.
         ids: Tokens whose rows were trained.
-        rows: These rows.
+        rows: The trained rows.
     """
 
     base: StoredTensor
@@ -67,24 +67,24 @@ class MergedTensor:
 
     @property
     def extents(self) -> tuple[Extent, ...]:
-        """What is read for it."""
+        """All extents that this tensor is computed from."""
         read = [self.base, self.rows, *((self.low_rank.a, self.low_rank.b) if self.low_rank else ())]
         return tuple(extent for each in read if each for extent in each.extents)
 
     @property
     def recipe(self) -> str:
-        """What is done with the pieces, to tell whether a killed conversion did the same."""
+        """How the extents are merged, to detect whether a killed conversion did the same."""
         scaling = self.low_rank.scaling if self.low_rank else None
         return f"{self.trained_in} {scaling} {list(self.before)} {list(self.ids)}"
 
     def chunks(self, rows: int | None = None) -> Iterator[torch.Tensor]:
-        """As `StoredTensor.chunks`."""
+        """See `StoredTensor.chunks`."""
         count = rows if rows is not None else _height(self.shape)
         mean = self._mean() if count > _height(self.base.shape) else None
         if self.low_rank is not None:
             a, b = (read_whole(part, torch.float32) for part in (self.low_rank.a, self.low_rank.b))
         trained = read_whole(self.rows, torch.float32) if self.rows is not None else None
-        # Blocks of about the same size: matrices of very few rows are multiplied in another order.
+        # Blocks of about equal size: a matrix of very few rows would be multiplied in a different order.
         blocks = max(1, math.ceil(count * self.shape[1:].numel() / _BLOCK))
         edges = [count * i // blocks for i in range(blocks + 1)]
         for first, last in zip(edges, edges[1:], strict=False):
@@ -98,7 +98,7 @@ class MergedTensor:
             yield from block.view(-1).split(CHUNK)
 
     def _base_rows(self, first: int, last: int, mean: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns rows of the grown base in fp32, rounded as its training had them: (last - first, elements of one)."""
+        """Returns rows of the grown base in fp32, rounded as in training: (last - first, elements of a row)."""
         block = torch.empty(last - first, self.shape[1:].numel())
         here = max(0, min(last, _height(self.base.shape)) - first)
         at = 0
@@ -111,7 +111,7 @@ class MergedTensor:
         return block
 
     def _mean(self) -> torch.Tensor:
-        """Returns the mean of the rows `before`, as `resize_for_tokenizer` takes it, some columns at a time."""
+        """Returns the mean of the rows `before` as `resize_for_tokenizer` computes it, some columns at a time."""
         before, width = torch.tensor(self.before), self.shape[1:].numel()
         columns = max(1, _MEAN_BLOCK // len(before) // _COLUMNS) * _COLUMNS
         step = max(1, _BLOCK // width)
@@ -138,21 +138,21 @@ def merge_lora(
     load: Callable[[], PreTrainedModel],
     adapter_folder: Path | None = None,
 ) -> dict[str, StoredTensor | MergedTensor] | dict[str, LoadedTensor]:
-    """Returns all weights of the tuned model, tied ones once; unread where `base` is and all layers are linear.
+    """Returns all weights of the tuned model, tied ones once; unread if `base` is given and all layers are linear.
 
     Args:
-        model: Of the base's architecture, grown for its tokenizer, without memory for weights; changed in place.
-        base: The base model's weights by the names that the model gives them; None where files have others.
-        lora: The settings that it was trained with.
-        new_ids: Likewise.
-        before: The rows whose mean added ones started from, see `resize_for_tokenizer`.
-        state: What the checkpoint holds, by the names in the trained model.
-        trained_in: The type that the base was loaded in for its training.
-        load: Returns the base model, grown, in memory, for peft to merge it there.
-        adapter_folder: An existing folder that also gets the trained parts as peft saves them.
+        model: A model of the base's architecture, grown for its tokenizer, on the meta device; changed in place.
+        base: The base model's weights by their names in the model; None if the files use other names.
+        lora: The LoRA settings of the training.
+        new_ids: Tokens whose rows were trained.
+        before: The rows whose mean initialised added ones, see `resize_for_tokenizer`.
+        state: The checkpoint's tensors by their names in the trained model.
+        trained_in: Type that the base model was loaded in for training.
+        load: Returns the grown base model in memory, for merging by peft.
+        adapter_folder: An existing folder that also gets the trained parameters in peft's format.
 
     Raises:
-        UserError: The checkpoint holds other parts than these settings make.
+        UserError: The checkpoint's tensors do not match these settings.
     """
     values = own_tensors(model)
     tuner = add_lora(model, lora, new_ids)
@@ -163,7 +163,7 @@ def merge_lora(
             "the checkpoint does not belong to these LoRA settings",
             found=f"no {missing[0]}" if missing else f"also {more[0]}",
             expected=f"{len(wanted)} trained tensors",
-            fix="give the config that the checkpoint was trained with",
+            fix="pass the config that the checkpoint was trained with",
         )
     if adapter_folder is not None:
         _write_adapter(tuner, {name: state[name] for name in wanted}, adapter_folder)
@@ -193,7 +193,7 @@ def own_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _trained_parts(model: PreTrainedModel, state: StoredTensors) -> dict[str | None, dict[str, Any]]:
-    """Returns what is put into the weights, by their names in the base model; by None what is not a linear layer's."""
+    """Returns the trained parts by weight name in the base model; the key None marks a layer that is not linear."""
     from peft.tuners.lora import Linear, LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
@@ -217,7 +217,7 @@ def _height(shape: torch.Size) -> int:
 
 
 def _write_adapter(tuner, trained: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors, with the names that `PeftModel` reads."""
+    """Writes adapter_config.json and adapter_model.safetensors, with the names that `PeftModel` expects."""
     from safetensors.torch import save_file
 
     settings = tuner.peft_config[ADAPTER]

@@ -1,4 +1,4 @@
-"""The weights of a LoRA run: what its checkpoint holds, put into the base model that its training started from."""
+"""The weights of a LoRA run: its checkpoint merged into the base model."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def merged_weights(
     trust_remote_code: bool = False,
     adapter: Path | None = None,
 ) -> dict[str, StoredTensor | MergedTensor] | dict[str, LoadedTensor]:
-    """Returns all weights of a LoRA run, unread.
+    """Returns all weights of a LoRA run, without reading them.
 
-    Only where the base model's files hold other tensors than transformers has in memory (mixtures of experts, layers
-    that stay in fp32, no safetensors), or a trained layer is not linear, they are merged in memory.
+    Merges in memory only if a trained layer is not linear, or the base model's files hold different tensors than
+    transformers has in memory (mixtures of experts, layers that stay in fp32, no safetensors).
 
     Args:
         config: The training config.
-        state: What the checkpoint holds.
-        dtype: What the model was trained in.
+        state: The checkpoint's tensors.
+        dtype: The training dtype.
         trust_remote_code: Runs Python code that comes with the base model.
-        adapter: Folder to make for the trained parts, as `peft` reads them.
+        adapter: Folder to create for the trained parameters, in `peft`'s format.
     """
     base = config.model_path
     model = empty_model(base, trust_remote_code)
@@ -55,13 +55,13 @@ def merged_weights(
 
 
 def grown_base(config: TrainConfig, dtype: str, trust_remote_code: bool = False) -> tuple[Any, list[int]]:
-    """Returns the base model as its training starts from it, and the ids of the tokens that are new to it."""
+    """Returns the base model as at the start of training, and the ids of the tokens that are new to it."""
     model = load_base_model(config.model_path, dtype, "sdpa", trust_remote_code)
     return model, grow_to_tokenizer(model, config.tokenizer_path, config.model_path)[0]
 
 
 def open_base(base: str) -> dict[str, StoredTensor]:
-    """Returns the tensors of a base model's safetensors, unread; {} where it has none.
+    """Returns the tensors of a base model's safetensors, unread; {} if it has none.
 
     Args:
         base: A folder, or the name of a model in the hub's cache.
@@ -71,7 +71,7 @@ def open_base(base: str) -> dict[str, StoredTensor]:
 
 
 def _is_as_in_memory(stored: dict[str, StoredTensor], model: PreTrainedModel) -> bool:
-    """True if the files hold the tensors that transformers has in memory. (8-bit floats have their scales elsewhere.)"""
+    """True if the files hold the same tensors as transformers in memory. (8-bit floats keep their scales elsewhere.)"""
     return (
         all(
             name in stored and stored[name].shape == value.shape and "float8" not in str(stored[name].dtype)

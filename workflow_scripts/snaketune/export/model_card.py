@@ -1,4 +1,4 @@
-"""The model card: what a tuned model was made from, with hashes, how well it does, and how it is served."""
+"""Writes the model card: what a tuned model was made from (with digests), its evaluation, and how to serve it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from snaketune.serving.commands import lmdeploy_command, sglang_command, vllm_co
 from snaketune.tokenized.layout import manifests_folder
 from snaketune.tokenized.manifests import list_manifests, read_manifest
 
-_DATASETS = 40  # a card cannot name thousands
-# Settings that say how training works rather than with which numbers.
+_DATASETS = 40  # rows of the dataset table
+# Settings about how training works rather than its numbers.
 _LEFT_OUT = (".type", "train_dataloader.", "randomness.deterministic", "by_epoch")
 
 
 def tokenized_folder(plan: str | None, train_folder: str | None) -> Path | None:
-    """Returns where the manifests of a training's data lie, None where they are not found.
+    """Returns the folder with the manifests of a training's data, None if they are not found.
 
     Args:
         plan: Folder of the pack plan (`<tokenized>/packs/<plan>`), or None.
@@ -42,13 +42,13 @@ def model_card(
     """Returns the card as Markdown.
 
     Args:
-        base: Base model, folder or hub name; of a folder only the name is told.
+        base: Base model, folder or hub name; the card shows only a folder's name.
         hf: Manifest of the Hugging Face folder.
-        record: train.json; empty for a checkpoint of a training that goes on.
-        identity: The fields of the run's identity.json, or nothing.
+        record: train.json; empty while training is running.
+        identity: The fields of the run's identity.json, or empty.
         tokenized: See `tokenized_folder`.
-        folder: The model's folder, as the commands name it.
-        evaluations: Of the base and the tuned model, as evaluate_model.py writes them.
+        folder: The model's folder in the commands.
+        evaluations: Results of evaluate_model.py for the base and the tuned model.
         parity: parity.json.
     """
     name = Path(base).name if Path(base).exists() else base
@@ -62,15 +62,15 @@ def model_card(
     ]
     lines += ["", f"# {name}, fine-tuned", ""]
     lines += [
-        f"A {hf['architecture']} of {hf['parameters']:,} parameters in {hf['dtype']}, {hf['vocab_size']:,} rows of "
-        f"vocabulary, chat template `{template}`, made by SnakeTune from `{hf['checkpoint']}`.",
+        f"A {hf['architecture']} with {hf['parameters']:,} parameters in {hf['dtype']}, {hf['vocab_size']:,} "
+        f"vocabulary rows and the chat template `{template}`. SnakeTune made it from `{hf['checkpoint']}`.",
         "",
         "| | SHA-256 |",
         "| --- | --- |",
         *_row("base model", identity.get("base_model")),
         *_row("tokenizer.json", hf["tokenizer_sha256"]),
         *_row("trained weights", record.get("weights_sha256")),
-        *_row("packed rows", record.get("plan_sha256")),
+        *_row("pack plan", record.get("plan_sha256")),
         *_row("weights in this folder", hf["weights_sha256"]),
         "",
         "## Data",
@@ -82,7 +82,7 @@ def model_card(
     ]
     if record:
         lines += [
-            f"Steps: {record['steps']:,}, each of {record['global_batch']} packed row(s); epochs: "
+            f"Steps: {record['steps']:,} of {record['global_batch']} packed sequence(s) each; epochs: "
             f"{record['epochs']:.3g}; tokens: {record['tokens']:,}; ZeRO-{record['zero_stage']} on "
             f"{record['world_size']} rank(s); last loss: {record['final_loss']:.4f}.",
             "",
@@ -98,7 +98,7 @@ def model_card(
         *(f"| {key} | {value} |" for key, value in shown.items()),
     ]
     if evaluations:
-        lines += ["", "## Evaluation", "", "Held-out conversations that were never trained on.", ""]
+        lines += ["", "## Evaluation", "", "On held-out conversations, which were never trained on.", ""]
         lines += ["| Model | Loss | Perplexity | Trained tokens |", "| --- | --- | --- | --- |"]
         lines += [
             f"| {each['label']} | {each['loss']:.4f} | {each['perplexity']:.2f} | {each['trained_tokens']:,} |"
@@ -112,12 +112,12 @@ def model_card(
         sglang_command(Path(folder), "tuned"),
     ]
     lines += ["", "## Serving", "", "```", *commands, "```", ""]
-    lines += ["Generation stops at the ids of `generation_config.json`, the end of a turn among them.", ""]
+    lines += ["Generation stops at the ids in `generation_config.json`, which include the end of a turn.", ""]
     return "\n".join(lines)
 
 
 def parity_table(parity: Mapping[str, Any]) -> list[str]:
-    """Returns the gate's logits and token ids as two Markdown tables."""
+    """Returns the logits and token ids of the parity check as two Markdown tables."""
     lines = [
         "| Logits of | Against | In | Relative difference | Top-1 agreement |",
         "| --- | --- | --- | --- | --- |",
@@ -127,7 +127,7 @@ def parity_table(parity: Mapping[str, Any]) -> list[str]:
         f"{row['top1_agreement']:.1%} |"
         for row in parity["logits"]
     ]
-    lines += ["", "| Token ids by | Equal prompts | Where not |", "| --- | --- | --- |"]
+    lines += ["", "| Token ids by | Equal prompts | Reason for differences |", "| --- | --- | --- |"]
     for row in parity["ids"]:
         why = "; ".join(dict.fromkeys(each["why"] or "unknown" for each in row["differences"]))
         lines.append(f"| {row['reader']} | {row['equal']} of {row['prompts']} | {why} |")
@@ -141,7 +141,7 @@ def _row(name: str, digest: str | None) -> list[str]:
 def _data(tokenized: Path | None) -> list[str]:
     manifests = [read_manifest(path) for path in list_manifests(tokenized)] if tokenized else []
     if not manifests:
-        return ["No manifest of the data was found."]
+        return ["No manifests of the data were found."]
     lines = ["| Dataset | Conversations | Tokens | SHA-256 of its manifest |", "| --- | --- | --- | --- |"]
     for each in manifests[:_DATASETS]:
         samples, tokens = (sum(file[key] for file in each["files"]) for key in ("samples", "tokens"))

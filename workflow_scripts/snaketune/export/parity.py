@@ -1,8 +1,8 @@
-"""The gate behind the conversions: does the converted model say what the trained one says, to the same prompts?
+"""The parity check after conversion: the converted model must agree with the trained one.
 
-Three comparisons. The logits of the training checkpoint, of the Hugging Face folder and of the TurboMind files for the
-same ids. The ids of the same prompts by training's tokenisation, by transformers 5 and 4, and by lmdeploy. And the proof
-of the TurboMind folder (`turbomind_proof.py`).
+It has three parts: the logits of the training checkpoint, the Hugging Face folder and the TurboMind files for the same
+ids; the ids of the same prompts from training's tokenisation, transformers 5 and 4, and lmdeploy; and the proof of the
+TurboMind folder (`turbomind_proof.py`).
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from snaketune.export.turbomind_folder import TurboMindFolder
 from snaketune.export.turbomind_proof import compare_logits
 from snaketune.training.train_config import TrainConfig
 
-# Forms of serving that may differ from training: when, and why.
+# Forms of serving that may differ from training, and why.
 _LMDEPLOY = ("own system message", "silent", "tool_calls")
 _OWN_SYSTEM = (
-    "lmdeploy puts a system message of its own before a conversation that has none; serve with meta_instruction: null, "
+    "lmdeploy adds its own system message to a conversation that has none; serve with meta_instruction: null, "
     "or send a system message"
 )
 _TOOL_CALLS = (
-    "lmdeploy writes a call that comes back as OpenAI's tool_calls without the line break after <|action_end|>; send "
-    "the assistant's text back as it was generated"
+    "lmdeploy omits the line break after <|action_end|> for calls sent as OpenAI's tool_calls; send the assistant's "
+    "text back exactly as generated"
 )
 _ONE_BOS = (
-    "this base's BOS is the token that begins a turn, so training's ids begin with two of it, and lmdeploy takes one of "
-    "two equal BOS away"
+    "this base's BOS is also the token that begins a turn, so training's ids start with two of them; lmdeploy removes "
+    "one of two equal BOS"
 )
 _OPENAI_TOOLS = (
-    "a server writes JSON anew, with its own spaces, and puts the list of tools behind the system messages; the data's "
-    "differ in this prompt"
+    "a server rewrites JSON with its own spacing and puts the list of tools after the system messages; this prompt's "
+    "data differ"
 )
 
 
@@ -56,11 +56,11 @@ def compare_models(
 ) -> list[dict[str, Any]]:
     """Compares the logits of the checkpoint, the Hugging Face folder and the TurboMind files.
 
-    Each later one is compared with the one before, whose weights are rounded to the later one's dtype first: then
-    nothing but the order of sums is left. How much the rounding itself changes is `rounding_difference`.
+    Each is compared with its predecessor, whose weights are first rounded to the same dtype. Then only the order of
+    summation differs. `rounding_difference` is the effect of the rounding itself.
 
     Args:
-        base: Base model, for the config that the checkpoint was trained with.
+        base: Base model, for its config.
         state: The checkpoint's weights by name.
         hf: Hugging Face folder.
         turbomind: TurboMind workspace, or None.
@@ -72,7 +72,7 @@ def compare_models(
         "rounding_difference"}]
 
     Raises:
-        UserError: Logits differ by more than fp32 arithmetic does.
+        UserError: Logits differ by more than fp32 rounding explains.
     """
     from transformers import AutoConfig
 
@@ -90,7 +90,7 @@ def compare_models(
     if embedding.dtype != dtype:
         rounded = transformers_logits(trained_config, state, ids, dtype)[real]
     ours = transformers_logits(hf_config, weights, ids)[real]
-    # Rows of the vocabulary that no token has may be left out of the folder.
+    # The folder may lack vocabulary rows without a token.
     rounded, exact = (logits[:, : ours.shape[-1]] for logits in (rounded, exact))
     rows = [_row("Hugging Face", "checkpoint", dtype, rounded, ours, exact)]
     if turbomind is not None:
@@ -106,7 +106,7 @@ def compare_models(
 def trained_weights(
     config: TrainConfig, checkpoint: Path, record: dict[str, Any], trust_remote_code: bool = False
 ) -> Mapping[str, torch.Tensor]:
-    """Returns all weights of a trained model. Those of a LoRA run are added up here, by hand and not by peft.
+    """Returns all weights of a trained model. Merges those of a LoRA run here, independently of peft.
 
     Args:
         config: The training config.
@@ -137,17 +137,17 @@ def compare_ids(
     readings: list[dict[str, Any]],
     tokenizer: ExtendedTokenizer,
 ) -> list[dict[str, Any]]:
-    """Compares the ids of prompts by training's tokenisation with those of other readers.
+    """Compares training's ids of prompts with those of other readers.
 
     Args:
         prompts: Conversations without the answer.
         expected: Their ids in training, from `training_ids`.
-        readings: What `prompt_readers` returned.
-        tokenizer: The extended tokenizer, which spells what differs.
+        readings: Results of `prompt_readers`.
+        tokenizer: The extended tokenizer, to decode differences.
 
     Returns:
         [{"reader", "prompts", "equal", "differences": [{"prompt", "at", "training", "reader", "why"}]}]; `at` is the
-        first token that differs, and the two texts begin there.
+        first token that differs, where both texts start.
     """
     decode = tokenizer.tokenizer.decode
     rows = []
@@ -186,7 +186,7 @@ def compare_ids(
 def training_ids(
     prompts: list[list[dict]], tokenizer: ExtendedTokenizer, encoding: ChatEncoding
 ) -> list[list[int]]:
-    """Returns the ids of each prompt and of the assistant's beginning turn, as training, with this encoding, would see them."""
+    """Returns each prompt's ids in training with this encoding, up to the prefix of the assistant's turn."""
     return [
         encode_prompt(prompt, tokenizer, encoding, f"prompt {number}", max_length=None)
         for number, prompt in enumerate(prompts, 1)
@@ -194,15 +194,15 @@ def training_ids(
 
 
 def require_agreement(rows: list[dict[str, Any]]) -> None:
-    """Raises a UserError when a reader differs from training without a known reason."""
+    """Raises a UserError if a reader differs from training without a known reason."""
     for row in rows:
         for each in row["differences"]:
             if each["why"] is None:
                 raise UserError(
-                    f"{row['reader']} reads a prompt otherwise than training did",
+                    f"{row['reader']} tokenises a prompt differently than training",
                     found=f"prompt {each['prompt']}, token {each['at']}: {each['reader']!r}",
                     expected=repr(each["training"]),
-                    fix="do not serve this model with that reader; check its chat template against the training's",
+                    fix="do not serve this model with that reader; compare its chat template with training's",
                 )
 
 
@@ -231,7 +231,7 @@ def _row(
 
 
 def _padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ids (prompts, longest), padded on the right with 0, and where they are real."""
+    """Returns ids (prompts, longest), padded on the right with 0, and a mask that is True for real ids."""
     length = max(map(len, prompts))
     ids = torch.zeros(len(prompts), length, dtype=torch.int64)
     real = torch.zeros(len(prompts), length, dtype=torch.bool)

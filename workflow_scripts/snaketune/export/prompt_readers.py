@@ -1,7 +1,7 @@
-"""The same prompts as other programs read them: transformers' chat template, and lmdeploy's own.
+"""Tokenises prompts as other programs do: with transformers' chat template, and with lmdeploy's own.
 
-Runs in the training environment (transformers 5) and in the converter's (transformers 4, lmdeploy 0.9.2): it imports
-what both have.
+Runs in the training environment (transformers 5) and the converter's (transformers 4, lmdeploy 0.9.2), and imports only
+packages that both have.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Message = Mapping[str, Any]
 
 
 def parity_prompts(own: Path | None) -> list[list[dict[str, Any]]]:
-    """Returns the shipped prompts, with tool calls and their results, and those of a file of the user's own.
+    """Returns the shipped prompts, with tool calls and their results, and those of the user's file.
 
     Raises:
-        UserError: The file is no list of conversations.
+        UserError: The file is not a list of conversations.
     """
     return read_prompts(PROMPTS) + (read_prompts(own) if own else [])
 
@@ -32,15 +32,15 @@ def parity_prompts(own: Path | None) -> list[list[dict[str, Any]]]:
 def read_with_transformers(
     folder: Path, prompts: list[list[Message]], openai: bool = False
 ) -> dict[str, Any]:
-    """Returns the ids of each prompt by `apply_chat_template` of the folder's tokenizer.
+    """Returns the ids of each prompt from `apply_chat_template` of the folder's tokenizer.
 
-    With `openai` the plugins, their calls and results come in OpenAI's form, as servers get them.
+    With `openai`, plugins, calls and results are in OpenAI's format, as servers receive them.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     requests = [openai_request(prompt) if openai else (prompt, None) for prompt in prompts]
-    # The template writes BOS itself. Text first: what `tokenize=True` returns differs between transformers 4 and 5.
+    # The template writes BOS itself. Render to text first: `tokenize=True` differs between transformers 4 and 5.
     texts = [
         tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
         for messages, tools in requests
@@ -55,12 +55,12 @@ def read_with_transformers(
 def read_with_lmdeploy(
     folder: Path, prompts: list[list[Message]], template: ChatTemplate, name: str
 ) -> list[dict[str, Any]]:
-    """Returns the ids of each prompt by lmdeploy's template `name` and lmdeploy's tokenizer, in three forms of serving.
+    """Returns the ids of each prompt from lmdeploy's template `name` and tokenizer, for three ways of serving.
 
     Args:
         folder: Folder of the tokenizer.
         prompts: Conversations in the ftdp format.
-        template: What they are trained with: it writes the assistant turns that a server is given back.
+        template: Template of the training; writes the assistant turns that a client sends back to a server.
         name: One of lmdeploy's built-in templates.
     """
     from snaketune.export.turbomind_convert import import_converter
@@ -89,9 +89,9 @@ def read_with_lmdeploy(
 
 
 def served_messages(prompt: list[Message], template: ChatTemplate) -> list[dict[str, Any]]:
-    """Returns a conversation as a server gets it back when a client keeps the assistant's text as it was generated.
+    """Returns a conversation as a client sends it to a server, with the assistant's text exactly as generated.
 
-    What belongs to an assistant's turn (tool calls, thoughts) becomes part of its content; `tool_calls` stay.
+    Messages within an assistant's turn (tool calls, thoughts) become part of its content; `tool_calls` stay.
     """
 
     def is_answer(message: Message) -> bool:
@@ -112,7 +112,7 @@ def served_messages(prompt: list[Message], template: ChatTemplate) -> list[dict[
 
 
 def openai_request(prompt: list[Message]) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """Returns the messages and the tools of a request that says what a conversation in the ftdp format says."""
+    """Converts a conversation in the ftdp format to the messages and tools of an OpenAI request."""
     messages: list[dict[str, Any]] = []
     tools = None
     for message in openai_messages(prompt):
@@ -127,7 +127,7 @@ def openai_request(prompt: list[Message]) -> tuple[list[dict[str, Any]], list[di
 
 
 def openai_messages(prompt: list[Message]) -> list[dict[str, Any]]:
-    """Returns a conversation with its plugin calls as OpenAI's `tool_calls`; code stays a message of its own."""
+    """Returns a conversation with its plugin calls as OpenAI's `tool_calls`; code stays a separate message."""
     result: list[dict[str, Any]] = []
     for message in prompt:
         if message["role"] == "tool" and message.get("name") == "plugin":

@@ -1,7 +1,7 @@
-"""Logits of a model by two roads that share no code: TurboMind's files as the engine reads them, and transformers.
+"""Computes logits in two ways that share no code: from TurboMind's files as the engine reads them, and by transformers.
 
-Both go layer by layer, so that a model much larger than memory can be compared, and compute in fp32 with the weights
-rounded to the workspace's dtype: what is left between them is the order of sums.
+Both work layer by layer, so they can compare a model much larger than memory. Both compute in fp32 with weights rounded
+to the workspace's dtype, so only the order of summation differs.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Weights = Mapping[str, torch.Tensor]
 
 @torch.inference_mode()
 def turbomind_logits(folder: TurboMindFolder, ids: torch.Tensor) -> torch.Tensor:
-    """Returns the logits (sequences, tokens, vocabulary), fp32.
+    """Returns the logits (sequences, tokens, vocabulary) of a workspace in fp32.
 
     Args:
         folder: The workspace.
-        ids: int64 (sequences, tokens). Attention is causal: padding on the right changes nothing before it.
+        ids: int64 (sequences, tokens). Attention is causal, so padding on the right does not change earlier tokens.
     """
     model, attention = folder.config["model_config"], folder.config["attention_config"]
     eps, size = model["norm_eps"], folder.head_size
@@ -57,22 +57,22 @@ def turbomind_logits(folder: TurboMindFolder, ids: torch.Tensor) -> torch.Tensor
 def transformers_logits(
     config: PretrainedConfig, weights: Weights, ids: torch.Tensor, rounded_to: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Returns the logits (sequences, tokens, vocabulary), fp32, that transformers computes.
+    """Returns the logits (sequences, tokens, vocabulary) from transformers in fp32.
 
-    The model is built without memory; each layer's weights come when its turn is there, and go after it.
+    Builds the model on the meta device, and keeps each layer's weights in memory only while the layer runs.
 
     Args:
         config: The model's config.
-        weights: Its tensors by name; a tied head may be left out.
+        weights: Its tensors by name; a tied head may be missing.
         ids: int64 (sequences, tokens), padded on the right.
-        rounded_to: Rounds every weight to this dtype first; None takes them as they are.
+        rounded_to: Rounds every weight to this dtype first; None keeps them unchanged.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     body = model.model
-    body.rotary_emb = type(body.rotary_emb)(config)  # holds numbers, not weights
+    body.rotary_emb = type(body.rotary_emb)(config)  # has buffers, no weights
 
     def load(module: torch.nn.Module, prefix: str) -> None:
         state = {}
@@ -102,18 +102,18 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns neighbouring dimensions (..., tokens, heads, size) by their angles (tokens, 1, size / 2)."""
+    """Rotates pairs of adjacent dimensions (..., tokens, heads, size) by angles (tokens, 1, size / 2)."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
 def _frequencies(rope: dict[str, Any]) -> torch.Tensor:
-    """Returns the angle a position adds for each pair of dimensions (size / 2,), fp64.
+    """Returns the angle per position of each pair of dimensions (size / 2,), fp64.
 
-    `llama3` stretches the slow frequencies by `factor` and blends between the two bounds (Llama 3.1's model card).
+    `llama3` divides low frequencies by `factor` and interpolates between the two bounds (Llama 3.1's model card).
     """
     plain = float(rope["base"]) ** -(torch.arange(0, rope["dim"], 2).double() / rope["dim"])
-    if rope["type"] in ("default", "dynamic"):  # dynamic changes nothing within the trained length
+    if rope["type"] in ("default", "dynamic"):  # dynamic has no effect within the trained length
         return plain
     if rope["type"] == "linear":
         return plain / rope["factor"]
@@ -123,8 +123,8 @@ def _frequencies(rope: dict[str, Any]) -> torch.Tensor:
         blend = ((turns - low) / (high - low)).clamp(0, 1)
         return plain * (blend + (1 - blend) / rope["factor"])
     raise UserError(
-        "there is no reference for this kind of rope",
+        "no reference implementation for this rope type",
         found=rope["type"],
         expected="default, linear, dynamic or llama3",
-        fix="set turbomind.proof: false, and compare the served model's answers yourself",
+        fix="set turbomind.proof: false, and check the served model's answers yourself",
     )

@@ -1,4 +1,4 @@
-"""What a TurboMind workspace's config.yaml says of a model, beside what the Hugging Face config.json says."""
+"""Compares the settings in a TurboMind workspace's config.yaml with those in the Hugging Face config.json."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 from snaketune.export.hf_config import rope_of
 
 WEIGHTS = Path("triton_models") / "weights"
-DEFAULT_ROPE_BASE = 10000.0  # what lmdeploy and transformers take when a config names none
+DEFAULT_ROPE_BASE = 10000.0  # lmdeploy's and transformers' default
 
 
 def head_size(hf_config: dict[str, Any]) -> int | None:
-    """Returns the size of an attention head, None where the config does not tell."""
+    """Returns the size of an attention head, None if the config does not give it."""
     heads, width = hf_config.get("num_attention_heads"), hf_config.get("hidden_size")
     return hf_config.get("head_dim") or (width // heads if heads and width else None)
 
 
 def shared_settings(hf_config: dict[str, Any], written: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns the settings of every convertible model: {name: (by config.json, by config.yaml)}.
+    """Returns the settings that every convertible model has: {name: (in config.json, in config.yaml)}.
 
-    The one that goes wrong: a config saved by transformers 5 names its rope base in `rope_parameters`, which lmdeploy
-    does not read; it then writes 10,000.
+    The rope base is the usual error: transformers 5 saves it in `rope_parameters`, which lmdeploy does not read; it
+    then writes 10,000.
     """
     model, rope = written["model_config"], written["attention_config"]["rope_param"]
     base, scaling = rope_of(hf_config)
@@ -32,7 +32,7 @@ def shared_settings(hf_config: dict[str, Any], written: dict[str, Any]) -> dict[
         "head_size": (head_size(hf_config), model["size_per_head"]),
         "layers": (hf_config["num_hidden_layers"], model["num_layer"]),
         "attention_heads": (heads, model["head_num"]),
-        # With fewer KV heads than GPUs lmdeploy writes each of them several times.
+        # With fewer KV heads than GPUs, lmdeploy writes each head several times.
         "kv_heads": (
             max(hf_config.get("num_key_value_heads") or heads, model["attn_tp_size"]),
             model["kv_head_num"],

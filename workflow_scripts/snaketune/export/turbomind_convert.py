@@ -1,10 +1,10 @@
-"""Hugging Face folder -> TurboMind workspace, with lmdeploy 0.9.2's own converter.
+"""Converts a Hugging Face folder to a TurboMind workspace with lmdeploy 0.9.2's own converter.
 
-lmdeploy 0.9.2.post1 is the last release that has one. Runs in the converter's environment (transformers 4.57,
-numpy 1, lmdeploy): nothing here may need transformers 5 or mmengine's runner.
+lmdeploy 0.9.2.post1 is the last release that has one. This module runs in the converter's environment (transformers
+4.57, numpy 1, lmdeploy) and must not need transformers 5 or mmengine's runner.
 
-The converter moves numbers about and writes raw files; it needs a GPU for nothing, but its package imports the
-engine. `_stand_ins` fills the gaps on a node without a usable GPU, and only there.
+The converter rearranges numbers and writes raw files. It does not need a GPU, but its package imports the engine.
+`_stand_ins` fills the gaps on a node without a usable GPU, and only there.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ def convert(
     tokenizer_path: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Writes a TurboMind workspace and proves that its config says what the Hugging Face config says.
+    """Writes a TurboMind workspace and checks that its config agrees with the Hugging Face config.
 
     Args:
-        model_name: Name under which the model is served; the guide's `internlm2-chat-7b` works for any model.
+        model_name: Name to serve the model under; the guide's `internlm2-chat-7b` works for any model.
         model_path: Hugging Face folder.
-        dst_path: Workspace to make; replaced as a whole if it exists.
+        dst_path: Workspace to create; an existing one is replaced.
         chat_template: One of lmdeploy's built-in templates.
-        tp: Number of GPUs that share the model, a power of two.
+        tp: GPUs that share the model, a power of two.
         dtype: float16, bfloat16 or auto (bfloat16 for a bfloat16 model, else float16).
         model_format: hf, awq, gptq or fp8.
-        group_size: Group size of 4-bit weights; 0 for the format's own.
+        group_size: Group size of 4-bit weights; 0 uses the format's default.
         tokenizer_path: Another tokenizer file to copy.
-        trust_remote_code: Allows a model folder that brings Python code, which lmdeploy would run.
+        trust_remote_code: Allows a model folder with Python code, which lmdeploy would run.
 
     Returns:
         The manifest, which is also written to `manifest.json` in the workspace.
 
     Raises:
-        UserError: When lmdeploy is absent, the architecture, template or tp cannot be converted, values do not
-            fit float16, or the workspace disagrees with the Hugging Face config.
+        UserError: lmdeploy is not installed, the architecture, template or tp is not supported, values do not fit
+            float16, or the workspace disagrees with the Hugging Face config.
     """
     model_path = require_model_folder(model_path)
     hf_config = read_json(model_path / "config.json")
@@ -75,7 +75,7 @@ def convert(
     if model_format == "hf":
         _require_dtype_holds_weights(model_path, dtype, hf_config)
     with atomic_dir(dst_path) as folder:
-        # Its lines about every split tensor say nothing that the manifest does not; its bar goes to stderr.
+        # The manifest has everything that it prints about each split tensor. Its progress bar goes to stderr.
         with contextlib.redirect_stdout(io.StringIO()):
             converter.main(
                 model_name,
@@ -94,15 +94,15 @@ def convert(
         manifest = _manifest(folder, model_name, model_path, written, tp)
         write_json(folder / "manifest.json", manifest)
     if not gpu:
-        print("converted without a GPU: the files are the same, the engine itself needs one to serve them")
+        print("converted without a GPU: the files are the same, but serving them needs one")
     return manifest
 
 
 def fetch_model(name: str, revision: str | None = None, download_dir: str | None = None) -> Path:
-    """Returns a local folder: `name` itself, or the snapshot of the hub model of that name.
+    """Returns a local folder: `name` itself, or the snapshot of that hub model.
 
     Raises:
-        UserError: When `name` is neither an existing folder nor a hub name (`owner/model`).
+        UserError: `name` is neither an existing folder nor a hub name (`owner/model`).
     """
     path = Path(name)
     if path.exists() or name.count("/") != 1 or path.is_absolute() or name.startswith("."):
@@ -113,7 +113,7 @@ def fetch_model(name: str, revision: str | None = None, download_dir: str | None
 
 
 def cuda_is_usable() -> bool:
-    """Returns whether libcuda is there, starts, and sees a device."""
+    """True if libcuda loads, initialises and finds a device."""
     try:
         libcuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -123,7 +123,10 @@ def cuda_is_usable() -> bool:
 
 
 def import_converter() -> bool:
-    """Makes lmdeploy 0.9.2 ready to be imported on any node; returns whether a usable GPU was found.
+    """Prepares lmdeploy 0.9.2 for import on any node.
+
+    Returns:
+        True if a usable GPU was found.
 
     Raises:
         UserError: lmdeploy is not installed, or has no converter.
@@ -153,14 +156,14 @@ def import_converter() -> bool:
 
 
 def _stand_ins(root: Path, gpu: bool) -> None:
-    """Lets the converter's modules be imported, and tensors stay where they are, without a usable GPU.
+    """Without a usable GPU, lets the converter's modules be imported and keeps tensors on the CPU.
 
-    Nothing that the converter writes goes through a stand-in: they answer for the engine, which it never calls,
-    and for the move of a tensor to the device and back.
+    The stand-ins do not affect the converter's output. They replace the engine, which it never calls, and the
+    moves of tensors to the device and back.
     """
     import torch
 
-    # Where lmdeploy looks for its engine. It fails to load without libcuda, cuBLAS or NCCL.
+    # lmdeploy looks for its engine there. It fails to load without libcuda, cuBLAS or NCCL.
     sys.path.append(str(root / "lib"))
     try:
         importlib.import_module("_turbomind")
@@ -176,12 +179,12 @@ def _stand_ins(root: Path, gpu: bool) -> None:
     import lmdeploy.utils
     from lmdeploy.turbomind.deploy import converter
 
-    # Otherwise bfloat16 falls back to float16 because of the converting node's hardware.
+    # Otherwise the converter falls back from bfloat16 to float16 on hardware without bfloat16.
     lmdeploy.utils.is_bf16_supported = converter.is_bf16_supported = lambda *args: True
 
 
 def _empty_class(name: str) -> type:
-    if name.startswith("__"):  # a module without a file says so; inspect relies on it
+    if name.startswith("__"):  # inspect expects this of a module without a file
         raise AttributeError(name)
     return type(name, (), {})
 
@@ -190,7 +193,7 @@ def _refuse_code(model_path: Path) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         if (model_path / name).is_file() and read_json(model_path / name).get("auto_map"):
             raise UserError(
-                f"{model_path / name} names Python code of its own (auto_map), which lmdeploy would run",
+                f"{model_path / name} refers to Python code (auto_map), which lmdeploy would run",
                 fix="add --trust-remote-code if you trust that code",
             )
 
@@ -198,13 +201,13 @@ def _refuse_code(model_path: Path) -> None:
 def _require_convertible(
     model_path: Path, hf_config: dict, chat_template: str, tp: int, templates: set[str]
 ) -> None:
-    """Raises a `UserError` for what TurboMind cannot take: architecture, head size, template, tp."""
+    """Raises a `UserError` if TurboMind does not support the architecture, head size, template or tp."""
     from lmdeploy.turbomind.supported_models import SUPPORTED_ARCHS, is_supported
 
     architecture = (hf_config.get("architectures") or ["none named"])[0]
     if architecture not in SUPPORTED_ARCHS:
         raise UserError(
-            f"TurboMind does not know the architecture of {model_path}",
+            f"TurboMind does not support the architecture of {model_path}",
             found=architecture,
             expected="one of " + ", ".join(sorted(SUPPORTED_ARCHS)),
             fix="set turbomind.enabled: false and serve the Hugging Face folder instead",
@@ -222,19 +225,19 @@ def _require_convertible(
             "unknown chat template",
             found=chat_template,
             expected="one of " + ", ".join(sorted(templates)),
-            fix="--chat-template internlm2 is the format that SnakeTune trains",
+            fix="use --chat-template internlm2, the format that SnakeTune trains",
         )
     heads = hf_config.get("num_attention_heads", 0)
     if tp < 1 or tp & (tp - 1) or heads % tp:
         raise UserError(
-            "tp does not divide this model",
+            "tp does not fit this model",
             found=f"--tp {tp}, {heads} attention heads",
             expected="a power of two that divides the number of heads",
         )
 
 
 def _require_dtype_holds_weights(model_path: Path, dtype: str, hf_config: dict) -> None:
-    """Raises a `UserError` when a weight would become infinite in the half precision that will be written."""
+    """Raises a `UserError` if a weight would overflow in the float16 to be written."""
     from snaketune.checkpoints.safetensors_files import open_safetensors, safetensors_files
 
     source = hf_config.get("torch_dtype") or hf_config.get("dtype")
@@ -252,11 +255,11 @@ def _read_workspace_config(folder: Path) -> dict[str, Any]:
 
 
 def _require_same_model(hf_config: dict, written: dict) -> None:
-    """Raises a `UserError` when the workspace's config.yaml says something else than the Hugging Face config."""
+    """Raises a `UserError` if the workspace's config.yaml disagrees with the Hugging Face config."""
     for what, (expected, found) in shared_settings(hf_config, written).items():
         if expected != found:
             raise UserError(
-                f"the TurboMind config.yaml has another {what.replace('_', ' ')} than the Hugging Face config.json",
+                f"TurboMind's config.yaml and the Hugging Face config.json disagree on {what.replace('_', ' ')}",
                 found=found,
                 expected=expected,
                 fix="convert the checkpoint again with convert_pth_to_hf.py, which writes both spellings of the config",
@@ -264,7 +267,7 @@ def _require_same_model(hf_config: dict, written: dict) -> None:
 
 
 def _require_whole(folder: Path, written: dict, tp: int) -> None:
-    """Raises a `UserError` when embedding, head, or a layer's attention is missing or has the wrong size."""
+    """Raises a `UserError` if the embedding, head or a norm is missing or has the wrong size."""
     model = written["model_config"]
     rows = -(-model["vocab_size"] // tp) * tp
     share = rows * model["hidden_units"] * 2 // tp  # 16-bit values
@@ -277,13 +280,15 @@ def _require_whole(folder: Path, written: dict, tp: int) -> None:
         path = folder / WEIGHTS / name
         found = path.stat().st_size if path.is_file() else "no such file"
         if found != size:
-            raise UserError(f"the converter left {name} incomplete", found=found, expected=f"{size} bytes")
+            raise UserError(
+                f"the converter wrote an incomplete {name}", found=found, expected=f"{size} bytes"
+            )
 
 
 def _manifest(folder: Path, model_name: str, model_path: Path, written: dict, tp: int) -> dict[str, Any]:
     model, rope = written["model_config"], written["attention_config"]["rope_param"]
     source = model_path / "manifest.json"
-    # lmdeploy copies every JSON file of the source, its manifest and weight index too: neither is true of this folder.
+    # lmdeploy copies every JSON file of the source. Its manifest and weight index do not describe this folder.
     for name in ("manifest.json", "model.safetensors.index.json"):
         (folder / name).unlink(missing_ok=True)
     return {

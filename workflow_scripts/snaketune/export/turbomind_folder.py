@@ -1,9 +1,10 @@
-"""Reads a TurboMind workspace back: raw 16-bit files in the engine's layout, into matrices and into Hugging Face's.
+"""Reads a TurboMind workspace back: raw 16-bit files in the engine's layout, as matrices and in Hugging Face's layout.
 
-Written from the engine's side, without lmdeploy: it is what `turbomind_proof.py` checks lmdeploy's converter with.
+Written from the engine's side, without lmdeploy, so that `turbomind_proof.py` can check lmdeploy's converter with it.
 A weight is stored (in, out), the transpose of a linear layer's. A file of rank r holds that rank's share: columns of
-`w_qkv`, `w1`, `w3`, `output` and of the embedding, rows of `wo` and `w2`. `w_qkv` of a rank is its q heads, then its k
-heads, then its v heads. The rotary kernel turns neighbours, so dimension i of a q or k head lies beside i + size / 2.
+`w_qkv`, `w1`, `w3`, `output` and the embedding, rows of `wo` and `w2`. A rank's `w_qkv` is its q heads, then its k
+heads, then its v heads. The rotary kernel rotates adjacent dimensions, so dimension i of a q or k head is stored next
+to i + size / 2.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer as the engine uses it, all ranks joined; matrices are (in, out).
+    """One layer in the engine's layout, all ranks joined; matrices are (in, out).
 
     Attributes:
-        q, k, v: (hidden, heads x size), q and k with rotary neighbours side by side; k and v as often as written.
+        q, k, v: (hidden, heads x size), q and k with rotary pairs adjacent; k and v with all copies.
         o: (heads x size, hidden).
         gate, up: (hidden, inner); `down`: (inner, hidden), padding included.
         attention_norm, ffn_norm: (hidden,).
-        biases: Of q, k, v and o, where the model has them.
-        q_norm, k_norm: (size,) in rotary neighbours, where the model has them.
+        biases: Of q, k, v and o, if the model has them.
+        q_norm, k_norm: (size,) with rotary pairs adjacent, if the model has them.
     """
 
     q: torch.Tensor
@@ -57,19 +58,21 @@ class TurboMindFolder:
         folder: The workspace, or its folder of weights.
 
     Raises:
-        UserError: It is no workspace of 16-bit weights.
+        UserError: The folder is not a workspace with 16-bit weights.
     """
 
     def __init__(self, folder: Path):
         self.weights = folder / WEIGHTS if (folder / WEIGHTS).is_dir() else folder
         path = self.weights / "config.yaml"
         if not path.is_file():
-            raise UserError(f"{folder} is no TurboMind workspace", expected=f"a file {WEIGHTS}/config.yaml")
+            raise UserError(
+                f"{folder} is not a TurboMind workspace", expected=f"a file {WEIGHTS}/config.yaml"
+            )
         self.config: dict[str, Any] = yaml.safe_load(path.read_text())
         model = self.config["model_config"]
         if model["weight_type"] not in DTYPES:
             raise UserError(
-                f"{folder} holds quantised weights, which have no exact counterpart",
+                f"{folder} has quantised weights, which cannot be compared exactly",
                 found=model["weight_type"],
                 expected=" or ".join(DTYPES),
                 fix="set turbomind.proof: false for quantised models",
@@ -90,10 +93,10 @@ class TurboMindFolder:
         self.read: set[str] = set()
 
     def layer(self, number: int) -> Layer:
-        """Returns layer `number`, memory-mapped where nothing has to be joined.
+        """Returns layer `number`, memory-mapped unless shares have to be joined.
 
         Raises:
-            UserError: A file is missing or has another size than the config asks for.
+            UserError: A file is missing or its size does not match the config.
         """
         prefix = f"layers.{number}"
         q, k, v = self._qkv(f"{prefix}.attention.w_qkv", "weight", self.hidden)
@@ -132,11 +135,11 @@ class TurboMindFolder:
         return self._file("norm.weight", self.hidden)
 
     def hf_tensors(self, inner_size: int, kv_heads: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields every weight under Hugging Face's name and in its layout, layer by layer.
+        """Yields every weight with Hugging Face's name and layout, layer by layer.
 
         Args:
-            inner_size: The model's own feed-forward size; the engine's may be padded up to a multiple of tp.
-            kv_heads: The model's own number of KV heads; with more GPUs than these the engine's are copies.
+            inner_size: The model's feed-forward size; the engine's may be padded to a multiple of tp.
+            kv_heads: The model's number of KV heads; with more GPUs than KV heads, the engine has copies.
 
         Raises:
             UserError: Padding is not zero, or copies of a KV head differ.
@@ -166,7 +169,7 @@ class TurboMindFolder:
         yield "lm_head.weight", self._unpadded("output", self.output(), 1, self.vocab).T
 
     def unread(self) -> list[str]:
-        """Returns the weight files that nothing has asked for."""
+        """Returns the weight files that have not been read."""
         names = {path.name for path in self.weights.iterdir()} - {"config.yaml"}
         return sorted(names - self.read)
 
@@ -203,22 +206,22 @@ class TurboMindFolder:
         found = path.stat().st_size if path.is_file() else None
         if found != expected:
             raise UserError(
-                f"TurboMind's {name} is not what config.yaml describes",
+                f"TurboMind's {name} does not match config.yaml",
                 found="no such file" if found is None else f"{found} bytes",
                 expected=f"{expected} bytes, {' x '.join(map(str, shape))} {self.dtype}",
                 fix="convert again",
             )
         self.read.add(name)
-        data = np.memmap(path, dtype=np.int16, mode="c")  # private pages: torch wants writable memory
+        data = np.memmap(path, dtype=np.int16, mode="c")  # private pages: torch needs writable memory
         return torch.from_numpy(data).view(self.dtype).view(shape)
 
     def _apart(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Undoes the neighbourhood of rotary dimensions in the last axis."""
+        """Moves rotary pairs in the last axis from adjacent places back to i and i + size / 2."""
         pairs = matrix.reshape(*matrix.shape[:-1], -1, self.head_size // 2, 2)
         return pairs.transpose(-1, -2).reshape(matrix.shape)
 
     def _once(self, name: str, matrix: torch.Tensor | None, kv_heads: int) -> torch.Tensor | None:
-        """Returns one of each KV head's copies."""
+        """Returns one copy of each KV head."""
         if matrix is None or kv_heads == self.kv_heads:
             return matrix
         copies = matrix.reshape(*matrix.shape[:-1], kv_heads, self.kv_heads // kv_heads, self.head_size)
@@ -235,5 +238,5 @@ class TurboMindFolder:
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Returns whether two 16-bit tensors of one shape hold the same bits; NaN equals itself, -0 is not 0."""
+    """True if two 16-bit tensors of the same shape have the same bits. NaN equals itself, -0 differs from 0."""
     return torch.equal(one.contiguous().view(torch.int16), other.contiguous().view(torch.int16))

@@ -1,8 +1,8 @@
-"""Proves that a TurboMind workspace is its Hugging Face folder: every weight, the config, and the logits.
+"""Proves that a TurboMind workspace matches its Hugging Face folder: every weight, the config and the logits.
 
-Converters fail in silence. So the workspace is read back by a reader of our own (`turbomind_folder.py`), put into
-Hugging Face's layout and compared bit for bit; the numbers of config.yaml are compared with config.json; and a forward
-pass straight from the engine's matrices, in its rotary layout, must give the logits that transformers gives.
+Converters fail silently. So an independent reader (`turbomind_folder.py`) reads the workspace back and compares it bit
+for bit in Hugging Face's layout. config.yaml is compared with config.json. A forward pass on the engine's matrices, in
+its rotary layout, must give the same logits as transformers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     internlm2.ARCHITECTURE,
 )
-# Two fp32 evaluations of one function; what differs is the order of sums.
+# Between two fp32 evaluations of the same function that differ in the order of summation.
 LARGEST_DIFFERENCE = 1e-4
 TOKENS = 64
 
@@ -42,23 +42,23 @@ def prove(hf: Path, turbomind: Path, forward: bool = True) -> dict[str, Any]:
     Args:
         hf: Hugging Face folder with safetensors.
         turbomind: TurboMind workspace with 16-bit weights.
-        forward: Compares the logits of random ids too.
+        forward: Also compares the logits of random ids.
 
     Returns:
         {"format", "architecture", "dtype", "tp", "tensors", "weights_bytes", "config": {name: value}}, and with
         `forward` {"forward": {"tokens", "relative_difference", "largest_difference", "top1_agreement"}}
 
     Raises:
-        UserError: Anything differs; names every tensor or field that does (the first ten).
+        UserError: Anything differs; names the first ten tensors or fields that do.
     """
     hf_config = read_json(require_model_folder(hf) / "config.json")
     architecture = (hf_config.get("architectures") or ["none named"])[0]
     if architecture not in ARCHITECTURES:
         raise UserError(
-            "there is no proof for the TurboMind layout of this architecture",
+            "cannot prove the TurboMind layout of this architecture",
             found=architecture,
             expected=", ".join(ARCHITECTURES),
-            fix="set turbomind.proof: false, and compare the served model's answers yourself",
+            fix="set turbomind.proof: false, and check the served model's answers yourself",
         )
     folder = TurboMindFolder(turbomind)
     weights: Mapping[str, torch.Tensor] = open_safetensors(hf)
@@ -90,10 +90,10 @@ def _compare_forward(
 
 
 def compare_weights(weights: Mapping[str, torch.Tensor], folder: TurboMindFolder, hf_config: dict) -> int:
-    """Compares every weight bit for bit, in the workspace's dtype, and returns how many there are.
+    """Compares every weight bit for bit in the workspace's dtype, and returns their number.
 
     Raises:
-        UserError: A tensor differs, or one of the two has a tensor that the other has not.
+        UserError: A tensor differs or is missing on one side.
     """
     heads = hf_config["num_attention_heads"]
     kv_heads = hf_config.get("num_key_value_heads") or heads
@@ -106,17 +106,17 @@ def compare_weights(weights: Mapping[str, torch.Tensor], folder: TurboMindFolder
         progress.add("weights", tensors=1)
         source = "model.embed_tokens.weight" if name == "lm_head.weight" and name not in left else name
         if source not in weights:
-            # lmdeploy writes a bias for `wo` wherever q, k and v have one; the model adds nothing there.
+            # If q, k and v have biases, lmdeploy also writes one for `wo`. It must be zero.
             if name.endswith("o_proj.bias") and not tensor.count_nonzero():
                 continue
-            wrong.append(f"{name}: TurboMind has it, the Hugging Face folder does not")
+            wrong.append(f"{name}: not in the Hugging Face folder")
             continue
         left.discard(source)
         tensors += 1
         wrong += _difference(name, weights[source].to(folder.dtype), tensor)
     progress.finish()
     wrong += [f"{name}: not in the TurboMind folder" for name in sorted(left)]
-    wrong += [f"{name}: a file that belongs to no weight" for name in folder.unread()]
+    wrong += [f"{name}: file does not belong to any weight" for name in folder.unread()]
     if wrong:
         raise _differ("weights", wrong)
     return tensors
@@ -141,7 +141,10 @@ def compare_config(hf_config: dict[str, Any], folder: TurboMindFolder) -> dict[s
         "norm_eps": (hf_config["rms_norm_eps"], model["norm_eps"]),
         "session_len": (length, model["session_len"]),
         "max_position_embeddings": (length, attention["max_position_embeddings"]),
-        "softmax_scale": (0.0, float(attention["softmax_scale"])),  # 0: the engine's own, 1 / sqrt(head size)
+        "softmax_scale": (
+            0.0,
+            float(attention["softmax_scale"]),
+        ),  # 0: the engine's default, 1 / sqrt(head size)
         "attention_bias": (_has_bias(hf_config), bool(model["attn_bias"])),
     }
     for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
@@ -158,19 +161,19 @@ def compare_config(hf_config: dict[str, Any], folder: TurboMindFolder) -> dict[s
 
 
 def compare_logits(expected: torch.Tensor, found: torch.Tensor, what: str, source: str) -> dict[str, float]:
-    """Compares two sets of logits (..., vocabulary) and returns how far apart they are.
+    """Compares two sets of logits (..., vocabulary) and returns their differences.
 
     Raises:
-        UserError: They differ by more than fp32 arithmetic does.
+        UserError: They differ by more than fp32 rounding explains.
     """
     expected, found = expected.double(), found.double()
     relative = ((found - expected).norm() / expected.norm()).item()
     if not relative <= LARGEST_DIFFERENCE:
         raise UserError(
-            f"{what} gives other logits than {source}",
+            f"{what} gives different logits than {source}",
             found=f"relative difference {relative:.2e}",
             expected=f"at most {LARGEST_DIFFERENCE:.0e}",
-            fix="do not use this model; weights or config of the two say something different",
+            fix="do not use this model: its weights or config differ",
         )
     return {
         "relative_difference": relative,

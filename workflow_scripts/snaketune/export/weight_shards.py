@@ -1,8 +1,7 @@
-"""Writes a model's weights as safetensors, chunk by chunk: memory holds neither a shard nor a tensor.
+"""Writes a model's weights as safetensors, chunk by chunk, so memory never holds a whole shard or tensor.
 
-A shard is named when it is done, and its digest is then written down: a conversion that was killed goes on with the
-next one. The format of a file is a length, a JSON header and the tensors' bytes
-(https://huggingface.co/docs/safetensors).
+A finished shard gets its final name and its digest is recorded, so a killed conversion resumes with the next shard. A
+file is a length, a JSON header and the tensors' bytes (https://huggingface.co/docs/safetensors).
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from snaketune.common.progress import Progress
 from snaketune.export.hf_folder import require_in_range
 from snaketune.export.lora_merge import MergedTensor
 
-_DONE = "shards.json"  # what a killed conversion finished; removed at the end
+_DONE = "shards.json"  # the finished shards; removed at the end
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor to write: which, as what type, and how many of its rows (None: all)."""
+    """A tensor to write, its type in the file, and how many of its rows to write (None: all)."""
 
     stored: StoredTensor | LoadedTensor | MergedTensor
     dtype: torch.dtype
@@ -42,29 +41,29 @@ class Output:
 
     @property
     def shape(self) -> list[int]:
-        """The shape that is written."""
+        """The shape in the file."""
         return [self.rows, *self.stored.shape[1:]] if self.rows is not None else list(self.stored.shape)
 
     @property
     def bytes(self) -> int:
-        """The bytes that are written."""
+        """The size in the file in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def load(self) -> torch.Tensor:
-        """Returns the tensor as it is written."""
+        """Returns the tensor as stored in the file."""
         return read_whole(self.stored, self.dtype, self.rows)
 
 
 def write_shards(
     outputs: Mapping[str, Output], folder: Path, max_shard_size: str, state: StoredTensors | None = None
 ) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """Writes `model.safetensors`, or several and their index.
+    """Writes `model.safetensors`, or several files and their index.
 
     Args:
-        outputs: What to write, by the names in the files.
-        folder: An existing folder; shards that a killed conversion of the same tensors left there are kept.
-        max_shard_size: Size at which a new file is begun, as `2GB` or `500MB`.
-        state: The weights that the outputs are among, to take the digest of all of them on the way.
+        outputs: The tensors to write, by their names in the files.
+        folder: An existing folder; finished shards of a killed conversion of the same tensors are kept.
+        max_shard_size: Size at which a new file starts, such as `2GB` or `500MB`.
+        state: All weights, including the outputs; their digest is computed along the way.
 
     Returns:
         ({file: {"bytes", "sha256"}} of the shards, the digest of `state`)
@@ -77,7 +76,7 @@ def write_shards(
     identity = _identity(outputs, shards)
     done = _finished(folder, identity)
     if done:
-        print(f"{len(done)} of {len(shards)} files were finished before", flush=True)
+        print(f"{len(done)} of {len(shards)} files are already finished", flush=True)
     digest = WeightsDigest() if state is not None else None
     sources = state.stored if state is not None else {name: each.stored for name, each in outputs.items()}
     progress = Progress("bytes", sum(each.bytes for each in outputs.values()))
@@ -105,7 +104,7 @@ def write_shards(
 
 
 def parse_bytes(size: str) -> int:
-    """Returns the bytes that `2GB` (10^9 each) or `2GiB` (2^30 each) means."""
+    """Returns a size such as `2GB` (10^9 bytes each) or `2GiB` (2^30 bytes each) in bytes."""
     number, unit, binary = re.fullmatch(r"(\d+)\s*([KMGT]?)(i?)B", size).groups()
     return int(number) * (1024 if binary else 1000) ** (_UNITS[unit] if unit else 0)
 
@@ -117,7 +116,7 @@ def _copy(
     writer: _ShardWriter | None,
     digest: WeightsDigest | None,
 ) -> None:
-    """Reads a tensor once, for its digest and for what is written of it."""
+    """Reads a tensor once, for its digest and its output."""
     if digest is not None:
         digest.begin(name, stored.dtype, stored.shape)
     left = torch.Size(output.shape).numel() if writer is not None else 0
@@ -132,7 +131,7 @@ def _copy(
 
 
 def _plan(outputs: Mapping[str, Output], limit: int) -> dict[str, list[str]]:
-    """Returns {file: names}, names in order; a tensor larger than the limit has a file of its own."""
+    """Returns {file: names}, names in order. A tensor larger than the limit gets a separate file."""
     groups: list[list[str]] = []
     size = limit
     for name in sorted(outputs):
@@ -149,7 +148,7 @@ def _plan(outputs: Mapping[str, Output], limit: int) -> dict[str, list[str]]:
 
 
 def _identity(outputs: Mapping[str, Output], shards: dict[str, list[str]]) -> str | None:
-    """Names what is written and from which versions of which files; None where that is not known."""
+    """Returns a digest of the outputs and of the versions of their source files; None if these are unknown."""
     if not all(each.stored.extents for each in outputs.values()):
         return None
     files = {extent.file for each in outputs.values() for extent in each.stored.extents}
@@ -167,7 +166,7 @@ def _identity(outputs: Mapping[str, Output], shards: dict[str, list[str]]) -> st
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes from a folder what a killed conversion left there, but for its finished shards and the list of them."""
+    """Removes everything that a killed conversion left in a folder, except finished shards and their list."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -176,7 +175,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _finished(folder: Path, identity: str | None) -> dict[str, dict[str, Any]]:
-    """Returns the shards of the same conversion, and removes those of another one."""
+    """Returns the finished shards of the same conversion, and removes all others."""
     try:
         said = read_json(folder / _DONE)
         done = said["files"] if identity is not None and said["identity"] == identity else {}
@@ -193,7 +192,7 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 class _ShardWriter:
-    """Writes one file, under another name until `finish`; its tensors come in the order of `outputs`."""
+    """Writes one file, under a temporary name until `finish`. Expects its tensors in the order of `outputs`."""
 
     def __init__(self, folder: Path, file: str, outputs: Mapping[str, Output]):
         self.file, self._path = file, folder / file
@@ -216,7 +215,7 @@ class _ShardWriter:
         self._put(memoryview(tensor.view(torch.uint8).numpy()))
 
     def finish(self) -> dict[str, Any]:
-        """Flushes the file, gives it its name, and returns {"bytes", "sha256"}."""
+        """Flushes the file, gives it its final name, and returns {"bytes", "sha256"}."""
         self._out.close()
         fsync_path(self._temporary)
         self._temporary.rename(self._path)
