@@ -74,8 +74,8 @@ def test_an_evaluation_of_another_training_or_of_other_conversations_is_refused(
         curve_of(run, "loss")
     path.unlink()
     write_json(path.parent.parent / "fedcba987654" / "iter_10.json", content)
-    with pytest.raises(UserError, match="not of a checkpoint of this training"):
+    with pytest.raises(UserError, match="not an evaluation of this run's checkpoints"):
         curve_of(run, "loss")
     (path.parent.parent / "fedcba987654" / "iter_10.json").unlink()
-    with pytest.raises(UserError, match="no checkpoint has the figure exact"):
+    with pytest.raises(UserError, match="no checkpoint has the metric exact"):
         curve_of(run, "exact")

@@ -1,1 +1,1 @@
-"""Pages and tables: the report of a run, and runs side by side."""
+"""Pages and tables: the report of a run, and comparisons of runs."""

@@ -1,9 +1,9 @@
 """Confidence intervals by resampling conversations.
 
-Points of one conversation are not independent, so conversations are drawn, with replacement and as many as there are,
-and every figure is computed again from those drawn. The 2.5th and 97.5th percentile of it are the interval (the
-percentile bootstrap of Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). The difference of
-two models is computed on the same draws: what makes a conversation hard for both cancels out.
+Points of one conversation are not independent, so whole conversations are drawn, with replacement and as many as there
+are, and every figure is recomputed from the draw. The interval spans the 2.5th to the 97.5th percentile (the percentile
+bootstrap of Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). The difference of two models
+uses the same draws for both, so the difficulty that they share cancels out.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 REPLICATES = 1000
 SEED = 1024
 _PERCENTILES = (2.5, 97.5)
-# Draws that are held at once: 64 MB.
+# Counts in memory at once: 64 MB.
 _HELD = 8_000_000
 
 
 class Interval(NamedTuple):
-    """A figure and the bounds of its 95% interval; None where it is not defined."""
+    """A figure and the bounds of its 95% interval; None if undefined."""
 
     value: float | None
     low: float | None
@@ -31,12 +31,12 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Ratios:
-    """What each conversation adds to figures of the form sum / sum.
+    """Each conversation's contribution to figures of the form sum / sum.
 
     Attributes:
         names: The figures.
-        above: float64 (conversations, figures).
-        below: The same shape; a figure whose sum here is 0 is not defined.
+        above: Numerators, float64 (conversations, figures).
+        below: Denominators, the same shape; a figure with a sum of 0 is undefined.
     """
 
     names: tuple[str, ...]
@@ -45,7 +45,7 @@ class Ratios:
 
 
 def loss_ratios(conversations: Mapping[str, list], name: str | None) -> Ratios:
-    """Returns the held-out loss as a ratio, of all conversations or of a dataset's, as `snaketune.evaluation.scoring` writes them."""
+    """Returns the held-out loss as a ratio; `conversations` and dataset names as in `snaketune.evaluation.scoring.score`."""
     own = [each for key in sorted(conversations) if name in (None, key) for each in conversations[key]]
     columns = np.array(own, dtype=np.float64).reshape(-1, 2)
     return Ratios(("loss",), columns[:, :1], columns[:, 1:])
@@ -54,7 +54,7 @@ def loss_ratios(conversations: Mapping[str, list], name: str | None) -> Ratios:
 def intervals(ratios: Ratios, replicates: int = REPLICATES, seed: int = SEED) -> dict[str, Interval]:
     """Returns each figure with its 95% interval.
 
-    Without two conversations there are no bounds: one says nothing about others.
+    With fewer than two conversations there are no bounds.
     """
     return _intervals(ratios.names, *_drawn(ratios, replicates, seed))
 
@@ -62,13 +62,13 @@ def intervals(ratios: Ratios, replicates: int = REPLICATES, seed: int = SEED) ->
 def compared(
     base: Ratios, tuned: Ratios, replicates: int = REPLICATES, seed: int = SEED
 ) -> dict[str, tuple[Interval, Interval, Interval]]:
-    """Returns each figure of two models, base and tuned, and tuned - base with the paired interval.
+    """Returns each figure of base, tuned, and tuned - base, the latter with the paired interval.
 
     Args:
-        base: Has the same figures and conversations, in the same order, as `tuned`.
-        tuned: The other model's.
-        replicates: How often conversations are drawn.
-        seed: Of the draws.
+        base: The base model's; same figures and conversations as `tuned`, in the same order.
+        tuned: The tuned model's.
+        replicates: Number of draws.
+        seed: Seed of the draws.
     """
     value, drawn, conversations = _drawn(base, replicates, seed)
     tuned_value, tuned_drawn, _ = _drawn(tuned, replicates, seed)
@@ -80,7 +80,7 @@ def compared(
 
 
 def _drawn(ratios: Ratios, replicates: int, seed: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Returns the figures (figures,), those of the draws (replicates, figures), and the number of conversations."""
+    """Returns the figures (figures,), the figures of each draw (replicates, figures), and the number of conversations."""
     conversations = len(ratios.above)
     value = _ratio(ratios.above.sum(axis=0), ratios.below.sum(axis=0))
     generator = np.random.default_rng(seed)
@@ -101,7 +101,7 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 def _intervals(names, value: np.ndarray, drawn: np.ndarray, conversations: int) -> dict[str, Interval]:
     result = {}
     for name, figure, draws in zip(names, value, drawn.T, strict=True):
-        # A draw may hold nothing to divide by, such as no call.
+        # A draw may have a denominator of 0, for example without a single call.
         draws = draws[~np.isnan(draws)]
         if np.isnan(figure):
             result[name] = Interval(None, None, None)

@@ -1,4 +1,4 @@
-"""What a run had learnt at each of its evaluated checkpoints, and which of them is best."""
+"""The figures of a run's evaluated checkpoints, and the best of them."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def checkpoint_curve(
     """Reads the evaluations of one run.
 
     Args:
-        run: The run; its `train.json` is read, whose last step is the tuned model's.
-        base: What evaluate_model.py and, perhaps, evaluate_tool_calls.py wrote about the base model: step 0.
-        tuned: The same of the tuned model.
-        evaluations: The same of the checkpoints between, in any order; each label is `iter_<step>`.
+        run: The run. Its `train.json` gives the step of the tuned model.
+        base: Files of evaluate_model.py, and optionally evaluate_tool_calls.py, for the base model: step 0.
+        tuned: The same files for the tuned model.
+        evaluations: The same files for the checkpoints in between, in any order; each label is `iter_<step>`.
         metric: `loss` (held-out, nats per token) or a figure of `tool_call_tables.summarize` for all conversations.
         tuned_model: Hugging Face folder of the tuned model.
 
     Returns:
-        {"format", "metric", "identity", "points", "best"}. A point: `step`, `model` (relative to the evaluations of the
-        run; None for the base model), `figures` ({metric: {value, low, high}} with 95% intervals), `files` (SHA-256 of
-        what it was read from). `best`: the step, model and value of the trained point with the best figure, the
-        earliest of equals.
+        {"format", "metric", "identity", "points", "best"}. A point has `step`, `model` (path relative to the run's
+        evaluations; None for the base model), `figures` ({metric: {value, low, high}} with 95% intervals) and `files`
+        (SHA-256 of its source files). `best` is the step, model and value of the best trained point; the earliest
+        wins ties.
 
     Raises:
-        UserError: The evaluations are not of this run, are of other conversations, or know no such figure.
+        UserError: The evaluations are not of this run, use different conversations, or do not have the metric.
     """
     train, identity = run.train, run.run_folder.name
     folder = run.path(names.EVALUATIONS)
@@ -55,10 +55,10 @@ def checkpoint_curve(
         found = _STEP.fullmatch(str(read_json(path)["label"]))
         if found is None or path.parent.name != identity:
             raise UserError(
-                f"{path} is not of a checkpoint of this training",
+                f"{path} is not an evaluation of this run's checkpoints",
                 found=f"{path.parent.name}, {read_json(path)['label']}",
                 expected=f"{identity}, iter_<step>",
-                fix="remove saved_checkpoints.json of this run, and run again",
+                fix="delete saved_checkpoints.json of this run and run again",
             )
         stages.setdefault(int(found[1]), []).append(path)
     points = [
@@ -75,10 +75,10 @@ def checkpoint_curve(
 
 
 def link_best(curve: dict[str, Any], folder: Path, link: Path) -> None:
-    """Makes `link` a link to the model of the best point; its paths are relative to `folder`.
+    """Makes `link` a symlink to the model of the best point. Paths in `curve` are relative to `folder`.
 
     Raises:
-        UserError: That model is gone.
+        UserError: That model was removed.
     """
     best = curve["best"]
     target = folder / best["model"]
@@ -86,8 +86,8 @@ def link_best(curve: dict[str, Any], folder: Path, link: Path) -> None:
         raise UserError(
             f"the best checkpoint by {curve['metric']} is step {best['step']}, whose model was removed",
             found=f"no {target}",
-            expected="the model of the best checkpoint by the metric that was set when it was trained",
-            fix="put evaluate.best_metric back; for other metrics afterwards train with evaluate.keep_models: all",
+            expected="the model of the best checkpoint by the metric set during training",
+            fix="restore evaluate.best_metric; to change it after training, train with evaluate.keep_models: all",
         )
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
@@ -97,7 +97,7 @@ def link_best(curve: dict[str, Any], folder: Path, link: Path) -> None:
 
 
 def remove_others(curve: dict[str, Any], folder: Path) -> None:
-    """Removes the models of the checkpoints that are neither the best nor the last."""
+    """Removes the models of all checkpoints except the best and the last."""
     last = curve["points"][-1]["step"]
     for point in curve["points"]:
         if point["step"] not in (0, curve["best"]["step"], last):
@@ -105,10 +105,10 @@ def remove_others(curve: dict[str, Any], folder: Path) -> None:
 
 
 def remove_held(run_folder: Path) -> None:
-    """Removes the checkpoints that are still held for an evaluation, once all that are asked for have been evaluated.
+    """Removes checkpoints that are still pinned after all requested evaluations are done.
 
-    They are left by other settings of `evaluate.checkpoints` earlier in the same training. Their records go first: a step
-    whose record is there counts as one that can be evaluated, or has been.
+    They are left over from earlier settings of `evaluate.checkpoints` in the same training. Records are removed first:
+    a step with a record counts as evaluated, or ready for evaluation.
     """
     for checkpoint in run_folder.glob("held/iter_*.pth"):
         checkpoint.with_suffix(".json").unlink(missing_ok=True)
@@ -145,9 +145,9 @@ def _require_same(results: list[dict[str, Any]]) -> None:
             keys = differing(first, other) if kind else [k for k in HELDOUT_SAME if first[k] != other[k]]
             if keys:
                 raise UserError(
-                    f"checkpoints were evaluated in different ways: {keys[0]} differs",
+                    f"the checkpoints were not all evaluated in the same way: {keys[0]} differs",
                     found=f"{first['label']}: {first[keys[0]]}, {other['label']}: {other[keys[0]]}",
-                    fix="evaluate them all in the same way",
+                    fix="evaluate them all with the same settings",
                 )
 
 
@@ -160,9 +160,9 @@ def _best(points: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     ]
     if not known:
         raise UserError(
-            f"no checkpoint has the figure {metric}",
+            f"no checkpoint has the metric {metric}",
             expected=", ".join(sorted(points[-1]["figures"])),
-            fix="set evaluate.best_metric to another",
+            fix="set evaluate.best_metric to one of these",
         )
     value, step, model = min(known)
     return {"step": step, "value": sign * value, "model": model}

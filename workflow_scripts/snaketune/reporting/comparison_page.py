@@ -1,4 +1,4 @@
-"""One self-contained page about several runs, made of `run_comparison.compare`'s figures and the runs' metrics."""
+"""Renders one self-contained page that compares runs, from `run_comparison.compare` and the runs' metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def render_comparison(comparison: Mapping[str, Any], metrics: Sequence[list[dict
 
     Args:
         comparison: From `compare`.
-        metrics: Records of `metrics.jsonl` of each run, in the same order.
+        metrics: Records of each run's `metrics.jsonl`, in the same order.
     """
     from markupsafe import Markup
 
@@ -37,7 +37,7 @@ def render_comparison(comparison: Mapping[str, Any], metrics: Sequence[list[dict
 
 
 def _cost_rows(costs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Turns the rows of each run into a row a stage, the sum first, with what each run took."""
+    """Regroups the costs by stage, the total first; each row maps runs to their cost."""
     stages: dict[str | None, dict[str | None, dict]] = {}
     for cost in costs:
         for row in cost["stages"]:

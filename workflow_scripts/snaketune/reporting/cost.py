@@ -1,4 +1,4 @@
-"""What a run cost, from the workflow's benchmark files, and whether the environment is the one that is locked."""
+"""The cost of a run, from the workflow's benchmark files, and the packages that differ from the environment lock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LABELS = ("", ".base", ".tuned")
 
 
 def run_cost(run: RunFiles, benchmarks: Path, names: Collection[str]) -> list[dict[str, Any]]:
-    """Returns `read_cost` of a run, with all attempts of its training."""
+    """Returns `read_cost` for a run, counting all training attempts."""
     on_gpus = any("gpu_memory_mib" in record for record in run.metrics)
     return read_cost(benchmarks, names, _attempt_costs(run), on_gpus)
 
@@ -25,19 +25,19 @@ def read_cost(
     attempts: Sequence[Mapping[str, float]] = (),
     on_gpus: bool = False,
 ) -> list[dict[str, Any]]:
-    """Returns what each stage took, the sum first.
+    """Returns the cost of each stage, the total first.
 
     Args:
-        benchmarks: Folder `<stage>/<name>.tsv`, `<stage>/<name>.<label>.tsv` or `<stage>/<name>/....tsv`, as Snakemake
-            writes them: seconds, MB of memory, processor seconds.
-        names: Names of the run and of what it shares with others: data and tokenizer.
-        attempts: What each attempt of the training took: `seconds`, `core_seconds`, `ranks`. The benchmark file holds the
-            last one alone, or a later job that found the training finished.
-        on_gpus: Each rank had a GPU.
+        benchmarks: Folder with `<stage>/<name>.tsv`, `<stage>/<name>.<label>.tsv` or `<stage>/<name>/....tsv`, written
+            by Snakemake: seconds, MB of memory, processor seconds.
+        names: Names of the run and of its shared data and tokenizer.
+        attempts: Cost of each training attempt: `seconds`, `core_seconds`, `ranks`. The benchmark file covers only the
+            last attempt, or a later job that found the training finished.
+        on_gpus: True if each rank had a GPU.
 
     Returns:
-        Mappings `stage` (None: all), `jobs`, `seconds`, `core_hours` (processor time used), `gpu_hours`, `memory_mb` (of the
-        job with most). A job of which no sample was taken adds time alone.
+        Mappings with `stage` (None: all), `jobs`, `seconds`, `core_hours` (processor time used), `gpu_hours` and
+        `memory_mb` (maximum over the jobs). A job too short to be sampled adds only its time.
     """
     own = {f"{name}{label}.tsv" for name in names for label in _LABELS}
     stages: dict[str, list[dict[str, str]]] = {}
@@ -60,10 +60,10 @@ def read_cost(
 
 
 def locked_packages(lock: Path) -> list[dict[str, Any]]:
-    """Returns each package of a pip lock file with the version that is installed here.
+    """Returns each package of a pip lock file with its installed version.
 
     Returns:
-        Mappings `name`, `locked`, `installed` (None: not at all), `same` (a local part such as +cpu aside).
+        Mappings with `name`, `locked`, `installed` (None: not installed) and `same` (ignoring a local part such as +cpu).
     """
     pins = read_pins(lock)
     installed = installed_versions(pins)
@@ -79,14 +79,14 @@ def locked_packages(lock: Path) -> list[dict[str, Any]]:
 
 
 def _attempt_costs(run: RunFiles) -> list[dict[str, float]]:
-    """Of an attempt that an earlier release ran, which noted nothing, only the ranks are known."""
+    """Returns the cost of each attempt. Earlier releases recorded none: then only the ranks are known."""
     unknown = {"seconds": 0.0, "core_seconds": 0.0, "ranks": run.train["world_size"]}
     costs = run.attempts.get("costs", {})
     return [costs.get(str(n + 1), unknown) for n in range(run.attempts["attempts"])]
 
 
 def _count_attempts(row: dict[str, Any], attempts: Sequence[Mapping[str, float]], on_gpus: bool) -> None:
-    """Puts all attempts into the row of the training; of the last one what its benchmark file counts, if that is more."""
+    """Adds all attempts to the training row. The last one counts as in its benchmark file, if that is more."""
     *earlier, last = attempts
     seconds = [each["seconds"] for each in earlier] + [max(last["seconds"], row["seconds"])]
     core_hours = [each["core_seconds"] / 3600 for each in earlier]
@@ -113,5 +113,5 @@ def _row(stage: str, jobs: list[dict[str, str]]) -> dict[str, Any]:
 def _number(text: str | None) -> float:
     try:
         return float(text or 0)
-    except ValueError:  # "-" or "NA": the job was too short to be looked at
+    except ValueError:  # "-" or "NA": the job was too short to be sampled
         return 0.0

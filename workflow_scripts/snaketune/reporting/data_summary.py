@@ -1,4 +1,4 @@
-"""What the report says of the data: every number comes from the datasets' manifests and stats.json."""
+"""Data section of the report. Every number comes from the datasets' manifests and stats.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from snaketune.tokenized.layout import stats_path
 from snaketune.tokenized.manifests import read_manifest
 from snaketune.tokenized.stats import LONGEST
 
-# A run may have thousands of datasets; a page cannot show a drawing of each.
+# A run may have thousands of datasets, too many for a histogram each.
 _HISTOGRAMS = 8
 _PLACES = 20
 _SUMMED = ("samples", "heldout", "quarantined", "tokens", "trained_tokens", "truncated")
@@ -26,7 +26,7 @@ class Dataset(NamedTuple):
     Attributes:
         manifest: Its manifest.
         stats: Its stats.json.
-        folder: The tokenised folder, that paths in both begin in.
+        folder: The tokenised folder; paths in both are relative to it.
     """
 
     manifest: Mapping[str, Any]
@@ -35,26 +35,28 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(manifest: Path) -> Dataset:
-    """Reads a dataset's manifest and the stats beside it.
+    """Reads a dataset's manifest and stats.
 
     Raises:
-        UserError: It is no manifest, or there are no stats.
+        UserError: The file is not a manifest, or there are no stats.
     """
     stats = stats_path(manifest)
     if not stats.is_file():
-        raise UserError(f"{stats} is missing", expected="the stats of the dataset", fix="tokenise it again")
+        raise UserError(
+            f"{stats} is missing", expected="the stats of the dataset", fix="tokenise the dataset again"
+        )
     return Dataset(read_manifest(manifest), read_json(stats), str(manifest.parent.parent))
 
 
 def data_summary(datasets: list[Dataset]) -> dict[str, Any]:
-    """Returns what the template shows.
+    """Returns the template's variables.
 
     Returns:
-        rows: One mapping for all datasets, where `name` is None, and one for each.
-        histograms: (name, length histogram) of all datasets, and of the largest where there are several.
-        longest: Mappings `dataset`, `source`, `line`, `bin`, `sample`, `tokens`, the longest first.
-        reasons: (reason, number) of bad lines, the commonest first.
-        quarantine_files: (path, bad lines), and how many there are besides.
+        rows: One mapping for all datasets, with `name` None, and one per dataset.
+        histograms: (name, length histogram) of all datasets together and, if there are several, of the largest.
+        longest: Mappings with `dataset`, `source`, `line`, `bin`, `sample` and `tokens`, longest first.
+        reasons: (reason, number) of bad lines, most common first.
+        quarantine_files: A list of (path, bad lines), and the number of files left out.
     """
     rows = [_row(dataset) for dataset in sorted(datasets, key=lambda dataset: dataset.stats["dataset"])]
     reasons: Counter[str] = Counter()
@@ -81,7 +83,7 @@ def _row(dataset: Dataset) -> dict[str, Any]:
     return {
         "name": stats["dataset"],
         **{key: stats[key] for key in (*_SUMMED, *_COUNTED, "trained_share")},
-        # Copies for the valid folder are in train as well, and count there.
+        # Copies in the valid folder are also in train, and count there.
         "valid": stats["valid_samples"] if options["valid"] == "holdout" else 0,
         "median": stats["lengths"]["p50"],
         "longest": stats["lengths"]["longest"],

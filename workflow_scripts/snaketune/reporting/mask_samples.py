@@ -1,4 +1,4 @@
-"""Samples of the tokenised data as the report shows them: what is trained on, in colour."""
+"""Samples of the tokenised data for the report, which colours the trained tokens."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _TOKENS = 1500
 
 
 def mask_samples(datasets: list[Dataset], tokenizer_path: Path) -> list[dict[str, Any]]:
-    """Returns one sample of each of the largest datasets: that of its first file whose length is nearest to the median.
+    """Returns one sample of each of the largest datasets: the one in its first file closest to the median length.
 
     Args:
         datasets: The tokenised datasets; their `.bin` files are read.
-        tokenizer_path: Folder of the extended tokenizer that made them.
+        tokenizer_path: Folder of the extended tokenizer they were made with.
 
     Returns:
-        Mappings `dataset`, `bin`, `number`, `tokens`, `trained` (how many of these), `shown` (how many are shown) and
-        `pieces`: (trained, special, text) from the sample's begin on.
+        Mappings with `dataset`, `bin`, `number`, `tokens`, `trained` (number of trained tokens), `shown` (number of
+        tokens shown) and `pieces`: (trained, special, text) from the start of the sample.
 
     Raises:
-        UserError: The files were made with another tokenizer.
+        UserError: The files were made with a different tokenizer.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     filled = [dataset for dataset in datasets if dataset.stats["samples"]]

@@ -1,4 +1,4 @@
-"""What all pages have in common: the template engine, and how figures are written."""
+"""Shared by all pages: the template engine and the number formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def page_template(name: str):
-    """Returns a template of a page; every text that comes from outside is escaped."""
+    """Returns a page template; it escapes every text from outside."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     page = Environment(
@@ -51,7 +51,7 @@ def _percent(value: float) -> str:
 
 
 def _share(value: float | None, sign: bool = False) -> str:
-    """A share as a percentage; a difference of two with its sign."""
+    """Formats a share as a percentage; `sign` is for differences."""
     if value is None:
         return "n/a"
     return f"{100 * value:{'+' if sign else ''}.1f}%".replace("-", "\N{MINUS SIGN}")
@@ -67,7 +67,7 @@ def _duration(seconds: float) -> str:
 
 
 def _value(value: Any) -> str:
-    """A setting as one would write it in YAML."""
+    """Formats a setting as in YAML."""
     if value is None:
         return "not set"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, bool | list | dict) else str(value)

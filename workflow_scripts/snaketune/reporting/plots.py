@@ -1,4 +1,4 @@
-"""The report's plots as inline SVG that takes its colours from the page, so one drawing serves light and dark."""
+"""The report's plots as inline SVG. Colours come from the page's CSS, so one drawing serves light and dark mode."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from snaketune.reporting.report_words import translated_labels
 
-# Stand-in colours: matplotlib wants real ones, the page's style sheet knows the right ones.
+# Placeholder colours for matplotlib; `_svg` replaces them with CSS variables of the page.
 _INK, _GRID, _SERIES, _FAINT = "#010203", "#010204", "#010205", "#010206"
 _CSS = {_INK: "var(--muted)", _GRID: "var(--line)", _SERIES: "var(--series)", _FAINT: "var(--faint)"}
 _RUNS = [f"#0102{place:02x}" for place in range(16, 24)]
@@ -19,12 +19,12 @@ _MAX_POINTS = 2000
 
 
 def loss_curve(metrics: list[dict], evals: Sequence[dict] = ()) -> str:
-    """Returns the training loss over the steps, with the learning rate below it, as `<svg>`.
+    """Returns an `<svg>` of the training loss by step, with the learning rate below.
 
     Args:
-        metrics: One record per optimizer step, with `step`, `loss` (None where it was not finite), `lr` and perhaps
-            `attempt` (a restart is marked where it changes).
-        evals: Records with the `step` and `loss` of evaluations on held-out conversations while training.
+        metrics: One record per optimizer step, with `step`, `loss` (None if not finite), `lr` and optionally `attempt`
+            (restarts are marked where it changes).
+        evals: Records with `step` and `loss` of the held-out evaluations during training.
     """
     metrics = [record for record in metrics if record["loss"] is not None]
     steps, losses, rates = (_thin(_column(metrics, key)) for key in ("step", "loss", "lr"))
@@ -49,17 +49,17 @@ def loss_curve(metrics: list[dict], evals: Sequence[dict] = ()) -> str:
 
 
 def run_curves(runs: Sequence[list[dict]], key: str) -> str:
-    """Returns the training losses of several runs over each other, smoothed, as `<svg>`.
+    """Returns an `<svg>` of the smoothed training losses of several runs, overlaid.
 
     Args:
-        runs: The records of `metrics.jsonl` of each run, in the order of their colours.
-        key: What stands below: `step`, or `tokens`, those seen so far.
+        runs: Records of each run's `metrics.jsonl`, in the order of their colours.
+        key: The x axis: `step`, or `tokens` for the tokens seen so far.
     """
     from matplotlib.ticker import EngFormatter
 
     figure = _figure(5, 3)
     axes = figure.subplots()
-    for place, metrics in reversed(list(enumerate(runs))):  # the first run lies on top
+    for place, metrics in reversed(list(enumerate(runs))):  # draws the first run on top
         seen, points = 0, []
         for record in metrics:
             seen += record["tokens"]
@@ -82,10 +82,10 @@ def run_curves(runs: Sequence[list[dict]], key: str) -> str:
 
 
 def speed_curve(metrics: list[dict]) -> str:
-    """Returns the gradient norm over the steps, with the tokens per second below it, as `<svg>`.
+    """Returns an `<svg>` of the gradient norm by step, with the tokens per second below.
 
     Args:
-        metrics: As for `loss_curve`, with `grad_norm` (None where it is not finite) and `tokens_per_second`.
+        metrics: As for `loss_curve`, with `grad_norm` (None if not finite) and `tokens_per_second`.
     """
     steps, norms, speeds = (
         _thin(_column(metrics, key)) for key in ("step", "grad_norm", "tokens_per_second")
@@ -103,13 +103,13 @@ def speed_curve(metrics: list[dict]) -> str:
 
 
 def checkpoint_plot(steps: Sequence[int], figures: Sequence[dict], best: int, label: str) -> str:
-    """Returns a figure of the evaluated checkpoints over the optimizer steps, with its 95% intervals, as `<svg>`.
+    """Returns an `<svg>` of a figure of the evaluated checkpoints by optimizer step, with 95% intervals.
 
     Args:
-        steps: Rising; 0 is the base model.
-        figures: {value, low, high} at each, None where it is not defined.
-        best: The step that is marked.
-        label: Of the figure.
+        steps: Ascending; 0 is the base model.
+        figures: {value, low, high} at each step; None if undefined.
+        best: The step to mark.
+        label: Label of the figure.
     """
     points = [(step, each) for step, each in zip(steps, figures, strict=True) if each["value"] is not None]
     figure = _figure(6.6, 2.4)
@@ -130,11 +130,11 @@ def checkpoint_plot(steps: Sequence[int], figures: Sequence[dict], best: int, la
 
 
 def length_histogram(edges: list[int], counts: list[int]) -> str:
-    """Returns how many conversations fall between one length in tokens and the next, as `<svg>`.
+    """Returns an `<svg>` histogram of conversations by length in tokens.
 
     Args:
-        edges: Rising boundaries, one more than `counts`; a bar holds `edges[i] <= tokens < edges[i + 1]`.
-        counts: Conversations.
+        edges: Ascending edges, one more than `counts`; bar i covers `edges[i] <= tokens < edges[i + 1]`.
+        counts: Conversations per bar.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -147,7 +147,7 @@ def length_histogram(edges: list[int], counts: list[int]) -> str:
     axes.bar_label(
         bars, labels=[str(n) if n else "" for n in counts[first:last]], fontsize=8, color=_INK, padding=1
     )
-    # The boundaries stand between the bars, where a length is.
+    # Ticks at the edges, between the bars.
     axes.set_xticks(
         [place - 0.5 for place in range(last - first + 1)], [_short(e) for e in edges[first : last + 1]]
     )
@@ -159,7 +159,7 @@ def length_histogram(edges: list[int], counts: list[int]) -> str:
 
 
 def attempts(metrics: list[dict]) -> list[int]:
-    """Returns the steps at which another attempt went on."""
+    """Returns the steps at which a new attempt resumed."""
     pairs = zip(metrics, metrics[1:], strict=False)
     return [after["step"] for before, after in pairs if after.get("attempt") != before.get("attempt")]
 
@@ -169,7 +169,7 @@ def _column(metrics: list[dict], key: str) -> list[float]:
 
 
 def _share_steps(metrics: list[dict], first: int, all_axes) -> None:
-    """Marks the attempts in plots that lie below each other, and labels the steps, from `first` on, of the last one."""
+    """Marks the attempts in stacked plots and labels the steps of the bottom one, starting at `first`."""
     from matplotlib.ticker import MaxNLocator
 
     for restart in attempts(metrics):
@@ -204,7 +204,7 @@ def _svg(figure, all_axes, label: str) -> str:
         axes.spines["bottom"].set_color(_GRID)
     figure.patch.set_alpha(0)
     buffer = io.StringIO()
-    # Text stays text; a fixed salt and no date, so that equal data gives equal bytes.
+    # Keep text as text. Fixed salt and no date, so that equal data gives equal bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     drawing = buffer.getvalue()
@@ -216,7 +216,7 @@ def _svg(figure, all_axes, label: str) -> str:
 
 
 def _thin(values: list[float]) -> list[float]:
-    """Means over equal pieces when there are more values than a plot can show."""
+    """Averages over equal pieces if there are too many values to plot."""
     if len(values) <= _MAX_POINTS:
         return values
     width = -(-len(values) // _MAX_POINTS)
@@ -225,7 +225,7 @@ def _thin(values: list[float]) -> list[float]:
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Exponential mean whose memory is about a fifteenth of the run."""
+    """Exponential moving average over about a fifteenth of the run."""
     keep = 1 - 1 / max(2.0, len(values) / 15)
     mean, weight, result = 0.0, 0.0, []
     for value in values:

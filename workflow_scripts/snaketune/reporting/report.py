@@ -1,7 +1,7 @@
-"""One self-contained page about one run: what it learnt, from which data, with which settings, at what cost.
+"""Renders one self-contained page about a run: its results, data, settings and cost.
 
-A section is a function here and a template of its name, in the list `SECTIONS`: the function returns what the template
-shows. Which files there are and what is in them: `snaketune.common.run_files` and `ReportInputs`.
+A section is a function here that returns the template's variables, a template of the same name, and an entry in
+`SECTIONS`. For the files of a run and their contents see `snaketune.common.run_files` and `ReportInputs`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from snaketune.reporting.report_words import CHECKPOINT_FIGURES, Words
 
 
 def render_report(inputs: ReportInputs) -> str:
-    """Returns the page as HTML. Every text that comes from outside is escaped by the template engine.
+    """Returns the page as HTML. The template engine escapes every text from outside.
 
     Raises:
         UserError: A file is missing, or base and tuned model were evaluated on different conversations.
@@ -41,7 +41,7 @@ def render_report(inputs: ReportInputs) -> str:
 
 
 def _summary(inputs: ReportInputs) -> dict[str, Any]:
-    """The lead and the tiles, which stand before the sections."""
+    """Returns the variables of the summary above the sections."""
     base, tuned = inputs.evaluations
     return {
         "config": inputs.run.config,
@@ -69,7 +69,7 @@ def opencompass(inputs: ReportInputs) -> dict[str, Any] | None:
 
 
 def training(inputs: ReportInputs) -> dict[str, Any] | None:
-    """Curves of the training's metrics."""
+    """Curves of the training metrics."""
     metrics = inputs.run.metrics
     if not metrics:
         return None
@@ -83,7 +83,7 @@ def training(inputs: ReportInputs) -> dict[str, Any] | None:
 
 
 def checkpoints(inputs: ReportInputs) -> dict[str, Any] | None:
-    """A table of the evaluated checkpoints and a plot of what the best is best by, with the held-out loss beside it."""
+    """A table of the evaluated checkpoints, and plots of the metric that picks the best and of the held-out loss."""
     curve = inputs.run.find(names.CHECKPOINT_CURVE)
     if curve is None:
         return None
@@ -116,7 +116,7 @@ def checkpoints(inputs: ReportInputs) -> dict[str, Any] | None:
 
 
 def data(inputs: ReportInputs) -> dict[str, Any]:
-    """The tokenised datasets, how they were packed, and samples of them with their masks."""
+    """The tokenised datasets, their packing, and samples with their masks."""
     return {
         "data": inputs.data,
         "histograms": [
@@ -134,7 +134,7 @@ def gates(inputs: ReportInputs) -> dict[str, Any] | None:
 
 
 def plan(inputs: ReportInputs) -> dict[str, Any] | None:
-    """Rows of what was planned beside what happened; memory is that of the process with most."""
+    """Rows of forecast and actual values. Memory is that of the largest process."""
     planned, train, metrics = inputs.run.find(names.RUN_PLAN), inputs.run.train, inputs.run.metrics
     if not planned or not metrics:
         return None
@@ -169,7 +169,7 @@ def settings(inputs: ReportInputs) -> dict[str, Any]:
 
 
 def lineage(inputs: ReportInputs) -> dict[str, Any]:
-    """Digests and versions of what the run was made from and what it made."""
+    """Digests and versions of the run's inputs and outputs."""
     hf, turbomind = inputs.run.hf, inputs.run.turbomind
     return {
         "digests": _digests(inputs),
@@ -186,7 +186,7 @@ def _digests(inputs: ReportInputs) -> list[tuple[Words, str]]:
     rows = [
         (("run identity", "run 标识"), train["identity"]),
         (("packed training data", "打包后的训练数据"), train.get("plan_sha256") or train["data_sha256"]),
-        (("training config", "训练 config"), train["config_sha256"]),
+        (("training config", "训练配置"), train["config_sha256"]),
         (("trained weights", "训练后的权重"), train["weights_sha256"]),
         (("held-out conversations", "留出对话"), tuned["heldout_sha256"]),
     ]
@@ -195,7 +195,7 @@ def _digests(inputs: ReportInputs) -> list[tuple[Words, str]]:
     if hf:
         rows.append((("Hugging Face weights", "Hugging Face 权重"), hf["weights_sha256"]))
     if turbomind:
-        # A folder for lmdeploy >= 0.10 has Hugging Face's config.
+        # A folder for lmdeploy >= 0.10 has a Hugging Face config instead.
         name = next(
             name
             for name in ("triton_models/weights/config.yaml", "config.json")
@@ -216,11 +216,11 @@ def _versions(train, hf, turbomind) -> list[tuple[Words, dict[str, Any]]]:
 
 
 class Section(NamedTuple):
-    """A section of the page: what its function returns, shown by the template of the function's name.
+    """A section of the page, rendered by the template with its function's name.
 
     Attributes:
-        values: Returns the variables of the template; None leaves the section out.
-        title: Its link on top of the page; None: it has none.
+        values: Returns the template's variables; None leaves the section out.
+        title: Text of its link at the top of the page; None for no link.
     """
 
     values: Callable[[ReportInputs], Mapping[str, Any] | None]

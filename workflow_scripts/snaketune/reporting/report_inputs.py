@@ -1,4 +1,4 @@
-"""What the sections of a report draw from: the files of the run, those it shares with others, and figures of several."""
+"""Inputs of the report's sections: the run's own files, shared files, and figures computed from several of them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from snaketune.reporting.tool_call_report import tool_call_summary
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """The run of a report, and what it shares with other runs. Files are read, and figures made, when a section asks.
+    """A report's run and the files it shares with other runs. Files are read and figures computed on first use.
 
     Attributes:
         run: The run's own files.
-        dataset_manifests: Manifests of the tokenised datasets, stats beside them.
+        dataset_manifests: Manifests of the tokenised datasets.
         plan: plan.json of the pack plan.
-        tokenizer_path: Folder of the extended tokenizer, which shows samples of the data.
-        benchmarks: Folder of Snakemake's benchmark files, and `benchmark_names` which of them are this run's.
+        tokenizer_path: Folder of the extended tokenizer, used to show samples of the data.
+        benchmarks: Folder of Snakemake's benchmark files.
+        benchmark_names: Names of this run's benchmark files.
         lock: pip lock file of the environment.
     """
 
@@ -51,15 +52,15 @@ class ReportInputs:
 
     @cached_property
     def evaluations(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What evaluate_model.py wrote about the base and the tuned model.
+        """The results of evaluate_model.py for the base and the tuned model.
 
         Raises:
-            UserError: They are not about the same conversations.
+            UserError: They used different conversations.
         """
         base, tuned = (self.run.read(names.EVALUATION, label=label) for label in ("base", "tuned"))
         if base["heldout_sha256"] != tuned["heldout_sha256"]:
             raise UserError(
-                "base and tuned model were evaluated on different held-out conversations",
+                "the base and tuned models were evaluated on different held-out conversations",
                 found=f"{base['heldout_sha256'][:12]} and {tuned['heldout_sha256'][:12]}",
                 fix="run evaluate_model.py for both with the same --heldout-dir",
             )
@@ -67,10 +68,10 @@ class ReportInputs:
 
     @cached_property
     def heldout(self) -> list[dict[str, Any]]:
-        """One row for all conversations and one for each dataset; `change` is tuned minus base.
+        """One row for all conversations and one per dataset; `change` is tuned minus base.
 
-        `intervals` are those of base, tuned and change, by drawing conversations; without bounds where an evaluation
-        does not tell conversations apart, as an earlier release's, or the two cut them differently.
+        `intervals` has the bootstrap intervals of base, tuned and change. They have no bounds if an evaluation does not
+        list its conversations, as in earlier releases, or if the two cut them differently.
         """
         base, tuned = self.evaluations
         rows = []
@@ -93,7 +94,7 @@ class ReportInputs:
 
     @cached_property
     def generations(self) -> list[dict[str, Any]]:
-        """Answers of both models to the same prompts: `prompt`, `base` (None: not asked) and `tuned`."""
+        """Answers of both models to the same prompts: `prompt`, `base` (None: not generated) and `tuned`."""
         base, tuned = self.evaluations
         answers = {json.dumps(answer["prompt"], sort_keys=True): answer for answer in base["generations"]}
         return [
@@ -107,13 +108,13 @@ class ReportInputs:
 
     @cached_property
     def tool_calls(self) -> dict[str, Any] | None:
-        """See `tool_call_summary`; None where the two models were not asked for tool calls."""
+        """See `tool_call_summary`; None unless both models have a tool call evaluation."""
         base, tuned = (self.run.find(names.TOOL_CALLS, label=label) for label in ("base", "tuned"))
         return tool_call_summary(base, tuned) if base is not None and tuned is not None else None
 
     @cached_property
     def speed(self) -> dict[str, float] | None:
-        """Tokens per second over all steps but the first, which also warms up, and seconds in all."""
+        """Tokens per second without the first step, which includes warm-up, and total seconds."""
         timed = [record for record in self.run.metrics if "seconds" in record]
         if len(timed) < 2:
             return None

@@ -1,7 +1,7 @@
-"""Several runs side by side: figures of each with intervals, and the paired difference to the first of them.
+"""Compares runs: figures of each with intervals, and paired differences from the first run.
 
-A difference is on the same draws of the same held-out conversations for both runs. Where two runs were not evaluated on
-the same conversations, or not in the same way, there is none, and `refused` says why.
+A difference uses the same draws of the same held-out conversations for both runs. If two runs were evaluated on
+different conversations or with different options, there is no difference, and `refused` says why.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ HELDOUT_SAME = ("heldout_sha256", "tokenizer_sha256", "template", "mask", "contr
 def compare(
     runs: Sequence[RunFiles], benchmarks: Path | None = None, shared_names: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Compares runs with the first of them.
+    """Compares runs with the first one.
 
     Args:
-        runs: At least two; their settings, train.json, metrics and evaluations of the tuned model are read.
-        benchmarks: Folder of Snakemake's benchmark files; without it there is no cost.
-        shared_names: Names there of the data and tokenizers, which runs share.
+        runs: At least two. Reads their settings, train.json, metrics and evaluations of the tuned model.
+        benchmarks: Folder of Snakemake's benchmark files; without it, costs are left out.
+        shared_names: Names of benchmark files of the shared data and tokenizers.
 
     Returns:
         baseline: Name of the first run.
         runs: Name, steps, tokens, epochs, digest of the weights, and `files` of each run.
-        refused: Mappings `run`, `evaluation` (heldout or tool_calls) and `differs`, the keys that are not the same.
-        tables: Mappings `kind` (heldout, calls, losses or plain_text), `scope` and `name`, as in `summarize`, and `rows`:
-            `metric` and, by run, `value` and `difference` (`value`, `low`, `high` each; None) and `count`. Rows of
-            heldout are datasets, None for all conversations.
-        settings: Mappings `key` and `values` by run, of the settings that are not the same in all runs.
-        cost: Mappings `run` (None: what they share) and `stages`, the rows of `read_cost`.
+        refused: Mappings with `run`, `evaluation` (heldout or tool_calls) and `differs`, the keys that differ.
+        tables: Mappings with `kind` (heldout, calls, losses or plain_text), `scope` and `name`, as in `summarize`, and
+            `rows`: `metric` and, by run, `value` and `difference` (each with `value`, `low`, `high`, or None) and
+            `count`. Rows of heldout are datasets, None for all conversations.
+        settings: Mappings with `key` and `values` by run, for the settings that differ.
+        cost: Mappings with `run` (None: shared) and `stages`, the rows of `read_cost`.
 
     Raises:
-        UserError: There are fewer than two, or two of one name, or one is not finished.
+        UserError: There are fewer than two runs, two have the same name, or one is not finished.
     """
     given = [run.name for run in runs]
     if len(set(given)) < 2 or len(set(given)) < len(given):
-        raise UserError("there is nothing to compare", found=", ".join(given), expected="two runs or more")
+        raise UserError("nothing to compare", found=", ".join(given), expected="at least two runs")
     refused: list[dict[str, Any]] = []
     tables = [_heldout_table(runs, refused), *_tool_call_tables(runs, refused)]
     return {
@@ -70,7 +70,7 @@ def _tool_calls(run: RunFiles) -> dict[str, Any] | None:
 
 
 def _digests(run: RunFiles) -> dict[str, str]:
-    """Returns the digest of each file that a run's scores come from, by its name."""
+    """Returns the digests of the files that a run's scores come from, by name."""
     scored = [_TUNED] if _tool_calls(run) is None else [_TUNED, _TOOL_CALLS]
     return {name: sha256_file(run.path(name)) for name in scored}
 
@@ -83,7 +83,7 @@ def _heldout_table(runs: Sequence[RunFiles], refused: list[dict[str, Any]]) -> d
         differs = [key for key in HELDOUT_SAME if base.get(key) != result.get(key)]
         before, after = base.get("conversations"), result.get("conversations")
         if not differs and not (before and after):
-            differs = ["conversations"]  # evaluated by a version that did not write them down
+            differs = ["conversations"]  # evaluated by a version that did not record them
         elif not differs and _tokens(before) != _tokens(after):
             differs = ["max_samples"]
         if differs:

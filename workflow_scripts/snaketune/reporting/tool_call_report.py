@@ -1,4 +1,4 @@
-"""What the report says of tool calls: tables of base against tuned with intervals, and answers side by side."""
+"""Tool call section of the report: tables of base and tuned with intervals, and answers side by side."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ _EXAMPLES = 6
 
 
 def tool_call_summary(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the template shows of two files of evaluate_tool_calls.py.
+    """Returns the template's variables for two files of evaluate_tool_calls.py.
 
     Returns:
-        calls: Groups of rows of `comparison_rows` about calls: all conversations first, then each dataset and language.
-        losses: The same about the loss by role, each row with `base_perplexity` and `tuned_perplexity`.
-        plain_text: The row about plain text, None where it was not measured.
-        examples: Points with `base` and `tuned` answers; those where the two differ in what they did come first, of
-            each dataset in turn.
-        selection: How many points of either kind there are, and how many were asked.
+        calls: Groups of rows of `comparison_rows` on calls: all conversations first, then each dataset and language.
+        losses: The same for the loss by role, each row with `base_perplexity` and `tuned_perplexity`.
+        plain_text: The row on plain text; None if it was not measured.
+        examples: Points with `base` and `tuned` answers; see `choose_examples`.
+        selection: Counts of available and evaluated points, by kind.
 
     Raises:
-        UserError: The two are not about the same points.
+        UserError: The two files cover different points.
     """
     rows = comparison_rows(base, tuned)
     for row in rows:
@@ -51,9 +50,9 @@ def _groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def choose_examples(base: list[dict[str, Any]], tuned: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Chooses points to show: half of them such that call a tool, first those where the models did different things.
+    """Chooses points to show, half of which call a tool. Points where the models behaved differently come first.
 
-    Datasets take turns; a question that was shown already comes last.
+    Datasets take turns; repeated questions come last.
     """
     asked, shown = Counter(), Counter()
     ranked = []

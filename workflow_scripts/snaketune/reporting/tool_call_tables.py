@@ -1,7 +1,7 @@
-"""Figures of an evaluation of tool calls, with intervals: by dataset and language, and base against tuned.
+"""Figures of a tool call evaluation, with intervals: by dataset and language, and base against tuned.
 
-Points that call a tool and points that do not are chosen at different rates (half and half). A figure that mixes them
-weighs each point by how many of its kind it stands for, so precision is that of the whole held-out set.
+Points that call a tool and points that do not are sampled at different rates (half and half). A figure over both
+weights each point by the number of points it represents, so that precision is that of the whole held-out data.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from snaketune.common.cli import UserError
 from snaketune.evaluation.call_verdicts import STAGES
 from snaketune.reporting.bootstrap import Interval, Ratios, compared, intervals
 
-# Of a point's verdicts, and whether its reference calls: what counts, and out of what (0 leaves the point out).
+# (verdicts of a point, True if its reference calls) -> (numerator, denominator); a denominator of 0 skips the point.
 _Ratio = Callable[[Mapping[str, Any], bool], tuple[float, float]]
 
 
 def _passed(stage: str) -> _Ratio:
-    """Of the calls made, those that pass a check and the ones before it."""
+    """Share of the calls made that pass a check and all earlier ones."""
     later = (None, *STAGES[STAGES.index(stage) + 1 :])
     return lambda verdict, calls: (verdict["failed"] in later, 1) if verdict["called"] else (0, 0)
 
 
 def _where_called(value: Callable[[Mapping[str, Any]], float | None]) -> _Ratio:
-    """Of the calls that the reference makes; a value of None leaves the point out."""
+    """Mean over the points where the reference calls; a value of None skips the point."""
 
     def ratio(verdict: Mapping[str, Any], calls: bool) -> tuple[float, float]:
         found = value(verdict) if calls else None
@@ -55,15 +55,15 @@ Scope = tuple[str, str]  # ("all", ""), ("dataset", name) or ("language", code)
 
 
 def summarize(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns every figure of one model with its interval.
+    """Returns all figures of one model with their intervals.
 
     Args:
-        result: What evaluate_tool_calls.py writes, at least `selection`, `points`, `losses` and `plain_text`.
+        result: Output of evaluate_tool_calls.py, at least `selection`, `points`, `losses` and `plain_text`.
 
     Returns:
         [{"scope", "name", "metric", "count", "conversations", "value", "low", "high"}]: `scope` is all, dataset or
-        language and `name` says which; `metric` is one of `METRICS`, `loss.<role>` or `loss.plain_text` (nats per
-        token); `count` is the number of points that the figure is about, or of tokens. null: not defined.
+        language, and `name` names it; `metric` is one of `METRICS`, `loss.<role>` or `loss.plain_text` (nats per
+        token); `count` is the number of points, or of tokens, behind the figure. A value of None is undefined.
     """
     return [
         {**_head(scope, ratios, counts, place), **interval._asdict()}
@@ -76,15 +76,15 @@ def comparison_rows(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[d
     """Returns the rows of a table of base against tuned.
 
     Args:
-        base: What evaluate_tool_calls.py wrote about the base model.
-        tuned: The same of the tuned model.
+        base: Output of evaluate_tool_calls.py for the base model.
+        tuned: The same for the tuned model.
 
     Returns:
-        As `summarize` (`count` is the tuned model's), with `base`, `tuned` and `difference` instead of value, low and
-        high, each an `Interval`. The difference is tuned - base on the same draws of conversations.
+        As `summarize` (`count` is the tuned model's), with `base`, `tuned` and `difference`, each an `Interval`, in
+        place of value, low and high. The difference is tuned - base on the same draws of conversations.
 
     Raises:
-        UserError: The two are not about the same points.
+        UserError: The two cover different points.
     """
     _check_pair(base, tuned)
     before, after = _evidence(base), _evidence(tuned)
@@ -97,7 +97,7 @@ def comparison_rows(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[d
 
 
 def perplexity(loss: Interval) -> Interval:
-    """Returns the perplexity of a loss in nats; the bounds go with it, since exp is monotone."""
+    """Returns the perplexity of a loss in nats. Applies to the bounds too, since exp is monotone."""
     return Interval(*(None if each is None else math.exp(min(each, 700.0)) for each in loss))
 
 
@@ -112,7 +112,7 @@ def _head(scope: Scope, ratios: Ratios, counts: Sequence[int], place: int) -> di
 
 
 def differing(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[str]:
-    """Returns what keeps two evaluations from being compared: the keys of the conversations and options that differ."""
+    """Returns the keys in which two evaluations differ; comparable evaluations have none."""
     same = (
         "heldout_sha256",
         "tokenizer_sha256",
@@ -131,18 +131,18 @@ def differing(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[str]:
 def _check_pair(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> None:
     for key in differing(base, tuned)[:1]:
         raise UserError(
-            f"the two evaluations of tool calls do not compare: {key} differs",
+            f"the two tool call evaluations are not comparable: {key} differs",
             found=f"{base[key]} and {tuned[key]}",
-            fix="run evaluate_tool_calls.py for both models with the same options and the same conversations",
+            fix="run evaluate_tool_calls.py for both models with the same options and conversations",
         )
 
 
-# Points, losses and blocks of plain text: each kind of evidence has conversations (or blocks) of its own to draw from.
+# Points, losses and plain text blocks each draw from their own conversations (or blocks).
 _Entries = dict[Scope, dict[str, list[tuple[str, float, float, int]]]]
 
 
 def _evidence(result: Mapping[str, Any]) -> dict[tuple[int, Scope], tuple[Ratios, np.ndarray]]:
-    """Returns by kind and scope what each conversation adds to each figure, and how much each figure is about."""
+    """Returns, by kind and scope, each conversation's contribution to each figure, and each figure's count."""
     all_entries = (_point_entries(result), _loss_entries(result), _plain_text_entries(result))
     return {
         (kind, scope): _ratios(conversations)
