@@ -197,7 +197,7 @@ def test_a_disk_that_fills_up(tmp_path, repo_root, on_a_small_disk, case):
         arguments += ["--tokenizer-path", extended_folder(), "--on-bad-sample", "quarantine"]
     done = on_a_small_disk(repo_root / "workflow_scripts" / name, *arguments)
     assert done.returncode == 2, done.stderr
-    assert "error: " in done.stderr and "could not be written" in done.stderr
+    assert "error: " in done.stderr and "cannot write" in done.stderr
     assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
     # Nothing is left of it, not even half of it.
     assert done.stdout == ""

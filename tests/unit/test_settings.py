@@ -1,4 +1,4 @@
-"""The configuration: defaults, merging of runs, and errors that tell the user what to type."""
+"""The configuration: defaults, merging of runs, and errors that name the fix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def schema():
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """The smallest valid configuration, with real folders below the working folder."""
+    """The smallest valid configuration, with real folders in the working folder."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
@@ -171,22 +171,22 @@ def test_each_dataset_is_left_out_once(config, schema):
         ({"s": {"matrix": {"train.l_r": [1]}}}, "unknown key runs.s.matrix.train.l_r"),
         ({"s": {"matrix": {"trian.lr": [1]}}}, "unknown key runs.s.matrix.trian.lr(.|\n)*'train'"),
         ({"s": {"matrix": {"train.lora.rnk": [1]}}}, "unknown key runs.s.matrix.train.lora.rnk(.|\n)*'rank'"),
-        ({"s": {"matrix": {"train.lr": []}}}, "runs.s.matrix.train.lr has a wrong value"),
-        ({"s": {"matrix": {"train.lr": 1e-5}}}, "runs.s.matrix.train.lr has a wrong value(.|\n)*array"),
-        ({"s": {"matrix": {"train.lr": ["1e-5"]}}}, "runs.s-lr_1e-5.train.lr has a wrong value(.|\n)*1.0e-5"),
-        ({"s": {"matrix": {"train.lr": [1, 1.0]}}}, "two runs have the name s-lr1"),
-        ({"s": {"matrix": {"train.seed": [1]}}, "s-seed1": {}}, "two runs have the name s-seed1"),
-        ({"s": {"matrix": {"train.seed": list(range(65))}}}, "runs.s stands for 65 runs"),
+        ({"s": {"matrix": {"train.lr": []}}}, "invalid value for runs.s.matrix.train.lr"),
+        ({"s": {"matrix": {"train.lr": 1e-5}}}, "invalid value for runs.s.matrix.train.lr(.|\n)*array"),
+        ({"s": {"matrix": {"train.lr": ["1e-5"]}}}, "invalid value for runs.s-lr_1e-5.train.lr(.|\n)*1.0e-5"),
+        ({"s": {"matrix": {"train.lr": [1, 1.0]}}}, "two runs are named s-lr1"),
+        ({"s": {"matrix": {"train.seed": [1]}}, "s-seed1": {}}, "two runs are named s-seed1"),
+        ({"s": {"matrix": {"train.seed": list(range(65))}}}, "runs.s defines 65 runs"),
         (
             {"s": {"train": {"seed": 3}, "matrix": {"train.seed": [1]}}},
-            "train.seed has a value beside its list",
+            "train.seed has a list in runs.s.matrix and is also set",
         ),
         (
             {"s": {"matrix": {"packing.weights": [{}], "packing.weights.a": [1]}}},
-            "packing.weights.a has a value beside its list",
+            "packing.weights.a has a list in runs.s.matrix and is also set",
         ),
         ({"s": {"leave_one_out": ["d"]}}, "unknown key runs.s.leave_one_out.d"),
-        ({"s": {"leave_one_out": "all"}}, "runs.s.leave_one_out has a wrong value"),
+        ({"s": {"leave_one_out": "all"}}, "invalid value for runs.s.leave_one_out"),
         ({"s": {"data": {"datasets": ["a"]}, "leave_one_out": "datasets"}}, "leave nothing to train on"),
         ({"s": {"matrx": {"train.seed": [1]}}}, "unknown key runs.s.matrx(.|\n)*'matrix'"),
     ],

@@ -1,4 +1,4 @@
-"""`snakemake -n` ends with what the jobs would cost."""
+"""`snakemake -n` ends with a table of what the jobs would cost."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from snaketune.common.job_table import planned_job, render_job_table
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """The cells of the plan's table by rule; empty cells are left out."""
-    table = text[text.index("Plan: ") :].splitlines()[3:-1]
+    """Returns the table's cells by rule, without empty cells."""
+    table = text[text.index("Dry run: ") :].splitlines()[3:-1]
     return {line.split()[0]: re.split(r"\s{2,}", line)[1:] for line in table}
 
 
@@ -25,11 +25,11 @@ def test_the_plan_of_one_machine_and_of_a_cluster(make_project):
     assert plan["train_model"] == ["1", "here", "2", "60 min", "2.0", "1.00"]
     profile = ("--profile", project.code / "profiles" / "slurm", "--set-resources", "train_model:gres=gpu:8")
     text = project.run("-n", "--quiet", "rules", *profile, "train_model:nodes=2").stdout
-    assert "of them submitted to the cluster" in text
+    assert "submitted to the cluster" in text
     plan = rows(text)
     assert plan["train_model"][1] == "cluster" and "16" in plan["train_model"]
     assert plan["total"][-2] == "384.0", "16 GPUs for the 24 hours of the rule's limit"
-    assert "Plan:" not in project.run("-n", "--quiet", "all").stdout
+    assert "Dry run:" not in project.run("-n", "--quiet", "all").stdout
 
 
 def test_core_hours_and_gpu_hours_of_a_job_of_many_tasks(tmp_path):

@@ -1,1 +1,1 @@
-"""What every stage needs: atomic files, hashes, one-line errors, progress."""
+"""Shared by all stages: atomic files, hashes, one-line errors, progress."""

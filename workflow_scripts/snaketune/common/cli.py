@@ -1,4 +1,4 @@
-"""The edge between a thin command-line script and a person: one clear error, no traceback."""
+"""Turns the errors of a command-line script into one clear message and an exit code, without a traceback."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something the user can mend: bad input, a wrong path, a setting that cannot work.
+    """An error that the user can fix: bad input, a wrong path, an invalid setting.
 
-    Build it with `found`, `expected` and `fix` so that every message has the same shape.
+    Pass `found`, `expected` and `fix` so that every message has the same shape.
 
     Args:
-        what: One line that says what is wrong and where (file, line, field).
-        found: What was there.
-        expected: What should have been there.
-        fix: What to type or change next.
+        what: One line: what went wrong and where (file, line, field).
+        found: The value found.
+        expected: The value expected.
+        fix: The command or change that fixes it. Begins with a verb.
     """
 
     def __init__(self, what: str, *, found: object = None, expected: object = None, fix: str | None = None):
@@ -34,14 +34,14 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs `main` and exits: 0 when it returns None, 2 with the message alone on a `UserError` or a full disk.
+    """Runs `main` and exits with the code it returns, or 0 for None.
 
-    When the reader of standard output has gone (`| head`), it exits quietly with 141, as a shell reports of a tool that
-    SIGPIPE ended.
+    A `UserError` or a full disk prints one message and exits with 2. If the reader of standard output is gone
+    (`| head`), exits silently with 141, the code that a shell reports for a process killed by SIGPIPE.
     """
     try:
         code = main() or 0
-    except SystemExit as exit:  # argparse has printed its help
+    except SystemExit as exit:  # argparse has printed its help or error
         code = exit.code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -52,13 +52,13 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
     except OSError as error:
         code = _code_of(error)
-        # Otherwise Python tries once more at its end, and complains.
+        # Otherwise Python flushes again at exit and prints an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
 def _code_of(error: OSError) -> int:
-    """Returns the exit code for a closed pipe or a full disk, and prints a message for the latter; raises any other."""
+    """Returns the exit code for a closed pipe or a full disk (which it reports). Re-raises other errors."""
     if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout.fileno()):
         return 128 + signal.SIGPIPE
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -69,7 +69,7 @@ def _code_of(error: OSError) -> int:
 
 
 def _has_no_reader(descriptor: int) -> bool:
-    """Whether this is the pipe that was closed; a script has others, to its workers."""
+    """True if this pipe has no reader. The broken pipe may be one to a worker instead."""
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))

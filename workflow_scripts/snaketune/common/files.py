@@ -1,7 +1,7 @@
-"""Files that are either whole or absent, and the hashes that name them.
+"""Atomic file writes, and hashes of files and JSON values.
 
-Every writer makes its file beside the target, flushes it to disk and renames it, so a job that is killed
-leaves nothing that looks finished.
+Every writer creates a temporary file beside the target, flushes it to disk and renames it. A killed job never
+leaves an incomplete file under its final name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def sha256_json(value: Any) -> str:
 
 
 def fsync_path(path: str | os.PathLike) -> None:
-    """Flushes a file's or a folder's entry to disk."""
+    """Flushes a file, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -46,7 +46,7 @@ def fsync_path(path: str | os.PathLike) -> None:
 
 
 def link_or_copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Gives a file a second name, as a hard link; on another file system, or one without links, `target` is a copy."""
+    """Hard-links `target` to `source`; copies if the file systems differ or do not support hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -56,7 +56,7 @@ def link_or_copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
 @contextmanager
 def told_when_full(path: str | os.PathLike) -> Iterator[None]:
-    """Turns "no space left" while `path` is written into a UserError that says which disk is full."""
+    """Turns "no space left" errors while writing `path` into a UserError that names the full disk."""
     try:
         yield
     except OSError as error:
@@ -67,10 +67,10 @@ def told_when_full(path: str | os.PathLike) -> Iterator[None]:
         with suppress(OSError):
             free = f", {shutil.disk_usage(folder).free / 1e6:,.0f} MB free"
         raise UserError(
-            f"{path} could not be written",
+            f"cannot write {path}",
             found=f"{error.strerror}{free}",
-            expected=f"room in {folder}",
-            fix="free some space, or write somewhere else, and run again: nothing half-written is left behind",
+            expected=f"free space in {folder}",
+            fix="free some space or write to another disk, then run again; no incomplete files are left",
         ) from None
 
 
@@ -92,9 +92,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`; on success it takes the place of `path`, whatever stood there.
+    """Yields a temporary folder beside `path`; replaces `path` with it on success.
 
-    A folder that is already at `path` is moved aside before the rename and removed after it.
+    An existing `path` is moved aside before the rename and removed after it.
     """
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -107,11 +107,12 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def resumable_dir(path: str | os.PathLike, temporary: Path | None = None) -> Iterator[Path]:
-    """As `atomic_dir`, but what a killed process left in the temporary folder is there again at the next attempt.
+    """Like `atomic_dir`, but a killed process's temporary folder is kept and reused by the next attempt.
 
     Args:
-        path: The folder to make.
-        temporary: Where it is made; `.<name>.partial` beside `path` by default. An error removes it, a kill does not.
+        path: The folder to create.
+        temporary: The temporary folder; `.<name>.partial` beside `path` by default. An error removes it, a
+            kill does not.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a dry run would cost, for people: jobs, core-hours and GPU-hours of each rule."""
+"""The cost table of a dry run: jobs, core-hours and GPU-hours per rule."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class PlannedJob:
     """One job that a dry run would start.
 
     Attributes:
-        rule: Its rule.
-        submitted: Whether it becomes a job of a cluster; otherwise it runs on this host.
-        cores: CPU cores, of all its tasks.
-        gpus: GPUs, of all its nodes.
-        minutes: Its time limit, or None without one.
-        benchmark: The file in which an earlier run left its seconds, perhaps.
+        rule: Name of its rule.
+        submitted: True if it is submitted to a cluster; otherwise it runs on this host.
+        cores: CPU cores of all its tasks.
+        gpus: GPUs on all its nodes.
+        minutes: Time limit, or None without one.
+        benchmark: Benchmark file of an earlier run, which may not exist.
     """
 
     rule: str
@@ -34,11 +34,12 @@ def planned_job(
     """Returns a job from Snakemake's numbers, read as the Slurm executor reads them.
 
     Args:
-        rule: Its rule.
-        submitted: Whether it becomes a job of a cluster.
-        threads: Cores on this host; on a cluster those of a task, where `cpus_per_task` is not among the resources.
-        resources: `tasks` or `tasks_per_node`, `nodes`, `cpus_per_task`, `gpu` (of the job) or `gres` (`gpu:a100:4`, of a node), `runtime`.
-        benchmark: Where an earlier run left its seconds, or None.
+        rule: Name of its rule.
+        submitted: True if it is submitted to a cluster.
+        threads: Cores on this host; on a cluster, cores per task if the resources lack `cpus_per_task`.
+        resources: `tasks` or `tasks_per_node`, `nodes`, `cpus_per_task`, `gpu` (per job) or `gres`
+            (`gpu:a100:4`, per node), `runtime`.
+        benchmark: Benchmark file of an earlier run, or None.
     """
     nodes = max(1, int(resources.get("nodes") or 1))
     tasks = int(resources.get("tasks") or 0) or nodes * max(1, int(resources.get("tasks_per_node") or 1))
@@ -54,13 +55,13 @@ def planned_job(
 
 
 def render_job_table(jobs: Sequence[PlannedJob], benchmarks: Path) -> str:
-    """Returns the table, rules in the order of `jobs`.
+    """Returns the table, with the rules in the order of `jobs`.
 
-    `at most` counts every job up to its time limit, once; `expected` takes the seconds of an earlier job: the same one's,
-    else the mean of its rule's, and leaves out rules that have not run.
+    `core-hours` and `GPU-hours` count every job once, up to its time limit. `expected` uses the seconds of an
+    earlier run of the same job, or else the mean of its rule; it is empty for rules that have not run.
 
     Args:
-        jobs: In the order in which they are to be shown.
+        jobs: In display order.
         benchmarks: Folder of the rules' benchmark files.
     """
     rules: dict[str, list[PlannedJob]] = {}
@@ -96,12 +97,10 @@ def render_job_table(jobs: Sequence[PlannedJob], benchmarks: Path) -> str:
     rows.append(["total", str(len(jobs)), "", "", "", "", f"{totals[0]:.1f}", gpu_hours, known])
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [_line(row, widths) for row in [head, ["-" * width for width in widths], *rows]]
-    title = f"Plan: {len(jobs)} jobs" + (
-        f", {submitted} of them submitted to the cluster" if submitted else ""
-    )
+    title = f"Dry run: {len(jobs)} jobs" + (f", {submitted} submitted to the cluster" if submitted else "")
     note = (
         "core-hours and GPU-hours: each job up to its time limit, without retries. "
-        "expected: core-hours, by the time that earlier jobs of the rule took."
+        "expected: core-hours, estimated from earlier jobs of the rule."
     )
     return "\n".join([title, *lines, note]) + "\n"
 
@@ -115,7 +114,7 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _expected_core_hours(jobs: Sequence[PlannedJob], folder: Path) -> float | None:
-    """By each job's own benchmark; the others by the mean of the rule's."""
+    """Uses the benchmark of each job, or else the mean of its rule's benchmarks."""
     known = [_seconds(job.benchmark) for job in jobs]
     if None in known:
         others = [seconds for path in folder.rglob("*.tsv") if (seconds := _seconds(path)) is not None]
@@ -127,7 +126,7 @@ def _expected_core_hours(jobs: Sequence[PlannedJob], folder: Path) -> float | No
 
 
 def _seconds(benchmark: Path | None) -> float | None:
-    """The first column, `s`, of a benchmark file; None where there is none, or a torn one."""
+    """Returns the first column, `s`, of a benchmark file, or None if the file is missing or incomplete."""
     try:
         return float(benchmark.read_text(encoding="utf-8").splitlines()[1].split("\t")[0])
     except (AttributeError, OSError, ValueError, IndexError):

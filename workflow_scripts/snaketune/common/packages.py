@@ -1,4 +1,4 @@
-"""Python packages: those that a pip lock file pins, and those that are installed here."""
+"""Versions of Python packages: pinned in a pip lock file, or installed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _PIN = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[^]]*\])?==([^\s;]+)")
 
 
 def read_pins(lock: Path) -> dict[str, str]:
-    """Returns package -> version of a file of `name==version` lines."""
+    """Returns {package: version} from a file of `name==version` lines."""
     lines = lock.read_text(encoding="utf-8").splitlines()
     return {match[1]: match[2] for line in lines if (match := _PIN.match(line))}
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str | None]:
-    """Returns package -> the version that this interpreter has, with its build (`+cpu`); None: not at all."""
+    """Returns {package: installed version with build tag (`+cpu`), or None if not installed}."""
     found: dict[str, str | None] = {}
     for name in names:
         try:

@@ -1,4 +1,4 @@
-"""How far a long job is, how fast, and how long it still takes: a bar in a terminal, now and then a line in a log."""
+"""Progress, speed and remaining time of a long job: a bar in a terminal, occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _BAR = 12
 
 
 class Progress:
-    """Counts what is done and prints it.
+    """Counts finished work and prints progress.
 
     Args:
-        unit: What is counted to know how much is left; "bytes" are shown as MB.
-        total: How many there are.
-        *others: What else is counted, for its rate; shown once there is some of it.
-        stream: Where to print; standard error by default.
-        every: Seconds between two lines where `stream` is no terminal. What takes less prints nothing.
+        unit: Unit that determines the remaining work; "bytes" are shown as MB.
+        total: Total number of units.
+        *others: Other units to count and show a rate for, once their count is above zero.
+        stream: Output stream; standard error by default.
+        every: Seconds between two lines if `stream` is not a terminal. Shorter jobs print nothing.
     """
 
     def __init__(
@@ -32,11 +32,11 @@ class Progress:
         self._start = self._last = time.monotonic()
 
     def add(self, label: str, **counts: int) -> None:
-        """Adds what was done and prints, if it is time to.
+        """Adds finished work, and prints if the interval has passed.
 
         Args:
-            label: What is being done, for the start of the line.
-            **counts: How much, by unit.
+            label: The current work, shown in the line.
+            **counts: Amounts by unit.
         """
         for unit, count in counts.items():
             self._counts[unit] += count
@@ -46,7 +46,7 @@ class Progress:
             self._print(label, now)
 
     def finish(self) -> str:
-        """Clears the terminal's line and returns what was done, how fast and in which time."""
+        """Clears the terminal's line; returns the amounts, rates and elapsed time."""
         if self._terminal:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
@@ -64,7 +64,7 @@ class Progress:
             filled = round(_BAR * share)
             bar = f"{share:4.0%} [{'#' * filled}{'.' * (_BAR - filled)}]"
             text = f"{bar} {', '.join([*ends, *self._rates(now), label])}"
-            # A line that the terminal breaks could not be written over.
+            # A wrapped line could not be overwritten.
             self._stream.write(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K")
         self._stream.flush()
 

@@ -1,7 +1,7 @@
-"""The names of what a run leaves behind, each stated once.
+"""The names of result files and folders, each defined once.
 
-`rules/common.smk` makes Snakemake's patterns of them, and explains each on top; `RunFiles` finds and reads a run's files
-by them. Words in braces are Snakemake's wildcards: fill them in with `str.format`.
+`rules/common.smk` builds Snakemake's patterns from them and explains each one; `RunFiles` finds and reads a
+run's files by them. Words in braces are Snakemake wildcards: fill them in with `str.format`.
 """
 
 # Below the results folder.
@@ -46,7 +46,7 @@ SERVE = "serve.txt"
 REPORT = "report.html"
 LOGS = "logs"
 
-# In a run folder, which a training writes and resumes.
+# In a run folder, which training writes and resumes.
 IDENTITY = "identity.json"
 METRICS = "metrics.jsonl"
 EVALS = "evals.jsonl"

@@ -1,4 +1,4 @@
-"""The files of a run: where they are, and what is in them."""
+"""Finds and reads the files of a run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from snaketune.common.files import read_json
 
 
 class RunFiles:
-    """Finds the files of a run of the workflow and reads them. A file is read when it is asked for, and once.
+    """Finds and reads the files of a run. Each file is read once, on first use.
 
-    A file goes by its name in `result_paths`, with the words in braces filled in by keyword:
-    `run.read(names.EVALUATION, label="tuned")`. The properties are those that several users ask for.
+    Files are named as in `result_paths`, with the words in braces filled in by keyword:
+    `run.read(names.EVALUATION, label="tuned")`. Files with several callers have a property.
 
     Attributes:
         folder: The run's folder, `<results>/<run>`.
@@ -29,27 +29,27 @@ class RunFiles:
 
         Args:
             folder: The run's folder.
-            name: The run's name; the folder's by default.
-            given: Where the files lie, by name (the words in braces filled in), for a script that is told each path. The
-                run then has these files alone, and None stands for one that it does not have. Without it, all files
-                lie in `folder`.
+            name: The run's name; the folder's name by default.
+            given: Path of each file by name (words in braces filled in), for scripts that receive every path
+                as an argument. The run then has only these files; None marks one that it does not have.
+                Without `given`, all files are in `folder`.
         """
         self.folder, self.name = folder, name or folder.absolute().name
         self._given = given
         self._contents: dict[Path, Any] = {}
 
     def path(self, name: str, **fields: str) -> Path:
-        """Returns where a file or folder lies, whether it is there or not.
+        """Returns the path of a file or folder, which may not exist.
 
         Raises:
-            UserError: Other paths were given, and this one was not.
+            UserError: Paths were given, but not this one.
         """
         relative = name.format(**fields)
         if self._given is None:
             return self.folder / relative
         path = self._given.get(relative)
         if path is None:
-            raise UserError(f"the place of {relative} of run {self.name} was not given")
+            raise UserError(f"the path of {relative} of run {self.name} was not given")
         return path
 
     def has(self, name: str, **fields: str) -> bool:
@@ -73,27 +73,27 @@ class RunFiles:
         return self._contents[path]
 
     def find(self, name: str, **fields: str) -> Any:
-        """As `read`, but returns None for a file that the run does not have."""
+        """Like `read`, but returns None for a file that the run does not have."""
         return self.read(name, **fields) if self.has(name, **fields) else None
 
     @property
     def config(self) -> dict[str, Any]:
-        """The run's merged settings, section by section (`config.json`)."""
+        """The run's merged settings, by section (`config.json`)."""
         return self.read(names.CONFIG)
 
     @property
     def train(self) -> dict[str, Any]:
-        """What was trained (`train.json`)."""
+        """Manifest of the training (`train.json`)."""
         return self.read(names.TRAIN)
 
     @property
     def hf(self) -> dict[str, Any] | None:
-        """Manifest of the Hugging Face folder (`hf/manifest.json`)."""
+        """Manifest of the Hugging Face folder (`hf/manifest.json`), or None."""
         return self.find(f"{names.HF}/{names.MANIFEST}")
 
     @property
     def turbomind(self) -> dict[str, Any] | None:
-        """Manifest of the TurboMind folder (`turbomind/manifest.json`)."""
+        """Manifest of the TurboMind folder (`turbomind/manifest.json`), or None."""
         return self.find(f"{names.TURBOMIND}/{names.MANIFEST}")
 
     @property
@@ -103,23 +103,23 @@ class RunFiles:
 
     @property
     def checkpoint(self) -> Path:
-        """The checkpoint that `train.json` names: the last of the training."""
+        """The checkpoint that `train.json` names: the training's last."""
         return self.path(names.TRAIN).parent / self.train["checkpoint"]
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """Records of `metrics.jsonl` in the run folder, one an optimizer step; see `read_records`."""
+        """Records of `metrics.jsonl` in the run folder, one per optimizer step; see `read_records`."""
         return read_records(self._metrics)
 
     @cached_property
     def evals(self) -> list[dict[str, Any]]:
-        """Records of `evals.jsonl`, the held-out losses on the way; none where training looked at none."""
+        """Records of `evals.jsonl`: the held-out losses during training, if any."""
         path = self._metrics.with_name(names.EVALS)
         return read_records(path) if path.is_file() else []
 
     @cached_property
     def attempts(self) -> dict[str, Any]:
-        """`attempts.json`: `attempts`, how many there were, and what each cost; one where a release noted none."""
+        """`attempts.json`: the number of `attempts` and their costs; one attempt if the file is missing."""
         path = self._metrics.with_name(names.ATTEMPTS)
         return read_json(path) if path.is_file() else {"attempts": 1}
 
@@ -130,13 +130,13 @@ class RunFiles:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Reads a JSONL file that a training writes; a last line that a killed writer left torn is skipped.
+    """Reads a JSONL file that training writes. Skips a last line that a killed writer left incomplete.
 
     Raises:
-        UserError: The file is missing, or another line is broken.
+        UserError: The file is missing, or any other line is invalid.
     """
     if not path.is_file():
-        raise UserError(f"no metrics at {path}", fix="give the file with --metrics")
+        raise UserError(f"no metrics at {path}", fix="pass the file with --metrics")
     records = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
@@ -145,15 +145,15 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path}:{number} is not JSON", found=error) from None
+            raise UserError(f"{path}:{number}: invalid JSON", found=error) from None
     return records
 
 
 def newest_run_folder(path: Path) -> Path | None:
-    """Returns the run folder that a training wrote to last, None if there is none.
+    """Returns the run folder with the newest identity file, or None if there is none.
 
     Args:
-        path: A run folder, which stands for itself, or a run's folder, whose `checkpoints` holds run folders.
+        path: A run folder, or a run's folder, whose `checkpoints` holds run folders.
     """
     found = [path, *path.glob(names.RUN_FOLDER.format(identity="*"))]
     return max(

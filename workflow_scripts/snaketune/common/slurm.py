@@ -1,4 +1,4 @@
-"""What Slurm says of the job that this process runs in."""
+"""The Slurm job that this process runs in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import os
 
 
 def job_record() -> dict[str, str]:
-    """Returns `slurm_job_id` for the record of what a job makes; nothing outside Slurm, where there is none to name."""
+    """Returns `slurm_job_id`, for the records of the files that a job writes; empty outside Slurm."""
     job = os.environ.get("SLURM_JOB_ID")
     return {"slurm_job_id": job} if job else {}

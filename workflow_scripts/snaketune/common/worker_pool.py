@@ -1,8 +1,8 @@
-"""Runs a function over a stream of items in worker processes, results in the order of the items.
+"""Runs a function over a stream of items in worker processes; results come in the order of the items.
 
-Processes, because besides the tokenizer a good part of the work is Python's own. They are forked, so the tokenizer
-is loaded once; each has one pipe that nobody else holds, so all end when the parent does, even by kill -9. At most a few
-items a worker are under way, so memory does not grow with the stream.
+Workers are processes because much of the work, besides the tokenizer, is pure Python. They are forked, so the
+tokenizer is loaded once. Each has one pipe that no other process holds, so all workers exit with the parent,
+even after kill -9. Each worker has at most a few items in flight, so memory does not grow with the stream.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import Any
 
 from snaketune.common.cli import UserError
 
-# Results that wait for an earlier one, per worker.
+# Per worker, results that may wait for an earlier one.
 _AHEAD = 4
 
 
 def available_cpus() -> int:
-    """Returns the processors that this process may use."""
+    """Returns the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class WorkerPool:
-    """A pool for one function; use it as a context manager.
+    """A pool of worker processes for one function. Use it as a context manager.
 
     Args:
-        function: Called as `function(*item)`. A `UserError` that it raises comes out of `map`.
-        processes: Number of workers; 1 calls the function here.
+        function: Called as `function(*item)`. `map` raises any `UserError` that it raises.
+        processes: Number of workers; with 1, the function runs in this process.
     """
 
     def __init__(self, function: Callable[..., Any], processes: int):
@@ -58,13 +58,13 @@ class WorkerPool:
         """Yields the function's result for each item, in order. One `map` at a time.
 
         Raises:
-            UserError: The function raised one; that of the first item that failed.
-            RuntimeError: A worker ended (killed for want of memory, mostly) or raised something else.
+            UserError: The function raised one. If several items fail, the first in order counts.
+            RuntimeError: A worker died (usually out of memory) or raised another exception.
         """
         items = iter(items)
         first_two = list(itertools.islice(items, 2))
         if not self._count or len(first_two) < 2:
-            # One block needs no worker.
+            # A single item needs no worker.
             yield from (self._function(*item) for item in itertools.chain(first_two, items))
             return
         self._start()
@@ -90,7 +90,7 @@ class WorkerPool:
             for pipe in wait(list(running)) if running else ():
                 done[running.pop(pipe)] = self._exchange(pipe.recv)
                 idle.append(pipe)
-            # Keep the workers busy before the result is dealt with.
+            # Keep the workers busy before yielding results.
             if more and idle and sent - given < _AHEAD * len(self._pipes):
                 continue
             while given in done:
@@ -105,24 +105,24 @@ class WorkerPool:
             return call(*args)
         except (EOFError, OSError):
             raise RuntimeError(
-                "a tokenising worker ended before it was done (killed for want of memory?); "
+                "a tokenising worker died (out of memory?); "
                 "run again, with fewer --threads if memory is short"
             ) from None
 
     def _start(self) -> None:
         context = multiprocessing.get_context("fork")
-        # What is there now stays. Left to the collector, every worker would copy the pages that it looks through.
+        # Freeze the existing objects: scanning them in a worker would copy their memory pages.
         gc.collect()
         gc.freeze()
         while len(self._children) < self._count:
             ours, theirs = context.Pipe()
             self._pipes.append(ours)
-            # A child must not keep the parent's ends of any pipe open, its own included.
+            # A child must close the parent's end of every pipe, its own included.
             child = context.Process(
                 target=_work, args=(self._function, theirs, list(self._pipes)), daemon=True
             )
             with warnings.catch_warnings():
-                # Python 3.12 warns because NumPy's library has threads; the workers do not use it.
+                # Python 3.12 warns because a library of NumPy's has threads; the workers do not use it.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 child.start()
             theirs.close()
@@ -130,7 +130,7 @@ class WorkerPool:
 
 
 def _work(function: Callable[..., Any], pipe: Connection, to_close: list[Connection]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for other in to_close:
         other.close()

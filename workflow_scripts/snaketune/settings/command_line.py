@@ -1,6 +1,6 @@
-"""Settings on command lines: the flags of a script, and the words with which a rule calls it.
+"""Settings on command lines: the flags that a script takes, and those that a rule passes to it.
 
-Both come from the schema, whose `x-scripts` says which script takes a setting by which flag.
+Both come from the schema, whose `x-scripts` names the scripts that take a setting and their flags.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from snaketune.settings.schema import load_schema
 
 @dataclass(frozen=True)
 class Flag:
-    """The flag by which a script takes a setting.
+    """A script's flag for a setting.
 
     Attributes:
         key: The setting, such as `train.lora.rank`.
         name: The flag, such as `--lora-rank`.
         rule: The setting's part of the schema.
-        default: What the script does without the flag.
-        also: Values that the script takes beyond the schema's limits.
+        default: The script's default without the flag.
+        also: Values beyond the schema's limits that the script accepts.
     """
 
     key: str
@@ -37,20 +37,20 @@ class Flag:
 
     @property
     def dest(self) -> str:
-        """The name of the value in argparse's namespace."""
+        """The flag's name in argparse's namespace."""
         return self.name.removeprefix("--").replace("-", "_")
 
     def is_of(self, names: tuple[str, ...]) -> bool:
-        """True if the setting is one of these, or belongs to one of these sections."""
+        """True if `names` has the setting or its section."""
         return any(f"{self.key}.".startswith(f"{name}.") for name in names)
 
 
 @cache
 def script_flags(script: str) -> tuple[Flag, ...]:
-    """Returns the flags of settings that a script takes, in the order of the schema.
+    """Returns a script's flags for settings, in the order of the schema.
 
     Args:
-        script: Its name without `.py`.
+        script: Name of the script without `.py`.
     """
     sections = load_schema()["properties"].items()
     return tuple(flag for name, rule in sections for flag in _flags_below(script, name, rule, None, ""))
@@ -60,7 +60,7 @@ def _flags_below(script: str, key: str, rule: Mapping[str, Any], above: Any, pre
     entry = rule.get("x-scripts", {}).get(script, above)
     if "properties" in rule:
         for name, each in rule["properties"].items():
-            # Below a section stands the key alone, below a setting both: --lora-rank.
+            # A flag leaves out the section, but not a setting with keys of its own: --lora-rank.
             inner = f"{key.partition('.')[2]}-" if "." in key else ""
             yield from _flags_below(script, f"{key}.{name}", each, entry, inner)
     elif entry is not None:
@@ -71,10 +71,10 @@ def _flags_below(script: str, key: str, rule: Mapping[str, Any], above: Any, pre
 
 
 def add_settings(parser: argparse._ActionsContainer, script: str, *names: str) -> None:
-    """Adds a script's flags of settings, with type, default, choices, limits and help from the schema.
+    """Adds a script's flags for settings, with type, default, choices, limits and help from the schema.
 
     Args:
-        parser: The script's parser, or a group of it.
+        parser: The script's parser, or one of its groups.
         script: Name of the script without `.py`.
         names: Sections, or keys such as `train.lr`, to add; all by default.
     """
@@ -84,20 +84,21 @@ def add_settings(parser: argparse._ActionsContainer, script: str, *names: str) -
 
 
 def defaults_of(script: str) -> dict[str, Any]:
-    """Returns what a script does without its flags of settings, by their names in argparse's namespace."""
+    """Returns a script's defaults for its settings, by their names in argparse's namespace."""
     return {flag.dest: flag.default for flag in script_flags(script)}
 
 
 def options_of(script: str, settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """Returns what a rule tells a script of the settings, for `flags`.
+    """Returns the settings that a rule passes to a script, as arguments of `flags`.
 
     Args:
         script: Name of the script without `.py`.
-        settings: A run's settings by section; those that are missing are left out.
-        names: Sections, or keys such as `train.lr`. The result has their order, and within a section the schema's.
+        settings: A run's settings by section. Missing settings give no flag.
+        names: Sections, or keys such as `train.lr`. The result follows their order; within a section, the
+            schema's.
 
     Raises:
-        ValueError: The script takes nothing of a name.
+        ValueError: The script takes no flag of one of the names.
     """
     options = {}
     for name in names:
@@ -110,13 +111,13 @@ def options_of(script: str, settings: Mapping[str, Any], *names: str) -> dict[st
 
 
 def flags(**options: Any) -> str:
-    """Returns quoted flags; None, False and an empty list leave a flag out, True gives it alone."""
+    """Returns quoted flags. None, False and an empty list give no flag, True gives the flag alone."""
     words = []
     for name, value in options.items():
         if value is None or value is False or value == []:
             continue
         flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, str) and value.startswith("-"):  # would be taken for a flag
+        if isinstance(value, str) and value.startswith("-"):  # argparse would read it as a flag
             words.append(f"{flag}={shlex.quote(value)}")
             continue
         words.append(flag)
@@ -126,7 +127,7 @@ def flags(**options: Any) -> str:
 
 
 def help_text(description: str) -> str:
-    """Returns a description without Markdown's links."""
+    """Replaces the Markdown links in a description with their targets."""
     return re.sub(r"\[[^]]*\]\(([^)]*)\)", r"docs/\1", description)
 
 
@@ -151,7 +152,7 @@ def _help(flag: Flag) -> str:
 
 
 def _reading(flag: Flag) -> dict[str, Any]:
-    """Returns how argparse reads the flag."""
+    """Returns the arguments of `add_argument` that parse the flag."""
     rule, kind = flag.rule, _type_of(flag.rule)
     if "x-switch" in rule:
         return {"action": "store_true"}
@@ -165,7 +166,7 @@ def _reading(flag: Flag) -> dict[str, Any]:
 
 
 def _one(rule: Mapping[str, Any], also: tuple) -> dict[str, Any]:
-    """Returns how argparse reads one value."""
+    """Returns the arguments of `add_argument` that parse one value."""
     if "enum" in rule:
         choices = [value for value in (*rule["enum"], *also) if value is not None]
         return {"choices": choices, "type": type(choices[0])}
@@ -186,7 +187,7 @@ def _truth(text: str) -> bool:
 
 
 def _within(rule: Mapping[str, Any], also: tuple) -> Callable[[str], Any]:
-    """Returns a function that reads a number or text and holds it to the schema's limits."""
+    """Returns a function that parses a number or text and checks the schema's limits."""
     read = {"integer": int, "number": float}.get(_type_of(rule), str)
     limits = {
         "minimum": ("at least", lambda value, limit: value >= limit),
@@ -204,14 +205,14 @@ def _within(rule: Mapping[str, Any], also: tuple) -> Callable[[str], Any]:
                 raise argparse.ArgumentTypeError(f"found {text}, expected {words} {rule[name]}")
         return value
 
-    convert.__name__ = _type_of(rule) or "text"  # which argparse names where `read` fails
+    convert.__name__ = _type_of(rule) or "text"  # argparse prints it if `read` fails
     return convert
 
 
 def _pair(rule: Mapping[str, Any]) -> Callable[[str], tuple[str, Any]]:
-    """Returns a function that reads NAME=VALUE."""
+    """Returns a function that parses NAME=VALUE."""
     convert = _within(rule, ())
-    # A path may hold the sign, and so may the name that a number is given to.
+    # A path may contain `=`; so may the name before a number.
     split = str.partition if rule["type"] == "string" else str.rpartition
 
     def read(text: str) -> tuple[str, Any]:

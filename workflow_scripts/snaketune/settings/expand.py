@@ -1,10 +1,10 @@
-"""Entries of `runs:` that stand for several runs, turned into ordinary runs before anything else sees them.
+"""Expands entries of `runs:` that define several runs into ordinary runs, before anything else reads them.
 
     sweep:                                      # sweep-lr1e-05-zero_stage1, sweep-lr1e-05-zero_stage2, ...
       matrix: {train.lr: [1.0e-5, 4.0e-5], train.zero_stage: [1, 2]}
     ablate: {leave_one_out: datasets}           # ablate-all, ablate-without-<dataset>, ...
 
-The other keys of such an entry hold for all its runs. docs/runs.md tells the rest.
+The other keys of an entry apply to all its runs. See docs/runs.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NAME = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
 class _Choice(NamedTuple):
-    """One value on one axis: what the run's name says of it, the key it sets (section, key, perhaps one more), the value.
+    """One value on one axis: its label in run names, its key (section, key, optionally one more), the value.
 
     A choice without a key sets nothing.
     """
@@ -39,14 +39,14 @@ class _Choice(NamedTuple):
 def expand_entries(
     config: Mapping[str, Any], schema: Mapping[str, Any]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns for each entry of `runs:` the overrides of its runs by their names; most entries are one run.
+    """Returns the overrides of each run by name, for each entry of `runs:`. Most entries define one run.
 
     Args:
-        config: The raw configuration; its `runs` fit the schema.
-        schema: The JSON schema, which knows all keys.
+        config: The raw configuration; its `runs` match the schema.
+        schema: The JSON schema, with all keys.
 
     Raises:
-        UserError: A key or dataset is unknown, an entry has too many runs, or two runs one name.
+        UserError: A key or dataset is unknown, an entry has too many runs, or two runs have the same name.
     """
     entries: dict[str, dict[str, dict[str, Any]]] = {}
     names: set[str] = set()
@@ -57,9 +57,9 @@ def expand_entries(
         for name, run in _spread(entry, own, config, schema) if several else [(entry, own)]:
             if name in names:
                 raise UserError(
-                    f"config: two runs have the name {name}",
+                    f"config: two runs are named {name}",
                     found=f"one of them from runs.{entry}",
-                    fix="rename one of the entries under `runs:`, or take values whose names differ",
+                    fix="rename one of the entries under `runs:`, or choose values that give different names",
                 )
             names.add(name)
             runs[name] = run
@@ -78,9 +78,9 @@ def _spread(entry: str, own: Mapping[str, Any], config: Mapping[str, Any], schem
         count *= len(axis)
     if count > MOST_RUNS:
         raise UserError(
-            f"config: {where} stands for {count} runs",
-            expected=f"at most {MOST_RUNS} an entry",
-            fix="shorten the lists, or split it into several entries",
+            f"config: {where} defines {count} runs",
+            expected=f"at most {MOST_RUNS} per entry",
+            fix="shorten the lists, or split the entry",
         )
     for choices in itertools.product(*axes):
         run = copy.deepcopy(common)
@@ -100,11 +100,11 @@ def _axes(where: str, matrix: Mapping[str, list], common: Mapping[str, Any], sch
         inner = given.get(key[1]) if len(key) == 3 else None
         if above or (key[1] in given if len(key) == 2 else key[2] in (inner or {})):
             raise UserError(
-                f"config: {full} has a value beside its list in {where}",
+                f"config: {full} has a list in {where} and is also set elsewhere",
                 found=", ".join(above) or f"{where.removesuffix('.matrix')}.{full}",
-                fix="give it once",
+                fix="remove one of the two",
             )
-        # The last part of a key names it, where only one has that.
+        # The label is the last part of the key if that is unique.
         name = key[-1] if last.count(key[-1]) == 1 else full
         axes.append([_Choice(_label(name, value), key, value) for value in matrix[full]])
     return axes
@@ -149,13 +149,15 @@ def _left_out(where: str, value: str | list[str], common, config: Mapping[str, A
     data = {**(config.get("data") or {}), **(common.get("data") or {})}
     if not data.get("processed_dir"):
         raise UserError(
-            "config: data.processed_dir is missing", fix=f"add it: {where} looks for datasets there"
+            "config: data.processed_dir is missing", fix=f"set it: {where} looks for datasets there"
         )
     datasets = data.get("datasets") or list(find_datasets(data["processed_dir"]))
     names = datasets if value == "datasets" else value
     if isinstance(names, str):
         raise UserError(
-            f"config: {where} has a wrong value", found=names, expected="datasets, or a list of their names"
+            f"config: invalid value for {where}",
+            found=names,
+            expected="`datasets`, or a list of dataset names",
         )
     for name in names:
         if name not in datasets:
@@ -163,7 +165,7 @@ def _left_out(where: str, value: str | list[str], common, config: Mapping[str, A
     if len(datasets) < 2:
         raise UserError(
             f"config: {where} would leave nothing to train on",
-            found=f"one dataset, {datasets[0]}",
+            found=f"only one dataset, {datasets[0]}",
             fix="remove it, or add a dataset",
         )
     left = [
@@ -178,7 +180,7 @@ def _put(run: dict[str, Any], config: Mapping[str, Any], choice: _Choice) -> Non
     value = copy.deepcopy(choice.value)
     own = run[section] = dict(run.get(section) or {})
     if inner:
-        # One entry of the mapping that the run would have.
+        # Set one entry and keep the rest of the mapping that the run would have.
         before = own[name] if name in own else (config.get(section) or {}).get(name)
         value = {**(before or {}), inner[0]: value}
     own[name] = value

@@ -1,4 +1,4 @@
-"""The sections of a configuration, and the error for a key that is none."""
+"""The sections of a configuration, and the error for unknown keys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SECTIONS = (
 
 
 def unknown_key(full: str, key: str, known: Iterable[str]) -> UserError:
-    """Returns the error for a key, with the one that may have been meant."""
+    """Returns the error for an unknown key, with the most similar known key."""
     known = list(known)
     near = difflib.get_close_matches(key, known, n=1)
     fix = f"did you mean {near[0]!r}?" if near else "remove it; docs/config.md lists every key"

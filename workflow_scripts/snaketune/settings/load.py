@@ -1,6 +1,6 @@
 """Turns the raw configuration into one checked, complete settings tree per run.
 
-Order of precedence: a run's own keys, the shared sections beside `runs:`, the schema's defaults.
+Precedence: a run's own keys, then the shared sections beside `runs:`, then the schema's defaults.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Settings:
     """The whole configuration.
 
     Attributes:
-        results_dir: Folder of everything that is made.
-        environments: Interpreters.
-        runs: By name, each run's merged sections.
-        compared: Names of the runs that `compare` lays side by side, the baseline first.
+        results_dir: Folder for all results.
+        environments: Python interpreters of the other environments.
+        runs: Merged sections of each run, by name.
+        compared: Names of the runs that `compare` shows side by side, baseline first.
     """
 
     results_dir: str
@@ -38,10 +38,10 @@ class Settings:
 
 
 def load_settings(config: dict, schema: dict) -> Settings:
-    """Checks a raw configuration, fills the defaults, merges each run and looks for the paths it names.
+    """Checks a raw configuration, fills in defaults, merges each run and checks that its paths exist.
 
     Raises:
-        UserError: on the first thing that is wrong, naming the key, what was found and what to write.
+        UserError: On the first error, with the key, the value found and the fix.
     """
     _validate(config, schema)
     shared = {name: config.get(name) or {} for name in SECTIONS}
@@ -83,7 +83,7 @@ def _compared(settings: dict, entries: dict[str, dict]) -> list[str]:
 
 
 def _defaults(section: dict) -> dict:
-    """Returns copies of the defaults of a section's keys (keys without a default are left out)."""
+    """Returns copies of the defaults of a section's keys. Keys without a default are skipped."""
     keys = section["properties"].items()
     return {key: copy.deepcopy(value["default"]) for key, value in keys if "default" in value}
 
@@ -114,12 +114,12 @@ def _explain(error: jsonschema.ValidationError, where: str) -> UserError:
     if error.validator == "required":
         missing = next(name for name in error.validator_value if name not in error.instance)
         full = f"{key}.{missing}" if key else missing
-        return UserError(f"config: {full} is missing", fix=f"add it; see docs/config.md, {full}")
+        return UserError(f"config: {full} is missing", fix=f"add it; see {full} in docs/config.md")
     found = f"{error.instance!r} ({_yaml_type(error.instance)})"
     if error.validator in ("pattern", "not") and "propertyNames" in error.absolute_schema_path:
         return UserError(
-            f"config: the run name {error.instance!r} cannot be used",
-            expected="letters, digits, '_', '.', '-', first a letter or digit; not shared, logs, benchmarks or compare",
+            f"config: invalid run name {error.instance!r}",
+            expected="letters, digits, '_', '.' and '-', starting with a letter or digit; not shared, logs, benchmarks or compare",
             fix="rename the run under `runs:`",
         )
     expected, fix = _expected(error), None
@@ -128,7 +128,7 @@ def _explain(error: jsonschema.ValidationError, where: str) -> UserError:
         fix = f"write {number} (YAML reads a number in e-notation only with a dot and no quotes)"
     elif error.schema.get("description"):
         fix = f"see docs/config.md: {error.schema['description']}"
-    return UserError(f"config: {key} has a wrong value", found=found, expected=expected, fix=fix)
+    return UserError(f"config: invalid value for {key}", found=found, expected=expected, fix=fix)
 
 
 def _expected(error: jsonschema.ValidationError) -> str:
@@ -176,7 +176,7 @@ def _check_paths(section: dict, schema: dict, name: str) -> None:
             continue
         if not (Path(value).is_dir() if kind == "folder" else Path(value).is_file()):
             hint = (
-                "run `make setup` first, it makes the demo's files"
+                "run `make setup` first: it creates the demo's files"
                 if value.startswith("resources/")
                 else None
             )
@@ -215,8 +215,8 @@ def _check_run(run: dict, name: str) -> None:
     train = run["train"]
     if train["lora"] is not None and train["zero3_init"]:
         raise UserError(
-            f"config: run {name!r} trains by LoRA with zero3_init",
-            expected="a model that is loaded whole; zero_stage 3 shards it once it is loaded",
+            f"config: run {name!r} combines LoRA with zero3_init",
+            expected="a model that is loaded whole; zero_stage 3 shards it after loading",
             fix="set train.zero3_init: false",
         )
     if train["generate_steps"] and run["evaluate"]["prompts"] is None:
@@ -238,7 +238,7 @@ def _check_run(run: dict, name: str) -> None:
         raise UserError(
             f"config: run {name!r} has nothing to evaluate on",
             found="heldout.processed_dir is empty and heldout.share is 0",
-            fix="set heldout.share (0.05 sets five lines in a hundred aside) or heldout.processed_dir",
+            fix="set heldout.share (0.05 holds out 5% of the lines) or heldout.processed_dir",
         )
     _check_opencompass(run, name)
 
@@ -257,8 +257,8 @@ def _check_opencompass(run: dict, name: str) -> None:
             )
     if not settings["groups"] and not settings["custom"]:
         raise UserError(
-            f"config: run {name!r} has opencompass enabled, but nothing to ask",
-            fix="name groups in opencompass.groups, or sets of your own in opencompass.custom",
+            f"config: run {name!r} has opencompass.enabled: true, but no datasets",
+            fix="add groups to opencompass.groups, or your own sets to opencompass.custom",
         )
     if settings["backend"] == "turbomind" and not run["turbomind"]["enabled"]:
         raise UserError(
