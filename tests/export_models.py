@@ -14,7 +14,7 @@ def converter_python() -> str:
 
 
 def extend_tokenizer(base: Path, folder: Path, template: str = "internlm2_chat"):
-    """Writes the tokenizer of `base` with the control tokens of a chat template into `folder` and returns it loaded."""
+    """Writes the tokenizer of `base`, extended with a chat template's control tokens, to `folder` and loads it."""
     from snaketune.chat_format.template_file import load_template
     from snaketune.encoding.tokenizer import extend, load_tokenizer, save_tokenizer
 
@@ -25,7 +25,7 @@ def extend_tokenizer(base: Path, folder: Path, template: str = "internlm2_chat")
 
 
 def write_base(folder: Path, tokenizer_dir: Path, kind: str = "mistral", **settings) -> Path:
-    """Writes a random two-layer base model with heads of size 64 (TurboMind's) and the tokenizer beside it."""
+    """Writes a random two-layer base model with heads of size 64 (for TurboMind), and its tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -55,7 +55,7 @@ def write_base(folder: Path, tokenizer_dir: Path, kind: str = "mistral", **setti
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3.0)  # logits large enough that a wrong rope base shows
+            parameter.mul_(3.0)  # large enough logits to reveal a wrong rope base
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokenizer_dir / name, folder / name)
@@ -63,7 +63,7 @@ def write_base(folder: Path, tokenizer_dir: Path, kind: str = "mistral", **setti
 
 
 def train_config(**own) -> str:
-    """Returns the text of a training config with the default settings, but for those given."""
+    """Returns the text of a training config with default settings, except for those given."""
     from snaketune.settings.command_line import defaults_of
     from snaketune.training.config_template import render_config
 
@@ -73,7 +73,7 @@ def train_config(**own) -> str:
 
 
 def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path):
-    """Writes a training config and a weights-only checkpoint of the grown base, as training leaves them.
+    """Writes a training config and a weights-only checkpoint of the grown base, as in training.
 
     Returns:
         (config path, checkpoint path, the model in memory)
@@ -100,7 +100,7 @@ def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path):
 
 
 def write_lora_checkpoint(base: Path, tokenizer_dir: Path, run: Path, dtype: str = "float32"):
-    """Writes a training config of LoRA and a checkpoint of its trained parts, which are random.
+    """Writes a LoRA training config and a checkpoint of random trained parts.
 
     Returns:
         (config path, checkpoint path, peft's model in memory, in fp32)
@@ -129,7 +129,7 @@ def write_lora_checkpoint(base: Path, tokenizer_dir: Path, run: Path, dtype: str
 
 
 def write_tuned(model: Path, tokenizer: Path, root: Path):
-    """Writes a tuned model of a base: `tokenizer` and `hf` below `root`.
+    """Writes a tuned model of a base to `tokenizer` and `hf` below `root`.
 
     Returns:
         (tokenizer folder, the tokenizer loaded, Hugging Face folder)

@@ -1,9 +1,9 @@
-"""Runs in OpenCompass's environment: what a TurboMindModel of a config hands to the engine, for conversations.
+"""Records what a config's TurboMindModel passes to the engine for conversations. Runs in OpenCompass's environment.
 
 python opencompass_prompts.py FOLDER...    each with config.py and talks.json; writes given.json
 
-lmdeploy, which needs a GPU, is stood in for by a pipeline that writes down what it is given. Everything before it is
-OpenCompass's own: the config's reading, the prompt template, the parser of the meta template and the model class.
+A pipeline that records its input replaces lmdeploy, which needs a GPU. Everything before it is OpenCompass's own:
+reading the config, the prompt template, the parser of the meta template and the model class.
 """
 
 import json
@@ -17,7 +17,7 @@ given = []
 
 @dataclass
 class GenerationConfig:
-    """The fields of lmdeploy 0.9.2's that OpenCompass sets."""
+    """The fields of lmdeploy 0.9.2's config that OpenCompass sets."""
 
     max_new_tokens: int = 512
     min_new_tokens: int = None
@@ -29,7 +29,7 @@ class GenerationConfig:
 
 def pipeline(path, backend_config=None, **kwargs):
     def answer(inputs, gen_config, do_preprocess):
-        assert do_preprocess is False  # the engine's own chat template stays out of it
+        assert do_preprocess is False  # the engine must not apply its own chat template
         given.append(
             {"inputs": inputs, "stop_words": gen_config.stop_words, "path": path, **vars(backend_config)}
         )

@@ -1,4 +1,4 @@
-"""Attention over packed rows: what it costs, and that documents do not see each other, for every way offered."""
+"""Attention over packed sequences: its cost, and separation of documents, for every supported implementation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENS, DOCUMENTS = 8192, 16
 
 
 def small_model(attention: str, window: int | None = None):
-    """A random two-layer model; with a window a Mistral."""
+    """A random two-layer model; a Mistral if it has a window."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
     torch.manual_seed(4)
@@ -32,7 +32,7 @@ def small_model(attention: str, window: int | None = None):
 
 
 def packed(lengths) -> dict:
-    """A row of documents with these lengths; every second token is trained."""
+    """A packed sequence of documents with these lengths; every second token is trained."""
     ids = np.random.RandomState(3).randint(3, 64, sum(lengths))
     labels = np.where(np.arange(len(ids)) % 2, ids, -100)
     positions = np.concatenate([np.arange(length) for length in lengths])
@@ -53,7 +53,7 @@ def test_nothing_as_large_as_a_mask_is_made(checkpointing, window):
     model = SupervisedFinetune(small_model(PACKED_SDPA, window), gradient_checkpointing=checkpointing).train()
     with TensorSizes() as sizes:
         model(**packed_collate([row]))["loss"].backward()
-    # The largest are those of the MLP and of the chunk of logits: nothing grows with the square of the row.
+    # The largest are those of the MLP and the chunk of logits: nothing grows with the square of the length.
     assert sizes.largest <= TOKENS * 64
     assert "aten._scaled_dot_product_flash_attention_for_cpu.default" in sizes.operators
     assert "aten._scaled_dot_product_flash_attention_for_cpu_backward.default" in sizes.operators
@@ -67,7 +67,7 @@ def test_one_document_of_the_whole_row_makes_no_mask_either():
 
 
 def test_the_stock_way_would_be_seen():
-    """So the tests above can fail: transformers' own sdpa makes the whole mask."""
+    """Shows that the tests above can fail: transformers' own sdpa builds the full mask."""
     batch = packed_collate([sixteen_documents()])["data"]
     with torch.no_grad(), TensorSizes() as sizes:
         small_model("sdpa").model(
@@ -85,7 +85,7 @@ LENGTHS = (5, 1, 17, 9, 32)
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("attention", [PACKED_SDPA, "sdpa", "eager"])
 def test_documents_do_not_see_each_other(attention, window, checkpointing):
-    """Logits and gradients of a row equal those of its documents alone."""
+    """Logits and gradients of a packed sequence equal those of its documents alone."""
     row = packed(LENGTHS)
     finetune = SupervisedFinetune(small_model(attention, window), gradient_checkpointing=checkpointing)
     compare_with_documents_alone(finetune.train().llm, row, window)
@@ -111,7 +111,7 @@ def compare_with_documents_alone(model, row: dict, window: int | None) -> None:
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal up to a few units in the last place of the largest number."""
+    """Asserts equality up to a few units in the last place of the largest number."""
     assert float(((found - expected).abs().max() / expected.abs().max()).detach()) < 2e-6
 
 
@@ -127,9 +127,9 @@ def logits_alone(model, row: dict) -> torch.Tensor:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("window", [None, 6])
 def test_documents_do_not_see_each_other_under_flex_attention(window, checkpointing, monkeypatch):
-    """Without compiling it: forward, and the gradient as PyTorch defines it, which it has on a CPU but refuses to give.
+    """Runs uncompiled: forward, and the gradient as PyTorch defines it, which PyTorch refuses to compute on a CPU.
 
-    What is shown is that the block mask keeps documents apart; a kernel for a GPU computes the same mask.
+    Shows that the block mask separates documents; a GPU kernel computes the same mask.
     """
     import torch.nn.attention.flex_attention as flex
 
@@ -155,7 +155,7 @@ def flash_varlen(
     causal,
     window_size=None,
 ):
-    """What flash-attn's kernel of this name computes: (tokens, heads, head_dim), a sequence from boundary to boundary."""
+    """Computes the same as flash-attn's kernel of this name: (tokens, heads, head_dim), one sequence per document."""
     assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
     assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
     parts = []
@@ -174,7 +174,7 @@ def flash_varlen(
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("window", [None, 6])
 def test_the_borders_reach_flash_attention(window, checkpointing, monkeypatch):
-    """All of transformers' way to flash-attn, with the kernel written out: that one runs on a GPU only."""
+    """Covers transformers' whole path to flash-attn, except the kernel, which needs a GPU and is written out here."""
     import transformers.modeling_flash_attention_utils as flash
 
     monkeypatch.setattr(flash, "_loaded_implementation", None)
@@ -182,7 +182,7 @@ def test_the_borders_reach_flash_attention(window, checkpointing, monkeypatch):
         flash, "_lazy_imports", lambda *args, **kwargs: (None, flash_varlen, None, None, None)
     )
     model = small_model("eager", window).train()
-    model.config._attn_implementation = "flash_attention_2"  # setting it the usual way asks for the package
+    model.config._attn_implementation = "flash_attention_2"  # the usual way to set it requires the package
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     compare_with_documents_alone(model, packed(LENGTHS), window)
@@ -195,7 +195,7 @@ def test_flex_attention_cannot_train_on_a_cpu():
 
 
 def test_documents_do_not_see_each_other_under_dropout():
-    """The one path on which per-document sdpa may leave the flash kernel; it must still keep documents apart."""
+    """The only path on which per-document sdpa may leave the flash kernel; it must still separate documents."""
     row = packed(LENGTHS)
     changed = {**row, "input_ids": np.r_[np.full(LENGTHS[0], 9), row["input_ids"][LENGTHS[0] :]]}
     outputs = []

@@ -1,4 +1,4 @@
-"""Talking to a tuned model: calls are carried out and given back as training wrote them; the calculator runs no code."""
+"""Chat with a tuned model: calls are run and sent back in training's format; the calculator does not run code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tuned(tmp_path_factory, tiny_tokenizer_dir, tiny_model_dir):
 
 
 def conversation(tokenizer, replies):
-    """A conversation whose answers are fixed texts, or made from the messages."""
+    """A conversation with fixed answers, or answers made from the messages."""
     replies, shown = iter(replies), []
 
     def answer(messages):
@@ -53,7 +53,7 @@ def test_a_call_is_computed_and_its_result_comes_back_as_in_training(tuned):
         ("environment", "plugin"),
         ("assistant", None),
     ]
-    # What the model reads next begins with what it was given and what it wrote, id for id.
+    # The model's next prompt starts with its previous prompt and answer, id for id.
     prompt = encode_prompt(talk.messages[:2], tokenizer, ChatEncoding(), max_length=None)
     written = tokenizer.tokenizer.encode(CALL, add_special_tokens=False).ids
     assert (
@@ -66,9 +66,9 @@ def test_a_call_is_computed_and_its_result_comes_back_as_in_training(tuned):
     ("call", "result"),
     [
         ("<|action_start|><|interpreter|>\nprint(1)<|action_end|>", "code is not run here"),
-        ('<|action_start|><|plugin|>\n{"name": "shell"}<|action_end|>', "there is no plugin 'shell'"),
-        ("<|action_start|><|plugin|>\n{not json<|action_end|>", "the call is no JSON"),
-        ('<|action_start|><|plugin|>\n{"name": "calculator"}', "no end of the call"),
+        ('<|action_start|><|plugin|>\n{"name": "shell"}<|action_end|>', "unknown plugin 'shell'"),
+        ("<|action_start|><|plugin|>\n{not json<|action_end|>", "the call is not JSON"),
+        ('<|action_start|><|plugin|>\n{"name": "calculator"}', "the call does not end"),
     ],
 )
 def test_the_model_is_told_what_was_wrong_with_a_call(tuned, call, result):
@@ -92,7 +92,7 @@ def test_calls_without_end_are_ended(tuned):
         ("1 / 0", "error: division by zero"),
         ("__import__('os').getcwd()", "error: only numbers"),
         ("9 ** 9 ** 9", "error: too large"),
-        ("(-8) ** 0.5", "error: no real number"),
+        ("(-8) ** 0.5", "error: not a real number"),
         ("True + 1", "error: only numbers"),
         ("1 +", "error: not an arithmetic expression"),
         ("(" * 150 + "1" + ")" * 150, "error: longer than"),

@@ -1,4 +1,4 @@
-"""The loss of a head that never makes all logits, against the plain way, for the heads that models have."""
+"""The loss of a head that never computes all logits at once, compared with the plain loss, for common heads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENS, HIDDEN, VOCABULARY = 150, 24, 211
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Sixteen tokens a chunk, the last one smaller."""
+    """Sixteen tokens per chunk, and a smaller last chunk."""
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1)
 
 
@@ -61,7 +61,7 @@ def test_same_loss_and_gradients_in_fp32(way, bias, frozen):
 
 
 def test_bfloat16_keeps_the_digits_of_the_plain_way():
-    """Both against fp64 of the same bfloat16 numbers; ten chunks, each rounded once more."""
+    """Compares both with fp64 on the same bfloat16 numbers, for ten chunks, each rounded once more."""
     hidden, weight, _, targets = parts(torch.bfloat16, bias=False)
     exact = [part.detach().double().requires_grad_() for part in (hidden, weight)]
     (cross_entropy(linear(*exact), targets, reduction="sum")).backward()
@@ -94,12 +94,12 @@ def test_without_gradients_none_are_made():
     assert not loss.requires_grad and sizes.largest < VOCABULARY * HIDDEN
     loss = linear_cross_entropy(hidden, weight, None, targets)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="back-propagated before"):
+    with pytest.raises(RuntimeError, match="already been back-propagated"):
         loss.backward()
 
 
 class CutLlama(transformers.LlamaForCausalLM):
-    """Gives away the logits of its first 60 tokens only, as models with a padded head do."""
+    """Returns only the logits of its first 60 tokens, like models with a padded head."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -110,7 +110,7 @@ class CutLlama(transformers.LlamaForCausalLM):
 SIZES = {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 FAMILIES = {
-    # name: (class, config, whether the head's output is what the model gives away)
+    # name: (class, config, True if the model returns the head's output)
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**SIZES), True),
     "tied": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**SIZES, tie_word_embeddings=True), True),
     "phi, a bias": (transformers.PhiForCausalLM, transformers.PhiConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"} | {"hidden_size": 32}), True),
@@ -146,7 +146,9 @@ def test_every_family_of_heads(family):
     before = torch.get_rng_state()
     loss = model(**packed_collate([row]))["loss"]
     loss.backward()
-    assert torch.equal(torch.get_rng_state(), before)  # asking the model draws no numbers of the run's
+    assert torch.equal(
+        torch.get_rng_state(), before
+    )  # probing the model does not draw from the run's random numbers
     logits = plain(torch.from_numpy(row["input_ids"])[None], use_cache=False).logits[0, :-1]
     expected = cross_entropy(logits.float(), torch.from_numpy(row["labels"])[1:])
     expected.backward()
@@ -156,7 +158,7 @@ def test_every_family_of_heads(family):
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(gradients[name].grad, parameter.grad, atol=1e-6, rtol=1e-4)
     again = model.llm(torch.from_numpy(row["input_ids"])[None], use_cache=False).logits
-    assert again.shape[:2] == (1, 90)  # the head is itself again
+    assert again.shape[:2] == (1, 90)  # the head is restored
 
 
 def test_a_head_with_trained_rows_of_lora():

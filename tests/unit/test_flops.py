@@ -1,4 +1,4 @@
-"""FLOPs of a training step against a count of every matrix product that a small model runs."""
+"""FLOPs of a training step, compared with a count of every matrix product in a small model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = {
 
 
 def counted(model, tokens: int) -> int:
-    """FLOPs of forward and backward over one document, as torch counts matrix products, attention not halved."""
+    """FLOPs of forward and backward over one document from torch's count of matrix products, with full attention."""
     ids = torch.arange(tokens)[None] % 128
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -32,7 +32,7 @@ def counted(model, tokens: int) -> int:
 def test_formula_counts_every_matrix_product(tokens):
     model = LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation="eager")
     flops = model_flops(model)
-    # The counter sees both halves of the square; the first layer's input has a gradient, that of the embedding.
+    # The counter counts both halves of the square. The first layer's input has a gradient: the embedding's.
     attention = flops.per_pair * tokens * tokens / 2
     assert flops.step([tokens], tokens) + attention == pytest.approx(counted(model, tokens), rel=0.005)
 

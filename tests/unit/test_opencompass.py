@@ -1,5 +1,5 @@
-"""OpenCompass for real: the whole config loads, small sets are asked and scored, a failed task is an error that names
-its log, and the model gets the prompt that training used."""
+"""The real OpenCompass: it loads the whole config and scores small sets. A failed task is an error that names its log,
+and the model gets the same prompt as in training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUMS = [("What is 1 + 1?", "2"), ("What is 2 + 2?", "4"), ("你好", "你好")]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tiny_tokenizer_dir):
-    """(a tiny model that answers, with the extended tokenizer beside it; train.json)."""
+    """(tiny model with its extended tokenizer, train.json)."""
     import shutil
 
     folder = tmp_path_factory.mktemp("benchmarked")
@@ -32,7 +32,7 @@ def model(tmp_path_factory, tiny_tokenizer_dir):
     hf = write_base(folder / "hf", folder / "tokenizer")
     for path in (folder / "tokenizer").iterdir():
         shutil.copy(path, hf)
-    # As a conversion leaves it: transformers 4 reads these two keys.
+    # As written by a conversion: transformers 4 reads these two keys.
     config = read_json(hf / "config.json") | {"torch_dtype": "float32", "rope_theta": 54321.0}
     (hf / "config.json").write_text(json.dumps(config))
     (hf / "manifest.json").write_text(json.dumps({"weights_sha256": "ab" * 32}))
@@ -98,10 +98,10 @@ exec(_MAIN)
     done = run_there("-c", code, config, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     told = (done.stdout + done.stderr).count("Partitioned into 81 tasks")
-    assert told == 3  # twice here, and by OpenCompass, whose dry run ends before it scores
+    assert told == 3  # twice here, and once in OpenCompass's dry run, which ends before scoring
     counts = read_json(tmp_path / "counts.json")
     assert counts["infer"] == counts["eval"]
-    # The agents stand before the base group, as in the guide.
+    # The agents come before the base group, as in the guide.
     assert list(counts["infer"].items()) == [
         ("demo@iter_7-longtext", 10),
         ("demo@iter_7-math-react", 1),
@@ -127,12 +127,12 @@ def test_own_sets_are_asked_and_a_task_that_fails_is_an_error_that_shows_its_log
     (prediction,) = (tmp_path / "work").glob("*/run/predictions/demo@iter_7-custom/good.json")
     answered = prediction.stat().st_mtime_ns
 
-    # The answers that OpenCompass scores are the model's own, so an answer of the model's is right by definition.
+    # The expected answers are the model's own answers, so the model is right by definition.
     said = read_json(prediction)["0"]["prediction"]
     (tmp_path / "away.jsonl").rename(bad)
     done = evaluate(repo_root, config, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert prediction.stat().st_mtime_ns == answered  # what was done is not done again
+    assert prediction.stat().st_mtime_ns == answered  # finished tasks do not run again
     result = read_json(tmp_path / "scores.json")
     assert [(row["group"], row["dataset"], row["metric"]) for row in result["scores"]] == [
         ("custom", "good", "accuracy"),
@@ -187,7 +187,7 @@ def test_turbomind_gets_the_prompt_and_the_stop_words_of_training(tmp_path, tiny
             **defaults_of("render_eval_config") | own | {"custom": {"set": write_set(folder / "set.jsonl")}},
         )
         (folder / "config.py").write_text(render_eval_config(settings, tokenizers[case]))
-        # Mistral's system text stands inside the user's turn, which OpenCompass cannot write.
+        # Mistral's system text is inside the user's turn, which OpenCompass cannot write.
         talks[case] = [t for t in CONVERSATIONS if name != "mistral_instruct" or t[0]["role"] != "system"]
         (folder / "talks.json").write_text(json.dumps(talks[case]))
     done = run_there(HERE / "opencompass_prompts.py", *(tmp_path / case for case in bases))
@@ -198,7 +198,7 @@ def test_turbomind_gets_the_prompt_and_the_stop_words_of_training(tmp_path, tiny
         given = read_json(tmp_path / case / "given.json")
         for talk, got in zip(talks[case], given, strict=True):
             assert got["inputs"] == [template.render(talk) + template.generation_prompt]
-            # An empty answer: what training has there is the token that ends it.
+            # An empty answer: in training, it is only the token that ends it.
             turns = encoder.turns([*talk, {"role": "assistant", "content": ""}])
             (pieces,) = encoder.encode_turns([turns])
             trained = [abs(token) for token in signed_ids(pieces)]
@@ -212,7 +212,7 @@ def test_turbomind_gets_the_prompt_and_the_stop_words_of_training(tmp_path, tiny
 def test_a_bad_line_of_an_own_set_is_named(tmp_path):
     path = tmp_path / "set.jsonl"
     path.write_text('{"question": "a", "answer": "b"}\n{"question": "a", "answer": 2}\n')
-    with pytest.raises(UserError, match=r"set\.jsonl:2 is no question"):
+    with pytest.raises(UserError, match=r"set\.jsonl:2: invalid question"):
         check_custom_set("set", path)
 
 

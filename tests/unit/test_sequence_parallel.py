@@ -1,4 +1,4 @@
-"""What a rank gets of a row that it shares, and which models cannot be shared. Training: test_train_parity.py."""
+"""A rank's stretch of a packed sequence, and models that cannot be shared. For training, see test_train_parity.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from snaketune.training.packed_data import packed_collate
 
 
 def place(size: int, rank: int) -> SequenceParallel:
-    """A place in a group, without processes that exchange anything."""
+    """A place in a group, without processes to exchange with."""
     shared = object.__new__(SequenceParallel)
     shared.size, shared.rank = size, rank
     return shared
@@ -44,7 +44,7 @@ def test_stretches_make_the_row(lengths):
     for name in ("input_ids", "position_ids"):
         whole = torch.cat([part[name] for part in parts], dim=1)
         assert torch.equal(whole[:, :count], row[name]) and whole.shape[1] % size == 0
-    # What each position predicts, boundaries between ranks included; the filling predicts nothing.
+    # The prediction at each position, including the boundaries between ranks; padding predicts nothing.
     predicted = torch.cat([part["labels"][:, 1:] for part in parts], dim=1)[0].tolist()
     assert predicted == row["labels"][0, 1:].tolist() + [-100] * (len(predicted) - count + 1)
     for part in parts:

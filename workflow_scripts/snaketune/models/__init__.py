@@ -1,1 +1,1 @@
-"""The network: loading a base, growing it to a tokenizer, attention, LoRA, the loss."""
+"""The network: loading a base model, growing it for a tokenizer, attention, LoRA and the loss."""

@@ -1,4 +1,4 @@
-"""The base model: loaded for a device, and grown by the rows that new tokens need."""
+"""Loads the base model for a device and grows it by the rows that new tokens need."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def load_base_model(
     attention: str = "auto",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Loads a causal language model with leak-free attention for packed rows and without a cache.
+    """Loads a causal language model without a cache, with attention that separates packed documents.
 
     Args:
         model_path: A local folder, or a hub name.
         dtype: `auto` (by device), a name such as `bfloat16`, or a torch dtype.
-        attention: `auto`, `sdpa`, `flash_attention_2`, or any other name transformers knows.
+        attention: `auto`, `sdpa`, `flash_attention_2`, or any other name that transformers knows.
         trust_remote_code: Runs Python code that comes with the model.
 
     Raises:
-        UserError: A path that looks local does not hold a model.
+        UserError: A path that looks local has no model.
     """
     if Path(model_path).is_absolute() or model_path.startswith("."):
         _check_folder(Path(model_path))
@@ -42,7 +42,7 @@ def load_base_model(
         attn_implementation=resolve_attention(attention, device),
         trust_remote_code=trust_remote_code,
     )
-    # With a cache transformers 5 stops looking for packed documents, and they see each other.
+    # With a cache, transformers 5 does not detect packed documents, and they would attend to each other.
     model.config.use_cache = False
     return model
 
@@ -60,15 +60,15 @@ def _check_folder(folder: Path) -> None:
 def grow_to_tokenizer(
     model: PreTrainedModel, tokenizer_path: str | None, base_path: str | None
 ) -> tuple[list[int], list[int]]:
-    """Grows a base model to an extended tokenizer: for training, for its evaluation, and for export and its gate.
+    """Grows a base model for an extended tokenizer, in training, evaluation, export and the parity check.
 
     Args:
         model: Changed in place.
-        tokenizer_path: Folder of the extended tokenizer; None leaves the model as it is.
+        tokenizer_path: Folder of the extended tokenizer; None leaves the model unchanged.
         base_path: The base model, see `find_new_tokens`.
 
     Returns:
-        (ids of the tokens that are new to the base, rows whose mean theirs start from)
+        (ids of the tokens that are new to the base, rows whose mean initialised theirs)
     """
     if tokenizer_path is None:
         return [], []
@@ -77,20 +77,20 @@ def grow_to_tokenizer(
 
 
 def resize_for_tokenizer(model: PreTrainedModel, vocab_size: int, new_ids: Sequence[int]) -> list[int]:
-    """Makes room for a tokenizer and starts the rows of its new tokens at the mean of the rows that were there.
+    """Resizes a model for a tokenizer and initialises the rows of new tokens with the mean of the old rows.
 
-    XTuner 0.2.0 grows the embedding to a multiple of 64 as well, but then sets the *last* n rows to the mean: with
-    padding these are not the rows of the new ids (Mistral: 32058-32063 instead of 32000-32005). Here exactly the
-    rows of `new_ids` get it, in the input embedding and in the head, also when the base already had spare rows for
+    XTuner 0.2.0 also grows the embedding to a multiple of 64, but then sets the *last* n rows to the mean. With
+    padding, these are not the rows of the new ids (Mistral: 32058-32063 instead of 32000-32005). This function sets
+    exactly the rows of `new_ids`, in the input embedding and in the head, even if the base already had spare rows for
     them. Rows without a token (padding) get the mean too, so equal inputs give equal bytes.
 
     Args:
-        model: Changed in place; tied and untied heads, also with ZeRO-3 partitioned parameters.
+        model: Changed in place; supports tied and untied heads, and parameters partitioned by ZeRO-3.
         vocab_size: Entries of the tokenizer.
-        new_ids: Ids that the tokenizer has and the base tokenizer had not.
+        new_ids: Ids that the tokenizer has and the base tokenizer does not.
 
     Returns:
-        The rows of which the mean was taken. Spare rows of a padded base are not among them: they were never trained.
+        The rows that were averaged, without a padded base's spare rows, which were never trained.
 
     Raises:
         UserError: A new id does not fit the tokenizer.
@@ -98,7 +98,7 @@ def resize_for_tokenizer(model: PreTrainedModel, vocab_size: int, new_ids: Seque
     outside = [i for i in new_ids if not 0 <= i < vocab_size]
     if outside:
         raise UserError(
-            "new token ids lie outside the tokenizer", found=outside, expected=f"0 to {vocab_size - 1}"
+            "new token ids are outside the tokenizer", found=outside, expected=f"0 to {vocab_size - 1}"
         )
     old_rows = _rows(model.get_input_embeddings())
     rows = grown_rows(old_rows, vocab_size)
@@ -127,7 +127,7 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _rows(layer: nn.Module) -> int:
-    # A ZeRO-3 parameter is empty outside a gather; its whole shape is in ds_shape.
+    # A ZeRO-3 parameter is empty until gathered; ds_shape has its full shape.
     return (getattr(layer.weight, "ds_shape", None) or layer.weight.shape)[0]
 
 
@@ -136,5 +136,5 @@ def _gathered(parameters: list[nn.Parameter]):
         return nullcontext()
     import deepspeed
 
-    # Written on rank 0 and sent to the others when the context closes.
+    # Rank 0 writes; the other ranks get its values when the context exits.
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)

@@ -1,9 +1,9 @@
-"""The cross entropy of a language model's head, without the logits of a row ever being whole.
+"""Computes a language model's cross entropy without holding all logits of a packed sequence in memory.
 
-A row of 32,768 tokens and a vocabulary of 49,152 has 6 GiB of logits in fp32, and their gradient takes as much again.
-Here the head runs over a few hundred tokens at a time. A plain linear head takes no more arithmetic that way: the
-gradients of a chunk are made while its logits are there, as in Liger's fused kernel. Other heads (a LoRA layer, say)
-run once more in the backward pass.
+A sequence of 32,768 tokens with a vocabulary of 49,152 has 6 GiB of logits in fp32, and as much again for their
+gradient. So the head runs on a few hundred tokens at a time. For a plain linear head this needs no extra arithmetic: a
+chunk's gradients are computed while its logits are in memory, as in Liger's fused kernel. Other heads (such as a LoRA
+layer) run a second time in the backward pass.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch.utils.checkpoint import checkpoint
 from snaketune.common.cli import UserError
 from snaketune.models.device import training_device
 
-CHUNK_ELEMENTS = 2**25  # of the logits that are there at a time: 128 MiB in fp32
+CHUNK_ELEMENTS = 2**25  # logits in memory at a time: 128 MiB in fp32
 
 
 def check_cross_entropy(name: str) -> None:
-    """Tells whether a config's `cross_entropy` can be had here.
+    """Checks that a config's `cross_entropy` works on this machine.
 
     Raises:
-        UserError: It is unknown, or Liger's kernel is not installed or has no GPU.
+        UserError: The name is unknown, or Liger's kernel is not installed or has no GPU.
     """
     if name not in ("chunked", "liger"):
-        raise UserError("cross_entropy cannot be used", found=name, expected="chunked or liger")
+        raise UserError("invalid cross_entropy", found=name, expected="chunked or liger")
     if name == "liger" and (training_device() != "cuda" or find_spec("liger_kernel") is None):
         raise UserError(
             "cross_entropy = liger needs a GPU and the package liger-kernel",
@@ -41,7 +41,7 @@ def check_cross_entropy(name: str) -> None:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum over i of cross_entropy(hidden[i] @ weight.T + bias, targets[i]), its gradients made in the forward pass."""
+    """sum over i of cross_entropy(hidden[i] @ weight.T + bias, targets[i]). Computes gradients in the forward pass."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, wanted):
@@ -57,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += (normaliser - logits.gather(1, target)).sum(dtype=torch.float64)
             if not any(wanted):
                 continue
-            # The gradient of a token's loss by its logits: softmax minus one-hot; in place, to save a copy.
+            # The gradient of a token's loss with respect to its logits, softmax minus one-hot, in place to save a copy.
             grad = logits.sub_(normaliser).exp_()
             grad.scatter_add_(1, target, torch.full_like(normaliser, -1.0))
             if grad_bias is not None:
@@ -80,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, factor):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the loss was back-propagated before")
+            raise RuntimeError("the loss has already been back-propagated")
         scaled = [
             None if gradient is None else gradient.mul_(factor).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
@@ -96,11 +96,11 @@ def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the sum of the token losses under a linear head, a float64 scalar.
+    """Returns the sum of the token losses with a linear head, a float64 scalar.
 
     Args:
         hidden: (tokens, hidden size), the head's input.
-        weight: (vocabulary, hidden size), of hidden's dtype.
+        weight: (vocabulary, hidden size), in hidden's dtype.
         bias: (vocabulary,) or None.
         targets: int64 (tokens,), each within the vocabulary.
     """
@@ -114,13 +114,13 @@ def linear_cross_entropy(
 def chunked_cross_entropy(
     rows: torch.Tensor, targets: torch.Tensor, vocabulary: int, to_logits: Callable = lambda rows: rows
 ) -> torch.Tensor:
-    """Returns the sum of the token losses, a float64 scalar, for any head; what it makes is made again in backward.
+    """Returns the sum of the token losses for any head, a float64 scalar. Recomputes the logits in the backward pass.
 
     Args:
-        rows: (tokens, anything): what `to_logits` takes; logits themselves by default.
+        rows: (tokens, anything), the input of `to_logits`; logits by default.
         targets: int64 (tokens,), each within the vocabulary.
-        vocabulary: Size of it, for the size of a chunk.
-        to_logits: Maps some of the rows to logits (tokens, vocabulary).
+        vocabulary: Vocabulary size, which determines the chunk size.
+        to_logits: Maps rows to logits (tokens, vocabulary).
     """
 
     def chunk_loss(rows, targets):
@@ -133,15 +133,15 @@ def chunked_cross_entropy(
 
 
 class HeadLoss:
-    """What a model's head returned in place of logits; see `loss_in_head`."""
+    """The loss that a model's head returned in place of logits; see `loss_in_head`."""
 
     result: torch.Tensor | None = None
 
     def read(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """Returns the loss out of the model's `logits`, or None when they are not what the head returned.
+        """Returns the loss from the model's `logits`, or None if they are not the head's output.
 
-        A model that scales or caps its logits hands on another tensor, one that cuts them another shape. DeepSpeed's
-        hooks wrap the tensor anew at each module, but not its memory.
+        A model that scales or caps its logits returns a new tensor; one that slices them changes the shape. DeepSpeed's
+        hooks wrap the tensor again at each module, but keep its memory.
         """
         same = (
             self.result is not None
@@ -156,15 +156,15 @@ class HeadLoss:
 def loss_in_head(
     head: nn.Module, kept: torch.Tensor, targets: torch.Tensor, vocabulary: int, kernel: str = "chunked"
 ) -> Iterator[HeadLoss]:
-    """Within the context `head` returns the sum of token losses, (1, 1, vocabulary + 1) of one value, and no logits.
+    """Within the context, `head` returns the sum of token losses instead of logits: (1, 1, vocabulary + 1), all equal.
 
-    The model calls its head as ever, so that hooks on it (ZeRO-3 gathers its weight there) do their work.
+    The model still calls its head, so hooks on it work (ZeRO-3 gathers its weight in one).
 
     Args:
         head: The output embedding of a model.
-        kept: int64 (tokens,): positions of the row whose prediction is trained.
-        targets: int64 (tokens,): what they should predict.
-        vocabulary: Size of it.
+        kept: int64 (tokens,): positions in the packed sequence whose predictions are trained.
+        targets: int64 (tokens,): the tokens to predict there.
+        vocabulary: Vocabulary size.
         kernel: `chunked` or `liger`.
     """
     own_forward, loss = head.forward, HeadLoss()
@@ -177,7 +177,7 @@ def loss_in_head(
             total = _liger(rows, head.weight, head.bias, targets)
         else:
             total = linear_cross_entropy(rows, head.weight, head.bias, targets)
-        loss.result = total.expand(1, 1, vocabulary + 1)  # wider than logits: a cut shows
+        loss.result = total.expand(1, 1, vocabulary + 1)  # wider than logits, to detect slicing
         return loss.result
 
     head.forward = forward

@@ -1,4 +1,4 @@
-"""The device that this host trains on, and the dtype that goes with it."""
+"""Chooses the device that this host trains on, and its dtype."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ from snaketune.common.cli import UserError
 
 
 def training_device() -> str:
-    """Returns `cuda` where torch sees a GPU, else `cpu`."""
+    """Returns `cuda` if torch sees a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """Returns the dtype of a config's `dtype`: `auto` is bfloat16 on a GPU and float32 on a CPU.
+    """Returns the torch dtype for a config's `dtype`: `auto` is bfloat16 on a GPU and float32 on a CPU.
 
     Raises:
-        UserError: torch has no such dtype.
+        UserError: torch does not have this dtype.
     """
     if name == "auto":
         name = "bfloat16" if device == "cuda" else "float32"
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
-        raise UserError(
-            "the training dtype is unknown", found=name, expected="auto, float32, bfloat16 or float16"
-        )
+        raise UserError("unknown training dtype", found=name, expected="auto, float32, bfloat16 or float16")
     return dtype

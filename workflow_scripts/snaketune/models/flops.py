@@ -1,15 +1,16 @@
-"""How much arithmetic a training step is, and how much a device could do: model FLOPs utilisation (MFU).
+"""Counts the FLOPs of a training step and the peak FLOPs of a device, for model FLOPs utilisation (MFU).
 
-A step's FLOPs are those the model needs, whatever is recomputed or left out to get them:
+A step's FLOPs are those that the model needs, regardless of what is recomputed or skipped:
 
-- 6 x parameters for each token: 2 for the multiply-add of the forward pass, 4 for the gradients of inputs and weights
-  (Kaplan et al. 2020, arXiv 2001.08361, section 2.1). A frozen parameter (LoRA) has no gradient of its own: 4. Of a
-  layer of experts, those that a token passes count. Rows looked up in the input embedding are no arithmetic; the head
-  is, for the tokens that are trained.
-- 6 x layers x heads x head size x (sum over documents of tokens squared): a query and its keys, half of them since
-  attention is causal, at 2 x 2 FLOPs forward (scores, and the sum of values) and twice that backward. The 12 x L x H x Q
-  x T of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) counts both halves and one document that fills the
-  row; packed documents do not see each other, so each counts alone. With a sliding window a query has that many keys.
+- 6 x parameters per token: 2 for the multiply-add of the forward pass, 4 for the gradients of inputs and weights
+  (Kaplan et al. 2020, arXiv 2001.08361, section 2.1). A frozen parameter (LoRA) has no weight gradient: 4. In a mixture
+  of experts, only the experts that a token passes through count. Lookups in the input embedding need no arithmetic; the
+  head counts for trained tokens.
+- 6 x layers x heads x head size x (sum over documents of tokens squared): queries with their keys, half of all pairs
+  since attention is causal, at 2 x 2 FLOPs forward (scores, and the sum of values) and twice that backward. PaLM's
+  12 x L x H x Q x T (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) counts both halves, and one document that
+  fills the sequence. Packed documents do not attend to each other, so each counts separately. A sliding window limits
+  the keys of a query.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-# Dense 16-bit matrix FLOPs of the data sheets, in TFLOP/s (V100: float16). The first name found in the device's counts.
+# Dense 16-bit matrix TFLOP/s from the data sheets (V100: float16). The first name found in the device's name counts.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "GH200": 989.4,
@@ -51,16 +52,16 @@ PEAK_TFLOPS = {
     "RTX 3090": 71.0,
     "MI325X": 1307.4,
     "MI300X": 1307.4,
-    "MI250X": 191.5,  # one of its two dies, which torch sees as a device
+    "MI250X": 191.5,  # one of its two dies; torch sees each as a device
 }
 
 
 def peak_tflops(device_name: str, dtype: torch.dtype) -> float | None:
-    """Returns what a device can do at most in TFLOP/s, or None for an unknown one and for other dtypes than 16-bit.
+    """Returns a device's peak TFLOP/s, or None for an unknown device or a dtype that is not 16-bit.
 
     Args:
-        device_name: As `torch.cuda.get_device_name()` says it, e.g. `NVIDIA H100 80GB HBM3`.
-        dtype: Of the arithmetic.
+        device_name: From `torch.cuda.get_device_name()`, e.g. `NVIDIA H100 80GB HBM3`.
+        dtype: The dtype of the arithmetic.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return None
@@ -69,13 +70,13 @@ def peak_tflops(device_name: str, dtype: torch.dtype) -> float | None:
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """What a training step of a model costs.
+    """The FLOPs of a model's training step.
 
     Attributes:
-        per_token: FLOPs of a token, attention scores and head aside.
-        per_trained_token: FLOPs of the head for a trained token.
-        per_pair: FLOPs of a query with one key, in all layers.
-        window: Keys that a query sees at most; None for all before it.
+        per_token: FLOPs per token, without attention scores and head.
+        per_trained_token: FLOPs of the head per trained token.
+        per_pair: FLOPs of a query with one key, over all layers.
+        window: Most keys per query; None if there is no limit.
     """
 
     per_token: float
@@ -84,7 +85,7 @@ class ModelFlops:
     window: int | None = None
 
     def step(self, document_lengths: Iterable[int], trained_tokens: int) -> float:
-        """Returns the FLOPs of a forward and backward pass over documents of these many tokens."""
+        """Returns the FLOPs of a forward and backward pass over documents of these lengths in tokens."""
         tokens, pairs = 0, 0.0
         for length in document_lengths:
             tokens += length

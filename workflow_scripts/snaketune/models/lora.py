@@ -1,8 +1,8 @@
-"""LoRA: two small trained matrices beside each frozen linear layer, and the rows of new tokens trained whole.
+"""LoRA: trains two small matrices for each frozen linear layer, and the full rows of new tokens.
 
-Low-rank adaptation is Hu et al. 2021 (arXiv 2106.09685); the layers are those of the `peft` package. A chat format with
-tokens that the base model does not know cannot be learnt by the linear layers alone, so the rows of these tokens, in
-the embedding and in the head, are trained too (`trainable_token_indices` of peft).
+Low-rank adaptation is Hu et al. 2021 (arXiv 2106.09685); the layers come from the `peft` package. Linear layers alone
+cannot learn a chat format with tokens that are new to the base model. So the rows of these tokens, in the embedding and
+in the head, are trained too (peft's `trainable_token_indices`).
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from transformers import PreTrainedModel
 
 from snaketune.common.cli import UserError
 
-ADAPTER = "default"  # peft's name for the one that there is
+ADAPTER = "default"  # peft's name for the only adapter
 
 
 def add_lora(model: PreTrainedModel, lora: Mapping[str, Any], new_ids: Sequence[int]):
-    """Freezes a model and puts the trained parts into it, in place: its class and its forward stay.
+    """Freezes a model and adds the trained parts in place; its class and `forward` stay the same.
 
     Args:
         model: Already grown for its tokenizer.
         lora: `rank`, `alpha` (the update is scaled by alpha / rank), `dropout`, and `target_modules`: `auto` for all
-            linear layers but the head, or the ends of their names.
+            linear layers except the head, or suffixes of their names.
         new_ids: Tokens whose rows are trained.
 
     Returns:
-        peft's `LoraModel` around it, which merges.
+        peft's `LoraModel` around the model, for merging.
 
     Raises:
         UserError: The settings do not fit the model, or it was loaded in shards.
@@ -37,7 +37,7 @@ def add_lora(model: PreTrainedModel, lora: Mapping[str, Any], new_ids: Sequence[
 
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UserError(
-            "LoRA cannot be put into a model that was loaded in shards",
+            "LoRA cannot be added to a model that was loaded in shards",
             found="zero3_init: true",
             fix="set zero3_init: false; zero_stage: 3 shards the model once it is loaded",
         )
@@ -53,7 +53,7 @@ def add_lora(model: PreTrainedModel, lora: Mapping[str, Any], new_ids: Sequence[
 
 
 def register_token_rows(model: nn.Module) -> None:
-    """Tells ZeRO-3 which weights peft's layer of token rows reads past the modules that own them, before it shards."""
+    """Tells ZeRO-3, before it shards, which weights peft's token-row layers read without calling their modules."""
     from deepspeed.runtime.zero import register_external_parameter
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
@@ -64,9 +64,9 @@ def register_token_rows(model: nn.Module) -> None:
 
 
 def leave_out_frozen(model: nn.Module) -> None:
-    """Makes `model.state_dict()` hold trained parameters and buffers alone: what is frozen is the base model's.
+    """Drops frozen parameters, which the base model has, from `model.state_dict()`.
 
-    DeepSpeed can leave frozen parameters out of a checkpoint by itself, but not the second name of tied ones.
+    DeepSpeed can leave frozen parameters out of a checkpoint, but not the second name of tied ones.
     """
     frozen = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
 
@@ -78,7 +78,7 @@ def leave_out_frozen(model: nn.Module) -> None:
 
 
 def lora_config(model: PreTrainedModel, lora: Mapping[str, Any], new_ids: Sequence[int]):
-    """Returns peft's configuration, see `add_lora`."""
+    """Returns peft's configuration; see `add_lora`."""
     from peft import LoraConfig
 
     targets = lora.get("target_modules", "auto")
@@ -95,7 +95,7 @@ def lora_config(model: PreTrainedModel, lora: Mapping[str, Any], new_ids: Sequen
 
 
 def _token_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the layers that hold rows of tokens; peft ties a tied head to the embedding by itself."""
+    """Returns the names of the layers with token rows. peft itself ties a tied head to the embedding."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embedding.weight
     layers = (embedding,) if tied else (embedding, head)
@@ -103,8 +103,8 @@ def _token_layers(model: PreTrainedModel) -> list[str]:
         raise UserError(
             "LoRA cannot train the rows of new tokens of this model",
             found="a head with a bias",
-            expected="a head without one",
-            fix="train all parameters: set train.lora to null",
+            expected="a head without a bias",
+            fix="set train.lora to null to train all parameters",
         )
     return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
 

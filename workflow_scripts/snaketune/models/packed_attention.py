@@ -1,10 +1,10 @@
-"""Attention that never crosses the boundaries of packed documents, at the cost of the documents alone.
+"""Attention within the documents of a packed sequence, at the cost of the documents alone.
 
-A packed row holds several documents end to end. Stock sdpa would need a dense (row x row) mask for that: at 32,768
-tokens it costs more than the model itself. Here each document gets its own causal
-`scaled_dot_product_attention`, so no mask is made and the cost is the sum of the documents' squares.
+A packed sequence has several documents end to end. Stock sdpa would need a dense (length x length) mask for it, which
+costs more than the model itself at 32,768 tokens. Here each document gets a separate causal
+`scaled_dot_product_attention`. This needs no mask and costs the sum of the squared document lengths.
 
-Registered with transformers under the name `packed_sdpa`; `resolve_attention` chooses it.
+Registered with transformers as `packed_sdpa`; `resolve_attention` chooses it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ PACKED_SDPA = "packed_sdpa"
 
 
 def resolve_attention(name: str, device: str) -> str:
-    """Returns the name transformers knows for a config's `attention`.
+    """Returns transformers' name for a config's `attention`.
 
     Args:
-        name: `auto`, `sdpa` (both mean one document at a time on CPU) or any name transformers has.
+        name: `auto`, `sdpa` (both process one document at a time on a CPU) or any name that transformers knows.
         device: `cpu` or `cuda`.
     """
     if name == "auto":
@@ -35,26 +35,26 @@ def resolve_attention(name: str, device: str) -> str:
 
 
 def check_attention(name: str, device: str) -> None:
-    """Tells whether a model with this attention can be trained here.
+    """Checks that a model with this attention can be trained on this device.
 
     Raises:
-        UserError: It has no backward pass on this device.
+        UserError: The attention has no backward pass on this device.
     """
     if name == "flex_attention" and device == "cpu":
         raise UserError(
             "flex_attention cannot train on a CPU",
-            found="PyTorch has no backward pass for it there",
+            found="PyTorch has no backward pass for it on a CPU",
             expected="a GPU, or another attention",
             fix="set attention to auto",
         )
 
 
 def packing_kwargs(cumulative_len: torch.Tensor, longest: int | None = None) -> dict:
-    """Returns the forward arguments that tell every attention where the documents of a row begin and end.
+    """Returns the forward arguments that give every attention the boundaries of packed documents.
 
     Args:
-        cumulative_len: int tensor (documents + 1,), boundaries from 0 to the row's length.
-        longest: Tokens of the longest document; None computes it (on a GPU that waits for the device).
+        cumulative_len: int tensor (documents + 1,), boundaries from 0 to the length of the packed sequence.
+        longest: Tokens of the longest document; None computes it (which waits for a GPU).
     """
     boundaries = cumulative_len.to(torch.int32)
     if longest is None:
@@ -68,7 +68,7 @@ def packing_kwargs(cumulative_len: torch.Tensor, longest: int | None = None) -> 
 
 
 def document_boundaries(position_ids: torch.Tensor) -> list[int]:
-    """Returns the boundaries of the documents of one row, [0, ..., length], from its position ids (1, length)."""
+    """Returns the boundaries in a packed sequence, [0, ..., length], from its position ids (1, length)."""
     starts = (position_ids[0, 1:] != position_ids[0, :-1] + 1).nonzero().flatten() + 1
     return [0, *starts.tolist(), position_ids.shape[1]]
 
@@ -86,20 +86,20 @@ def packed_sdpa(
     position_ids: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each document of a row.
+    """Computes causal attention within each document of a packed sequence.
 
     Args:
         query: (batch, heads, tokens, head_dim); `key` and `value` may have fewer heads.
-        attention_mask: A mask that transformers made (padded batch, or a cache): then stock sdpa does the work.
-        sliding_window: Keys that a query sees at most, itself included; None for all before it.
-        cu_seq_lens_q: int32 (documents + 1,), the boundaries. Without it they come from `position_ids`.
+        attention_mask: A mask from transformers (padded batch, or a cache); if given, uses stock sdpa.
+        sliding_window: Most keys per query, including its own position; None if there is no limit.
+        cu_seq_lens_q: int32 (documents + 1,), the boundaries; None derives them from `position_ids`.
 
     Returns:
-        ((batch, tokens, heads, head_dim), None), as transformers wants it.
+        ((batch, tokens, heads, head_dim), None), as transformers expects.
     """
     if kwargs.get("softcap") is not None:
         raise ValueError(
-            "packed_sdpa cannot cap attention scores (softcap); set attention = 'eager' in the config"
+            "packed_sdpa does not support softcap (capped attention scores); set attention = 'eager' in the config"
         )
     tokens = query.shape[2]
     if attention_mask is not None or query.shape[0] != 1 or key.shape[2] != tokens:
@@ -130,7 +130,7 @@ def packed_sdpa(
 
 
 def _windowed(query, key, value, *, window, dropout, scale, gqa) -> torch.Tensor:
-    """Causal attention over the last `window` keys, block by block, so that no mask exceeds window x 2 window."""
+    """Computes causal attention over the last `window` keys, block by block. No mask exceeds window x 2 window."""
     length, blocks = query.shape[2], []
     for start in range(0, length, window):
         stop, first = min(start + window, length), max(0, start - window + 1)
@@ -152,7 +152,7 @@ def _windowed(query, key, value, *, window, dropout, scale, gqa) -> torch.Tensor
 
 
 def _packed_mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
-    """No mask for one row attended from its start; stock sdpa's mask for padded batches and for a cache."""
+    """Returns None for one packed sequence attended from its start, else stock sdpa's mask (padded batch, cache)."""
     if batch_size == 1 and q_length == kv_length and (attention_mask is None or bool(attention_mask.all())):
         return None
     return sdpa_mask(

@@ -1,11 +1,11 @@
-"""Sequence parallelism: the ranks of a group share the tokens of each row, for rows too long for one device.
+"""Sequence parallelism: the ranks of a group share each packed sequence, for sequences too long for one device.
 
-Each rank takes an equal stretch of the row through the model. Only attention looks beyond it: there the ranks exchange
-stretches for heads (all-to-all), so that each sees the whole row, documents and all, for its share of the heads, and back
-again (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv 2309.14509; the exchange is DeepSpeed's).
+Each rank runs the model on an equal stretch of the sequence. Only attention looks beyond it. For attention, the ranks
+exchange stretches for heads (all-to-all) and back, so each sees the whole sequence with all documents for its share of
+the heads (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv 2309.14509; DeepSpeed does the exchange).
 
-DeepSpeed's engine is told nothing about the groups. To it a stretch is a micro-batch like any other: the gradient of a
-step is the sum over all ranks, whether they hold other rows or other stretches of one.
+DeepSpeed's engine does not know about the groups. It treats a stretch as an ordinary micro-batch: the gradient of a
+step is the sum over all ranks, whether they have different sequences or different stretches of the same sequence.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from snaketune.tokenized.bin_reader import IGNORE_INDEX
 
 
 class SequenceParallel:
-    """This rank's place in the group that shares its rows. All ranks make one together.
+    """This rank's place in the group that shares its packed sequences. All ranks must create one together.
 
     Args:
-        size: Ranks of a group, neighbours by their number; 1 shares nothing.
+        size: Ranks per group, with consecutive numbers; 1 disables sequence parallelism.
 
     Attributes:
-        rank: Place in the group: which stretch of a row is this rank's.
+        rank: Place in the group, which is the number of this rank's stretch.
     """
 
     def __init__(self, size: int):
@@ -42,10 +42,10 @@ class SequenceParallel:
             self.group = groups[distributed.get_rank() // size]
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Makes a model's attention exchange stretches for heads, for the rows that `stretch` cut, and only for these.
+        """Makes a model's attention exchange stretches for heads, but only for input from `stretch`.
 
         Raises:
-            UserError: The model cannot be shared among the ranks of a group.
+            UserError: The model does not support sequence parallelism of this size.
         """
         if self.size == 1:
             return
@@ -70,15 +70,15 @@ class SequenceParallel:
         )
 
     def stretch(self, row: dict) -> dict:
-        """Returns this rank's part of a packed row, for `SupervisedFinetune.forward`.
+        """Returns this rank's stretch of a packed sequence, for `SupervisedFinetune.forward`.
 
         Args:
             row: `input_ids`, `labels`, `position_ids` (1, length), `cumulative_len` (documents + 1,), `max_seqlen`.
 
         Returns:
-            The same with the stretch's `input_ids` and `position_ids` (1, n), its `labels` (1, n + 1), and the boundaries of
-            the whole row. The label after the stretch is what its last token predicts: the first of the next rank's.
-            The row is filled up to a multiple of the group's size with a document of its own, of which nothing is trained.
+            The same keys: `input_ids` and `position_ids` (1, n) and `labels` (1, n + 1) of the stretch, and the
+            boundaries of the whole sequence. The last label is the next rank's first, which the stretch's last token
+            predicts. An extra document, which is not trained on, pads the sequence to a multiple of the group's size.
         """
         if self.size == 1:
             return row
@@ -103,18 +103,18 @@ class SequenceParallel:
         }
 
     def attend(self, module: torch.nn.Module, *args, **kwargs) -> tuple[torch.Tensor, None]:
-        """Attention of one layer over the whole row; takes and returns what transformers' attention functions do."""
+        """Computes a layer's attention over the whole sequence; same interface as transformers' attention functions."""
         repeated = module.__dict__.get("num_key_value_groups")
         output = self.exchange(module, *args, **kwargs)
-        if repeated is not None:  # DeepSpeed leaves the number within a rank, when it repeats KV heads
+        if repeated is not None:  # DeepSpeed leaves the per-rank number here when it repeats KV heads
             module.num_key_value_groups = repeated
         return output
 
 
 class _Attention:
-    """An attention function of transformers that may be given `sequence_parallel`; without it, it is as it was.
+    """A transformers attention function that accepts `sequence_parallel`; without it, the original function runs.
 
-    The argument comes with each call, not from a switch: gradient checkpointing calls again in the backward pass.
+    It is an argument of each call, not global state, because gradient checkpointing calls again in the backward pass.
     """
 
     def __init__(self, alone: Callable):
@@ -123,7 +123,7 @@ class _Attention:
     def __call__(self, module, query, key, value, mask, *args, sequence_parallel=None, **kwargs):
         if sequence_parallel is None:
             return self.alone(module, query, key, value, mask, *args, **kwargs)
-        # The mask, if any, is for the stretch alone; the boundaries of the documents say what is to be seen.
+        # The mask, if any, covers only the stretch. The boundaries decide which tokens are visible.
         return sequence_parallel.attend(module, query, key, value, None, *args, **kwargs)
 
 
@@ -133,14 +133,17 @@ def _check_model(config: PretrainedConfig, attention: str, size: int) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if not heads or heads % size or (kv_heads % size and size % kv_heads):
-        found, expected = f"{heads} heads, {kv_heads} KV heads", "numbers of heads that it divides"
+        found, expected = f"{heads} heads, {kv_heads} KV heads", "numbers of heads divisible by it"
     elif kinds:
         found, expected = (
             f"layers of type {', '.join(sorted(kinds))}",
-            "layers whose tokens meet in attention only",
+            "layers in which tokens interact only through attention",
         )
     elif rope in ("dynamic", "longrope"):
-        found, expected = f"rope_type {rope}, which depends on the length of what a rank sees", "another one"
+        found, expected = (
+            f"rope_type {rope}, which depends on the length of a rank's input",
+            "another rope_type",
+        )
     elif attention != PACKED_SDPA and "flash" not in attention:
         found, expected = f"attention {attention}", "sdpa or flash_attention_2"
     else:

@@ -1,4 +1,4 @@
-"""How many rows a tokenizer needs of the embedding, and which belong to tokens that the base model does not know."""
+"""Finds the number of embedding rows that a tokenizer needs, and the tokens that are new to the base model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from snaketune.common.files import read_json, sha256_file
 
 
 def find_new_tokens(tokenizer_path: str, base_path: str | None) -> tuple[int, list[int]]:
-    """Returns (entries of the tokenizer, ids that it has and the base tokenizer has not).
+    """Returns (entries of the tokenizer, ids that the base tokenizer does not have).
 
-    The manifest beside an extended tokenizer says which tokens were added. Without one (or with one that belongs to
-    another tokenizer.json) the ids come from comparing with the base model's own tokenizer.json, if it has one.
+    An extended tokenizer's manifest lists the added tokens. If there is none, or it does not match tokenizer.json, the
+    ids come from a comparison with the base model's tokenizer.json, if it has one.
 
     Raises:
-        UserError: There is no tokenizer.json.
+        UserError: tokenizer.json is missing.
     """
     file = Path(tokenizer_path) / "tokenizer.json"
     if not file.is_file():
@@ -40,7 +40,7 @@ def find_new_tokens(tokenizer_path: str, base_path: str | None) -> tuple[int, li
 
 
 def grown_rows(rows: int, vocab_size: int) -> int:
-    """Returns how many rows a base of `rows` has once it has grown to a tokenizer: a multiple of 64, where it grows."""
+    """Returns the number of rows after growing for a tokenizer: a multiple of 64, or `rows` if that is enough."""
     return rows if vocab_size <= rows else -(-vocab_size // 64) * 64
 
 

@@ -1,1 +1,1 @@
-"""Public benchmarks by OpenCompass 0.5.4: its config from our settings, its run, and the scores."""
+"""Public benchmarks with OpenCompass 0.5.4: renders its config from our settings, runs it and reads the scores."""

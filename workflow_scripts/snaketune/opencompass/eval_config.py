@@ -1,4 +1,4 @@
-"""Writes an OpenCompass config in the shape of the guide's step 7 from plain settings. Needs no OpenCompass."""
+"""Writes an OpenCompass config, structured as in the guide's step 7, from plain settings. Does not need OpenCompass."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _CONFIGS = "opencompass.configs"
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """What an evaluation is made of.
+    """Settings of an evaluation.
 
     Attributes:
         model: Hugging Face folder, or the folder that lmdeploy loads.
         backend: "hf" or "turbomind".
         abbr: Name of the model.
-        iteration: Which of its checkpoints, such as `iter_300`.
-        groups: Names of `GROUPS`.
+        iteration: Name of its checkpoint, such as `iter_300`.
+        groups: Names in `GROUPS`.
         custom: Name -> JSONL file of `{"question": ..., "answer": ...}` lines.
-        runner: "local" or "slurm": how the tasks are started.
-        partition, quotatype: srun's; None leaves them out.
-        srun_options: More options of srun's, as one types them.
-        max_num_workers, eval_max_num_workers: Tasks at a time that answer, and that score.
-        datasets_per_task: Datasets that a task takes, with the model loaded once.
-        max_samples: Questions of each dataset; None takes all.
+        runner: How tasks are started, "local" or "slurm".
+        partition, quotatype: Options of srun; None omits them.
+        srun_options: More options of srun, as on the command line.
+        max_num_workers, eval_max_num_workers: Concurrent tasks that answer, and that score.
+        datasets_per_task: Datasets per task, which loads the model once.
+        max_samples: Questions per dataset; None uses all.
         max_seq_len, longtext_max_seq_len: Tokens of prompt and answer.
-        max_out_len: Longest answer in tokens, where the dataset does not say.
+        max_out_len: Longest answer in tokens if the dataset does not set it.
         batch_size: Prompts at a time.
-        gpus: GPUs of a task; with turbomind its tensor parallel size.
+        gpus: GPUs per task; with turbomind, the tensor parallel size.
     """
 
     model: Path
@@ -63,10 +63,10 @@ class EvalSettings:
 
 
 def meta_template(template: ChatTemplate) -> dict[str, Any]:
-    """Returns OpenCompass's description of a chat template: what it writes around a turn of each of its three roles.
+    """Returns OpenCompass's description of a chat template: the prefix and suffix of a turn in each of its three roles.
 
-    A system text gets a turn of its own where the template has one. Mistral's stands inside the user's turn, which
-    OpenCompass cannot write: there SYSTEM is left out, and a dataset's text for it becomes a user turn (its `fallback_role`).
+    SYSTEM is omitted if the template has no separate system turn. Mistral's system text is inside the user's turn,
+    which OpenCompass cannot write. A dataset's system text then becomes a user turn (its `fallback_role`).
     """
 
     def role(name: str, ours: str, **more: Any) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def meta_template(template: ChatTemplate) -> dict[str, Any]:
     meta: dict[str, Any] = {"round": [role("HUMAN", "user"), role("BOT", "assistant", generate=True)]}
     system = template.roles.get("system")
     if system is not None and system.opens is None:
-        # Not in the round: OpenCompass writes every role of a round, said or not.
+        # Not in the round: OpenCompass writes every role of a round, even if the prompt does not have it.
         meta["reserved_roles"] = [role("SYSTEM", "system")]
     return meta
 
@@ -100,10 +100,10 @@ def render_eval_config(settings: EvalSettings, tokenizer: ExtendedTokenizer) -> 
         tokenizer: The extended tokenizer with the chat template that training used.
 
     Raises:
-        UserError: There is nothing to evaluate on, or a custom set is not as it should be.
+        UserError: No benchmarks were given, or a custom set is invalid.
     """
     if not settings.groups and not settings.custom:
-        raise UserError("there are no benchmarks to run", fix="name groups, or custom sets of your own")
+        raise UserError("no benchmarks to run", fix="set groups or custom sets")
     groups = [name for name in GROUPS if name in settings.groups]  # the guide's order
     parts = [_HEAD, _imports(groups), _settings_block(settings)]
     parts += [_runner("infer", settings), _runner("eval", settings), _model_configs(settings, tokenizer)]
@@ -154,9 +154,9 @@ def _runner(stage: str, settings: EvalSettings) -> str:
         "task": {"type": f"opencompass.tasks.OpenICL{stage.capitalize()}Task"},
     }
     if settings.runner == "slurm":
-        # A quotatype is one vendor's; stock Slurm does not know the flag.
+        # quotatype is vendor-specific; stock Slurm does not have this flag.
         runner |= {"partition": settings.partition, "quotatype": settings.quotatype, "retry": 1}
-        # OpenCompass puts them into a shell command.
+        # Quoted, because OpenCompass puts them into a shell command.
         runner["extra_command"] = [shlex.quote(word) for word in _words(settings.srun_options or "")]
     # The partitioner that counts workers reads the data even in a dry run.
     partitioner = {"type": "opencompass.partitioners.NaivePartitioner", "n": settings.datasets_per_task}
@@ -170,8 +170,8 @@ def _words(options: str) -> list[str]:
         raise UserError(
             f"srun_options cannot be read: {error}",
             found=options,
-            expected="options as one types them, such as --account=team --mem=64G",
-            fix="close the quotation in opencompass.srun_options",
+            expected="options as on the command line, such as --account=team --mem=64G",
+            fix="fix the quotes in opencompass.srun_options",
         ) from None
 
 
@@ -202,7 +202,7 @@ def _model_configs(settings: EvalSettings, tokenizer: ExtendedTokenizer) -> str:
         }
     else:
         base |= {
-            # The newer HuggingFaceBaseModel takes no meta_template.
+            # The newer HuggingFaceBaseModel does not accept a meta_template.
             "type": "opencompass.models.HuggingFaceCausalLM",
             "model_kwargs": {"device_map": "auto" if settings.gpus else "cpu", "torch_dtype": "auto"},
             "generation_kwargs": {"eos_token_id": [tokenizer.end_of_turn_id]},
@@ -215,7 +215,7 @@ def _model_configs(settings: EvalSettings, tokenizer: ExtendedTokenizer) -> str:
     return text + _AGENTS
 
 
-# OpenCompass's own names; what is missing in 0.5.4 is told in snaketune.opencompass.groups and shows when it runs.
+# Names from OpenCompass. Some are missing in 0.5.4 and fail at run time; see snaketune.opencompass.groups.
 _AGENTS = """\
 base_math_agent_cfg = dict(
     type='opencompass.models.lagent.CodeAgent', llm=base_model_cfg, max_turn=3, batch_size=1, max_out_len=1024,
@@ -277,7 +277,7 @@ def _custom(sets: Mapping[str, Path]) -> str:
 
 
 def check_custom_set(name: str, path: Path) -> None:
-    """Raises a UserError unless a file is JSON lines of texts `question` and `answer`; names file and line."""
+    """Raises a UserError with file and line unless all lines are JSON with the texts `question` and `answer`."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -289,10 +289,10 @@ def check_custom_set(name: str, path: Path) -> None:
             row = None
         if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("question", "answer")):
             raise UserError(
-                f"{path}:{number} is no question of the custom set {name}",
+                f"{path}:{number}: invalid question in the custom set {name}",
                 found=f"{line[:80]!r}",
                 expected='{"question": "a text", "answer": "a text"}',
-                fix="correct the line, or take it out",
+                fix="correct or remove the line",
             )
     if not lines:
         raise UserError(f"the custom set {name} is empty", found=path)
@@ -328,7 +328,7 @@ def _assign(name: str, value: Any) -> str:
 
 
 def _python(value: Any, indent: int = 0) -> str:
-    """A literal, broken into lines where it is long."""
+    """Returns a Python literal, split into lines if it is long."""
     flat = repr(value)
     if len(flat) + indent < 100 or not isinstance(value, dict | list):
         return flat

@@ -1,6 +1,6 @@
 """Runs OpenCompass on a config and reads the scores. Runs in OpenCompass's environment.
 
-OpenCompass exits with 0 whatever became of its tasks: what failed is found by what is missing.
+OpenCompass exits with 0 even if tasks failed, so failures are detected by missing results.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from snaketune.common.packages import installed_versions
 from snaketune.common.progress import Progress
 
 _PACKAGES = ("opencompass", "torch", "transformers", "lmdeploy")
-_RUN = "run"  # OpenCompass names a run by its time; a fixed name lets the next attempt go on
-# mmengine takes the standard library for a package of the environment when that is a venv, and then imports nothing of it.
+_RUN = "run"  # OpenCompass names a run after its start time; a fixed name lets the next attempt resume it
+# In a venv, mmengine mistakes the standard library for a package of the environment and does not import from it.
 _MAIN = (
     "import sys, mmengine.config.utils as utils; utils.PYTHON_ROOT_DIR = sys.base_prefix; "
     "from opencompass.cli.main import main; main()"
@@ -32,7 +32,7 @@ _SHOWN_FAILURES, _SHOWN_LINES = 5, 12
 
 
 class Pair(NamedTuple):
-    """A dataset that a model is asked. `model` is the name of its folder of results."""
+    """A dataset to run on a model. `model` is the name of its results folder."""
 
     group: str
     model: str
@@ -40,7 +40,7 @@ class Pair(NamedTuple):
 
 
 def load_config(path: Path) -> Any:
-    """Returns an OpenCompass config, as mmengine reads it."""
+    """Returns an OpenCompass config as read by mmengine."""
     import mmengine.config.utils
     from mmengine.config import Config
 
@@ -49,7 +49,7 @@ def load_config(path: Path) -> Any:
 
 
 def pairs_of(config: Any) -> list[Pair]:
-    """Returns what a config asks, in its order."""
+    """Returns the pairs of model and dataset in a config, in its order."""
     return [
         Pair(combination["group"], model["abbr"], dataset["abbr"])
         for combination in config["model_dataset_combinations"]
@@ -59,16 +59,16 @@ def pairs_of(config: Any) -> list[Pair]:
 
 
 def evaluate(config_path: Path, work_dir: Path, data_dir: Path | None = None) -> dict[str, Any]:
-    """Runs what is missing of an evaluation and returns its scores.
+    """Runs the missing tasks of an evaluation and returns all scores.
 
     Args:
         config_path: From `render_eval_config`.
-        work_dir: Where OpenCompass works: in a folder named by the contents of config and model, so that the next
-            attempt goes on there.
+        work_dir: OpenCompass works in a subfolder named by the contents of config and model, so that the next attempt
+            resumes there.
         data_dir: OpenCompass's folder `data`.
 
     Raises:
-        UserError: OpenCompass ended with an error, or a task failed; names it, its log and its last lines.
+        UserError: OpenCompass or a task failed; shows the task and the end of its log.
     """
     config = load_config(config_path)
     pairs = pairs_of(config)
@@ -95,9 +95,7 @@ def evaluate(config_path: Path, work_dir: Path, data_dir: Path | None = None) ->
     if failed:
         raise _tasks_failed(failed, len(pairs), folder)
     if code or not tables:
-        raise UserError(
-            "OpenCompass ended with an error", found=f"exit code {code}; the end of {log}:\n{_tail(log)}"
-        )
+        raise UserError("OpenCompass failed", found=f"exit code {code}; the end of {log}:\n{_tail(log)}")
     scores = read_summary(tables[-1], pairs)
     without = [row["dataset"] for row in scores if row["score"] is None]
     if without:
@@ -106,15 +104,15 @@ def evaluate(config_path: Path, work_dir: Path, data_dir: Path | None = None) ->
 
 
 def weights_of(model: Path) -> str | None:
-    """Returns the digest of the Hugging Face weights that a folder holds or was made of; None: it does not say."""
+    """Returns the digest of the Hugging Face weights that a folder has or was made from; None if unknown."""
     path = model / "manifest.json"
     manifest = read_json(path) if path.is_file() else {}
     return manifest.get("weights_sha256") or manifest.get("hf_weights_sha256")
 
 
 def read_summary(path: Path, pairs: list[Pair]) -> list[dict[str, Any]]:
-    """Returns the rows of a summary: `group` (None: an average of OpenCompass's), `dataset`, `version` (of its prompt),
-    `metric`, `mode` and `score` (None: a cell without one)."""
+    """Returns the rows of a summary: `group` (None for OpenCompass's averages), `dataset`, `version` (of its prompt),
+    `metric`, `mode` and `score` (None if missing)."""
     groups = {pair.dataset: pair.group for pair in pairs}
     rows = []
     with open(path, encoding="utf-8", newline="") as file:
@@ -131,12 +129,12 @@ def read_summary(path: Path, pairs: list[Pair]) -> list[dict[str, Any]]:
 
 
 def failures(folder: Path, pairs: list[Pair], output: str) -> list[tuple[Pair, str, Path]]:
-    """Returns the datasets without a result: which, the stage that failed (infer or eval) and the task's log.
+    """Returns the datasets without a result, with the stage that failed (infer or eval) and the task's log.
 
     Args:
         folder: The run's folder.
-        pairs: What was asked.
-        output: What OpenCompass printed: it names the log of a task that ended with an error.
+        pairs: All datasets to run.
+        output: OpenCompass's output, which names the logs of failed tasks.
     """
     told = [(kind[7:].lower(), tasks, Path(log.strip())) for kind, tasks, log in _FAILED.findall(output)]
     missing = []
@@ -164,7 +162,7 @@ def _names(tasks: str, pair: Pair) -> bool:
 
 
 def _tasks_failed(failed: list[tuple[Pair, str, Path]], count: int, folder: Path) -> UserError:
-    # Datasets of one task fail together: once is enough.
+    # Datasets of one task fail together, so show its log once.
     logs: dict[Path, list[tuple[Pair, str]]] = {}
     for pair, stage, log in failed:
         logs.setdefault(log, []).append((pair, stage))
@@ -177,13 +175,13 @@ def _tasks_failed(failed: list[tuple[Pair, str, Path]], count: int, folder: Path
     return UserError(
         f"{len(failed)} of {count} datasets have no score: an OpenCompass task failed",
         found="\n".join(told),
-        fix="mend what the log says (often: the dataset is not in opencompass.data_dir) and run again; what is done stays",
+        fix="fix the error in the log (often a dataset missing from opencompass.data_dir) and run again; it resumes",
     )
 
 
 def _tail(log: Path) -> str:
     if not log.is_file():
-        return "    (there is no such file)"
+        return "    (no such file)"
     lines = _COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace")).splitlines()
     return "\n".join(f"    {line[:300]}" for line in lines[-_SHOWN_LINES:])
 
@@ -227,7 +225,7 @@ def _environment(slurm: bool, workers: int) -> dict[str, str]:
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, workers))))
     if slurm:
-        # Its srun shall ask for jobs of their own, not for steps of the job that this may run in.
+        # OpenCompass's srun must request separate jobs, not steps of the job that this process may run in.
         keep = ("SLURM_CONF",)
         environment = {k: v for k, v in environment.items() if not k.startswith("SLURM_") or k in keep}
     return environment

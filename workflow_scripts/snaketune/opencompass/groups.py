@@ -1,4 +1,4 @@
-"""The groups of public OpenCompass 0.5.4 datasets that stand for those of the guide, whose own are not public."""
+"""Groups of public OpenCompass 0.5.4 datasets, which replace the guide's own non-public datasets."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ class Group(NamedTuple):
     """A group of datasets.
 
     Attributes:
-        variable: What the guide calls it in its config: `<variable>_datasets`, `<variable>_models`.
-        suffix: What stands behind `abbr@iteration` in the name of its model.
-        datasets: Modules below `opencompass.configs` and the name of their list of datasets.
+        variable: Name in the guide's config: `<variable>_datasets`, `<variable>_models`.
+        suffix: Suffix of the model's name, after `abbr@iteration`.
+        datasets: Modules below `opencompass.configs` and the names of their dataset lists.
         summary: Modules below `opencompass.configs.summarizers.groups` and the names of their averages.
-        opt_in: Why it does not run as OpenCompass ships it; None where it does.
+        opt_in: Why the group does not run with OpenCompass as shipped; None if it does.
     """
 
     variable: str
@@ -24,7 +24,7 @@ class Group(NamedTuple):
 
 
 GROUPS = {
-    # The agents are slow: they stand before the base group, as in the guide.
+    # The agents are slow, so they come before the base group, as in the guide.
     "longtext": Group(
         "longtext",
         "-longtext",
@@ -40,7 +40,7 @@ GROUPS = {
             ("datasets.gsm8k.gsm8k_agent_gen_c3dff3", "gsm8k_datasets"),
             ("datasets.math.math_agent_gen_0c1b4e", "math_datasets"),
         ),
-        opt_in="the agent inferencer of 0.5.4 lacks restore_from_jsonl, which its base class calls",
+        opt_in="its agent inferencer lacks restore_from_jsonl, which the base class calls",
     ),
     "cibench": Group(
         "cibench",
@@ -50,7 +50,7 @@ GROUPS = {
             ("datasets.CIBench.CIBench_generation_gen_8ab0dc", "cibench_datasets"),
         ),
         (("cibench", "cibench_summary_groups"),),
-        opt_in="as math_agent; and its agent and its interpreter, opencompass.lagent, are not in the wheel",
+        opt_in="same as math_agent; also, its agent and interpreter (opencompass.lagent) are not in the wheel",
     ),
     "plugin_eval": Group(
         "plugin_eval",

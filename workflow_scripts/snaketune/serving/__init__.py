@@ -1,1 +1,1 @@
-"""The tuned model in use: a conversation in the terminal, a plugin that it may call, and the commands that serve it."""
+"""Using the tuned model: a conversation in the terminal, a plugin for it to call, and commands to serve it."""

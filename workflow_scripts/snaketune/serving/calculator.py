@@ -1,4 +1,4 @@
-"""A plugin that computes arithmetic, as an example of what a model may call. It evaluates no code."""
+"""An example plugin for a model to call: computes arithmetic, without evaluating code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import operator
 from typing import Any
 
 NAME = "calculator"
-# As the training data describe plugins: a system message named `plugin` with a JSON list of these.
+# Training data describe plugins like this, in a system message named `plugin` with a JSON list.
 DESCRIPTION = {
     "name": NAME,
     "description": "Computes an arithmetic expression",
@@ -19,7 +19,7 @@ DESCRIPTION = {
     },
 }
 _LONGEST = 200  # characters
-_LARGEST = 1e100  # of what is raised, and of results
+_LARGEST = 1e100  # operands and results
 _BINARY = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -33,10 +33,10 @@ _UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def call(parameters: Any) -> str:
-    """Runs the plugin: the result as text, or `error: ...` for the model to read.
+    """Runs the plugin and returns the result as text, or `error: ...` for the model to read.
 
     Args:
-        parameters: What the model wrote: {"expression": "..."}.
+        parameters: The parameters that the model wrote: {"expression": "..."}.
     """
     expression = parameters.get("expression") if isinstance(parameters, dict) else None
     if not isinstance(expression, str):
@@ -48,11 +48,11 @@ def call(parameters: Any) -> str:
 
 
 def compute(expression: str) -> float:
-    """Computes numbers, + - * / // % ** and brackets.
+    """Computes an expression of numbers, + - * / // % ** and parentheses.
 
     Raises:
-        ValueError: It is something else, or too long or too large.
-        ArithmeticError: Such as a division by zero.
+        ValueError: The expression has other parts, is too long, or a number is too large.
+        ArithmeticError: A division by zero, for example.
     """
     if len(expression) > _LONGEST:
         raise ValueError(f"longer than {_LONGEST} characters")
@@ -73,12 +73,12 @@ def _value(node: ast.expr) -> float:
         if isinstance(node.op, ast.Pow) and left and abs(right) * abs(math.log10(abs(left))) > 100:
             raise ValueError("too large")
         return _checked(_BINARY[type(node.op)](left, right))
-    raise ValueError("only numbers, + - * / // % ** and brackets")
+    raise ValueError("only numbers, + - * / // % ** and parentheses are allowed")
 
 
 def _checked(value: float) -> float:
     if isinstance(value, complex):
-        raise ValueError("no real number")
+        raise ValueError("not a real number")
     if not abs(value) <= _LARGEST:
         raise ValueError("too large")
     return value

@@ -1,4 +1,4 @@
-"""The commands that serve a tuned model, for lmdeploy, vLLM and SGLang."""
+"""Commands that serve a tuned model with lmdeploy, vLLM and SGLang."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from snaketune.common.files import read_json
 
-# lmdeploy >= 0.14, lmdeploy/turbomind/supported_models.py. What is not on the list runs on its PyTorch engine.
+# From lmdeploy >= 0.14, lmdeploy/turbomind/supported_models.py. Others run on its PyTorch engine.
 TURBOMIND_ARCHITECTURES = (
     "LlamaForCausalLM",
     "InternLM2ForCausalLM",
@@ -19,12 +19,12 @@ TURBOMIND_ARCHITECTURES = (
     "MixtralForCausalLM",
     "GptOssForCausalLM",
 )
-# The only shipped template whose tool calls these servers read by themselves.
+# The only shipped template whose tool calls these servers can parse.
 _PARSED = "internlm2_chat"
 
 
 def stop_tokens(folder: Path) -> str:
-    """Returns the tokens that end an answer by a model folder's generation_config.json, with their ids."""
+    """Returns the tokens in a model folder's generation_config.json that end an answer, with their ids."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -40,7 +40,7 @@ def lmdeploy_command(
     session_len: int | None = None,
     template: str = _PARSED,
 ) -> str:
-    """Returns the command of lmdeploy >= 0.10 for a Hugging Face folder."""
+    """Returns the lmdeploy >= 0.10 command for a Hugging Face folder."""
     backend = "turbomind" if architecture in TURBOMIND_ARCHITECTURES else "pytorch"
     words = ["lmdeploy", "serve", "api_server", str(folder), "--model-name", name, "--backend", backend]
     words += ["--tp", str(tp)]
@@ -50,34 +50,34 @@ def lmdeploy_command(
 
 
 def converted_command(folder: Path, name: str, chat_template: Path, tp: int = 1) -> str:
-    """Returns the command of lmdeploy 0.9.2.post1 for a TurboMind workspace.
+    """Returns the lmdeploy 0.9.2.post1 command for a TurboMind workspace.
 
     Args:
         folder: The workspace.
-        name: Name under which the model is served.
+        name: Name to serve the model under.
         chat_template: File with `chat_template_config`.
-        tp: As converted.
+        tp: The tp of the conversion.
     """
     words = ["lmdeploy", "serve", "api_server", str(folder), "--model-name", name, "--tp", str(tp)]
     return shlex.join([*words, "--chat-template", str(chat_template), "--tool-call-parser", "internlm"])
 
 
 def chat_template_config(name: str) -> dict[str, str | None]:
-    """Returns lmdeploy 0.9.2's chat template without the system message of its own that it would begin with."""
+    """Returns the config of lmdeploy 0.9.2's chat template without its own system message at the start."""
     return {"model_name": name, "meta_instruction": None}
 
 
 def vllm_command(folder: Path, name: str, tp: int = 1, template: str = _PARSED) -> str:
-    """Returns the command of vLLM."""
+    """Returns the vLLM command."""
     words = ["vllm", "serve", str(folder), "--served-model-name", name, "--tensor-parallel-size", str(tp)]
     words += ["--enable-auto-tool-choice", "--tool-call-parser", "internlm"] if template == _PARSED else []
     return shlex.join(words)
 
 
 def sglang_command(folder: Path, name: str, tp: int = 1) -> str:
-    """Returns the command of SGLang.
+    """Returns the SGLang command.
 
-    Without a tool parser: that of 0.5.23 for InternLM looks for a space between the two tokens that begin a call.
+    It has no tool parser: that of 0.5.23 for InternLM expects a space between the two tokens that begin a call.
     """
     words = ["python", "-m", "sglang.launch_server", "--model-path", str(folder)]
     return shlex.join([*words, "--served-model-name", name, "--tp-size", str(tp)])

@@ -1,4 +1,4 @@
-"""A conversation with a model that may call plugins: each call is carried out and its result given back to the model."""
+"""A conversation with a model that may call plugins: runs each call and returns its result to the model."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 from snaketune.encoding.tokenizer import ExtendedTokenizer
 from snaketune.evaluation.call_format import Call, CallReader
 
-_MOST_CALLS = 8  # in one turn of the user
+_MOST_CALLS = 8  # per user turn
 Messages = list[dict[str, Any]]
 Plugin = Callable[[Any], str]
 
 
 class Conversation:
-    """What was said, in the format of the training data.
+    """A conversation in the format of the training data.
 
     Args:
-        tokenizer: The tokenizer of the model.
-        answer: Writes the assistant's next turn: ids after the messages, without the one that ends the turn.
-        plugins: What a call of this name runs.
-        descriptions: What the model is told of the plugins, as in the training data; none sends no such message.
+        tokenizer: The model's tokenizer.
+        answer: Writes the assistant's next turn: the ids after the messages, without the end-of-turn token.
+        plugins: Functions by plugin name.
+        descriptions: Descriptions of the plugins for the model, as in the training data; if empty, none are sent.
         system: A system message, or None.
-        show: Where results of plugins are shown; what `answer` writes it shows itself.
+        show: Shows results of plugins; `answer` shows its own text.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Conversation:
             self.messages.append({"role": "system", "name": "plugin", "content": text})
 
     def say(self, text: str) -> str:
-        """Says something as the user; returns the last text of the assistant's turn, after all calls."""
+        """Sends a user message and returns the last text of the assistant's turn, after all calls."""
         self.messages.append({"role": "user", "content": text})
         for _ in range(_MOST_CALLS):
             ids = self._answer(self.messages)
@@ -74,9 +74,9 @@ class Conversation:
         try:
             request = json.loads(call.body)
         except ValueError:
-            return "error: the call is no JSON"
+            return "error: the call is not JSON"
         name = request.get("name") if isinstance(request, dict) else None
         plugin = self._plugins.get(name) if isinstance(name, str) else None
         if plugin is None:
-            return f"error: there is no plugin {name!r}, only {', '.join(self._plugins) or 'none'}"
+            return f"error: unknown plugin {name!r}; available: {', '.join(self._plugins) or 'none'}"
         return plugin(request.get("parameters", request.get("arguments")))

@@ -1,4 +1,4 @@
-"""Writes a model's answers into the terminal while they are made."""
+"""Prints a model's answers to the terminal as they are generated."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from snaketune.encoding.chat_encoding import ChatEncoding
 from snaketune.encoding.prompt_ids import encode_prompt
 from snaketune.encoding.tokenizer import ExtendedTokenizer
 
-_UNFINISHED = "\ufffd"  # what the decoder makes of the first bytes of a character
+_UNFINISHED = "\ufffd"  # the decoder's output for an incomplete character
 
 
 class TokenPrinter(BaseStreamer):
-    """Prints tokens as text as they come, and keeps back what is not a whole character yet."""
+    """Prints tokens as they arrive, and holds back incomplete characters."""
 
     def __init__(self, tokenizer: ExtendedTokenizer, stream: TextIO):
         self._tokenizer, self._stream = tokenizer, stream
@@ -25,7 +25,7 @@ class TokenPrinter(BaseStreamer):
         self._shown = ""
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes the prompt at first, then each token."""
+        """Receives the prompt first, then each token."""
         if self._ids is None:
             self._ids = []
             return
@@ -35,7 +35,7 @@ class TokenPrinter(BaseStreamer):
             self._write(text)
 
     def end(self) -> None:
-        """Prints what was kept back, and ends the line."""
+        """Prints what was held back, and ends the line."""
         self._write(self._tokenizer.tokenizer.decode(self._ids or [], skip_special_tokens=False))
         self._stream.write("\n")
         self._stream.flush()
@@ -47,14 +47,14 @@ class TokenPrinter(BaseStreamer):
 
 
 class StreamedAnswers:
-    """Answers of a model, printed while they are made.
+    """Generates answers and prints them as they are generated.
 
     Args:
         model: A transformers causal language model in eval mode.
         tokenizer: Its tokenizer.
         encoding: As in training.
-        max_new_tokens: Longest answer.
-        temperature: 0 takes the likeliest token each time.
+        max_new_tokens: Longest answer in tokens.
+        temperature: 0 always picks the likeliest token.
         stream: Where to print.
     """
 
@@ -73,7 +73,7 @@ class StreamedAnswers:
         model.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             eos_token_id=sorted(self._ends),
-            # As in the evaluation: packed rows teach a document's end to predict the next document's begin.
+            # As in the evaluation: packing teaches the model to predict the next document's BOS after a document.
             suppress_tokens=[tokenizer.bos_token_id] if tokenizer.template.bos else None,
             pad_token_id=tokenizer.end_of_turn_id,
             **sampling,
@@ -81,7 +81,7 @@ class StreamedAnswers:
 
     @torch.inference_mode()
     def __call__(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Returns the ids of the assistant's next turn, without the one that ends it."""
+        """Returns the ids of the assistant's next turn, without the end-of-turn token."""
         ids = torch.tensor([encode_prompt(messages, self._tokenizer, self._encoding, max_length=None)])
         ids = ids.to(self._model.device)
         output = self._model.generate(
