@@ -1,4 +1,4 @@
-"""A batch of prompts gets token for token what a plain loop without a cache gives each of them alone."""
+"""Batched answers equal, token for token, those of a plain loop without a cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from snaketune.evaluation.batched_generation import generate_batched
 
 @pytest.fixture(scope="module", params=["llama", "sliding_window"])
 def model(request, tiny_model_dir):
-    """The tiny random Llama, and a random Mistral whose keys are soon out of its window."""
+    """The tiny random Llama, and a random Mistral with a small sliding window."""
     from snaketune.models.base_model import load_base_model
     from snaketune.models.packed_attention import PACKED_SDPA
 
@@ -37,7 +37,7 @@ def model(request, tiny_model_dir):
 
 @torch.no_grad()
 def alone(model, prompt, stop_ids, limit, suppress=()):
-    """Greedy, one prompt, the whole text again for every token."""
+    """Greedy answer to one prompt; recomputes the whole text for every token."""
     ids = list(prompt)
     while len(ids) - len(prompt) < limit:
         logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
@@ -58,10 +58,10 @@ def prompts(model):
 @pytest.mark.parametrize("batch_tokens", [1, 120, 10_000])
 def test_a_batch_answers_as_one_by_one(model, prompts, batch_tokens):
     free = [alone(model, prompt, (), 16) for prompt in prompts]
-    # Ids that the model says early in some answers and late, or never, in others.
+    # Ids that occur early in some answers and late, or never, in others.
     stop_ids = {free[0][2], free[1][7], free[2][0]}
     expected = [alone(model, prompt, stop_ids, 16) for prompt in prompts]
-    assert len({len(ids) for ids in expected}) > 2, "the answers must end at different places"
+    assert len({len(ids) for ids in expected}) > 2, "the answers must end at different positions"
     seen = {}
     answers = generate_batched(
         model, prompts, stop_ids, 16, batch_tokens=batch_tokens, on_answer=seen.__setitem__

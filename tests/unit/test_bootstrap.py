@@ -1,4 +1,4 @@
-"""Intervals: against the closed form, against a plain loop of draws, and where nothing can be said."""
+"""Intervals: against the closed form, against a plain loop of draws, and in undefined cases."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_share_has_the_interval_of_the_normal_approximation():
 
 
 def test_points_of_one_conversation_do_not_count_as_independent():
-    """20 conversations of 50 points that are all right or all wrong say as much as 20 points, not as 1,000."""
+    """20 conversations with 50 points each, all right or all wrong, count as 20 points, not 1,000."""
     right = [50 * (number % 2) for number in range(20)]
     found = intervals(one_figure(right, [50] * 20))["figure"]
     error = 1.96 * math.sqrt(0.25 / 20)
@@ -51,7 +51,7 @@ def test_a_ratio_agrees_with_a_plain_loop_of_draws():
 
 
 def test_the_difference_is_paired():
-    """What makes conversations hard for both models cancels out: each loss is lower by 0.1 in every one."""
+    """Shared difficulty cancels out: the tuned loss is lower by 0.1 in every conversation."""
     pick = random.Random(1)
     tokens = [10 + pick.randrange(20) for _ in range(30)]
     base = [count * (1 + pick.random()) for count in tokens]
@@ -84,7 +84,7 @@ def test_many_conversations_are_drawn_in_pieces(monkeypatch):
         ([0, 0], [0, 0], Interval(None, None, None)),
         ([3], [4], Interval(0.75, None, None)),
         ([1, 1], [1, 1], Interval(1.0, 1.0, 1.0)),
-        # A draw of the second conversation alone has nothing to divide by, and is left out.
+        # A draw of only the second conversation has a denominator of 0 and is left out.
         ([1, 0], [2, 0], Interval(0.5, 0.5, 0.5)),
     ],
 )

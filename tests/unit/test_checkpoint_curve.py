@@ -1,4 +1,4 @@
-"""Which checkpoint is best, and what is refused."""
+"""The choice of the best checkpoint, and refused evaluations."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from snaketune.common.run_files import RunFiles
 from snaketune.reporting.checkpoint_curve import checkpoint_curve, link_best, remove_others
 
 IDENTITY = "0123456789ab"
-RECALLS = {0: 1.0, 10: 0.25, 20: 0.75, 30: 0.75, 40: 0.5}  # the base model is no checkpoint
+RECALLS = {0: 1.0, 10: 0.25, 20: 0.75, 30: 0.75, 40: 0.5}  # the base model is not a checkpoint
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder: evaluations of steps 10 to 40 and of the base model, losses that fall by 1 each."""
+    """A run folder with evaluations of steps 10 to 40 and of the base model; each loss is 1 lower than the last."""
     same = {"heldout_sha256": "1", "tokenizer_sha256": "2", "template": "t", "mask": "m"}
     same |= {"control_tokens": "literal", "max_length": 9}
     train = {"run_folder": f"checkpoints/{IDENTITY}", "steps": 40, "identity": IDENTITY * 5}

@@ -45,10 +45,10 @@ def setting(tmp_path_factory, tiny_tokenizer_dir, tiny_model_dir, write_processe
 
 
 def _reference(model_dir, tokenizer, conversations) -> tuple[float, int]:
-    """(sum of losses, count) one conversation at a time, labels as transformers takes them, mask by its own rules.
+    """Returns (sum of losses, count), one conversation at a time, with transformers labels and independent mask rules.
 
-    The text of a turn is trained on if it is the assistant's (a tool call is glued to the assistant's turn before
-    it); so is its end. The ids come from the whole pieces, which the byte-level tokenizer splits at special tokens.
+    The text and end of a turn are trained on if it is the assistant's (a tool call is attached to the preceding
+    assistant turn). The ids come from whole pieces, which the byte-level tokenizer splits at special tokens.
     """
     from transformers import AutoModelForCausalLM
 
@@ -196,7 +196,7 @@ def test_an_answer_ends_at_the_end_of_the_turn(setting):
     tokenizer_dir, tokenizer, hf, _ = setting
     model = load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
     with torch.no_grad():
-        # Whatever comes in, <|im_end|> has the largest logit.
+        # <|im_end|> has the largest logit for any input.
         model.lm_head.weight.zero_()
         model.model.norm.weight.zero_()
         model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.lm_head.out_features))
@@ -228,7 +228,7 @@ def test_bad_lines_are_named(setting, tmp_path, line, message):
 def test_held_out_conversations_are_what_training_would_see(
     template, mask, tmp_path, tiny_tokenizer_dir, write_processed
 ):
-    """Against the .bin file that tokenising the same folder makes."""
+    """Compares with the .bin file from tokenising the same folder."""
     from snaketune.encoding.base_tokenizer import open_tokenizer
     from snaketune.encoding.prompt_ids import encode_prompt
     from snaketune.evaluation.heldout import load_heldout

@@ -1,4 +1,4 @@
-"""A real tiny model end to end through the command, and losses by role against a plain loop."""
+"""Runs a tiny real model end to end through the script, and compares losses by role with a plain loop."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def model(setting):
 
 @torch.no_grad()
 def losses_of(model, ids):
-    """Nats of each id but the first, from one plain call."""
+    """Returns the nats of each id except the first, from one plain call."""
     logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].log_softmax(dim=-1)
     return [-logits[place, token].item() for place, token in enumerate(ids[1:])]
 
 
 def by_hand(tokenizer, messages):
-    """(ids, role of each id or None), piece by piece with the tokenizer that splits at control tokens."""
+    """Returns (ids, role of each id or None), encoded piece by piece; the tokenizer splits at control tokens."""
     ids, roles = [tokenizer.bos_token_id], [None]
 
     def add(text, role):
@@ -108,7 +108,7 @@ def test_losses_by_role_equal_a_plain_loop(setting, model, mask):
 def test_a_border_that_the_tokenizer_merges_across_makes_the_roles_unclear(
     setting, model, write_processed, tmp_path
 ):
-    """`compat` cuts by numbers of ids: where that cuts other ids than the text's, no role is claimed."""
+    """`compat` cuts by id counts. If that cuts different ids than the text, roles are unclear."""
     from snaketune.encoding.batch_encoder import BatchEncoder
     from snaketune.encoding.chat_encoding import ChatEncoding
     from snaketune.evaluation.conversations import read_conversations

@@ -1,4 +1,4 @@
-"""What a run will take: against the ZeRO paper's table, against measured processes, and what cannot be."""
+"""Run forecasts: against the ZeRO paper, against measured processes, and for impossible runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from snaketune.preflight.run_forecast import make_run_plan
 
 
 def states(shape, stage, ranks, offload="none"):
-    """GB of weights, gradients and optimizer of a GPU in bfloat16."""
+    """Returns GB of weights, gradients and optimizer on one GPU in bfloat16."""
     parts = process_memory(
         shape,
         dtype_bytes=2,
@@ -30,7 +30,7 @@ def states(shape, stage, ranks, offload="none"):
 def test_the_states_are_those_of_the_zero_paper():
     """Figure 1 of arXiv 1910.02054: 7.5 billion parameters on 64 GPUs take 31.4, 16.6 and 1.9 GB.
 
-    Ours sum gradients in fp32 from stage 2 on: 2 bytes more for each parameter of a GPU's part, 0.23 GB.
+    We sum gradients in fp32 from stage 2 on: 2 more bytes per parameter of a GPU's share, 0.23 GB.
     """
     shape = Shape(7_500_000_000, 7_500_000_000, 32, 4096, 4096, 4096, 16384, 50000)
     assert states(shape, 1, 64) == pytest.approx(31.4, abs=0.05)
@@ -42,7 +42,7 @@ def test_the_states_are_those_of_the_zero_paper():
 @pytest.mark.parametrize(
     ("shape", "row_tokens", "checkpointing", "measured_mib"),
     [
-        # The demo's peak as the kernel counted it, and max_rss of a benchmark file of SmolLM2-135M; ZeRO-2, one process.
+        # Demo: peak reported by the kernel. SmolLM2-135M: max_rss of a benchmark file. Both ZeRO-2, one process.
         (Shape(8_503_936, 8_503_936, 2, 128, 128, 64, 256, 32064), 512, True, 956),
         (Shape(134_517_312, 134_517_312, 30, 576, 576, 192, 1536, 49216), 512, False, 4272),
     ],
@@ -100,12 +100,12 @@ def test_steps_hours_and_what_fits(tmp_path):
     shape = Shape(7_000_000_000, 7_000_000_000, 32, 4096, 4096, 1024, 14336, 32064)
     options = {"gpus": 8, "device_gib": 40, "tokens_per_second": 100.0}
     plan = make_run_plan({"train": train}, tmp_path / "plan", shape, **options)
-    # Four pairs of GPUs read two rows each in a step.
+    # Each of four pairs of GPUs reads two packed sequences per step.
     assert plan["steps"] == 3 * rows // 8 and plan["ranks"] == 8
     assert plan["tokens"] == round(20 * 110 / rows * plan["steps"] * 8)
     assert plan["hours"] == pytest.approx(plan["tokens"] / 100 / 3600, abs=1e-4)
     assert plan["gpu_hours"] == pytest.approx(8 * plan["hours"], abs=1e-3)
-    # bfloat16 weights, fp32 copy and two moments: 14 bytes a parameter.
+    # bfloat16 weights, fp32 copy and two moments: 14 bytes per parameter.
     assert plan["checkpoint_gb"] == pytest.approx(98) and plan["checkpoints_gb"] == pytest.approx(3 * 98)
     fits = {(row["zero_stage"], row["offload"]): row["fits"] for row in plan["memory"]}
     assert (0, "none") not in fits, "stage 0 cannot train in bfloat16"

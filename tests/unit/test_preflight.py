@@ -1,4 +1,4 @@
-"""Each check of `preflight` that does not pass, and what it tells to do."""
+"""Each failing check of `preflight`, and the fix it reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def settings(tiny_model_dir, tmp_path):
-    """Of one run that is in order."""
+    """Settings of one valid run."""
     run = {"run": "demo", "model": str(tiny_model_dir), "tokenizer": str(tiny_model_dir)}
     run |= {"extended": str(tmp_path / "extended"), "template": "internlm2_chat", "trust_remote_code": False}
     run |= {
@@ -77,17 +77,15 @@ def test_everything_that_can_be_wrong_on_one_machine_is_told(
     assert "numpy" in checks["packages"]["found"] and "pip install -r" in checks["packages"]["fix"]
     assert checks["TurboMind's packages"]["fix"] == "make setup"
     assert "lower train.save_total_limit" in checks["disk"]["fix"]
-    assert "rows of the embedding" in checks["tokenizer of foreign"]["found"]
+    assert "embedding rows" in checks["tokenizer of foreign"]["found"]
     assert "2 tokens" in checks["tokenizer of other"]["found"]
-    assert "made from another base" in checks["tokenizer of made"]["found"]
+    assert "made from a different base" in checks["tokenizer of made"]["found"]
     assert "GB/s" in checks["all-reduce"]["found"]
     assert not (folder / "passed.json").exists()
     assert "6 of 10 checks failed" in done.stdout and "to do" in done.stdout
     assert done.stdout == (folder / "report.txt").read_text()
     again = run_script("preflight.py", "report", "--folder", folder, check=False)
-    assert again.returncode == 2 and "preflight.py begin" in again.stderr, (
-        "a report does not stand for the next one"
-    )
+    assert again.returncode == 2 and "preflight.py begin" in again.stderr, "each report needs its own begin"
 
 
 def test_a_rank_with_another_file_system_is_missed(run_script, settings, tmp_path, repo_root):
@@ -130,7 +128,7 @@ def test_a_rank_that_reads_another_word_is_named():
     answer = {"rank": 0, "world_size": 1, "host": "n1", "folder": "/data/preflight", "nonce": "b"}
     check = check_shared_files({"nonce": "a", "host": "login"}, [answer])
     assert not check.passed
-    assert check.found == "rank 0 on n1 sees another /data/preflight than login"
+    assert check.found == "/data/preflight differs from that on login: rank 0 on n1"
 
 
 def test_ranks_that_do_not_meet_are_told_where_to_look(monkeypatch):

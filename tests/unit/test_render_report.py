@@ -1,4 +1,4 @@
-"""The report: one page without outside parts, in which no text from data or config can become markup."""
+"""The report is one self-contained page, and no text from data or config can become markup."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def parts() -> dict:
 
 @pytest.fixture
 def inputs_of(tmp_path):
-    """Returns a function that writes a run's files and returns what its report is made of; None stands for no file."""
+    """Returns a function that writes a run's files and returns the report's inputs; None means no file."""
     places = {
         "config": names.CONFIG,
         "train": names.TRAIN,
@@ -208,13 +208,13 @@ def test_the_page_says_what_the_files_say(parts, inputs_of):
 
 
 def test_the_held_out_losses_have_intervals_on_the_same_draws(parts, inputs_of):
-    """Every conversation gained 2.25 nats a token, so the change is certain although the losses are not."""
+    """Every conversation improves by 2.25 nats per token, so the change is certain although the losses are not."""
     losses = {"base": (2.5, 4.5), "tuned": (0.25, 2.25)}
     for label, each in losses.items():
         parts[label]["conversations"] = {EVIL: [[100 * loss, 100] for loss in each], "empty": []}
     text = " ".join(Page(render_report(inputs_of(parts))).text.split())
     assert f"{MINUS}2.2500{MINUS}2.2500 … {MINUS}2.2500" in text
-    # Two conversations: both draws may be of the same one.
+    # With two conversations, both draws can be the same one.
     assert "3.50002.5000 … 4.5000" in text and "1.25000.2500 … 2.2500" in text
     del parts["base"]["conversations"]
     assert " … " not in "".join(Page(render_report(inputs_of(parts))).text)

@@ -1,4 +1,4 @@
-"""The report's data part: every number on the page is one that counting the files gives."""
+"""The report's data section: every number on the page equals a count over the files."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def count_samples(tokenized, split, name):
 
 @pytest.fixture
 def tables(tokenized, tmp_path):
-    """The tables of the report of a run on the data."""
+    """The tables of the report of a run on that data."""
     keys = ("identity", "data_sha256", "config_sha256", "weights_sha256", "dtype", "git_commit")
     train = dict.fromkeys(keys, "x") | {"steps": 1, "epochs": 1, "tokens": 1, "world_size": 1}
     train |= {"zero_stage": 0, "versions": {}, "run_folder": "checkpoints/x"}

@@ -1,4 +1,4 @@
-"""Runs side by side: paired differences against a slow bootstrap, and what is refused."""
+"""Comparisons of runs: paired differences against a slow bootstrap, and refused comparisons."""
 
 from __future__ import annotations
 

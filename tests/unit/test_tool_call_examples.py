@@ -1,4 +1,4 @@
-"""Which answers a report shows of hundreds: those that tell most."""
+"""The report shows the most telling of hundreds of answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from snaketune.reporting.tool_call_report import choose_examples
 
 
 def points(called: list[bool]) -> list[dict]:
-    """Ten answers of two datasets at calls, ten elsewhere; the first three of a dataset are to one question."""
+    """Ten call points and ten text points of two datasets; the first three of each dataset share a question."""
     return [
         {
             "kind": kind,
@@ -24,7 +24,7 @@ def points(called: list[bool]) -> list[dict]:
 def test_datasets_take_turns_and_no_question_is_shown_twice():
     base, tuned = points([False] * 5), points([True, True, True, True, False])
     shown = [(each["kind"], each["dataset"], each["number"]) for each in choose_examples(base, tuned)]
-    # The models did the same at number 4, and numbers 1 and 2 have the question of number 0.
+    # Both models behave the same at number 4; numbers 1 and 2 repeat the question of number 0.
     per_kind = [("a", 0), ("b", 0), ("a", 3)]
     assert shown == [(kind, *place) for kind in ("call", "text") for place in per_kind]
 

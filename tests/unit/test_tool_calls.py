@@ -1,4 +1,4 @@
-"""Tool calls: an oracle that replays the reference is right everywhere, and each way to be wrong is told apart."""
+"""Tool calls: an oracle that replays the reference is always right, and each kind of error is recognised."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def setting(request, tmp_path_factory, tiny_tokenizer_dir, write_processed):
 
 
 class Oracle:
-    """A model that knows some texts by heart: it says what stands next in the text that begins with what it was told.
+    """A model that has memorised some texts: it continues the text that starts with its input.
 
-    It keeps what it was told in the cache, as keys of width one, so it forgets what the cache forgets.
+    It stores its input in the cache, as keys of width one, so it forgets what the cache drops.
     """
 
     def __init__(self, texts, vocab_size):
         from transformers import LlamaConfig
 
         self.texts, self.size = texts, vocab_size
-        self.config = LlamaConfig(num_hidden_layers=1)  # says how many layers the cache has
+        self.config = LlamaConfig(num_hidden_layers=1)  # gives the number of cache layers
         self.device = torch.device("cpu")
 
     def forward(self, input_ids, attention_mask, position_ids, past_key_values, use_cache):
@@ -53,7 +53,7 @@ class Oracle:
         for row in range(len(ids)):
             real = ids[row][seen[row].bool()].tolist()
             assert position_ids[row, -1] == len(real) - 1
-            # Of a row that has ended, and is there until another takes its place, nothing is known.
+            # A finished row stays in the batch until it is replaced; its text is unknown.
             text = next((text for text in self.texts if text[: len(real)] == real), real)
             logits[row, 0, [*text, 0][len(real)]] = 1.0
         return SimpleNamespace(logits=logits)
@@ -62,7 +62,7 @@ class Oracle:
 
 
 def reference_ids(tokenizer, encoder, turns):
-    """What training sees of a conversation's turns, up to the end of the last one."""
+    """Returns the ids that training sees of a conversation's turns, up to the end of the last one."""
     pieces = encoder.encode_turns([turns])[0]
     ids = [token for piece in pieces for token in piece.ids]
     return ids[: len(ids) - ids[::-1].index(tokenizer.end_of_turn_id)]
@@ -86,7 +86,7 @@ def test_an_oracle_that_replays_the_reference_is_right_everywhere(setting):
     tokenizer, encoder, folder = setting
     conversations = read_conversations(folder, encoder)
     points, selection = choose_points(conversations, encoder, 1000, 4096)
-    # Two calling turns in a talk about the weather, one in one with code.
+    # Two turns with calls in each weather conversation, one in each with code.
     assert selection["call"] == {"available": 14, "tried": 14, "too_long": 0, "points": 14}
     assert selection["text"]["points"] == 5 * 2 + 4 + 6
     texts = [
@@ -95,8 +95,8 @@ def test_an_oracle_that_replays_the_reference_is_right_everywhere(setting):
     ]
     for place, (point, text) in enumerate(zip(points, texts, strict=True)):
         if text[: len(point.prompt)] != point.prompt:
-            # This tokenizer splits the two line breaks of llama3's begin otherwise before a text than at the end: no
-            # model can follow the prompt as trained, so the oracle says the answer as it is encoded by itself.
+            # This tokenizer splits the two line breaks of llama3's prefix differently before text than at the end. No
+            # model can continue the prompt as trained, so the oracle returns the answer encoded by itself.
             assert tokenizer.template.name == "llama3"
             turn = point.conversation.turns[point.answer.turn]
             bos, *answer = reference_ids(tokenizer, encoder, [turn._replace(prefix="")])
@@ -112,7 +112,7 @@ def test_an_oracle_that_replays_the_reference_is_right_everywhere(setting):
     }
     for row in rows:
         if row["name"] in ("plain", "latin"):
-            # No call is made, none is wanted: nothing to divide by.
+            # No calls made or expected: the denominator is 0.
             assert row["value"] == (1.0 if row["metric"] == "stopped" else None)
         elif row["metric"] == "argument_f1" and row["name"] in ("code", "zh"):
             assert row["value"] is None
@@ -123,7 +123,7 @@ def test_an_oracle_that_replays_the_reference_is_right_everywhere(setting):
 
 
 def broken(reader_tokenizer, text):
-    """The ids of an answer that is written with control tokens."""
+    """Encodes an answer written with control tokens."""
     return reader_tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
 
 
@@ -141,11 +141,11 @@ def changed(**arguments):
         (f"Let me look.{BEGIN}{GOOD}{END}", None, True, True, 1.0),
         (f"{BEGIN}{json.dumps(CALL, indent=4, sort_keys=True)}{END}", None, True, True, 1.0),
         (BEGIN + changed(days=[1.0, 2]) + END, None, True, True, 1.0),
-        # Another value, one value more (of 4 leaves and 5), one less.
+        # A different value, one extra value (of 4 leaves and 5), one missing.
         (BEGIN + changed(city="Beijing") + END, None, False, True, 3 / 4),
         (BEGIN + changed(days=[1, 2, 3]) + END, None, False, True, 8 / 9),
         (BEGIN + json.dumps({"name": "get_weather", "arguments": {"city": "Shanghai"}}) + END, None, False, True, 2 / 5),
-        # The key that the reference does not use: not the same call, the same arguments.
+        # A key that the reference does not use: a different call with the same arguments.
         (BEGIN + GOOD.replace("arguments", "parameters") + END, None, False, True, 1.0),
         (BEGIN + json.dumps({"name": "clock", "arguments": {}}) + END, None, False, False, 0.0),
         # Control tokens.
@@ -163,14 +163,14 @@ def changed(**arguments):
         (BEGIN + json.dumps({"name": "get_weather", "arguments": ["Shanghai"]}) + END, "json", False, False, 0.0),
         (BEGIN + json.dumps({"arguments": {"city": "Shanghai"}}) + END, "json", False, False, 0.0),
         (BEGIN + "[" * 5000 + END, "json", False, False, 0.0),
-        # A tool that is not offered, arguments that break the schema.
+        # A tool that is not offered; arguments that violate the schema.
         (BEGIN + GOOD.replace("get_weather", "get_whether") + END, "tool", False, False, 0.0),
         (BEGIN + changed(unit="kelvin") + END, "arguments", False, True, 3 / 4),
         (BEGIN + changed(days=["1", 2]) + END, "arguments", False, True, 3 / 4),
         (BEGIN + json.dumps({"name": "get_weather"}) + END, "arguments", False, True, 0.0),
-        # Two calls for one, and the first of them is right.
+        # Two calls instead of one; the first is correct.
         (f"{BEGIN}{GOOD}{END}{BEGIN}{GOOD}{END}", None, False, False, 2 / 3),
-        # No call: text that only spells the control tokens out cannot be made of control tokens.
+        # No call: text that spells out control tokens contains no control tokens.
         ("It is sunny.", "no call", False, False, 0.0),
         ("It is sunny.<|action_end|>", "no call", False, False, 0.0),
     ],
@@ -230,12 +230,12 @@ def test_code_is_parsed_and_compared_as_text(internlm2, body, failed):
 @pytest.mark.parametrize(
     ("tools", "called", "failed"),
     [
-        # Nothing says what is offered, but the conversation calls: no name is wrong.
+        # The conversation calls tools but does not list any: every name is accepted.
         (None, True, None),
         (None, False, "tool"),
         ("search(query): finds pages", True, None),
         ([{"name": "get_weather"}], True, None),
-        # A schema in no dialect that is known, one with a reference to elsewhere: the arguments are not judged.
+        # A schema in an unknown dialect, or with an external reference: the arguments are not checked.
         ([{"name": "get_weather", "parameters": {"type": "dict"}}], True, None),
         ([{"name": "get_weather", "parameters": {"$ref": "http://localhost:9/x.json"}}], True, None),
         ([{"name": "get_weather", "parameters": {"required": ["country"]}}], True, "arguments"),
@@ -282,10 +282,10 @@ def test_the_choice_of_points_depends_on_content_alone(tmp_path, setting, write_
     assert chosen["same"] == chosen["turned"]
     more, _ = choose_points(read_conversations(folder, encoder), encoder, 20, 4096)
     assert chosen["same"] < {(point.conversation.sha256, point.answer.start) for point in more}
-    # What one kind lacks, the other may take.
+    # If one kind has too few, the other fills in.
     many, selection = choose_points(read_conversations(folder, encoder), encoder, 33, 4096)
     assert len(many) == 33 and selection["call"]["points"] == 14
-    # What is too long is passed over, and said.
+    # Points that are too long are skipped and counted.
     limit = sorted(len(point.prompt) for point in more)[8]
     short, selection = choose_points(read_conversations(folder, encoder), encoder, 1000, limit)
     assert all(len(point.prompt) <= limit for point in short)
@@ -312,7 +312,7 @@ def test_precision_is_that_of_all_points_when_one_kind_is_chosen_more_often():
             "verdicts": verdict,
         }
 
-    # 10 points call, 90 do not. All of the first and 10 of the others are asked: 8 and 1 call.
+    # 10 points call, 90 do not. All 10 and 10 of the 90 are evaluated; the model calls at 8 and 1 of them.
     points = [point(number, "call", number < 8) for number in range(10)]
     points += [point(number, "text", number == 10) for number in range(10, 20)]
     selection = {

@@ -1,4 +1,4 @@
-"""Conversations that call tools, run code and only talk; used by the tests of evaluate_tool_calls."""
+"""Conversations with tool calls, with code and with text only, for the tests of evaluate_tool_calls."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_verifying_finds_each_change_and_nothing_else(finished):
     heldout = next(results.glob("shared/data/*/heldout/tool_calls/processed/sft_chat/*.jsonl"))
     weights = results / "demo" / "hf" / "model.safetensors"
     expected = {path: {str(path)} for path in alone}
-    expected[weights] = {str(weights), f"the model that {score} is about"}
+    expected[weights] = {str(weights), f"the model evaluated in {score}"}
     expected[heldout] = {f"{heldout.parents[3]} (held-out conversations)"}
     for path, named in expected.items():
         with kept(path):

@@ -1,1 +1,1 @@
-"""What is looked at before anything expensive starts: see preflight.py."""
+"""Checks before expensive jobs start (see preflight.py), and forecasts of memory, disk and time."""

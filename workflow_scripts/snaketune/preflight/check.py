@@ -1,4 +1,4 @@
-"""A check of the preflight: its name, its result and its fix."""
+"""A preflight check: its name, result and fix."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from snaketune.common.cli import UserError
 
 @dataclass(frozen=True)
 class Check:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        name: What was looked at.
-        passed: Whether it is as it has to be.
+        name: What was checked.
+        passed: True if the check passed.
         found: One line for people.
-        fix: What to do when it did not pass.
+        fix: What to do if the check failed.
     """
 
     name: str
@@ -26,11 +26,11 @@ class Check:
 
 
 def attempt(name: str, check: Callable[[], Check]) -> Check:
-    """Runs a check; an error in it is a check that did not pass, with the error's words."""
+    """Runs a check; if it raises, returns a failed check with the error's message."""
     try:
         return check()
     except UserError as error:
         what, _, rest = str(error).partition("\n")
         return Check(name, False, what, " ".join(rest.split()) or None)
-    except Exception as error:  # whatever a machine can come up with
+    except Exception as error:  # a broken machine can raise anything
         return Check(name, False, f"{type(error).__name__}: {error}".splitlines()[0])

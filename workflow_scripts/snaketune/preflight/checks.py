@@ -1,4 +1,4 @@
-"""The checks that need one machine: its packages, its GPUs, the tokenizers of the runs."""
+"""Checks that run on one machine: its packages, its GPUs, and the tokenizers of the runs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from snaketune.preflight.check import Check
 
 
 def check_versions(lock: Path) -> Check:
-    """Compares this interpreter's packages with a lock file; the build (`+cu128`) does not count."""
+    """Compares this interpreter's packages with a lock file, ignoring the build (`+cu128`)."""
     pins = read_pins(lock)
     found = {name: version and version.split("+")[0] for name, version in installed_versions(pins).items()}
     return compare_versions("packages", lock, pins, found, platform.python_version(), sys.executable)
 
 
 def check_other_versions(name: str, python: str, locks: list[Path]) -> Check:
-    """Compares the packages of another interpreter, the TurboMind converter's, with its lock files."""
+    """Compares the packages of another interpreter, such as the TurboMind converter's, with its lock files."""
     pins = {package: version for lock in locks for package, version in read_pins(lock).items()}
     program = (
         "import importlib.metadata, json, platform; "
@@ -44,7 +44,7 @@ def check_other_versions(name: str, python: str, locks: list[Path]) -> Check:
 def compare_versions(
     name: str, lock: Path, pins: Mapping[str, str], found: Mapping[str, str | None], version: str, python: str
 ) -> Check:
-    """Says which packages are not those of the lock."""
+    """Returns a check that lists the packages that differ from the lock."""
     others = [
         f"{package} {found[package] or 'missing'} (not {pin})"
         for package, pin in pins.items()
@@ -57,10 +57,10 @@ def compare_versions(
 
 
 def check_gpus(processes: int | None) -> Check:
-    """Looks for GPUs that torch cannot use, and for a run that wants more processes than there are GPUs.
+    """Checks that torch can use the GPUs, and that no run wants more processes than there are GPUs.
 
     Args:
-        processes: The largest `train.processes` of the runs; None where each takes one a GPU.
+        processes: The largest `train.processes` of the runs; None if all use one process per GPU.
     """
     import torch
 
@@ -71,7 +71,7 @@ def check_gpus(processes: int | None) -> Check:
                 "GPUs",
                 False,
                 f"the machine has GPUs, but torch {torch.__version__} sees none",
-                "install a CUDA build of torch that this driver can run; on Slurm ask for GPUs (gres)",
+                "install a CUDA build of torch that the driver supports; on Slurm request GPUs (gres)",
             )
         return Check("GPUs", True, "none: CPUs in float32, gloo between the ranks")
     names = sorted({torch.cuda.get_device_name(i) for i in range(count)})
@@ -80,13 +80,13 @@ def check_gpus(processes: int | None) -> Check:
     found = f"{count} x {', '.join(names)}, {memory:.0f} GB free, CUDA {torch.version.cuda}, NCCL {nccl}"
     if processes and processes > count:
         return Check(
-            "GPUs", False, found, f"train.processes is {processes}: ask for as many GPUs, or lower it"
+            "GPUs", False, found, f"train.processes is {processes}: request that many GPUs, or lower it"
         )
     return Check("GPUs", True, found)
 
 
 def check_tokenizer(run: Mapping[str, Any]) -> Check:
-    """Compares the base tokenizer with the model, and with the extended tokenizer if that was made already.
+    """Compares the base tokenizer with the model, and with the extended tokenizer if it exists.
 
     Args:
         run: `run`, `model`, `tokenizer` (its base), `extended` (folder), `template` and `trust_remote_code`.
@@ -105,7 +105,7 @@ def check_tokenizer(run: Mapping[str, Any]) -> Check:
         return Check(
             name,
             False,
-            f"{run['tokenizer']} needs {wanted.base_vocab_size:,} rows of the embedding, {run['model']} has {rows:,}",
+            f"{run['tokenizer']} needs {wanted.base_vocab_size:,} embedding rows, {run['model']} has {rows:,}",
             "set tokenizer.path to the tokenizer that the model was trained with",
         )
     own = Path(run["model"]) / "tokenizer.json"
@@ -116,7 +116,7 @@ def check_tokenizer(run: Mapping[str, Any]) -> Check:
             return Check(
                 name,
                 False,
-                f"{len(others):,} tokens of {own}, such as {others[0]!r}, have other ids in {run['tokenizer']}",
+                f"{len(others):,} tokens of {own}, such as {others[0]!r}, have different ids in {run['tokenizer']}",
                 "set tokenizer.path to the tokenizer that the model was trained with",
             )
     if (Path(run["extended"]) / "manifest.json").is_file():
@@ -125,8 +125,8 @@ def check_tokenizer(run: Mapping[str, Any]) -> Check:
             return Check(
                 name,
                 False,
-                f"{run['extended']} was made from another base, or changed: {_difference(made, wanted)}",
-                f"delete {run['extended']}; snakemake makes it again, and what follows from it",
+                f"{run['extended']} was made from a different base, or changed: {_difference(made, wanted)}",
+                f"delete {run['extended']}; snakemake remakes it and everything that depends on it",
             )
     ids = " ".join(
         f"{token} {number}" for token, number in sorted(wanted.ids.items(), key=lambda item: item[1])

@@ -1,9 +1,9 @@
-"""Memory of a training process, from the shape of the model and how ZeRO shares it out.
+"""Forecasts the memory of a training process from the shape of the model and the ZeRO stage.
 
-What ZeRO shards follows Rajbhandari et al. 2020 (arXiv 1910.02054, section 5): stage 1 the optimizer's states, stage 2 the
-gradients too, stage 3 the weights too. To it come DeepSpeed's buckets, the activations (with checkpointing the input of
-each layer, and one layer's own while it is computed again) and a chunk of logits. CUDA's context and the fragments of its
-allocator are not measured: `GPU_FIXED` stands for them.
+Sharding follows Rajbhandari et al. 2020 (arXiv 1910.02054, section 5): stage 1 shards the optimizer states, stage 2 also
+the gradients, stage 3 also the weights. Added to that are DeepSpeed's buckets, the activations (with checkpointing, the
+input of each layer plus the activations of the layer being recomputed) and a chunk of logits. CUDA's context and
+allocator fragmentation were not measured; `GPU_FIXED` is an estimate of both.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 MIB = 2**20
 # A training process with a model of a few bytes takes 485 MiB after one step (torch 2.13, transformers 5.23, DeepSpeed
-# 0.19.8); the rest is chosen so that the peaks of three CPU runs, of 8.5 and 134 million parameters, come out best.
+# 0.19.8). The rest was fitted to the peaks of three CPU runs with 8.5 and 134 million parameters.
 CPU_FIXED = 590 * MIB
 GPU_FIXED = 2048 * MIB
-# Elements, as `snaketune.training.deepspeed_strategy.deepspeed_settings` has them.
+# Elements, as in `snaketune.training.deepspeed_strategy.deepspeed_settings`.
 _GPU_BUCKET, _CPU_BUCKET = 500_000_000, 50_000_000
-# Elements of the logits that are there at a time, see `snaketune.models.cross_entropy`.
+# Elements of the logits in memory at a time, see `snaketune.models.cross_entropy`.
 _CHUNK = 2**25
 SETTINGS = (
     (0, "none"),
@@ -34,15 +34,17 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides its memory.
+    """The sizes of a model that determine its memory.
 
     Attributes:
-        parameters: All, tied ones once; `trained`: those that are not frozen.
-        layers: Decoder layers.
+        parameters: Number of parameters; tied ones count once.
+        trained: Number of parameters that are not frozen.
+        layers: Number of decoder layers.
         hidden: Width of the residual stream.
-        query: Width of all query heads; `key` of all key heads.
+        query: Total width of the query heads.
+        key: Total width of the key heads.
         intermediate: Width of the MLP.
-        vocabulary: Rows of the head.
+        vocabulary: Rows of the output head.
     """
 
     parameters: int
@@ -61,13 +63,13 @@ def read_shape(
     trust_remote_code: bool = False,
     lora_rank: int | None = None,
 ) -> Shape:
-    """Returns the shape of a model from its config.json.
+    """Reads the shape of a model from its config.json.
 
     Args:
         model_path: Hugging Face folder or hub name.
-        vocab_size: Ids of the tokenizer; where the model has fewer rows it grows to it.
+        vocab_size: Ids of the tokenizer; a model with fewer rows grows to it.
         trust_remote_code: Runs Python code that comes with the model.
-        lora_rank: Of the adapters, where these alone are trained.
+        lora_rank: Rank of the adapters, if only those are trained.
     """
     from transformers import AutoConfig
 
@@ -106,25 +108,25 @@ def process_memory(
     """Returns the bytes of one training process at its peak.
 
     Args:
-        shape: Of the model.
-        dtype_bytes: Of a weight in training: 4, or 2 with fp32 copies in the optimizer.
+        shape: Shape of the model.
+        dtype_bytes: Bytes of a weight in training: 4, or 2 with fp32 copies in the optimizer.
         zero_stage: 0 to 3.
         offload: none, optimizer or all.
-        ranks: Processes that share what the stage shards.
-        row_tokens: Tokens of a packed row.
-        gradient_checkpointing: Are activations computed again in the backward pass?
-        on_gpu: GPU, or CPU.
+        ranks: Processes among which the stage shards.
+        row_tokens: Tokens of a packed sequence on one process.
+        gradient_checkpointing: True if activations are recomputed in the backward pass.
+        on_gpu: True for a GPU, False for a CPU.
 
     Returns:
-        `device` and `host` bytes, and `parts` of the device's. On a CPU all is `device`.
+        `device` and `host` bytes, and `parts` of `device`. On a CPU everything is `device`.
     """
     own = shape.trained / ranks
     weights = dtype_bytes * shape.parameters / (ranks if zero_stage == 3 else 1)
-    # Two moments in fp32; from stage 1 on an fp32 copy of the weights.
+    # Two moments in fp32, plus an fp32 copy of the weights from stage 1 on.
     optimizer = 8 * shape.trained if zero_stage == 0 else 12 * own
     gradients = dtype_bytes * shape.trained if zero_stage < 2 else 4 * own
     bucket = min(shape.trained, _GPU_BUCKET if on_gpu else _CPU_BUCKET) * dtype_bytes if zero_stage else 0
-    # The gradients that wait to be summed, and those that are: twice where the two overlap.
+    # Gradients waiting to be reduced, and those being reduced: twice if the two overlap.
     buckets = bucket * (2 if zero_stage else 1)
     host = 0.0
     if offload != "none" and on_gpu:
@@ -140,7 +142,7 @@ def process_memory(
     rows = min(row_tokens, max(16, _CHUNK // shape.vocabulary))
     logits = rows * shape.vocabulary * (4 if dtype_bytes == 4 else 4 + 2 * dtype_bytes)
     logits += 4 * shape.vocabulary * shape.hidden
-    # While the optimizer steps, the activations have gone, and the gradients of its part lie once more in fp32.
+    # In the optimizer step the activations are freed, and the gradients of its shard are copied in fp32.
     step = 0 if zero_stage == 0 or offload != "none" else 4 * own
     working = max(activations + logits, step)
     fixed = GPU_FIXED if on_gpu else CPU_FIXED

@@ -1,4 +1,4 @@
-"""The checks that need all ranks: the shared file system, and a sum over the ranks with its bandwidth."""
+"""Checks that need all ranks: the shared file system, and all-reduce with its bandwidth."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _REPEATS = 5
 
 
 def check_all_reduce(patience: float = 90) -> Check:
-    """Sums 64 MiB of fp32 over the ranks, with NCCL on GPUs and gloo on CPUs, and measures the fastest of five.
+    """Sums 64 MiB of fp32 over the ranks five times, with NCCL on GPUs or gloo on CPUs, and times the fastest.
 
-    The bandwidth is what each rank sends and receives: 2 (n - 1) / n of the bytes, as in NVIDIA's nccl-tests.
+    The bandwidth counts the bytes that each rank sends and receives, 2 (n - 1) / n of the total, as in NVIDIA's nccl-tests.
 
     Args:
         patience: Seconds to wait for the other ranks.
@@ -29,13 +29,13 @@ def check_all_reduce(patience: float = 90) -> Check:
 
     device, ranks = training_device(), int(os.environ["WORLD_SIZE"])
     if ranks == 1:
-        return Check("all-reduce", True, "not tried: one rank")
+        return Check("all-reduce", True, "skipped: one rank")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     backend = "nccl" if device == "cuda" else "gloo"
     signal.alarm(
         int(4 * patience)
-    )  # ends this process: a foreign program at that address may keep it for ever
+    )  # ends this process: an unrelated program at that address could block it forever
     try:
         distributed.init_process_group(backend, timeout=timedelta(seconds=patience))
         values = torch.empty(SUM_BYTES // 4, device=device)
@@ -58,12 +58,12 @@ def check_all_reduce(patience: float = 90) -> Check:
             "all-reduce",
             False,
             f"{backend}: {str(error).splitlines()[0]}",
-            f"open {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} between the nodes, and name their network "
-            f"device in {interface}; if that port is taken, set MASTER_PORT",
+            f"open {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} between the nodes, and set {interface} to their "
+            f"network device; if the port is in use, set MASTER_PORT",
         )
     if not right:
         return Check(
-            "all-reduce", False, f"{backend}: a wrong sum", "try NCCL_P2P_DISABLE=1; have the node looked at"
+            "all-reduce", False, f"{backend}: wrong sum", "try NCCL_P2P_DISABLE=1; have the node checked"
         )
     bandwidth = SUM_BYTES * 2 * (ranks - 1) / ranks / fastest / 1e9
     return Check(
@@ -74,25 +74,27 @@ def check_all_reduce(patience: float = 90) -> Check:
 
 
 def check_shared_files(nonce: dict, answers: Sequence[dict]) -> Check:
-    """Judges, where the nonce was written, whether every rank has read it; that its answer is here shows the way back.
+    """Checks, on the host that wrote the nonce, that every rank has read it. Their answers prove the reverse direction.
 
     Args:
-        nonce: `nonce` and `host`, as they were written.
-        answers: Of the ranks: `nonce` (as it was read), `host`, `rank`, `world_size`, `folder`.
+        nonce: `nonce` and `host`, as written.
+        answers: One per rank: `nonce` (as read), `host`, `rank`, `world_size`, `folder`.
     """
     fix = "put results_dir on a file system that this host and all nodes mount at the same path"
     if not answers:
-        return Check("shared files", False, f"no rank's answer is seen on {nonce['host']}", fix)
+        return Check("shared files", False, f"no rank's answer arrived on {nonce['host']}", fix)
     expected = max(answer["world_size"] for answer in answers)
     missing = sorted(set(range(expected)) - {answer["rank"] for answer in answers})
     if missing:
         found = f"no answer from rank {', '.join(map(str, missing))} of {expected}"
-        return Check("shared files", False, found, f"{fix}; the job's log may tell more")
+        return Check("shared files", False, found, f"{fix}; see also the job's log")
     others = [answer for answer in answers if answer["nonce"] != nonce["nonce"]]
     if others:
         seen = ", ".join(f"rank {answer['rank']} on {answer['host']}" for answer in others)
         return Check(
-            "shared files", False, f"{seen} sees another {others[0]['folder']} than {nonce['host']}", fix
+            "shared files", False, f"{others[0]['folder']} differs from that on {nonce['host']}: {seen}", fix
         )
     hosts = ", ".join(sorted({answer["host"] for answer in answers}))
-    return Check("shared files", True, f"{expected} ranks on {hosts} and {nonce['host']} read each other's")
+    return Check(
+        "shared files", True, f"{expected} ranks on {hosts} and {nonce['host']} read each other's files"
+    )

@@ -1,4 +1,4 @@
-"""Steps, tokens, hours, disk and memory of a run, from its settings and its pack plan."""
+"""Forecasts steps, tokens, hours, disk and memory of a run from its settings and pack plan."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def make_run_plan(
     device_gib: float,
     tokens_per_second: float | None,
 ) -> dict[str, Any]:
-    """Returns what a run will take.
+    """Returns the forecast of a run.
 
     Args:
         config: The run's settings.
-        pack_plan: Folder of the pack plan, which knows every length.
-        shape: Of the model.
-        gpus: GPUs, each with one process; 0: CPU processes, `train.processes` or one.
-        device_gib: Memory of a GPU, or that a CPU process may have.
-        tokens_per_second: Of all processes; None: hours are not known.
+        pack_plan: Folder of the pack plan, which has every length.
+        shape: Shape of the model.
+        gpus: Number of GPUs, with one process each; 0 for CPU processes, `train.processes` or one.
+        device_gib: Memory of a GPU, or the memory available to a CPU process.
+        tokens_per_second: Total of all processes; None if unknown, then hours are None.
 
     Raises:
-        UserError: The data does not fill a step.
+        UserError: The data does not fill an optimizer step.
     """
     train = config["train"]
     ranks = gpus or train["processes"] or 1
@@ -47,8 +47,8 @@ def make_run_plan(
     if not steps:
         raise UserError(
             "the data does not fill one optimizer step",
-            found=f"{rows} packed rows an epoch, {train['max_epochs']} epochs",
-            expected=f"at least {batch} rows",
+            found=f"{rows} packed sequences per epoch, {train['max_epochs']} epochs",
+            expected=f"at least {batch} packed sequences",
         )
     packed = int((plan.slices["stop"] - plan.slices["start"]).sum())
     tokens = round(packed / len(plan) * steps * batch)
@@ -96,7 +96,7 @@ def make_run_plan(
         "hours": None if seconds is None else round(seconds / 3600, 4),
         "gpu_hours": None if seconds is None else round(seconds / 3600 * gpus, 4),
         "checkpoint_gb": round(checkpoint / 1e9, 3),
-        # While one is written, those that are kept are still there.
+        # While one is written, the kept ones still exist.
         "checkpoints_gb": round(checkpoint * (train["save_total_limit"] + 1) / 1e9, 3),
         "memory": memory,
     }
@@ -106,9 +106,9 @@ def measured_speed(metrics: Path) -> float:
     """Returns the median tokens per second of the steps in a metrics.jsonl.
 
     Raises:
-        UserError: It has none.
+        UserError: The file has no step.
     """
     speeds = sorted(values["tokens_per_second"] for _, values in whole_lines(metrics))
     if not speeds:
-        raise UserError(f"{metrics} has no step", fix="give --tokens-per-second")
+        raise UserError(f"{metrics} has no step", fix="pass --tokens-per-second")
     return speeds[len(speeds) // 2]

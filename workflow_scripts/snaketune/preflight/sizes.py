@@ -1,4 +1,4 @@
-"""What the runs will write, from the configurations of their models, against the free disk."""
+"""Compares the disk space that the runs need, computed from their models' configurations, with the free space."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from snaketune.preflight.check import Check
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Measured: 1.6 to 1.9 bytes of .bin for a byte of JSONL.
+# Bytes of .bin per byte of JSONL. Measured: 1.6 to 1.9.
 _TOKENIZED = 2.5
 
 
 def embedding_rows(model_path: str, trust_remote_code: bool = False) -> int:
-    """Returns the rows of a model's embedding."""
+    """Returns the number of rows of a model's embedding."""
     from snaketune.export.hf_tensors import empty_model
 
     return empty_model(model_path, trust_remote_code).get_input_embeddings().weight.shape[0]
@@ -24,9 +24,9 @@ def embedding_rows(model_path: str, trust_remote_code: bool = False) -> int:
 def count_parameters(
     model_path: str, trust_remote_code: bool = False, lora_rank: int | None = None
 ) -> tuple[int, int]:
-    """Returns the numbers of all weights, tied ones once, and of those that are trained.
+    """Returns the number of all weights, tied ones counted once, and of the trained weights.
 
-    LoRA's are taken to be adapters at every linear layer; its rows of new tokens are too few to count.
+    For LoRA, assumes adapters on every linear layer and neglects the rows of new tokens.
     """
     from torch import nn
 
@@ -42,16 +42,16 @@ def count_parameters(
 
 
 def checkpoint_bytes(trained: int, dtype: str, zero_stage: int, save_optimizer: bool) -> int:
-    """Returns the bytes of a checkpoint with this many trained weights."""
-    # AdamW's two moments in fp32, and in ZeRO 1 to 3 an fp32 copy of the weights.
+    """Returns the bytes of a checkpoint with the given number of trained weights."""
+    # AdamW's two moments in fp32, plus an fp32 copy of the weights with ZeRO 1 to 3.
     optimizer = 0 if not save_optimizer else 12 if zero_stage else 8
     return trained * (BYTES[dtype] + optimizer)
 
 
 def run_bytes(run: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the bytes that a run writes at most: checkpoints, hf, turbomind.
+    """Returns the maximum bytes that a run writes: checkpoints, hf, turbomind.
 
-    While a checkpoint is written, those that `save_total_limit` keeps are still there.
+    While a checkpoint is written, the `save_total_limit` kept ones still exist.
 
     Args:
         run: `model`, `trust_remote_code`, `dtype` and `hf_dtype` (resolved), `zero_stage`, `save_optimizer`,
@@ -67,12 +67,12 @@ def run_bytes(run: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check_disk(results: Path, runs: Sequence[Mapping[str, Any]], jsonl_bytes: int) -> Check:
-    """Compares what all runs write with what is free; what is there already is not subtracted.
+    """Compares the bytes that all runs write with the free disk space. Does not subtract files that already exist.
 
     Args:
         results: An existing folder on the disk.
         runs: See `run_bytes`.
-        jsonl_bytes: Of the conversations that are not tokenised yet.
+        jsonl_bytes: Bytes of the conversations that are not tokenised yet.
     """
     parts = {"tokenised data": int(_TOKENIZED * jsonl_bytes)}
     for run in runs:

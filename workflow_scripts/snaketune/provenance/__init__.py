@@ -1,1 +1,1 @@
-"""Where a result comes from: the tree of records behind a file, and whether the files still are what the records say."""
+"""Lineage: the tree of records behind a result, and checks of the files against their recorded digests."""

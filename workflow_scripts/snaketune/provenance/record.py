@@ -1,4 +1,4 @@
-"""What lineage is made of: records, and digests that can be computed again."""
+"""The parts of a lineage: records, and digests that can be recomputed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from snaketune.common.files import sha256_file
 
 @dataclass(frozen=True)
 class Check:
-    """A digest that was written down, and how to compute it again.
+    """A recorded digest and how to recompute it.
 
     Attributes:
-        what: The file, or what the digest is about.
-        recorded: SHA-256.
-        compute: Computes it; raises an OSError where a file has gone.
+        what: The file, or a description of what the digest covers.
+        recorded: The recorded SHA-256.
+        compute: Recomputes the digest; raises an OSError if a file is gone.
     """
 
     what: str
@@ -27,7 +27,7 @@ class Check:
 
 @dataclass
 class Record:
-    """One step of the way: what it is, what is known of it, and what it was made from."""
+    """A step in a lineage: its title, facts, checks, and the records it was made from."""
 
     title: str
     path: Path | None = None
@@ -37,15 +37,15 @@ class Record:
 
 
 def file_check(path: Path, digest: str) -> Check:
-    """Returns the check that a file has the digest that was written down."""
+    """Returns the check that a file has its recorded digest."""
     return Check(str(path), digest, lambda: sha256_file(path))
 
 
 def slurm_job(record: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Returns the fact which job wrote a manifest or an evaluation, if one did."""
+    """Returns the Slurm job that wrote a manifest or evaluation as a fact; empty if there was none."""
     return [("Slurm job", record["slurm_job_id"])] if "slurm_job_id" in record else []
 
 
 def joined(versions: dict[str, Any]) -> str:
-    """Returns names and versions as one text."""
+    """Joins names and versions into one string."""
     return ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -1,7 +1,7 @@
-"""The tree behind a result: each record names what it was made from, down to the JSONL files and the base model.
+"""The tree behind a result: each record lists its sources, down to the JSONL files and the base model.
 
-Everything is read from the manifests that the stages write; nothing is guessed from names but where files lie
-(`rules/common.smk` has the grammar).
+All facts come from the manifests that the stages write. Only the locations of files are derived from names; see
+`rules/common.smk` for the naming scheme.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def lineage(path: Path) -> Record:
     """Returns the tree behind a result file or folder of the workflow.
 
     Raises:
-        UserError: The path is none, or what it was made from has gone.
+        UserError: The path is not a result, or one of its sources is gone.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist", expected="a file or folder that the workflow made")
@@ -34,26 +34,26 @@ def lineage(path: Path) -> Record:
         if parts[0] == Path(names.COMPARE_PAGE).parts[0] and (results / names.COMPARE_FIGURES).is_file():
             return _comparison(results)
     raise UserError(
-        f"{path} is no result of the workflow",
+        f"{path} is not a result of the workflow",
         expected="a file below <results_dir>/<run>/ or <results_dir>/compare/, or a tokenizer, manifest or pack plan below <results_dir>/shared/",
     )
 
 
 def is_results(folder: Path) -> bool:
-    """True if this is the results folder of a workflow."""
+    """True if the folder is the results folder of a workflow."""
     return (folder / names.SHARED).is_dir()
 
 
 def run_records(results: Path) -> dict[str, Record]:
-    """Returns the tree behind the report of each run of a results folder that has one.
+    """Returns the trees behind the reports in a results folder, by run.
 
     Raises:
-        UserError: There is none.
+        UserError: No run has a report.
     """
     runs = {path.parent.name: lineage(path) for path in sorted(results.glob(f"*/{names.REPORT}"))}
     if not runs:
         raise UserError(
-            f"{results} holds no finished run", expected="<results_dir>/<run>/report.html of the workflow"
+            f"{results} has no finished run", expected="<results_dir>/<run>/report.html of the workflow"
         )
     return runs
 

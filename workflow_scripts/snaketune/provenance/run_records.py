@@ -1,4 +1,4 @@
-"""The records of one run: its scores, conversions, checkpoints and what they were trained from."""
+"""The records of a run: its scores, conversions and checkpoints, and the inputs of its training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from snaketune.provenance.shared_records import plan_record, tokenizer_of
 
 
 class RunRecords:
-    """The records of one run."""
+    """The records of a run."""
 
     def __init__(self, results: Path, name: str):
         self.results, self.files = results, RunFiles(results / name)
@@ -53,7 +53,7 @@ class RunRecords:
             sources.append(self.parity())
         return Record("report", self.files.path(names.REPORT), sources=sources)
 
-    @cache  # noqa: B019 - lives as long as one command
+    @cache  # noqa: B019 - lives only as long as one command
     def evaluation(self, name: str) -> Record:
         path, result = self.files.path(name), self.files.read(name)
         if name == names.OPENCOMPASS:
@@ -77,9 +77,7 @@ class RunRecords:
         sources = [model, heldout, tokenizer_of(self.results, result["tokenizer_sha256"])]
         checks = []
         if result.get("model_sha256") and model.path:
-            checks.append(
-                Check(f"the model that {path} is about", result["model_sha256"], _model(model.path))
-            )
+            checks.append(Check(f"the model evaluated in {path}", result["model_sha256"], _model(model.path)))
         return Record(f"evaluation, {label} model", path, facts, checks, sources)
 
     def _checkpoints(self, path: Path, curve: dict[str, Any]) -> Record:
@@ -92,7 +90,7 @@ class RunRecords:
 
     @cache  # noqa: B019
     def model(self, folder: Path) -> Record:
-        """The model that was made of a checkpoint, which has gone since; the last one's is `hf`."""
+        """Returns the record of a model converted from a checkpoint that is now gone; the last checkpoint's model is `hf`."""
         if folder.name == names.HF:
             return self.hf()
         title = f"Hugging Face folder of {folder.name}"
@@ -121,7 +119,7 @@ class RunRecords:
             manifest = model.path / names.MANIFEST
             checks.append(
                 Check(
-                    f"the model that {path} is about",
+                    f"the model evaluated in {path}",
                     result["model_weights_sha256"],
                     lambda: read_json(manifest)[key],
                 )
@@ -212,7 +210,7 @@ class RunRecords:
         return record
 
     def _resolve(self, path: str) -> Path:
-        """Paths of a config begin where the workflow runs: beside the results, by default."""
+        """Resolves a path of the config. They are relative to the working directory, by default the parent of the results."""
         return Path(os.path.normpath(self.results.parent / path))
 
 
@@ -239,10 +237,10 @@ def _folder(title: str, folder: Path) -> Record:
 
 
 def _link(record: Record, key: str, source: Path) -> Check:
-    """Is a folder still the conversion of what lies there now?"""
+    """Returns the check that a folder was converted from the current weights of `source`."""
     manifest = record.path / names.MANIFEST
     return Check(
-        f"{manifest} was made from the weights that {source} names",
+        f"{manifest} was made from the weights in {source}",
         read_json(manifest)[key],
         lambda: read_json(source)["weights_sha256"],
     )

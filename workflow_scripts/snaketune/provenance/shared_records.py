@@ -1,4 +1,4 @@
-"""The records of what runs share: tokenizers, tokenised data and pack plans."""
+"""The records that runs share: tokenizers, tokenised data and pack plans."""
 
 from __future__ import annotations
 

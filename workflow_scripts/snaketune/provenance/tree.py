@@ -1,4 +1,4 @@
-"""A tree of records as text, and the records that no longer hold."""
+"""Prints a tree of records as text and verifies its digests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from snaketune.provenance.record import Check, Record
 
 
 class Mismatch(NamedTuple):
-    """A digest that no longer holds; `found` is None where the file has gone."""
+    """A digest that no longer matches; `found` is None if the file is gone."""
 
     check: Check
     found: str | None
@@ -19,7 +19,7 @@ class Mismatch(NamedTuple):
 
 
 def tree_lines(record: Record) -> Iterator[str]:
-    """Yields the tree, a line a record and a line a fact; what stands in it twice is told once."""
+    """Yields the tree as text: one line per record and one per fact. A repeated record is expanded only once."""
     yield from _lines(record, "", "", set())
 
 
@@ -40,7 +40,7 @@ def _lines(record: Record, first: str, rest: str, seen: set[int]) -> Iterator[st
 
 
 def all_records(record: Record) -> Iterator[Record]:
-    """Yields each record of a tree once."""
+    """Returns an iterator over the records of a tree, each once."""
     found: dict[int, Record] = {}
 
     def walk(each: Record) -> None:
@@ -54,10 +54,10 @@ def all_records(record: Record) -> Iterator[Record]:
 
 
 def verify(record: Record) -> tuple[int, list[Mismatch]]:
-    """Computes every digest of a tree again.
+    """Recomputes every digest of a tree.
 
     Returns:
-        How many were computed, and those that do not hold.
+        The number of digests computed, and those that do not match.
     """
     count, wrong = 0, []
     for each in all_records(record):
