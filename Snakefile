@@ -1,13 +1,13 @@
-# SnakeTune: folders of chat data in, a fine-tuned, converted and evaluated model out.
+# SnakeTune: turns folders of chat data into a fine-tuned, converted and evaluated model.
 #
-#   snakemake                          everything that config.yaml asks for
-#   snakemake --configfile my.yaml     the same for a config of your own, in place of config.yaml
-#   snakemake preflight                is the machine, or the partition, ready? A minute, before anything expensive
-#   snakemake train | hf | evaluate    up to a stage, for every run (all stage targets stand below)
-#   snakemake compare                  all runs side by side
-#   snakemake results/demo/hf          one file or folder, and only what it needs
+#   snakemake                          run everything in config.yaml
+#   snakemake --configfile my.yaml     run your own config instead of config.yaml
+#   snakemake preflight                check the machine or the partition first; takes a minute
+#   snakemake train | hf | evaluate    stop after a stage, for every run (all stage targets are below)
+#   snakemake compare                  compare all runs side by side
+#   snakemake results/demo/hf          make one file or folder and everything it needs
 #
-# The stages and their order: docs/workflow.md. The grammar of all paths: rules/common.smk.
+# Stages and their order: docs/workflow.md. All paths: rules/common.smk.
 
 from snakemake.utils import min_version
 
@@ -47,7 +47,7 @@ include: "rules/compare_runs.smk"
 include: "rules/adapt_snakemake.smk"
 
 
-# The stage targets, and rules of a few seconds: on a cluster they run where Snakemake runs.
+# Stage targets, and rules that take seconds. On a cluster they run on Snakemake's host.
 localrules:
     all,
     begin_preflight,

@@ -1,14 +1,14 @@
-"""What Snakemake 9.27 and its Slurm plugin 2.8 would do otherwise. No rules here; included after all rules.
+"""Patches of Snakemake 9.27 and its Slurm plugin 2.8. No rules here; included after all rules.
 
-- A failed job's message shows the last lines of its logs, not all of them, and names the copy that stays (`keep_log`).
-- The threads of a submitted job are not cut to the cores of the host that submits it (`cores: all` of profiles/default).
-- Slurm is asked for the states of all jobs every `seconds-between-status-checks` at the latest. The plugin waits 10
-  seconds longer each time until a job ends, up to 180.
-- A job that Slurm preempts and does not queue again has ended, and is submitted anew. The plugin takes PREEMPTED for
-  the state of one that will go on, and waits for ever; but squeue shows a job that was queued again as PENDING.
+- A failed job's message shows only the last lines of its logs, and names the copy that is kept (`keep_log`).
+- The threads of submitted jobs are not capped at the cores of the submitting host (`cores: all` of profiles/default).
+- Slurm is queried for all job states at least every `seconds-between-status-checks`. The plugin waits 10 seconds longer
+  each time until a job ends, up to 180.
+- A job that Slurm preempts without requeueing counts as ended and is submitted again. The plugin expects a PREEMPTED job
+  to continue, and would wait forever. (squeue shows a requeued job as PENDING.)
 
-The scheduler's own patch stands beside the jobs that it is for: rules/keep_back_jobs.smk. What all of these rely on is
-held by tests/unit/test_adapt_snakemake.py.
+The scheduler's patch is in rules/keep_back_jobs.smk, with the jobs that need it. tests/unit/test_adapt_snakemake.py
+checks the Snakemake functions that the patches rely on.
 """
 
 import sys
@@ -20,7 +20,7 @@ SHOWN_LINES = 20
 
 
 def show_last_lines(logs):
-    """Takes the place of Snakemake's `show_logs`: yields the lines of its message."""
+    """Replaces Snakemake's `show_logs`: yields the lines of the message."""
     for log in map(Path, logs):
         if not log.is_file():
             yield f"No log {log}"
@@ -34,7 +34,7 @@ def show_last_lines(logs):
 
 
 def end_when_preempted(query):
-    """Wraps the plugin's status query: squeue's PREEMPTED becomes CANCELLED, which the plugin counts as failed."""
+    """Wraps the plugin's status query: turns squeue's PREEMPTED into CANCELLED, which counts as failed."""
 
     async def query_states(command, logger):
         states, seconds = await query(command, logger)

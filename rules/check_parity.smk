@@ -1,9 +1,9 @@
 """
 REQUIRED INPUT  {run}/train.json, {run}/hf/ and, where the run has it, {run}/turbomind/
-OUTPUT          {run}/parity.json: the gate. Logits of checkpoint, Hugging Face and TurboMind, ids of the same prompts
-                by training, transformers 4 and 5 and lmdeploy, and the proof of every TurboMind weight
+OUTPUT          {run}/parity.json: the gate. Compares the logits of checkpoint, Hugging Face and TurboMind, and the token
+                ids of training, transformers 4 and 5 and lmdeploy; proves every TurboMind weight
 
-The tuned model is evaluated behind this gate: what differs without a known reason stops the graph there.
+The tuned model is evaluated only after this gate. An unexplained difference stops the workflow here.
 """
 
 
@@ -28,7 +28,7 @@ rule encode_prompts:
             **options_of("encode_prompts", RUNS[wildcards.run], "evaluate", "tokenize", "turbomind")
         ),
     message:
-        "Encode fixed prompts as they are served: run {wildcards.run}"
+        "Encode the fixed prompts of run {wildcards.run} as serving does"
     shell:
         '"$TURBOMIND_PYTHON" "$SCRIPTS"/encode_prompts.py {input.model:q} --output {output:q} {params.options} 2>&1 | keep_log {log:q}'
 
@@ -61,7 +61,7 @@ rule check_parity:
     params:
         options=parity_flags,
     message:
-        "Check that the conversions of run {wildcards.run} say what the checkpoint says"
+        "Check that the conversions of run {wildcards.run} match the checkpoint"
     shell:
         'python "$SCRIPTS"/check_parity.py {input.config:q} {input.checkpoint:q} {input.hf:q} --output {output:q}'
         " {params.options} 2>&1 | keep_log {log:q}"

@@ -1,51 +1,51 @@
-"""The configuration, checked, and the grammar of every path. No rules here.
+"""Checks the configuration and defines every path. No rules here.
 
-PATH GRAMMAR (wildcards in braces; everything lies below `results_dir`). The scripts read a run's files by the same names:
-they stand in workflow_scripts/snaketune/common/result_paths.py.
+PATHS (wildcards in braces; all below `results_dir`). The scripts use the same names, from
+workflow_scripts/snaketune/common/result_paths.py.
 
-    shared/tokenizer/{tokenizer}/                          base tokenizer + the chat tokens
-    shared/data/{data}/heldout/<dataset>/processed/...     the lines set aside, in the ftdp layout
-    shared/data/{data}/heldout/<dataset>.json              what was set aside of a dataset (manifest)
-    shared/data/{data}/heldout_parts/{part}.json           the datasets of one job that sets lines aside, with digests
-    shared/data/{data}/parts/{part}.json                   the files, or range of one, of one tokenising job
-    shared/data/{data}/chunks/<dataset>/<file>/...         what is done, by content (undeclared, so retries keep it)
+    shared/tokenizer/{tokenizer}/                          base tokenizer plus the chat tokens
+    shared/data/{data}/heldout/<dataset>/processed/...     held-out lines, in the ftdp layout
+    shared/data/{data}/heldout/<dataset>.json              manifest of a dataset's held-out lines
+    shared/data/{data}/heldout_parts/{part}.json           the datasets of one split_heldout job, with digests
+    shared/data/{data}/parts/{part}.json                   the files, or range of a file, of one tokenising job
+    shared/data/{data}/chunks/<dataset>/<file>/...         finished chunks, by content (undeclared, so retries keep them)
     shared/data/{data}/chatml_llamav13_32k/{train,valid}/cn/<dataset>/<file>.bin and .bin.meta (undeclared)
-    shared/data/{data}/manifests/<dataset>.json            what was tokenised, with hashes (undeclared)
+    shared/data/{data}/manifests/<dataset>.json            manifest of a dataset's tokenised files, with hashes (undeclared)
     shared/data/{data}/tokenized.json                      the digests of these manifests, written last
     shared/data/{data}/data_order.txt
-    shared/data/{data}/packs/{pack}/plan.json              the pack plan: rows.npy, slices.npy and order.npy beside it
-    shared/preflight/report.{json,txt}                     what `snakemake preflight` found (undeclared)
-    shared/preflight/passed.json                           it passed: what trainings may wait for
+    shared/data/{data}/packs/{pack}/plan.json              the pack plan, with rows.npy, slices.npy and order.npy beside it
+    shared/preflight/report.{json,txt}                     results of `snakemake preflight` (undeclared)
+    shared/preflight/passed.json                           written if preflight passes; trainings can wait for it
     {run}/config.json                                      the run's complete settings
     {run}/train_config.py                                  the mmengine config
     {run}/checkpoints/<identity>/                          run folders (undeclared, so retries keep them)
-    {run}/checkpoints/{identity}/held/iter_{step}.json     it was held for evaluation (undeclared)
-    {run}/training.json                                    what trains, and which checkpoints are held for evaluation
-    {run}/train.json                                       what was trained (manifest, last)
-    {run}/run_plan.json                                    what the run will take
-    {run}/hf/    {run}/turbomind/                          the model
+    {run}/checkpoints/{identity}/held/iter_{step}.json     the checkpoint was pinned for evaluation (undeclared)
+    {run}/training.json                                    the training that started, and the checkpoints that it will pin
+    {run}/train.json                                       manifest of the training, written last
+    {run}/run_plan.json                                    forecast of the run
+    {run}/hf/    {run}/turbomind/                          the converted model
     {run}/prompt_readings.json                             fixed prompts as transformers 4 and lmdeploy encode them
-    {run}/parity.json                                      the conversions, proved
+    {run}/parity.json                                      proof of the conversions
     {run}/evaluation/{label}.json                          label: base | tuned
-    {run}/evaluation/tool_calls.{label}.json               the same models, where held-out conversations call tools
-    {run}/saved_checkpoints.json                           the checkpoints to evaluate while training goes on
-    {run}/checkpoint_hf/{identity}/iter_{step}/            one of them as a model; the best stays
+    {run}/evaluation/tool_calls.{label}.json               tool calls of the same models
+    {run}/saved_checkpoints.json                           the checkpoints to evaluate during training
+    {run}/checkpoint_hf/{identity}/iter_{step}/            a checkpoint as a model; the best is kept
     {run}/evaluation/checkpoints/{identity}/iter_{step}.json                its evaluation
-    {run}/evaluation/checkpoints/{identity}/tool_calls.iter_{step}.json     the same, where it is asked for tool calls
-    {run}/evaluation/checkpoints.json                      their figures from the first to the last
-    {run}/best                                             link to the folder of the best
-    {run}/opencompass_config.py                            OpenCompass's config of the tuned model
+    {run}/evaluation/checkpoints/{identity}/tool_calls.iter_{step}.json     its tool calls, if evaluated
+    {run}/evaluation/checkpoints.json                      the figures of all checkpoints, in order
+    {run}/best                                             link to the folder of the best checkpoint
+    {run}/opencompass_config.py                            OpenCompass's config for the tuned model
     {run}/opencompass/<identity>/                          its predictions and logs (undeclared, so retries keep them)
     {run}/evaluation/opencompass.json                      the scores
-    {run}/model_card.md    {run}/serve.txt                 what it was made from and how it does; how it is served
+    {run}/model_card.md    {run}/serve.txt                 its origin and scores; the commands that serve it
     {run}/report.html
-    compare/report.html    compare/comparison.json         the runs side by side, and every figure of that page
-    {run}/logs/<rule>.log    logs/<rule>/...               what a rule's last attempt said; beside it, in a folder of the
-                                                           log's name, <UTC time>-<job>.log of every one (undeclared)
+    compare/report.html    compare/comparison.json         the comparison of runs, and its figures as JSON
+    {run}/logs/<rule>.log    logs/<rule>/...               log of a rule's last attempt; a folder of the same name keeps
+                                                           <UTC time>-<job>.log of every attempt (undeclared)
     benchmarks/<rule>/...
 
-{tokenizer}, {data} and {pack} are made of a readable name and a digest of the settings that decide their content, so
-runs that agree on these settings share the files. A stage's rule, script, log and benchmark have one name.
+{tokenizer}, {data} and {pack} combine a readable name with a digest of the settings that determine the content, so runs
+with equal settings share these files. A stage's rule, script, log and benchmark have the same name.
 """
 
 import atexit
@@ -82,7 +82,7 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
-WORKDIR = Path.cwd()  # Snakemake leaves --directory before what is registered for its exit
+WORKDIR = Path.cwd()  # Snakemake leaves --directory before the exit handlers run
 RUNS = SETTINGS.runs
 COMPARED = SETTINGS.compared
 RESULTS = SETTINGS.results_dir.rstrip("/")
@@ -130,12 +130,12 @@ LOGS = f"{RESULTS}/logs"
 RUN_LOGS = f"{RUN}/{result_paths.LOGS}"
 BENCHMARKS = f"{RESULTS}/benchmarks"
 
-# Cores of this machine that a training leaves to the evaluation of its checkpoints.
+# Cores of this machine that training leaves free for evaluating its checkpoints.
 CHECKPOINT_THREADS = max(1, (workflow.cores or 1) // 4)
 
-# Commands find their interpreter and scripts through the prefix of every shell command, which is not tracked: where
-# the checkout and its environments lie must not count as a change. Under `--sdm conda` the rule's own environment is
-# first on PATH; otherwise the environment of this Snakemake has everything but the TurboMind converter and OpenCompass.
+# Commands find their interpreter and scripts through the prefix of every shell command. Snakemake does not track it, so
+# moving the checkout or its environments is not a change. Under `--sdm conda` the rule's environment is first on PATH.
+# Otherwise Snakemake's own environment has everything except the TurboMind converter and OpenCompass.
 USES_CONDA = bool(workflow.deployment_settings.deployment_method)
 TURBOMIND_PYTHON = "python" if USES_CONDA else SETTINGS.environments["turbomind_python"]
 OPENCOMPASS_PYTHON = "python" if USES_CONDA else SETTINGS.environments["opencompass_python"]
@@ -148,10 +148,10 @@ PREFIX = [
 if not USES_CONDA:
     PREFIX.append(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH")
 if not any(run["model"]["hub"] for run in RUNS.values()):
-    # Only a config that names a hub model lets a job use the network.
+    # Jobs may use the network only if the config names a hub model.
     PREFIX.append("export HF_HUB_OFFLINE=1")
-# The end of every rule's pipe: what it says goes to its log, which Snakemake deletes before another attempt, and to a
-# file that stays. On a signal it stays to the last word.
+# The end of every rule's pipe: writes the output to the rule's log, which Snakemake deletes before the next attempt, and
+# to a file that is kept. It ignores signals, so the last lines are logged too.
 PREFIX.append(
     "keep_log() {{ local kept=${{1%.log}}; mkdir -p \"$kept\"; trap '' INT TERM USR1;"
     ' exec tee "$1" "$kept/$(date -u +%Y%m%dT%H%M%SZ)-${{SLURM_JOB_ID:-$$}}.log"; }}'
@@ -166,7 +166,7 @@ if CONVERTED and not USES_CONDA:
         raise WorkflowError(
             "config: environments.turbomind_python does not exist\n"
             f"  found:    {SETTINGS.environments['turbomind_python']}\n"
-            "  to fix:   `make setup` makes it; or set turbomind.mode: direct, or turbomind.enabled: false"
+            "  to fix:   run `make setup`, or set turbomind.mode: direct or turbomind.enabled: false"
         )
 
 if any(run["opencompass"]["enabled"] for run in RUNS.values()) and not USES_CONDA:
@@ -174,7 +174,7 @@ if any(run["opencompass"]["enabled"] for run in RUNS.values()) and not USES_COND
         raise WorkflowError(
             "config: environments.opencompass_python does not exist\n"
             f"  found:    {OPENCOMPASS_PYTHON}\n"
-            "  to fix:   `make setup-opencompass` makes it; or set opencompass.enabled: false"
+            "  to fix:   run `make setup-opencompass`, or set opencompass.enabled: false"
         )
 
 FINGERPRINTS = FingerprintCache(f"{RESULTS}/shared/fingerprints.json")
@@ -182,19 +182,19 @@ atexit.register(FINGERPRINTS.save)
 
 
 def readable_key(path, settings):
-    """Names a set of shared files: the last part of a path, and a digest of the settings that decide the content."""
+    """Names a set of shared files by the last part of a path and a digest of the settings behind the content."""
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(str(path)).resolve().name) or "root"
     return f"{stem}-{sha256_json(settings)[:8]}"
 
 
 def template_of(run):
-    """The run's chat template; its file, shipped or the user's own, counts by its content."""
+    """Returns the run's chat template and the digest of its file, shipped or the user's own."""
     template = RUNS[run]["tokenize"]["template"]
     return {"template": template, "template_sha256": FINGERPRINTS.file(template_path(template))}
 
 
 def base_tokenizer(run):
-    """The folder or hub name that the run's tokenizer is made from, whether its code may run, and the template."""
+    """Returns the base tokenizer's folder or hub name, whether its code may run, and the template."""
     settings = RUNS[run]
     source = settings["tokenizer"]["path"] or settings["model"]["path"] or settings["model"]["hub"]
     return {"source": source, "trust_remote_code": settings["model"]["trust_remote_code"]} | template_of(run)
@@ -205,20 +205,20 @@ def tokenizer_key(run):
     return readable_key(tokenizer["source"], tokenizer)
 
 
-# What decides no byte of the tokenised files: the sizes of the jobs, and what becomes of bad lines.
+# Settings that do not affect the bytes of tokenised files: job sizes and the handling of bad lines.
 SIZE_KEYS = ("shard_mb", "batch_mb")
 BAD_LINE_KEYS = ("on_bad_sample", "max_bad_share")
 
 
 def tokenize_options(run):
-    """The options of a run's tokenisation that decide bytes."""
+    """Returns a run's tokenising options that affect the bytes."""
     options = RUNS[run]["tokenize"]
     no_bytes = (*SIZE_KEYS, *BAD_LINE_KEYS)
     return {key: options[key] for key in options if key not in no_bytes} | template_of(run)
 
 
 def data_spec(run):
-    """Everything that decides the bytes of a run's tokenised data, but for the conversations themselves."""
+    """Returns everything that determines the bytes of a run's tokenised data, except the conversations."""
     settings = RUNS[run]
     heldout = settings["heldout"]
     aside = heldout["processed_dir"] is None
@@ -240,7 +240,7 @@ def data_key(run):
 
 
 def pack_spec(run):
-    """Everything that decides a run's pack plan, but for the data."""
+    """Returns everything that determines a run's pack plan, except the data."""
     packing = {key: value for key, value in RUNS[run]["packing"].items() if key != "weights"}
     weights = own_weights(RUNS[run]["packing"]["weights"])
     spec = packing | {"max_length": RUNS[run]["train"]["max_length"], "format": PLAN_FORMAT}
@@ -255,7 +255,7 @@ def pack_key(run):
 TOKENIZERS = {tokenizer_key(run): base_tokenizer(run) for run in RUNS}
 DATA_SPECS = {data_key(run): data_spec(run) for run in RUNS}
 PACK_SPECS = {pack_key(run): pack_spec(run) for run in RUNS}
-# Of runs that share their data, the last one's hold.
+# If runs share their data, the values of the last run apply.
 JOB_SIZES = {data_key(run): {key: RUNS[run]["tokenize"][key] * MEGABYTE for key in SIZE_KEYS} for run in RUNS}
 BAD_LINES = {data_key(run): {key: RUNS[run]["tokenize"][key] for key in BAD_LINE_KEYS} for run in RUNS}
 
@@ -272,18 +272,18 @@ wildcard_constraints:
 
 
 def list_datasets(processed_dir, names):
-    """Finds the dataset folders and their JSONL files; checks that the names asked for are there."""
+    """Finds the dataset folders and their JSONL files. Checks that all named datasets exist."""
     found = find_datasets(processed_dir)
     for name in found:
         if "{" in name or "}" in name:
-            raise UserError(f"the dataset folder {name!r} cannot be used", fix="rename it without braces")
+            raise UserError(f"invalid dataset folder name {name!r}", fix="rename the folder without braces")
     missing = [name for name in names or [] if name not in found]
     if missing or not found:
         raise UserError(
             (
-                f"config: no such dataset in {processed_dir}: {missing[0]}"
+                f"config: dataset {missing[0]} not found in {processed_dir}"
                 if missing
-                else f"config: data.processed_dir holds no dataset: {processed_dir}"
+                else f"config: no dataset found in data.processed_dir: {processed_dir}"
             ),
             found=", ".join(found) or "no folder with processed/**/*.jsonl",
             expected=f"{processed_dir}/<dataset>/processed/<any>/<file>.jsonl",
@@ -308,7 +308,7 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
-# Which files each job takes: from their names and sizes alone, so that a dry run reads none.
+# The files of each job, from names and sizes alone, so a dry run reads no content.
 PARTS = {
     key: split_parts(datasets, SIZES[key], JOB_SIZES[key]["shard_mb"], JOB_SIZES[key]["batch_mb"])
     for key, datasets in DATASETS.items()

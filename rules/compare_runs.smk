@@ -1,6 +1,6 @@
 """
 REQUIRED INPUT  settings, trainings and evaluations of the runs that `compare` names
-OUTPUT          compare/report.html: the runs side by side; compare/comparison.json: every figure on it
+OUTPUT          compare/report.html: the comparison of the runs; compare/comparison.json: its figures
 """
 
 
@@ -35,7 +35,7 @@ rule compare_runs:
     params:
         options=compare_flags(),
     message:
-        "Lay the runs side by side"
+        "Compare the runs side by side"
     shell:
         'python "$SCRIPTS"/compare_runs.py {params.options} --output {output.page:q} --json {output.figures:q}'
         " 2>&1 | keep_log {log:q}"

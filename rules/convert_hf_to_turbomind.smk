@@ -2,7 +2,7 @@
 REQUIRED INPUT  {run}/hf/
 OUTPUT          {run}/turbomind/: the folder that lmdeploy 0.9.2.post1 serves
 
-Runs in the converter's own environment, with or without a GPU.
+Runs in the converter's environment, with or without a GPU.
 """
 
 

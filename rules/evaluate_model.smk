@@ -1,6 +1,6 @@
 """
 REQUIRED INPUT  {run}/hf/ or the base model, the extended tokenizer, held-out conversations
-OUTPUT          {run}/evaluation/{label}.json: loss and perplexity by dataset, and generations
+OUTPUT          {run}/evaluation/{label}.json: loss and perplexity per dataset, and generations
 """
 
 

@@ -1,9 +1,9 @@
 """
 REQUIRED INPUT  {run}/hf/ or {run}/turbomind/, the extended tokenizer, {run}/train.json
-OUTPUT          {run}/opencompass_config.py, and {run}/evaluation/opencompass.json: the scores of public benchmarks and of
-                sets of the user's own
+OUTPUT          {run}/opencompass_config.py, and {run}/evaluation/opencompass.json: the scores on public benchmarks and on
+                the user's own question sets
 
-OpenCompass runs in an environment of its own, and starts its tasks on this machine or through Slurm.
+OpenCompass runs in a separate environment and starts its tasks on this machine or through Slurm.
 """
 
 

@@ -1,7 +1,7 @@
 """
 REQUIRED INPUT  {run}/hf/ or the base model, the extended tokenizer, held-out conversations
-OUTPUT          {run}/evaluation/tool_calls.{label}.json: answers where the reference calls a tool and where it does not,
-                their verdicts, the loss by role, and the loss on plain text
+OUTPUT          {run}/evaluation/tool_calls.{label}.json: answers where the reference does or does not call a tool, with
+                verdicts; the loss by role and on plain text
 """
 
 
@@ -37,7 +37,7 @@ rule evaluate_tool_calls:
         heldout_digest=heldout_digest,
         model_digest=lambda wildcards: model_digest(wildcards) if wildcards.label == "base" else None,
     message:
-        "Ask the {wildcards.label} model of run {wildcards.run} where held-out conversations call tools"
+        "Evaluate the tool calls of the {wildcards.label} model of run {wildcards.run}"
     shell:
         'python "$SCRIPTS"/evaluate_tool_calls.py --model {params.model:q} --tokenizer-path {input.tokenizer:q}'
         " --heldout-dir {params.heldout_dir:q} --output {output:q} {params.options} 2>&1 | keep_log {log:q}"

@@ -25,7 +25,7 @@ rule extend_tokenizer:
         ),
         digest=base_tokenizer_digest,
     message:
-        "Extend the tokenizer {params.base} by the chat template's tokens"
+        "Add the chat template's tokens to the tokenizer {params.base}"
     shell:
         'python "$SCRIPTS"/extend_tokenizer.py --tokenizer-path {params.base:q} {params.options}'
         " --tokenizer-w-special-tokens-save-dir {output:q} 2>&1 | keep_log {log:q}"

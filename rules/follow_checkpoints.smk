@@ -1,18 +1,18 @@
 """
-REQUIRED INPUT  a training that goes on (or has gone), with `evaluate.checkpoints`
-OUTPUT          {run}/saved_checkpoints.json: which checkpoints there will be, once the training has started
+REQUIRED INPUT  a running or finished training, with `evaluate.checkpoints`
+OUTPUT          {run}/saved_checkpoints.json: the checkpoints to evaluate, once the training has started
                 {run}/checkpoint_hf/{identity}/iter_{step}/: a checkpoint as a Hugging Face folder
                 {run}/evaluation/checkpoints/{identity}/...: its evaluations
                 {run}/evaluation/checkpoints.json: all of them, and the best; {run}/best: a link to its folder
 
-The training is no input of these jobs: they go on beside it. `list_checkpoints` and `convert_checkpoint` are kept back
-until the training has written what they read (rules/keep_back_jobs.smk). {identity} names the training's run folder,
-so another training has other files, and what was evaluated is not evaluated again. A checkpoint is held, out of the way
-of `save_total_limit`, until it has been converted; its evaluation removes it.
+The training is not an input of these jobs: they run beside it. `list_checkpoints` and `convert_checkpoint` are kept back
+until the training has written the files that they read (rules/keep_back_jobs.smk). {identity} names the training's run
+folder, so each training has its own files and no evaluation is repeated. A pinned checkpoint is exempt from
+`save_total_limit` until it is converted; its evaluation removes it.
 """
 
 
-# When the training starts anew, what it will save is asked again.
+# Has the training's inputs, so a new training lists its checkpoints again.
 checkpoint list_checkpoints:
     input:
         config=TRAIN_CONFIG,
@@ -119,7 +119,7 @@ use rule evaluate_checkpoint as evaluate_checkpoint_tool_calls with:
         options=tool_call_flags,
         heldout_digest=heldout_digest,
     message:
-        "Ask step {wildcards.step} of run {wildcards.run} where held-out conversations call tools"
+        "Evaluate the tool calls of step {wildcards.step} of run {wildcards.run}"
 
 
 rule choose_checkpoint:

@@ -1,8 +1,8 @@
-"""The jobs of rules/follow_checkpoints.smk that read what a running training writes on its way. No rules here.
+"""Keeps back the jobs of rules/follow_checkpoints.smk that read the files of a running training. No rules here.
 
-Snakemake 9.27 starts a job when the jobs before it have ended. Those of `AWAITED` have none before them, and are kept back
-until the file that is named there exists, or until no training is left that could write it. They take no core meanwhile:
-`JobScheduler.job_selector`, which chooses among the jobs that are ready, does not see them.
+Snakemake 9.27 starts a job when the jobs before it have ended. The jobs of `AWAITED` have none before them. They are kept
+back until their file in `AWAITED` exists or no training is left that could write it. They use no core meanwhile:
+`JobScheduler.job_selector`, which chooses among the ready jobs, does not see them.
 """
 
 import threading
@@ -11,11 +11,11 @@ import time
 from snakemake.scheduling.job_scheduler import JobScheduler
 
 AWAITED = {"list_checkpoints": TRAINING, "convert_checkpoint": f"{RUN}/{result_paths.PINNED_RECORD}"}
-AWAITED_SECONDS = 3 if workflow.resource_settings.nodes is None else 20  # from one look to the next
+AWAITED_SECONDS = 3 if workflow.resource_settings.nodes is None else 20  # between two checks
 
 
 def is_kept_back(job, scheduler):
-    """Whether a job waits for a file of a training that may still write it."""
+    """True if the job waits for a file that a training may still write."""
     if job.is_group() or job.rule.name not in AWAITED:
         return False
     if Path(AWAITED[job.rule.name].format(**job.wildcards_dict)).is_file():
@@ -28,7 +28,7 @@ def is_kept_back(job, scheduler):
 
 
 def keep_back(select):
-    """Wraps the scheduler's choice of jobs."""
+    """Wraps `job_selector` to leave out the jobs that are kept back."""
     looked = 0.0
 
     def select_jobs(scheduler, jobs):
@@ -37,7 +37,7 @@ def keep_back(select):
         if kept_back and time.monotonic() > looked + AWAITED_SECONDS:
             looked = time.monotonic()
             again = threading.Timer(AWAITED_SECONDS + 0.1, scheduler._open_jobs.release)
-            again.daemon = True  # the end of Snakemake does not wait for it
+            again.daemon = True  # Snakemake does not wait for it at exit
             again.start()
         return select(scheduler, jobs - kept_back) if jobs - kept_back else []
 

@@ -1,6 +1,6 @@
 """
 REQUIRED INPUT  {run}/hf/, of runs with `turbomind.mode: direct`
-OUTPUT          {run}/turbomind/: the folder that lmdeploy 0.10 and later serve, and serve.txt, the command
+OUTPUT          {run}/turbomind/: the folder that lmdeploy 0.10 and later serve, with the command in serve.txt
 """
 
 
@@ -24,6 +24,6 @@ rule link_serving_folder:
     params:
         options=lambda wildcards: flags(**options_of("link_serving_folder", RUNS[wildcards.run], "turbomind")),
     message:
-        "Make the serving folder of run {wildcards.run}"
+        "Create the serving folder of run {wildcards.run}"
     shell:
         'python "$SCRIPTS"/link_serving_folder.py {input:q} {output:q} {params.options} 2>&1 | keep_log {log:q}'

@@ -1,7 +1,7 @@
 """
 REQUIRED INPUT  tokenized.json and data_order.txt
-OUTPUT          packs/{pack}/plan.json, rows.npy, slices.npy, order.npy: which documents make which packed row, and
-                the order of the rows; plan.json is written last
+OUTPUT          packs/{pack}/plan.json, rows.npy, slices.npy, order.npy: the documents of each packed sequence,
+                and the order of the packed sequences; plan.json is written last
 """
 
 

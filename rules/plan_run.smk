@@ -25,7 +25,7 @@ rule plan_run:
         folder=lambda wildcards, input: str(Path(input.plan).parent),
         options=lambda wildcards: flags(**options_of("plan_run", RUNS[wildcards.run], "forecast")),
     message:
-        "Plan what run {wildcards.run} will take"
+        "Forecast memory, hours and disk of run {wildcards.run}"
     shell:
         'python "$SCRIPTS"/plan_run.py --config {input.config:q} --plan {params.folder:q}'
         " --tokenizer-path {input.tokenizer:q} --output {output:q} {params.options} 2>&1 | keep_log {log:q}"

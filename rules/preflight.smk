@@ -1,9 +1,9 @@
 """
-REQUIRED INPUT  the settings; nothing is made before
-OUTPUT          shared/preflight/report.json and report.txt (undeclared): what was looked at, pass or what to do
-                shared/preflight/passed.json: it passed; trainings wait for it with `preflight.required`
+REQUIRED INPUT  only the settings
+OUTPUT          shared/preflight/report.json and report.txt (undeclared): the result of each check, or its fix
+                shared/preflight/passed.json: all checks passed; trainings wait for it with `preflight.required`
 
-Each `snakemake preflight` looks again: its files are temporary.
+Every `snakemake preflight` checks again: its files are temporary.
 """
 
 
@@ -24,7 +24,7 @@ rule begin_preflight:
         folder=lambda wildcards, output: str(Path(output[0]).parent),
         settings=preflight_settings,
     message:
-        "Write a word here for the nodes to read"
+        "Write a shared file for the nodes to read"
     shell:
         'python "$SCRIPTS"/preflight.py begin --folder {params.folder:q} --settings {params.settings:q} 2>&1 | keep_log {log:q}'
 
@@ -41,7 +41,7 @@ rule probe_partition:
     conda:
         "../envs/snaketune.yaml"
     threads: 2
-    # On Slurm the shape of the largest training, on two of its nodes at most.
+    # On Slurm: the shape of the largest training, on at most two nodes.
     resources:
         mem_mb=8000,
         runtime=10,
@@ -59,7 +59,7 @@ rule probe_partition:
         envs=str(REPO / "envs"),
         settings=preflight_settings,
     message:
-        "Look at packages, GPUs, network, disk and tokenizers where jobs run"
+        "Check packages, GPUs, network, disk and tokenizers where jobs run"
     shell:
         'python "$SCRIPTS"/preflight.py probe --folder {params.folder:q} --envs {params.envs:q}'
         " --settings {params.settings:q} --launcher {resources.launcher} --nodes {resources.nodes}"
@@ -72,7 +72,7 @@ rule preflight:
         f"{PREFLIGHT}/answers",
     log:
         f"{LOGS}/preflight.log",
-    retries: 0  # what is wrong stays wrong, and the word is used up
+    retries: 0  # a retry would fail again, and nonce.json is used up
     conda:
         "../envs/snaketune.yaml"
     threads: 1
@@ -82,12 +82,12 @@ rule preflight:
     params:
         folder=lambda wildcards, input: str(Path(input[0]).parent),
     message:
-        "Pass, or what to do"
+        "Report the checks"
     shell:
         'python "$SCRIPTS"/preflight.py report --folder {params.folder:q} 2>&1 | keep_log {log:q}'
 
 
-# The same before a training that asks for it: once, and again when what it looks at is another.
+# The same before a training that requires it: runs once, and again when its settings change.
 use rule preflight as pass_preflight with:
     output:
         PREFLIGHT_PASSED,

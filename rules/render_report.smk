@@ -1,6 +1,6 @@
 """
 REQUIRED INPUT  the manifests and evaluations of a run
-OUTPUT          {run}/config.json: its complete settings; {run}/report.html: one page that shows it all
+OUTPUT          {run}/config.json: the run's complete settings; {run}/report.html: one page with all results
 """
 
 
@@ -20,7 +20,7 @@ rule write_run_config:
     params:
         settings=lambda wildcards: json.dumps(RUNS[wildcards.run], sort_keys=True),
     message:
-        "Write down the settings of run {wildcards.run}"
+        "Save the settings of run {wildcards.run}"
     shell:
         'python "$SCRIPTS"/write_run_config.py --output {output:q} --settings {params.settings:q} 2>&1 | keep_log {log:q}'
 

@@ -1,5 +1,5 @@
 """
-REQUIRED INPUT  the run's settings; with train.config set, that file
+REQUIRED INPUT  the run's settings, and the file of train.config if set
 OUTPUT          {run}/train_config.py: an mmengine config, complete and readable
 """
 

@@ -1,11 +1,13 @@
 """
 REQUIRED INPUT  {processed_dir}/<dataset>/processed/<any>/<file>.jsonl and the extended tokenizer
-OUTPUT          parts/{part}.json: the files of this part are tokenised; tokenized.json: all are, and have manifests
-                heldout_parts/{part}.json: the lines of these datasets are set aside for evaluation
+OUTPUT          parts/{part}.json: the files of this part are tokenised
+                tokenized.json: all files are tokenised and have manifests
+                heldout_parts/{part}.json: the held-out lines of these datasets are written
 
-A line is set aside, or trained on, by its content alone: the rules need not talk to each other. Only what is written
-last is declared: Snakemake deletes declared outputs before every attempt, and a part that is run again is to keep the
-files that it, or another part before it, has finished. What is kept is decided by content (snaketune/tokenized/chunk_store.py).
+The content of a line alone decides whether it is held out or trained on, so the rules do not depend on each other. Only
+the file written last is declared: Snakemake deletes declared outputs before every attempt, and a repeated part must keep
+the files that it or an earlier part has finished. Content decides which files are kept
+(snaketune/tokenized/chunk_store.py).
 """
 
 
@@ -29,7 +31,7 @@ rule split_heldout:
         options=heldout_flags,
         digest=digest_of(heldout_part_files),
     message:
-        "Set held-out conversations aside: {wildcards.part}"
+        "Hold out conversations: {wildcards.part}"
     shell:
         'python "$SCRIPTS"/split_heldout.py {params.options} --part {wildcards.part} --manifest {output:q}'
         " 2>&1 | keep_log {log:q}"
@@ -51,7 +53,7 @@ rule tokenize_dataset:
     resources:
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=240,
-        # Not parameters: another size of jobs is no reason to do one again.
+        # Not parameters: changing the size of jobs must not rerun them.
         shard_mb=lambda wildcards: JOB_SIZES[wildcards.data]["shard_mb"] // MEGABYTE,
         batch_mb=lambda wildcards: JOB_SIZES[wildcards.data]["batch_mb"] // MEGABYTE,
     params:
@@ -84,7 +86,7 @@ rule merge_tokenized:
     params:
         options=tokenize_flags,
     message:
-        "Join the tokenised parts and write the manifests"
+        "Merge the tokenised parts and write the manifests"
     shell:
         'python "$SCRIPTS"/tokenize_dataset.py {params.options} --tokenizer-path {input.tokenizer:q}'
         " --merge --index {output:q} --prune 2>&1 | keep_log {log:q}"

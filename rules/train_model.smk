@@ -1,11 +1,11 @@
 """
 REQUIRED INPUT  the training config, the extended tokenizer, the tokenised data and their pack plan
-OUTPUT          {run}/training.json, written when the training starts: what it will hold for evaluation on its way
-                {run}/train.json, written last; the checkpoints it names lie in {run}/checkpoints/<identity>/
+OUTPUT          {run}/training.json, written when training starts: the checkpoints that it will pin for evaluation
+                {run}/train.json, written last; its checkpoints are in {run}/checkpoints/<identity>/
 
-Checkpoints are not declared: Snakemake deletes declared outputs before every attempt. Started again, the script
-goes on from the newest whole checkpoint of the same identity (model, data, hyperparameters), or finds that the
-training is done and only writes the manifest.
+Checkpoints are not declared: Snakemake deletes declared outputs before every attempt. On a restart, the script resumes
+from the newest complete checkpoint of the same identity (model, data, hyperparameters). If the training is finished,
+it only writes the manifest.
 """
 
 
@@ -24,13 +24,13 @@ rule train_model:
         f"{RUN_LOGS}/train_model.log",
     benchmark:
         f"{BENCHMARKS}/train_model/{{run}}.tsv"
-    # Attempts go on where the last one stopped, at its time limit or preempted; a guard refuses those without progress.
-    # In a Slurm job, where this file is read again, the rule is not to be retried as well.
+    # An attempt resumes where the last one stopped (time limit, preemption); a guard refuses attempts without progress.
+    # A Slurm job reads this file again and must not retry the rule itself.
     retries: 10 if workflow.is_main_process else 0
     conda:
         "../envs/snaketune.yaml"
     threads: train_threads
-    # On Slurm one job over all nodes, in which the script starts one task a node. `launcher` is the profile's to say.
+    # On Slurm, one job over all nodes, in which the script starts one task per node. The profile sets `launcher`.
     resources:
         mem_mb=train_memory,
         runtime=cluster_of("runtime"),

@@ -1,6 +1,6 @@
 """
 REQUIRED INPUT  tokenized.json: all datasets are tokenised
-OUTPUT          data_order.txt: the train .bin files, relative to the train folder, in the order of the loader
+OUTPUT          data_order.txt: the train .bin files, relative to the train folder, in loading order
 """
 
 

@@ -1,6 +1,6 @@
 """
 REQUIRED INPUT  the run's config, train.json, hf/, its evaluations and parity.json
-OUTPUT          {run}/model_card.md: as hf/README.md, with the evaluation and the parity gate
+OUTPUT          {run}/model_card.md: hf/README.md with the results of the evaluation and the parity gate
                 {run}/serve.txt: the commands that serve the model
 """
 

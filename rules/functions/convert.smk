@@ -1,8 +1,8 @@
-"""What the rules of conversions and their gate take from the settings. No rules here."""
+"""Functions of the conversion rules and their gate. No rules here."""
 
 
 def hf_flags(wildcards):
-    """The flags of convert_pth_to_hf.py."""
+    """Returns the flags of convert_pth_to_hf.py."""
     return flags(**options_of("convert_pth_to_hf", RUNS[wildcards.run], "hf", "model"))
 
 
@@ -11,12 +11,12 @@ def has_turbomind(wildcards):
 
 
 def is_converted(wildcards):
-    """Whether the run has files of the engine's own, which can be proved."""
+    """True if the run has TurboMind files, which can be proved."""
     return has_turbomind(wildcards) and RUNS[wildcards.run]["turbomind"]["mode"] == "convert"
 
 
 def runs_in_mode(mode):
-    """A pattern of the runs whose TurboMind folder is made in this way."""
+    """Returns a pattern of the runs whose TurboMind folder is made in this mode."""
     names = [re.escape(run) for run in RUNS if RUNS[run]["turbomind"]["mode"] == mode]
     return "|".join(names) or "(?!)"
 
@@ -30,7 +30,7 @@ def has_parity(wildcards):
 
 
 def parity_flags(wildcards, input):
-    """The flags of check_parity.py; what the run does not have is not compared."""
+    """Returns the flags of check_parity.py, without inputs that the run does not have."""
     return flags(
         turbomind=input.get("turbomind") or None,
         readings=input.get("readings") or None,
@@ -39,13 +39,13 @@ def parity_flags(wildcards, input):
 
 
 def parity_gate(wildcards):
-    """The gate before the tuned model's evaluation, where the config asks for it."""
+    """Returns the gate before the tuned model's evaluation, if the config enables it."""
     gated = wildcards.label == "tuned" and RUNS[wildcards.run]["parity"]["enabled"]
     return PARITY.format(run=wildcards.run) if gated else []
 
 
 def model_card_flags(wildcards, input):
-    """The flags of write_model_card.py."""
+    """Returns the flags of write_model_card.py."""
     converted = is_converted(wildcards)
     return flags(
         evaluations=list(input.evaluations),

@@ -1,29 +1,29 @@
-"""What the rules from the JSONL files to the pack plan take from the settings. No rules here."""
+"""Functions of the rules from the JSONL files to the pack plan. No rules here."""
 
 
 def part_files(wildcards):
-    """The JSONL files of a tokenising job."""
+    """Returns the JSONL files of a tokenising job."""
     return [chunk.source for chunk in PARTS[wildcards.data][wildcards.part]]
 
 
 def heldout_part_files(wildcards):
-    """The JSONL files of a job that sets lines aside."""
+    """Returns the JSONL files of a split_heldout job."""
     datasets = DATASETS[wildcards.data]
     return [path for name in HELDOUT_PARTS[wildcards.data][wildcards.part] for path in datasets[name]]
 
 
 def sources_of(files):
-    """Returns an input function. The content of these files counts, through `digest_of`, not their time stamps."""
+    """Returns an input function for JSONL files. Their content counts, through `digest_of`, not their mtime."""
     return lambda wildcards: [ancient(str(path)) for path in files(wildcards)]
 
 
 def digest_of(files):
-    """Returns a function of the digest of a job's JSONL files."""
+    """Returns a function that returns the digest of a job's JSONL files."""
     return lambda wildcards: FINGERPRINTS.files(files(wildcards), DATA_SPECS[wildcards.data]["processed_dir"])
 
 
 def tokenize_flags(wildcards):
-    """The flags of tokenize_dataset.py that parts and their merge have in common."""
+    """Returns the flags of tokenize_dataset.py that parts and their merge share."""
     return flags(
         processed_dir=DATA_SPECS[wildcards.data]["processed_dir"],
         tokenized_dir=DATA.format(data=wildcards.data),
@@ -32,7 +32,7 @@ def tokenize_flags(wildcards):
 
 
 def data_settings(wildcards):
-    """The settings of the runs that share these data, by section."""
+    """Returns the settings, by section, of the runs that share these data."""
     spec = DATA_SPECS[wildcards.data]
     return {
         "data": {"max_tokens": spec["max_tokens"]},
@@ -42,14 +42,14 @@ def data_settings(wildcards):
 
 
 def heldout_tokenizer(wildcards):
-    """The tokenizer, where it is needed to tell which lines hold a control token and so are bad."""
+    """Returns the tokenizer if it is needed to find bad lines, those with a control token."""
     spec = DATA_SPECS[wildcards.data]
     needed = spec["tokenize"]["control_tokens"] == "error" and spec["heldout_share"]
     return TOKENIZER.format(tokenizer=spec["tokenizer"]) if needed else []
 
 
 def heldout_flags(wildcards, input):
-    """The flags of split_heldout.py: which lines, and what makes one a bad line."""
+    """Returns the flags of split_heldout.py: which lines are held out, and which are bad."""
     spec = DATA_SPECS[wildcards.data]
     return flags(
         processed_dir=spec["processed_dir"],
@@ -60,7 +60,7 @@ def heldout_flags(wildcards, input):
 
 
 def dataset_flags(wildcards):
-    """The datasets that the config names; by default a script takes all."""
+    """Returns flags for the datasets that the config names. Without them, a script takes all."""
     names = DATA_SPECS[wildcards.data]["datasets"] or []
     return "".join(f" {flags(dataset=name)}" for name in names)
 
@@ -70,7 +70,7 @@ def base_tokenizer_digest(wildcards):
 
 
 def plan_flags(wildcards):
-    """The flags of plan_packing.py."""
+    """Returns the flags of plan_packing.py."""
     data, pack = wildcards.data, PACK_SPECS[wildcards.pack]
     return flags(
         train_folder=TRAIN_FOLDER.format(data=data),

@@ -1,4 +1,4 @@
-"""What the rules of evaluation and of the pages take from the settings. No rules here."""
+"""Functions of the rules that evaluate models and write pages. No rules here."""
 
 
 def evaluate_gres(wildcards):
@@ -6,13 +6,13 @@ def evaluate_gres(wildcards):
 
 
 def model_options(wildcards):
-    """What both evaluations are told of which model it is: base, tuned or that of a checkpoint."""
+    """Returns the options that identify the model in both evaluations: base, tuned or a checkpoint's."""
     label = wildcards.get("label") or f"iter_{wildcards.step}"
     return {"label": label, "base_model": label == "base"}
 
 
 def evaluate_flags(wildcards):
-    """The flags of evaluate_model.py; checkpoints answer no prompts."""
+    """Returns the flags of evaluate_model.py. Checkpoints answer no prompts."""
     options = options_of("evaluate_model", RUNS[wildcards.run], "evaluate", "tokenize", "model")
     if not wildcards.get("label"):
         options["prompts"] = None
@@ -20,14 +20,14 @@ def evaluate_flags(wildcards):
 
 
 def tool_call_flags(wildcards, input):
-    """The flags of evaluate_tool_calls.py. With `input` among its arguments Snakemake does not compare them."""
+    """Returns the flags of evaluate_tool_calls.py. Snakemake does not compare them: the function takes `input`."""
     sections = ("tool_calls.plain_text", "tool_calls.max_tokens", "tool_calls", "tokenize", "model")
     options = options_of("evaluate_tool_calls", RUNS[wildcards.run], *sections)
     return flags(**model_options(wildcards), **options)
 
 
 def tool_calls_of(label):
-    """Returns an input function: what a run's model says of tools, where the run asks for it."""
+    """Returns an input function: the tool-call evaluation of a run's model, if the run enables it."""
     return lambda wildcards: (
         TOOL_CALLS.format(run=wildcards.run, label=label)
         if RUNS[wildcards.run]["tool_calls"]["enabled"]
@@ -36,12 +36,12 @@ def tool_calls_of(label):
 
 
 def asks_checkpoints(run):
-    """Whether checkpoints are asked for tool calls too: the best is chosen by it."""
+    """True if checkpoints are also evaluated on tool calls, by which the best is chosen."""
     return RUNS[run]["evaluate"]["best_metric"] != "loss"
 
 
 def followed_evaluations(label):
-    """Returns an input function: of the base or tuned model, the evaluations that those of checkpoints are laid beside."""
+    """Returns an input function: the base or tuned model's evaluations to compare those of checkpoints with."""
 
     def files(wildcards):
         patterns = [EVALUATION, *([TOOL_CALLS] if asks_checkpoints(wildcards.run) else [])]
@@ -51,30 +51,30 @@ def followed_evaluations(label):
 
 
 def checkpoint_evaluations(wildcards):
-    """The evaluations of all checkpoints of a run, known when its training has started."""
+    """Returns the evaluations of all checkpoints of a run, which are known once its training has started."""
     saved = read_json(checkpoints.list_checkpoints.get(run=wildcards.run).output[0])
     patterns = [CHECKPOINT_EVALUATION, *([CHECKPOINT_TOOL_CALLS] if asks_checkpoints(wildcards.run) else [])]
     return expand(patterns, run=wildcards.run, identity=Path(saved["run_folder"]).name, step=saved["steps"])
 
 
 def choose_flags(wildcards):
-    """The flags of choose_checkpoint.py."""
+    """Returns the flags of choose_checkpoint.py."""
     return flags(**options_of("choose_checkpoint", RUNS[wildcards.run], "evaluate"))
 
 
 def opencompass_of(wildcards):
-    """The scores of OpenCompass, where the run asks for them."""
+    """Returns OpenCompass's scores, if the run enables them."""
     return OPENCOMPASS.format(run=wildcards.run) if RUNS[wildcards.run]["opencompass"]["enabled"] else []
 
 
 def benchmarked_model(wildcards):
-    """The folder that OpenCompass loads."""
+    """Returns the model folder that OpenCompass loads."""
     pattern = TURBOMIND if RUNS[wildcards.run]["opencompass"]["backend"] == "turbomind" else HF
     return pattern.format(run=wildcards.run)
 
 
 def benchmark_gpus(wildcards):
-    """GPUs of one of OpenCompass's tasks."""
+    """Returns the GPUs per OpenCompass task."""
     run = RUNS[wildcards.run]
     return (
         run["turbomind"]["tp"] if run["opencompass"]["backend"] == "turbomind" else run["opencompass"]["gpus"]
@@ -82,13 +82,13 @@ def benchmark_gpus(wildcards):
 
 
 def benchmark_gres(wildcards):
-    """GPUs of the job itself: none where OpenCompass asks Slurm for its own."""
+    """Returns the GPUs of the job itself: none if OpenCompass requests GPUs from Slurm."""
     gpus = benchmark_gpus(wildcards)
     return f"gpu:{gpus}" if gpus and RUNS[wildcards.run]["opencompass"]["runner"] == "local" else ""
 
 
 def eval_config_flags(wildcards):
-    """The flags of render_eval_config.py."""
+    """Returns the flags of render_eval_config.py."""
     sections = ("opencompass.gpus", "opencompass.groups", "opencompass.custom", "opencompass")
     options = options_of("render_eval_config", RUNS[wildcards.run], *sections)
     return flags(abbr=wildcards.run, **(options | {"gpus": benchmark_gpus(wildcards)}))
@@ -99,7 +99,7 @@ def custom_set_digests(wildcards):
 
 
 def report_flags(wildcards, input):
-    """The flags of render_report.py; what the run does not have is not shown."""
+    """Returns the flags of render_report.py, without inputs that the run does not have."""
     run = wildcards.run
     return flags(
         hf_manifest=f"{input.hf}/{result_paths.MANIFEST}",
@@ -115,18 +115,18 @@ def report_flags(wildcards, input):
 
 
 def compare_flags():
-    """The arguments of compare_runs.py: the runs' folders, the baseline first, and what the runs share."""
+    """Returns the arguments of compare_runs.py: the runs' folders, baseline first, and the data they share."""
     folders = [shlex.quote(str(Path(RUN_CONFIG.format(run=run)).parent)) for run in COMPARED]
     shared = dict.fromkeys(key(run) for key in (data_key, tokenizer_key) for run in COMPARED)
     return " ".join([*folders, flags(benchmarks=BENCHMARKS, shared_names=list(shared))])
 
 
 def compared_page(wildcards):
-    """The page that lays runs side by side, if there are two."""
+    """Returns the comparison page; raises an error if there are fewer than two runs."""
     if len(COMPARED) < 2:
         raise WorkflowError(
             "config: there is only one run to compare\n"
             f"  found:    {COMPARED[0]}\n"
-            "  to fix:   add runs under `runs:`, or name more of them in compare.runs; see docs/runs.md"
+            "  to fix:   add runs under `runs:`, or list more of them in compare.runs; see docs/runs.md"
         )
     return COMPARE_PAGE

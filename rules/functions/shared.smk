@@ -1,4 +1,4 @@
-"""Functions that rules of several stages use. No rules here."""
+"""Functions shared by the rules of several stages. No rules here."""
 
 
 def path_of(pattern):
@@ -12,7 +12,7 @@ def path_of(pattern):
 
 
 def folder_digest(folder, patterns):
-    """Digest over the files of a folder that decide what a model or tokenizer is; a hub name stands for itself."""
+    """Returns a digest of the files of a folder that define a model or tokenizer. Returns a hub name unchanged."""
     if not Path(folder).is_dir():
         return folder
     return FINGERPRINTS.files([path for pattern in patterns for path in Path(folder).glob(pattern)], folder)
@@ -32,7 +32,7 @@ def cluster_of(key):
 
 
 def heldout_parts(wildcards):
-    """What was set aside; nothing when the run has a held-out folder of its own."""
+    """Returns the parts of the held-out data; none if the run has its own held-out folder."""
     data = data_key(wildcards.run)
     if wildcards.run in OWN_HELDOUT:
         return []
@@ -44,7 +44,7 @@ def heldout_dir(wildcards):
 
 
 def heldout_digest(wildcards):
-    """Content of a held-out folder of the user's own; what was set aside is tracked by its parts."""
+    """Returns the digest of the user's own held-out folder. Other held-out data are tracked by their parts."""
     own = OWN_HELDOUT.get(wildcards.run)
     return own and FINGERPRINTS.files(
         [path for paths in own.values() for path in paths], heldout_dir(wildcards)
@@ -52,10 +52,10 @@ def heldout_digest(wildcards):
 
 
 def print_plan():
-    """Prints after a dry run what it would cost. Snakemake has no handler for dry runs: this one runs at its exit."""
+    """Prints the cost table of a dry run. Snakemake has no handler for dry runs, so this one runs at exit."""
     if not workflow.dryrun or Quietness.ALL in (workflow.output_settings.quiet or ()):
         return
-    # A dry run does not know its executor: only that of a cluster comes with a number of jobs.
+    # A dry run does not know its executor, but only a cluster's comes with a number of jobs.
     cluster = workflow.resource_settings.nodes is not None
     order = workflow.dag.toposorted(set(workflow.dag.needrun_jobs(exclude_finished=False)))
     jobs = [

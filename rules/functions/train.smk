@@ -1,10 +1,10 @@
-"""What the rules of preflight and training take from the settings. No rules here."""
+"""Functions of the preflight and training rules. No rules here."""
 
 
 def render_flags(wildcards):
-    """The flags of render_train_config.py: a user's own config, or one flag for each setting of `train`.
+    """Returns the flags of render_train_config.py: the user's own config, or one flag for each setting of `train`.
 
-    What Snakemake compares is the text: flags stand where they stood when older results were made.
+    Snakemake compares the text, so the flags keep the order that they have in older results.
     """
     settings = RUNS[wildcards.run]
     train, take = settings["train"], functools.partial(options_of, "render_train_config", settings)
@@ -19,7 +19,7 @@ def render_flags(wildcards):
     lora = dict.fromkeys(f"lora_{key}" for key in train["lora"] or {})
     first = take("model", "train.loggers", "train.peak_tflops") | lora
     options = first | watched | (take("tokenize") if watched else {}) | take("train")
-    # The plan says how long rows are. 0 steps need no flag.
+    # The pack plan has the length of rows. 0 steps need no flag.
     options |= {"max_length": None, **{key: train[key] or None for key in ("eval_steps", "generate_steps")}}
     return flags(
         model_path=model_source(wildcards.run),
@@ -30,14 +30,14 @@ def render_flags(wildcards):
 
 
 def watched_inputs(wildcards):
-    """What a training looks at on its way: held-out conversations and prompts, if its settings ask for them."""
+    """Returns the held-out conversations and prompts that training evaluates on, if its settings enable this."""
     train, prompts = RUNS[wildcards.run]["train"], RUNS[wildcards.run]["evaluate"]["prompts"]
     parts = heldout_parts(wildcards) if train["eval_steps"] else []
     return [*parts, *([prompts] if train["generate_steps"] else [])]
 
 
 def train_flags(wildcards):
-    """The flags of train_model.py: a config of the user's own keeps its ZeRO stage."""
+    """Returns the flags of train_model.py. The user's own config keeps its ZeRO stage."""
     train = RUNS[wildcards.run]["train"]
     return flags(
         deepspeed=None if train["config"] is not None else f"deepspeed_zero{train['zero_stage']}",
@@ -47,22 +47,22 @@ def train_flags(wildcards):
 
 
 def hold_every(wildcards):
-    """How often training holds a checkpoint for evaluation, as train_model.py takes it."""
+    """Returns how often training pins a checkpoint for evaluation, as train_model.py takes it."""
     wanted = RUNS[wildcards.run]["evaluate"]["checkpoints"]
     return {"none": "0", "all": "save"}.get(wanted) or wanted.removeprefix("every ")
 
 
 def follows_checkpoints(wildcards):
-    """Whether checkpoints are evaluated while training goes on."""
+    """True if checkpoints are evaluated during training."""
     return RUNS[wildcards.run]["evaluate"]["checkpoints"] != "none"
 
 
 def train_threads(wildcards):
-    """All cores of this machine, but for those that checkpoints are evaluated on meanwhile; on Slurm those of a rank.
+    """Returns all cores of this machine except those that evaluate checkpoints meanwhile; on Slurm, those of a rank.
 
-    With one core, or with GPUs, which the training takes, they are evaluated after it.
+    With one core, or with GPUs, which training occupies, checkpoints are evaluated after training.
     """
-    if workflow.resource_settings.nodes is not None:  # `workflow.cores` is no limit there
+    if workflow.resource_settings.nodes is not None:  # `workflow.cores` is not a limit there
         return cluster_of("cpus_per_process")(wildcards)
     cores = workflow.cores or 1
     gpus = any(shutil.which(program) for program in ("nvidia-smi", "rocm-smi"))
@@ -72,12 +72,12 @@ def train_threads(wildcards):
 
 
 def train_memory(wildcards, attempt):
-    """MB on each node."""
+    """Returns MB per node."""
     return RUNS[wildcards.run]["cluster"]["mem_mb"] or 12000 * min(attempt, 3)
 
 
 def train_tasks(per_node):
-    """Returns a function of one of sbatch's two ways to ask for tasks; the Slurm plugin takes only the one that fits."""
+    """Returns a function for one of sbatch's two ways to request tasks. The Slurm plugin accepts only one of them."""
 
     def tasks(wildcards):
         run = RUNS[wildcards.run]
@@ -90,7 +90,7 @@ def train_tasks(per_node):
 
 
 def train_mpi(wildcards):
-    """How the Slurm plugin starts the job: an empty value like the other leaves srun to train_model.py."""
+    """Returns the Slurm plugin's resource `mpi`. With either value, train_model.py calls srun, not the plugin."""
     return "srun" if train_tasks(True)(wildcards) else ""
 
 
@@ -100,12 +100,12 @@ def train_gres(wildcards):
 
 
 def preflight_gate(wildcards):
-    """The gate before a training, where the config asks for it; that it was passed again is no reason to train again."""
+    """Returns the gate before training, if the config requires it. Passing it again does not rerun the training."""
     return ancient(PREFLIGHT_PASSED) if RUNS[wildcards.run]["preflight"]["required"] else []
 
 
 def preflight_settings(wildcards):
-    """What preflight.py looks at, as JSON."""
+    """Returns the settings that preflight.py checks, as JSON."""
     runs = []
     for run, settings in RUNS.items():
         train = settings["train"]
@@ -140,7 +140,7 @@ def preflight_settings(wildcards):
 
 
 def probe_shape(key):
-    """Returns a resource function of the preflight job: two ranks on a node, or one on each of two; all GPUs of a node."""
+    """Returns a resource function of the preflight job: two ranks on one node or on two, and all GPUs of a node."""
 
     def shape(wildcards):
         clusters = [run["cluster"] for run in RUNS.values()]

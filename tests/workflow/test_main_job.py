@@ -212,7 +212,7 @@ def test_editing_one_file_redoes_this_file_alone(finished):
         ({"train": {"learning_rate": 1}}, ["unknown key train.learning_rate"]),
         ({"train": {"lr": "1e-5"}}, ["train.lr", "write 1.0e-5"]),
         ({"data": {"processed_dir": "missing"}}, ["data.processed_dir", "missing"]),
-        ({"data": {"datasets": ["nope"]}}, ["no such dataset", "nope", "plain_chat, tool_calls"]),
+        ({"data": {"datasets": ["nope"]}}, ["dataset nope not found", "plain_chat, tool_calls"]),
         ({"model": {"path": "missing"}}, ["model.path", "missing"]),
         ({"environments": {"turbomind_python": "missing/python"}}, ["turbomind_python", "make setup"]),
     ],
