@@ -68,7 +68,7 @@ def test_a_call_is_computed_and_its_result_comes_back_as_in_training(tuned):
         ("<|action_start|><|interpreter|>\nprint(1)<|action_end|>", "code is not run here"),
         ('<|action_start|><|plugin|>\n{"name": "shell"}<|action_end|>', "unknown plugin 'shell'"),
         ("<|action_start|><|plugin|>\n{not json<|action_end|>", "the call is not JSON"),
-        ('<|action_start|><|plugin|>\n{"name": "calculator"}', "the call does not end"),
+        ('<|action_start|><|plugin|>\n{"name": "calculator"}', "the call is not closed"),
     ],
 )
 def test_the_model_is_told_what_was_wrong_with_a_call(tuned, call, result):

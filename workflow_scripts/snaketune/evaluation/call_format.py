@@ -1,8 +1,8 @@
-"""Reads the tool calls of an answer, as the chat template writes them.
+"""Parses the tool calls of an answer in the format of the chat template.
 
-Control tokens count only as tokens: text that spells `<|action_start|>` out is text. So the ids are read, not the
-decoded answer, and the template says what stands before and after a call. In `internlm2_chat` that is
-`<|action_start|><|plugin|>` and `<|action_end|>`, in other templates it may be ordinary text.
+Control tokens count only as tokens: text that spells out `<|action_start|>` is text. So the parser reads the ids, not
+the decoded answer. The template defines the prefix and suffix of a call: `<|action_start|><|plugin|>` and
+`<|action_end|>` in `internlm2_chat`, possibly ordinary text in other templates.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from snaketune.chat_format.chat_template import ChatTemplate
 from snaketune.encoding.control_tokens import control_tokens
 from snaketune.encoding.tokenizer import ExtendedTokenizer
 
-# Noncharacters of Unicode: no text that a tokenizer was made for holds them.
+# Unicode noncharacters, which do not occur in real text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _MARKED = re.compile(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}")
 
@@ -25,10 +25,10 @@ class Call:
     """A tool call.
 
     Attributes:
-        tool: The name that the control tokens give it, such as `plugin` or `interpreter`; None where the template
-            writes no name.
-        body: What is called, JSON or code.
-        problem: What is wrong with the tokens around it, None if nothing is.
+        tool: The name given by its control tokens, such as `plugin` or `interpreter`; None if the template writes no
+            name.
+        body: The call itself, JSON or code.
+        problem: The error in the tokens around it; None if there is none.
     """
 
     tool: str | None
@@ -37,11 +37,11 @@ class Call:
 
 
 class CallReader:
-    """Reads answers written in one chat template.
+    """Parses answers written in a chat template.
 
     Args:
         tokenizer: The extended tokenizer.
-        template: By default the one saved with it.
+        template: Default: the one saved with the tokenizer.
     """
 
     def __init__(self, tokenizer: ExtendedTokenizer, template: ChatTemplate | None = None):
@@ -53,29 +53,29 @@ class CallReader:
         tool = marked.roles.get("tool")
         self._names: dict[str, str] = {}
         self._name_end = ""
-        self._head = self._end = ""
+        self._prefix = self._suffix = ""
         if tool is not None:
-            begin = tool.begin
+            prefix = tool.prefix
             if tool.named is not None:
-                begin, self._name_end = tool.named
+                prefix, self._name_end = tool.named
                 self._names = {token: name for name, token in marked.names.items()} if tool.map_names else {}
             self._named = tool.named is not None
-            self._head, self._end = begin.strip(), tool.end.strip()
+            self._prefix, self._suffix = prefix.strip(), tool.suffix.strip()
 
     def text(self, ids: Sequence[int]) -> str:
-        """Returns ids as text, control tokens included."""
+        """Decodes ids, including control tokens."""
         return _MARKED.sub(r"\1", self._marked(ids))
 
     def read(self, ids: Sequence[int]) -> tuple[str, list[Call]]:
-        """Returns the text before the first call, and the calls.
+        """Splits an answer into the text before the first call and the calls.
 
         Args:
-            ids: An answer, without the id that ends the turn.
+            ids: An answer without its end-of-turn id.
         """
         answer = self._marked(ids)
-        if not self._head:
+        if not self._prefix:
             return _MARKED.sub(r"\1", answer), []
-        before, *rest = answer.split(self._head)
+        before, *rest = answer.split(self._prefix)
         calls = [self._call(each) for each in rest]
         if calls and _MARKED.search(before):
             stray = _MARKED.search(before)[1]
@@ -98,12 +98,12 @@ class CallReader:
         if self._named:
             tool, text = self._split_name(text)
             if tool is None:
-                problem = "no tool's name after the begin of the call"
+                problem = "no tool name at the start of the call"
         body, after = text, ""
-        if self._end:
-            body, end, after = text.partition(self._end)
-            if not end:
-                problem = problem or "no end of the call"
+        if self._suffix:
+            body, suffix, after = text.partition(self._suffix)
+            if not suffix:
+                problem = problem or "the call is not closed"
             if after.strip():
                 found = _MARKED.sub(r"\1", after.strip())[:40]
                 problem = problem or f"{found!r} after the end of the call"

@@ -168,7 +168,7 @@ def load_heldout(
 def batches_by_length(samples: list[Sample], batch_tokens: int) -> list[list[Sample]]:
     """Groups samples of similar length. A batch, padded to its longest sample, holds at most `batch_tokens` ids.
 
-    Longest first, so that running out of memory shows at once. A sample longer than `batch_tokens` is a batch by itself.
+    Longest first, so that running out of memory shows at once. A sample longer than `batch_tokens` is its own batch.
     """
     batches: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda sample: -len(sample.ids)):

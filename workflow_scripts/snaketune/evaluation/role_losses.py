@@ -1,7 +1,7 @@
-"""Loss by what the assistant's tokens are, and loss on plain text: what training taught, and what it cost.
+"""Loss by role of the assistant's tokens, and loss on plain text, which measures forgetting.
 
-Roles of the trained tokens: `assistant` (its text), `thought`, `call` (a tool's call, its control tokens included) and
-`code` (a call of the interpreter). The end of a turn goes with what it ends.
+Roles of the trained tokens: `assistant` (text), `thought`, `call` (a tool call with its control tokens) and `code` (an
+interpreter call). The end of a turn has the role of the message that it ends.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from snaketune.evaluation.call_verdicts import INTERPRETER
 from snaketune.evaluation.conversations import Conversation
 from snaketune.evaluation.heldout import Sample
 
-# Tokens whose role cannot be told: the tokenizer merges across the boundary of a message.
+# Tokens of unknown role, merged by the tokenizer across the edge of a message.
 UNCLEAR = "unclear"
 ALL = "all"
 
 
 def role_of(message: dict[str, Any]) -> str | None:
-    """Returns the role that a message's tokens have, None where the message is not the assistant's."""
+    """Returns the role of a message's tokens; None if it is not an assistant message."""
     role = message["role"]
     if role == "tool":
         return "code" if message.get("name") == INTERPRETER else "call"
@@ -34,15 +34,15 @@ def role_of(message: dict[str, Any]) -> str | None:
 
 
 def token_roles(conversation: Conversation, ids: Sequence[int], exact: BatchEncoder) -> list[str]:
-    """Returns the role of each id of a conversation; those of no message of the assistant are `unclear`.
+    """Returns the role of each id of a conversation; ids outside assistant messages are `unclear`.
 
-    The exact mask finds boundaries between messages in the text. So the conversation is encoded once for each role with a
-    loss on its messages alone, and the ids that come out as trained are that role's.
+    The exact mask locates messages in the text. So the conversation is encoded once per role, with a loss on that
+    role's messages only; the ids that come out as trained belong to the role.
 
     Args:
         conversation: The conversation.
-        ids: Its ids, unsigned.
-        exact: An encoder with `mask="exact"`, and otherwise as the one that made the ids.
+        ids: Its unsigned ids.
+        exact: The encoder that produced the ids, but with `mask="exact"`.
     """
     result = [UNCLEAR] * len(ids)
     for role in {role_of(message) for message in conversation.messages} - {None}:
@@ -53,7 +53,7 @@ def token_roles(conversation: Conversation, ids: Sequence[int], exact: BatchEnco
         ]
         signed = signed_ids(exact.encode_turns([exact.turns(marked)])[0])
         if [abs(token) for token in signed] != list(ids):
-            return [UNCLEAR] * len(ids)  # `compat` cut an id off, or shifted one
+            return [UNCLEAR] * len(ids)  # `compat` dropped or shifted an id
         result = [role if token > 0 else old for token, old in zip(signed, result, strict=True)]
     return result
 
@@ -71,12 +71,12 @@ def conversation_losses(
 
     Args:
         model: A causal language model in eval mode.
-        conversations: Held-out conversations, each seen by itself.
-        encoder: Encodes as training did.
+        conversations: Held-out conversations, each evaluated by itself.
+        encoder: The encoder used in training.
         exact: See `token_roles`.
-        max_length: Ids after which a conversation is cut.
+        max_length: Maximum ids of a conversation; longer ones are cut.
         pad_id: Any valid id.
-        batch_tokens: Ids of a padded batch.
+        batch_tokens: Maximum ids of a padded batch.
 
     Returns:
         [{"conversation", "dataset", "language", "roles": {role: [sum of nats, tokens]}}]; role "all" is their sum.
@@ -87,7 +87,7 @@ def conversation_losses(
         every = token_roles(conversation, [abs(token) for token in signed], exact)
         signed = signed[:max_length]
         sample = Sample(str(place), [abs(token) for token in signed], [token > 0 for token in signed], False)
-        # Nothing comes before the first id, so nothing predicts it.
+        # Nothing precedes the first id, so nothing predicts it.
         roles[place] = [role for role, token in zip(every[1:], signed[1:], strict=False) if token > 0]
         samples.append(sample)
     result: list[dict[str, Any]] = [
@@ -110,14 +110,14 @@ def conversation_losses(
 
 
 def plain_text_blocks(path: Path, tokenizer: ExtendedTokenizer, block_tokens: int = 1024) -> list[list[int]]:
-    """Returns the ids of a text without any chat format, cut into blocks that are seen one by one.
+    """Returns the ids of a text without chat format, cut into blocks that are evaluated separately.
 
-    Each block begins with BOS, where the chat template has one. Control tokens in the text are ordinary text.
+    Each block starts with BOS if the chat template has one. Control tokens in the text are ordinary text.
 
     Args:
         path: A UTF-8 text file.
         tokenizer: The extended tokenizer.
-        block_tokens: Ids of a block, BOS included.
+        block_tokens: Ids per block, including BOS.
 
     Raises:
         UserError: The file cannot be read, or is empty.
@@ -136,7 +136,7 @@ def plain_text_blocks(path: Path, tokenizer: ExtendedTokenizer, block_tokens: in
     blocks = [block for block in blocks if len(block) > 1]
     if not blocks:
         raise UserError(
-            f"the plain text {path} is empty", found=f"{len(ids)} tokens", expected="some pages of text"
+            f"the plain text {path} is empty", found=f"{len(ids)} tokens", expected="a few pages of text"
         )
     return blocks
 
@@ -144,13 +144,13 @@ def plain_text_blocks(path: Path, tokenizer: ExtendedTokenizer, block_tokens: in
 def plain_text_losses(
     model, blocks: Sequence[list[int]], pad_id: int, batch_tokens: int = 2048
 ) -> list[list[float]]:
-    """Returns [sum of nats, tokens] for each block; the first id of a block is no target.
+    """Returns [sum of nats, tokens] for each block; the first id of a block is not a target.
 
     Args:
         model: A causal language model in eval mode.
         blocks: From `plain_text_blocks`.
         pad_id: Any valid id.
-        batch_tokens: Ids of a padded batch.
+        batch_tokens: Maximum ids of a padded batch.
     """
     samples = [Sample(str(number), ids, [True] * len(ids), False) for number, ids in enumerate(blocks)]
     result: list[list[float]] = [[0.0, 0] for _ in samples]

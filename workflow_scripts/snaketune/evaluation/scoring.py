@@ -1,4 +1,4 @@
-"""Loss over the assistant's tokens of held-out conversations, each seen by itself."""
+"""Loss on the assistant's tokens of held-out conversations, each evaluated by itself."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from snaketune.common.progress import Progress
 from snaketune.evaluation.heldout import Sample, batches_by_length
 
 
-@torch.no_grad()  # not inference_mode: ZeRO-3 gathers weights here that training uses again
+@torch.no_grad()  # not inference_mode: training reuses the weights that ZeRO-3 gathers here
 def token_losses(model, batch: list[Sample], pad_id: int) -> list[torch.Tensor]:
-    """Returns each sample's losses in nats, one fp32 value per trained token but the first id of the row.
+    """Returns each sample's losses in nats: one fp32 value per trained token, except the first id of the row.
 
-    Rows are padded on the right. Attention is causal, so no real token sees padding, and no mask is needed.
+    Rows are padded on the right. Attention is causal, so real tokens never see padding and no mask is needed.
 
     Args:
         model: A causal language model in eval mode.
@@ -26,11 +26,11 @@ def token_losses(model, batch: list[Sample], pad_id: int) -> list[torch.Tensor]:
     """
     length = max(len(sample.ids) for sample in batch)
     ids = torch.full((len(batch), length), pad_id)
-    predicts = torch.zeros((len(batch), length), dtype=torch.bool)  # place t predicts the id at t + 1
+    predicts = torch.zeros((len(batch), length), dtype=torch.bool)  # position t predicts the id at t + 1
     for row, sample in enumerate(batch):
         ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
         predicts[row, : len(sample.ids) - 1] = torch.tensor(sample.trained[1:])
-    # The head runs only where some row of the batch has a trained token.
+    # Run the head only at positions where some row has a trained token.
     columns = predicts.any(dim=0).nonzero().flatten()
     if not len(columns):
         return [torch.zeros(0) for _ in batch]
@@ -54,13 +54,13 @@ def score(model, samples: list[Sample], pad_id: int, batch_tokens: int = 2048) -
 
     Args:
         model: A causal language model in eval mode.
-        samples: Held-out conversations; those without a trained token count as samples and add nothing.
+        samples: Held-out conversations; those without a trained token count as samples but add no loss.
         pad_id: Any valid id.
-        batch_tokens: Ids of a padded batch.
+        batch_tokens: Maximum ids of a padded batch.
 
     Returns:
         {"loss", "perplexity", "trained_tokens", "samples", "truncated", "datasets": {name: the same five},
-        "conversations": {name of a dataset: [[nats, trained tokens], ...] in the order of its samples}}
+        "conversations": {dataset: [[nats, trained tokens], ...] in the order of its samples}}
     """
     nats: dict[int, float] = {}
     sums = dict.fromkeys(sorted({sample.dataset for sample in samples}), 0.0)
@@ -77,17 +77,17 @@ def score(model, samples: list[Sample], pad_id: int, batch_tokens: int = 2048) -
 
 
 def add_losses(sums: dict[str, float], model, batch: list[Sample], pad_id: int) -> list[float]:
-    """Adds the losses of a batch, in nats, to the sums by dataset, and returns each sample's."""
+    """Adds the losses of a batch, in nats, to the sums by dataset; returns the loss of each sample."""
     own = []
     for sample, losses in zip(batch, token_losses(model, batch, pad_id), strict=True):
-        # fp64: the sum must not depend on how many tokens there are.
+        # fp64, so that precision does not depend on the number of tokens.
         own.append(losses.double().sum().item())
         sums[sample.dataset] += own[-1]
     return own
 
 
 def summarise(sums: dict[str, float], samples: list[Sample]) -> dict[str, Any]:
-    """Returns what `score` does, from the sums of losses by dataset and the samples that they belong to."""
+    """Returns the result of `score`, without `conversations`, from the loss sums by dataset and their samples."""
     by_dataset = {
         name: _result(total, [sample for sample in samples if sample.dataset == name])
         for name, total in sums.items()
@@ -100,7 +100,7 @@ def _result(total: float, samples: list[Sample]) -> dict[str, Any]:
     loss = total / tokens if tokens else None
     return {
         "loss": loss,
-        # A model that knows nothing of the format can exceed what a float holds.
+        # Capped: exp overflows for a model that does not know the format.
         "perplexity": math.exp(min(loss, 700.0)) if loss is not None else None,
         "trained_tokens": tokens,
         "samples": len(samples),

@@ -1,7 +1,7 @@
-"""Does a model call tools? At each answer of held-out conversations it gets what comes before, and answers greedily.
+"""Tests tool calling: the model answers greedily at turns of held-out conversations, given everything before.
 
-A point is a turn of the assistant that training learns. It gets the ids that training would see before it. Where the
-reference calls a tool the answer should be that call, elsewhere it should be no call.
+A point is an assistant turn with a loss in training. Its prompt is the ids that training would see before it. If the
+reference calls a tool, the answer should be that call; otherwise it should not call.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _SHOWN = 500
 
 @dataclass(frozen=True)
 class Point:
-    """An answer that is asked for.
+    """An assistant turn that the model has to answer.
 
     Attributes:
-        conversation: Where it stands.
-        answer: The turn.
-        kind: "call" where the reference calls a tool, else "text".
-        prompt: The ids before the answer, the begin of its turn included.
-        references: The reference's calls.
-        offered: The tools that may be called.
+        conversation: The conversation.
+        answer: The turn in it.
+        kind: "call" if the reference calls a tool, else "text".
+        prompt: The ids before the answer, including the prefix of its turn.
+        references: The calls of the reference.
+        offered: The tools that the answer may call.
     """
 
     conversation: Conversation
@@ -46,27 +46,27 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Where it stands: file, line and number of the message."""
+        """Its location: file, line and index of the message."""
         return f"{self.conversation.place}#{self.answer.start}"
 
 
 def choose_points(
     conversations: Sequence[Conversation], encoder: BatchEncoder, max_points: int, max_length: int
 ) -> tuple[list[Point], dict[str, dict[str, int]]]:
-    """Chooses points, half of them such that call a tool, or as many as there are.
+    """Chooses points, half of which call a tool; if one kind has too few, the other fills in.
 
-    Those with the smallest SHA-256 of their line and place are chosen, so the choice depends neither on the order of
-    the files nor on other lines.
+    Points with the smallest SHA-256 of line and position come first, so that the choice depends neither on the order
+    of the files nor on other lines.
 
     Args:
         conversations: Held-out conversations.
-        encoder: The encoder that made their turns.
-        max_points: Points in all.
-        max_length: A point with more ids before it is passed over.
+        encoder: The encoder that split them into turns.
+        max_points: Maximum points in total.
+        max_length: Points with a longer prompt are skipped.
 
     Returns:
-        The points in the order of the conversations, and by kind: how many there are (`available`), how many were
-        looked at (`tried`), how many of these are too long (`too_long`), and how many are left (`points`).
+        The points in the order of the conversations, and counts by kind: candidates (`available`), candidates
+        examined (`tried`), those of them that are too long (`too_long`), and points kept (`points`).
     """
     waiting: dict[str, list[tuple[bytes, int, AnswerTurn]]] = {kind: [] for kind in KINDS}
     for number, conversation in enumerate(conversations):
@@ -108,19 +108,19 @@ def answer_points(
     max_new_tokens: int,
     batch_tokens: int = 16384,
 ) -> list[dict[str, Any]]:
-    """Lets a model answer, and judges the answers.
+    """Generates the model's answers and judges them.
 
-    BOS is not allowed in an answer, as in `snaketune.evaluation.generation`; where the model would have said it is counted.
+    BOS is suppressed, as in `snaketune.evaluation.generation`; suppressions are counted.
 
     Args:
         model: A causal language model in eval mode.
         points: From `choose_points`.
         tokenizer: The extended tokenizer.
-        max_new_tokens: Longest answer.
-        batch_tokens: Ids that a padded batch may come to hold.
+        max_new_tokens: Maximum tokens of an answer.
+        batch_tokens: Maximum ids of a padded batch, answers included.
 
     Returns:
-        Per point: where it stands, the reference, the prediction, and the verdicts (see `call_verdicts.verdicts`).
+        Per point: its location, the reference, the prediction, and the verdicts (see `call_verdicts.verdicts`).
     """
     from snaketune.evaluation.batched_generation import generate_batched
 
@@ -145,13 +145,13 @@ def answer_points(
 
 
 def judge_point(point: Point, ids: Sequence[int], end_of_turn_id: int, reader: CallReader) -> dict[str, Any]:
-    """Returns what is written down about the answer to a point.
+    """Returns the record of the answer to a point.
 
     Args:
         point: The point.
-        ids: The answer, with the id that stopped it, if one did.
-        end_of_turn_id: The right end of an answer.
-        reader: Of the chat template.
+        ids: The answer, including the stop id if there is one.
+        end_of_turn_id: The id that should end an answer.
+        reader: Parses answers in the chat template.
     """
     conversation, (_, start, stop) = point.conversation, point.answer
     stopped = bool(ids) and ids[-1] == end_of_turn_id
@@ -173,9 +173,9 @@ def judge_point(point: Point, ids: Sequence[int], end_of_turn_id: int, reader: C
 
 
 def _point(conversation: Conversation, answer: AnswerTurn, kind: str, encoder: BatchEncoder) -> Point:
-    # Of its own turn a model gets the begin alone.
-    begin = Turn(conversation.turns[answer.turn].begin, "", "", False, False)
-    turns = [*conversation.turns[: answer.turn], begin]
+    # Of the answer's own turn, the prompt contains only the prefix.
+    prefix = Turn(conversation.turns[answer.turn].prefix, "", "", False, False)
+    turns = [*conversation.turns[: answer.turn], prefix]
     prompt = [abs(token) for token in signed_ids(encoder.encode_turns([turns])[0])]
     calls = _calls_of(conversation, answer)
     named = bool(calls) and encoder.template.roles["tool"].named is not None
@@ -196,7 +196,7 @@ def _calls_of(conversation: Conversation, answer: AnswerTurn) -> list[dict[str, 
 
 
 def _reference_text(messages: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Returns the messages of the reference, as the data has them."""
+    """Returns the messages of the reference, as in the data."""
     return [
         {key: message[key] for key in ("role", "name", "content") if key in message} for message in messages
     ]

@@ -1,7 +1,7 @@
-"""Looks at the model while it trains: loss on held-out conversations, and answers to fixed prompts.
+"""Hooks that evaluate the model during training: held-out loss, and answers to fixed prompts.
 
-Neither disturbs training: nothing random is drawn, no gradient is made, and the model goes back to training mode.
-Started again, a run takes both files back to the step that it goes on from, like its metrics.
+They do not affect training: they leave the random state unchanged, compute no gradients, and restore training mode.
+When a run resumes, both files are cut back to the step it resumes from, like its metrics.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ from snaketune.training.progress_line import say
 
 
 class _EverySteps(Hook):
-    """Runs `evaluate` before the first step, every `interval` steps, and after the last; 0 never does."""
+    """Runs `evaluate` before the first step, every `interval` steps, and after the last step; never if 0."""
 
-    priority = "LOW"  # after the metrics, and before the checkpoint: a step that is saved has been looked at
+    priority = (
+        "LOW"  # after the metrics and before the checkpoint, so that every saved step has been evaluated
+    )
     file: str
 
     def __init__(self, interval: int, tokenizer: str | None, encoding: ChatEncoding):
         self.interval, self.tokenizer_folder, self.encoding = interval, tokenizer, encoding
 
     def load_tokenizer(self):
-        """Returns the tokenizer, with the template that training uses."""
+        """Returns the tokenizer with training's chat template."""
         return load_tokenizer(self.tokenizer_folder).with_template(self.encoding.template)
 
     def before_train(self, runner) -> None:
@@ -64,27 +66,27 @@ class _EverySteps(Hook):
                 file.write(json.dumps({"step": step, **line}, ensure_ascii=False) + "\n")
 
     def load(self) -> None:
-        """Reads what is evaluated on."""
+        """Loads the evaluation data."""
         raise NotImplementedError
 
     def evaluate(self, runner, model, step: int) -> dict | None:
-        """Returns a line for the file on rank 0."""
+        """Returns a record for the file; only rank 0 writes it."""
         raise NotImplementedError
 
 
 class HeldoutLossHook(_EverySteps):
-    """Writes the loss on held-out conversations to evals.jsonl, as evaluate_model.py measures it.
+    """Writes the loss on held-out conversations to evals.jsonl, measured as in evaluate_model.py.
 
-    The ranks share the conversations out.
+    The conversations are split among the ranks.
 
     Args:
-        interval: Optimizer steps between two evaluations; 0 for none.
+        interval: Optimizer steps between evaluations; 0 turns them off.
         folder: Held-out conversations, `<dataset>/processed/<any>/<file>.jsonl`.
         tokenizer: Folder of the extended tokenizer.
-        max_length: Tokens after which a conversation is cut.
-        max_samples: Conversations per dataset; None for all.
-        batch_tokens: Tokens in a padded batch.
-        **encoding: `template`, `mask` and `control_tokens` of `ChatEncoding`, as the data was tokenised.
+        max_length: Maximum tokens of a conversation; longer ones are cut.
+        max_samples: Maximum conversations per dataset; None for all.
+        batch_tokens: Maximum tokens of a padded batch.
+        **encoding: `template`, `mask` and `control_tokens` of `ChatEncoding`, as used to tokenise the data.
     """
 
     file = EVALS
@@ -106,7 +108,7 @@ class HeldoutLossHook(_EverySteps):
     def load(self) -> None:
         """Reads and tokenises the conversations."""
         if not self.folder or not self.tokenizer_folder:
-            raise UserError("eval_steps is set, but not what to evaluate on", fix="set heldout_dir")
+            raise UserError("eval_steps is set, but heldout_dir is not", fix="set heldout_dir")
         tokenizer = self.load_tokenizer()
         self.pad_id = tokenizer.end_of_turn_id
         self.samples = load_heldout(
@@ -134,7 +136,10 @@ class HeldoutLossHook(_EverySteps):
         return {**result, "seconds": round(time.perf_counter() - started, 3)}
 
     def _batches(self, runner) -> Iterator[tuple[list[Sample], bool]]:
-        """This rank's batches; with ZeRO-3 as many on each rank, the surplus not counted, since they gather weights."""
+        """Yields this rank's batches, each with True if it counts.
+
+        With ZeRO-3 each forward pass gathers weights, so all ranks need equally many; the extra batches do not count.
+        """
         batches = batches_by_length(self.samples, self.batch_tokens)
         for start in range(0, len(batches), runner.world_size):
             mine = start + runner.rank
@@ -145,15 +150,15 @@ class HeldoutLossHook(_EverySteps):
 
 
 class GenerateHook(_EverySteps):
-    """Writes greedy answers to fixed prompts to generations.jsonl, as XTuner's EvaluateChatHook shows them.
+    """Writes greedy answers to fixed prompts to generations.jsonl, like XTuner's EvaluateChatHook.
 
-    Rank 0 generates alone. With ZeRO-3 all ranks generate the same: each token gathers all weights, which is slow.
+    Only rank 0 generates. With ZeRO-3 all ranks generate the same answers, slowly: each token gathers all weights.
 
     Args:
-        interval: Optimizer steps between two generations; 0 for none.
-        prompts: JSON file, a list of conversations without the answer.
+        interval: Optimizer steps between generations; 0 turns them off.
+        prompts: JSON file with a list of conversations without the answer.
         tokenizer: Folder of the extended tokenizer.
-        max_new_tokens: Longest answer.
+        max_new_tokens: Maximum tokens of an answer.
         **encoding: As for `HeldoutLossHook`.
     """
 
@@ -173,12 +178,12 @@ class GenerateHook(_EverySteps):
     def load(self) -> None:
         """Reads the prompts."""
         if not self.prompts_file or not self.tokenizer_folder:
-            raise UserError("generate_steps is set, but no prompts", fix="set prompts to a JSON file")
+            raise UserError("generate_steps is set, but prompts is not", fix="set prompts to a JSON file")
         self.prompts = read_prompts(Path(self.prompts_file))
         self.tokenizer = self.load_tokenizer()
 
     def evaluate(self, runner, model, step: int) -> dict | None:
-        """Returns the answers; None on a rank that had no part in them."""
+        """Returns the answers; None on a rank that does not generate."""
         if not is_main_process() and not _weights_are_sharded(runner.model.model):
             return None
         answers = generate(
@@ -193,7 +198,7 @@ class GenerateHook(_EverySteps):
 
 @contextmanager
 def _evaluating(engine) -> Iterator:
-    """The model in evaluation mode; then as it was, its generation settings and the state of random numbers too."""
+    """Puts the model in eval mode; restores training mode, generation settings and the random state at exit."""
     model = engine.module.llm
     settings = model.generation_config
     devices = [engine.device] if torch.device(engine.device).type == "cuda" else []
