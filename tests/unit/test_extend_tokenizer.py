@@ -16,8 +16,8 @@ from snaketune.encoding.batch_encoder import encode_conversation
 from snaketune.encoding.chat_encoding import ChatEncoding
 from snaketune.encoding.tokenizer import load_tokenizer
 
-SPECIAL_TOKENS = load_template().special_tokens
-render = load_template().render
+SPECIAL_TOKENS = load_template("internlm2_chat").special_tokens
+render = load_template("internlm2_chat").render
 
 NASTY = [
     "",

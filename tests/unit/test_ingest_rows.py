@@ -28,7 +28,7 @@ def test_a_row(tmp_path, case):
 
 
 def test_real_conversations_come_back_as_they_were(tmp_path, shared_data):
-    template = load_template()
+    template = load_template("internlm2_chat")
     originals, rows = [], []
     for file in sorted(shared_data.glob("ftdp/*/processed/*/*.jsonl")):
         originals += [json.loads(line) for line in file.read_bytes().splitlines()]

@@ -50,7 +50,7 @@ def test_shipped():
     assert shipped_templates() == TEMPLATES
     for name in TEMPLATES:
         assert load_template(name).name == name
-    assert load_template().name == "internlm2_chat"
+    assert load_template("internlm2_chat").name == "internlm2_chat"
     with pytest.raises(UserError, match=r"no chat template 'nonsense'(.|\n)*chatml, internlm2_chat"):
         load_template("nonsense")
 
@@ -75,7 +75,9 @@ def test_what_they_write():
         '[AVAILABLE_TOOLS][{"name": "f"}][/AVAILABLE_TOOLS][INST]Be brief.\n\nhi[/INST]'
         'Look.[TOOL_CALLS]{"name": "f"}</s>[TOOL_RESULTS][1][/TOOL_RESULTS]One.</s>[INST]bye[/INST]Bye.</s>'
     )
-    assert load_template().render(TALK) == "".join(text for turn in exact_turns(TALK) for text, _, _ in turn)
+    assert load_template("internlm2_chat").render(TALK) == "".join(
+        text for turn in exact_turns(TALK) for text, _, _ in turn
+    )
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

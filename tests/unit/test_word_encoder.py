@@ -18,8 +18,8 @@ from snaketune.encoding.sentencepiece_bpe import build_tokenizer_json
 from snaketune.encoding.word_encoder import word_encoder
 from snaketune.encoding.word_rules import word_rules
 
-SPECIAL_TOKENS = load_template().special_tokens
-turns = load_template().turns
+SPECIAL_TOKENS = load_template("internlm2_chat").special_tokens
+turns = load_template("internlm2_chat").turns
 
 fragments = st.sampled_from(
     [

@@ -1,10 +1,10 @@
 """Chat templates: how the messages of a conversation become text, and which of it is trained on.
 
 A conversation is a list of messages `{"role", "content", "name"?, "loss"?, "type"?}` (the ftdp format). A template
-(see `snaketune.chat_format.template_file`) says for each role what stands before and after the content. Most roles make a turn of their
-own. Some are part of another role's turn: in `internlm2_chat` a `tool` (an action) and a `thought` are glued, markers
-included, to the assistant message before them, or open one. And some open the next turn of another role: Mistral has no
-system turn, so its text goes in front of the user's.
+(see `snaketune.chat_format.template_file`) gives each role a prefix and a suffix, the text before and after the
+content. Most roles make their own turn. Some join another role's turn: in `internlm2_chat` a `tool` (an action) and a
+`thought` are appended, markup included, to the assistant turn before them, or start one. Others start the next turn of
+another role: Mistral has no system turn, so the system text goes in front of the user's.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-MAX_LENGTH = 32 * 1024
-
-# With `loss: false` the role does not count, and there is no entry for "prefix".
+# With `loss: false` the role does not matter, and type "prefix" is not allowed.
 _TRAINED_WITHOUT_LOSS = {"icl": False, "current": False, "meta": False}
 
 
 class MessageError(ValueError):
-    """A conversation that is not in the format. `field` is a path such as `[2].role`."""
+    """A conversation is not in the ftdp format. `field` is a path such as `[2].role`."""
 
     def __init__(self, field: str, *, found: object, expected: str, fix: str):
         super().__init__(f"{field}: found {found}, expected {expected}")
@@ -30,7 +28,7 @@ class MessageError(ValueError):
 
 
 class Part(NamedTuple):
-    """A stretch of a turn's content: `markup` is the template's, the rest is what a message says."""
+    """A stretch of a turn's content. `markup` is true for the template's text, false for a message's."""
 
     text: str
     markup: bool
@@ -41,13 +39,13 @@ class Turn(NamedTuple):
     """One turn as text.
 
     Attributes:
-        begin: What the template writes before the content.
-        content: The content, with what is glued to it.
-        end: What the template writes after it.
-        content_trained: Is the content trained on? (XTuner's answer: that of the message which made the turn.)
-        end_trained: Does XTuner train on the end?
-        name: Where in `begin` a name stands that a message gives freely (start, stop).
-        parts: What the content is made of, where that is more than one message's content.
+        prefix: The template's text before the content.
+        content: The content, including messages appended to it.
+        suffix: The template's text after the content.
+        content_trained: True if XTuner trains on the content. The message that made the turn decides.
+        suffix_trained: True if XTuner trains on the suffix.
+        name: (start, stop) of a message's free-form name in `prefix`.
+        parts: The parts of the content if it has more than one message's content.
     """
 
     prefix: str
@@ -59,7 +57,7 @@ class Turn(NamedTuple):
     parts: tuple[Part, ...] | None = None
 
     def user_texts(self) -> list[str]:
-        """Returns what comes from the messages and not from the template."""
+        """Returns the texts that come from the messages, not from the template."""
         texts = [part.text for part in self.parts if not part.markup] if self.parts else [self.content]
         return [*texts, self.prefix[slice(*self.name)]] if self.name else texts
 
@@ -70,15 +68,15 @@ class Role:
 
     Attributes:
         name: The role.
-        begin: Text before the content.
-        end: Text after it.
-        named: Text before and after the name in the begin of a message with a name; None leaves names out.
-        map_names: Write the names that the template lists as their control tokens.
-        types: Is the content trained on, by the message's `type`? A type that is not here is an error.
-        trained: Is it an answer, whose end XTuner always trains on?
-        part_of: The role whose turn this one continues or opens.
-        opens: The role whose next turn begins with this one's text.
-        by_name: What differs for messages of a certain name.
+        prefix: Text before the content.
+        suffix: Text after the content.
+        named: Text before and after the name in the prefix of a named message; None leaves names out.
+        map_names: True if names that the template lists become their control tokens.
+        types: Message `type` -> True if the content is trained on. Any other type is an error.
+        trained: True if the role writes answers; XTuner always trains on their suffix.
+        part_of: The role whose turn this role continues or starts.
+        opens: The role whose next turn starts with this role's text.
+        by_name: Message name -> the role as it is written for that name.
     """
 
     name: str
@@ -93,7 +91,7 @@ class Role:
     by_name: Mapping[str, Role] = field(default_factory=dict)
 
     def respelled(self, spell: Any) -> Role:
-        """Returns the role with `spell` applied to every text of the template."""
+        """Returns the role with `spell` applied to each of its texts."""
         return replace(
             self,
             prefix=spell(self.prefix),
@@ -108,13 +106,13 @@ class ChatTemplate:
     """A chat template; made by `snaketune.chat_format.template_file.load_template`.
 
     Attributes:
-        name: Its name.
-        special_tokens: The control tokens that it writes. Missing ones are added to a tokenizer in this order.
+        name: The template's name.
+        special_tokens: The control tokens in its texts. Missing ones are added to a tokenizer in this order.
         end_of_turn: The token that ends an answer.
-        bos: Does a conversation begin with BOS?
-        names: Names that are written as control tokens.
-        roles: How each role is written.
-        text: Its file.
+        bos: True if a conversation starts with BOS.
+        names: Message name -> the control token that replaces it.
+        roles: Role name -> how the role is written.
+        text: The text of the template file.
     """
 
     name: str = field(compare=False)
@@ -127,16 +125,16 @@ class ChatTemplate:
 
     @property
     def sha256(self) -> str:
-        """The digest of its file's text."""
+        """SHA-256 of the template file's text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
     def generation_prompt(self) -> str:
-        """The text after which the model answers."""
+        """The text that the model continues with its answer."""
         return self.roles["assistant"].prefix
 
     def respelled(self, spelling: Mapping[str, str]) -> ChatTemplate:
-        """Returns the template with each token of `spelling` written as the text that it maps to."""
+        """Returns the template with each token in `spelling` replaced by the text that it maps to."""
         if not spelling:
             return self
         longest_first = sorted(spelling, key=len, reverse=True)
@@ -152,14 +150,14 @@ class ChatTemplate:
         )
 
     def turns(self, messages: Any, own_loss: bool = False) -> list[Turn]:
-        """Returns the turns of a conversation; the conversation is left as it is.
+        """Returns the turns of a conversation. Does not modify the conversation.
 
         Args:
             messages: The conversation.
-            own_loss: Let a message that is part of another one's turn have a `loss` of its own; XTuner ignores it.
+            own_loss: Respect the `loss` of a message that joins another message's turn; XTuner ignores it.
 
         Raises:
-            MessageError: The value is not a conversation in the format; says which field and what to change.
+            MessageError: `messages` is not in the format. The error names the field and the fix.
         """
         if type(messages) is not list:
             raise _bad(
@@ -180,10 +178,10 @@ class ChatTemplate:
             name = message.get("name")
             if type(content) is not str:
                 raise _bad(
-                    f"[{index}].content", content, "a string", 'give it a text, "" if there is none', message
+                    f"[{index}].content", content, "a string", 'add a string, "" if there is no text', message
                 )
             if name is not None and type(name) is not str:
-                raise _bad(f"[{index}].name", name, "a string", "put the name in quotes, or leave it out")
+                raise _bad(f"[{index}].name", name, "a string", "put the name in quotes, or remove it")
             role = roles.get(role_name) if type(role_name) is str else None
             if role is None:
                 raise _bad(
@@ -240,7 +238,7 @@ class ChatTemplate:
 
 
 def refuse_half_characters(conversation: list[Turn]) -> None:
-    """Raises a MessageError for half a surrogate pair: no tokenizer can encode it (XTuner ends with a traceback)."""
+    """Raises a MessageError for half a surrogate pair. No tokenizer can encode it (XTuner ends with a traceback)."""
     for index, turn in enumerate(conversation):
         try:
             (turn.prefix + turn.content).encode()
@@ -248,8 +246,8 @@ def refuse_half_characters(conversation: list[Turn]) -> None:
             raise MessageError(
                 f"turn {index + 1}",
                 found=f"half a surrogate pair, {error.object[error.start : error.end]!r}",
-                expected="text that UTF-8 can hold",
-                fix="replace the \\ud... escape by the whole character",
+                expected="text that UTF-8 can encode",
+                fix="replace the \\ud... escape with the whole character",
             ) from None
 
 
@@ -264,7 +262,7 @@ def _parts(
         (content, False),
         (suffix, True),
     )
-    # The content stays, even empty: the last part says whether the end is trained on.
+    # Keep the content even if it is empty: the last part decides whether the suffix is trained on.
     return tuple(Part(text, markup, trained) for text, markup in pieces if text or not markup)
 
 
@@ -290,7 +288,7 @@ def _glue(
 
 def _loss(index: int, message: dict) -> bool:
     loss = message.get("loss", True)
-    # null, 0 and 1 mean what Python makes of them in XTuner; a string would always count as true.
+    # XTuner takes the truth value in Python. null, 0 and 1 are fine; any string but "" would be true.
     if loss is not None and (not isinstance(loss, int) or loss not in (0, 1)):
         raise _bad(f"[{index}].loss", loss, "true or false", "write true or false without quotes")
     return bool(loss)
@@ -298,7 +296,7 @@ def _loss(index: int, message: dict) -> bool:
 
 def _content_trained(index: int, role: Role, message: dict) -> bool:
     if "loss" not in message and "type" not in message and "current" in role.types:
-        return role.types["current"]  # as most messages are
+        return role.types["current"]  # the common case
     loss = _loss(index, message)
     kind = message.get("type", "current")
     table = role.types if loss else _TRAINED_WITHOUT_LOSS
@@ -306,7 +304,7 @@ def _content_trained(index: int, role: Role, message: dict) -> bool:
         allowed = " or ".join(sorted(set(table) - {"end"}))
         which = f"{allowed} for role {role.name}" + ("" if loss else " with loss: false")
         raise _bad(
-            f"[{index}].type", kind, which, "use one of these types, or leave type out (it means current)"
+            f"[{index}].type", kind, which, "use one of these types, or remove type (the default is current)"
         )
     return table[kind]
 
@@ -314,15 +312,15 @@ def _content_trained(index: int, role: Role, message: dict) -> bool:
 def _nothing_before(index: int, role: str, roles: Mapping[str, Role]) -> MessageError:
     making = [name for name, each in roles.items() if each.part_of is None]
     first = ", ".join(making[:-1]) + " or " + making[-1]
-    return _bad(f"[{index}].role", role, f"a {first} message first", "put the user's message before it")
+    return _bad(f"[{index}].role", role, f"a {first} message first", "put the user's message first")
 
 
 def _misplaced(index: int, wanted: str | None, found: str) -> MessageError:
     return MessageError(
         f"[{index}].role",
         found=found,
-        expected=f"a {wanted} message: the message before it is written into the next {wanted} turn",
-        fix=f"put a {wanted} message here",
+        expected=f"a {wanted} message: the message before it becomes part of the next {wanted} turn",
+        fix=f"insert a {wanted} message here",
     )
 
 

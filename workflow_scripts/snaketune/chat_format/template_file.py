@@ -1,6 +1,6 @@
-"""Reads chat templates from their files: YAML that says, role by role, what is written and what is trained on.
+"""Reads chat templates from YAML files, which define the text and the trained parts of each role.
 
-`docs/templates.md` explains the keys. The templates that come with SnakeTune lie in `templates/` beside this module.
+`docs/templates.md` explains the keys. The templates shipped with SnakeTune are in `templates/` beside this module.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-try:  # as safe, and several times as fast, where PyYAML was built with libyaml
+try:  # equally safe and several times faster, if PyYAML was built with libyaml
     from yaml import CSafeLoader as SafeLoader
 except ImportError:
     from yaml import SafeLoader
@@ -22,8 +22,7 @@ except ImportError:
 from snaketune.chat_format.chat_template import ChatTemplate, Role
 from snaketune.common.cli import UserError
 
-DEFAULT_TEMPLATE = "internlm2_chat"
-TEMPLATE_FILE = "chat_template.yaml"  # beside a tokenizer and a model
+TEMPLATE_FILE = "chat_template.yaml"  # stored with a tokenizer and a model
 _FOLDER = Path(__file__).parent / "templates"
 _KEYS = {
     "description": str,
@@ -47,24 +46,24 @@ _ROLE_KEYS = {
     "part_of": str,
     "by_name": dict,
 }
-_WORDS = {str: "a text", list: "a list", bool: "true or false", dict: "a mapping"}
+_WORDS = {str: "a string", list: "a list", bool: "true or false", dict: "a mapping"}
 _ROLE_NAME = re.compile(r"[A-Za-z][\w-]*")
 _DOCS = "see docs/templates.md, and the shipped templates for examples"
 
 
 def shipped_templates() -> list[str]:
-    """Returns the names of the templates that come with SnakeTune."""
+    """Returns the names of the templates shipped with SnakeTune."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
-def load_template(name: str | os.PathLike = DEFAULT_TEMPLATE) -> ChatTemplate:
-    """Returns a shipped template, or the one of a file.
+def load_template(name: str | os.PathLike) -> ChatTemplate:
+    """Loads a shipped template or a template file.
 
     Args:
         name: A name such as `llama3`, or the path of a YAML file.
 
     Raises:
-        UserError: There is no such template, or its file is not as it should be; names file and key.
+        UserError: The template does not exist or is invalid. The error names the file and the key.
     """
     if str(name) in shipped_templates():
         return _load_shipped(str(name))
@@ -72,15 +71,15 @@ def load_template(name: str | os.PathLike = DEFAULT_TEMPLATE) -> ChatTemplate:
 
 
 def template_path(name: str | os.PathLike) -> Path:
-    """Returns the file of a template that is named as for `load_template`.
+    """Returns the path of a template's file. `name` is as in `load_template`.
 
     Raises:
-        UserError: There is none.
+        UserError: The template does not exist.
     """
     path = _FOLDER / f"{name}.yaml" if str(name) in shipped_templates() else Path(name)
     if not path.is_file():
         raise UserError(
-            f"there is no chat template {str(name)!r}",
+            f"no chat template {str(name)!r}",
             expected=f"{', '.join(shipped_templates())}, or the path of a template file",
             fix="correct the template's name (config: tokenize.template)",
         )
@@ -88,10 +87,10 @@ def template_path(name: str | os.PathLike) -> Path:
 
 
 def check_mask(template: ChatTemplate, mask: str) -> None:
-    """Raises a UserError for `compat` with another template than InternLM2's: XTuner has no such masks to be equal to."""
-    if mask == "compat" and template != load_template():
+    """Raises a UserError for `compat` with any template other than InternLM2's: XTuner has masks for no other."""
+    if mask == "compat" and template != load_template("internlm2_chat"):
         raise UserError(
-            "mask: compat is XTuner's choice of trained tokens, and XTuner has the template internlm2_chat alone",
+            "mask: compat reproduces XTuner's trained tokens, and XTuner has only the template internlm2_chat",
             found=f"template {template.name} with mask compat",
             expected="mask exact with this template",
             fix="set tokenize.mask: exact in the config (--mask exact on the command line)",
@@ -99,15 +98,15 @@ def check_mask(template: ChatTemplate, mask: str) -> None:
 
 
 def parse_template(text: str, name: str, where: str | os.PathLike) -> ChatTemplate:
-    """Makes a template of its file's text.
+    """Parses the text of a template file.
 
     Args:
         text: YAML.
         name: The template's name.
-        where: What to call the source in errors.
+        where: Name of the source, for error messages.
 
     Raises:
-        UserError: The text is not as it should be; names the key.
+        UserError: The text is invalid. The error names the key.
     """
     try:
         description = yaml.load(text, Loader=SafeLoader)
@@ -120,22 +119,24 @@ def parse_template(text: str, name: str, where: str | os.PathLike) -> ChatTempla
     tokens = description["special_tokens"]
     for place, token in enumerate(tokens):
         if type(token) is not str or not token or tokens.index(token) != place:
-            raise _error(where, f"special_tokens[{place}]", repr(token), "a token, each once")
+            raise _error(where, f"special_tokens[{place}]", repr(token), "a token that is listed once")
     if not description["end_of_turn"]:
         raise _error(where, "end_of_turn", "''", "the token that ends an answer")
     names = description.get("names", {})
     for key, value in names.items():
         if type(key) is not str or type(value) is not str:
-            raise _error(where, f"names.{key}", repr(value), "a text for a text")
+            raise _error(where, f"names.{key}", repr(value), "a string")
     said = description["roles"]
     for key in said:
         if type(key) is not str or not _ROLE_NAME.fullmatch(key):
-            raise _error(where, f"roles.{key}", repr(key), "a name of letters, digits, - and _")
+            raise _error(
+                where, f"roles.{key}", repr(key), "a name of letters, digits, - and _, with a letter first"
+            )
     if "assistant" not in said:
-        raise _error(where, "roles", ", ".join(said) or "no role", "a role named assistant among them")
+        raise _error(where, "roles", ", ".join(said) or "no role", "a role named assistant")
     roles = {key: _role(key, value, said, where) for key, value in said.items()}
     if not any(role.trained for role in roles.values()):
-        raise _error(where, "roles", "no role with trained: true", "one, usually assistant")
+        raise _error(where, "roles", "no role with trained: true", "at least one, usually assistant")
     return ChatTemplate(
         name=name,
         special_tokens=tuple(tokens),
@@ -172,14 +173,14 @@ def _role(name: str, said: Any, every: Mapping[str, Any], where: str | os.PathLi
     for key, target in (("part_of", part_of), ("opens", opens)):
         makes_turns = isinstance(every.get(target), dict) and not {"part_of", "opens"} & set(every[target])
         if target is not None and (target == name or not makes_turns):
-            raise _error(where, f"{at}.{key}", repr(target), "another role, one that makes turns of its own")
+            raise _error(where, f"{at}.{key}", repr(target), "another role that makes its own turns")
     if part_of is not None:
         useless = [key for key in ("opens", "trained", "types") if key in said]
         if useless:
             raise _error(where, f"{at}.{useless[0]}", repr(said[useless[0]]), f"nothing: {part_of} decides")
     trained = said.get("trained", False)
     if trained and opens is not None:
-        raise _error(where, f"{at}.trained", "true", "false: its text stands in another role's turn")
+        raise _error(where, f"{at}.trained", "true", "false: the text is part of another role's turn")
     types = said.get("types", {"icl": trained, "current": trained, "prefix": False})
     for kind, value in types.items():
         if type(kind) is not str or type(value) is not bool:
@@ -204,8 +205,8 @@ def _role(name: str, said: Any, every: Mapping[str, Any], where: str | os.PathLi
             raise _error(where, here, repr(key), "a name in quotes")
         _check_keys(value, _NAME_KEYS, where, f"{here}.")
         if value.get("opens", opens) not in (None, opens):
-            raise _error(where, f"{here}.opens", repr(value["opens"]), "null, or what the role opens")
-        # A begin for one name has that name in it.
+            raise _error(where, f"{here}.opens", repr(value["opens"]), "null, or the role's own value")
+        # A prefix for one name already contains that name.
         named = _named(value.get("named_begin"), where, f"{here}.named_begin")
         by_name[key] = Role(
             **{
@@ -225,13 +226,13 @@ def _named(text: str | None, where: str | os.PathLike, key: str) -> tuple[str, s
         return None
     before, found, after = text.partition("{name}")
     if not found or "{name}" in after:
-        raise _error(where, key, repr(text), "a text with {name} in it, once")
+        raise _error(where, key, repr(text), "a string that contains {name} once")
     return before, after
 
 
 def _check_keys(said: Any, known: Mapping[str, Any], where: str | os.PathLike, prefix: str) -> None:
     if type(said) is not dict:
-        raise _error(where, prefix.rstrip(".") or "the file", repr(said), "a mapping of keys")
+        raise _error(where, prefix.rstrip(".") or "file", repr(said), "a mapping of keys")
     for key, value in said.items():
         if key not in known:
             raise _error(where, f"{prefix}{key}", "an unknown key", "one of " + ", ".join(known))
@@ -241,4 +242,4 @@ def _check_keys(said: Any, known: Mapping[str, Any], where: str | os.PathLike, p
 
 
 def _error(where: str | os.PathLike, key: str, found: str, expected: str) -> UserError:
-    return UserError(f"{where}: {key} is not as it should be", found=found, expected=expected, fix=_DOCS)
+    return UserError(f"{where}: invalid {key}", found=found, expected=expected, fix=_DOCS)

@@ -1,4 +1,4 @@
-"""Finds the base tokenizer that a user names: a folder, a file or a hub model."""
+"""Opens the base tokenizer that a user names: a folder, a file or a hub model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from snaketune.chat_format.chat_template import ChatTemplate
-from snaketune.chat_format.template_file import DEFAULT_TEMPLATE, load_template
+from snaketune.chat_format.template_file import load_template
 from snaketune.common.cli import UserError
 from snaketune.encoding.sentencepiece_bpe import build_tokenizer_json
 from snaketune.encoding.tokenizer import (
@@ -21,6 +21,7 @@ from snaketune.encoding.tokenizer import (
     save_tokenizer,
     template_record,
 )
+from snaketune.settings.schema import default_of
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = (
@@ -31,7 +32,7 @@ _HUB_FILES = (
     "added_tokens.json",
 )
 _WANTED = "a folder with tokenizer.json, or with a SentencePiece BPE tokenizer.model"
-# Files that would make transformers load something else than the tokenizer.json beside them.
+# Files that would make transformers ignore the tokenizer.json beside them.
 _FOREIGN = ("tokenizer.model", "added_tokens.json", "chat_template.jinja", "config.json")
 
 
@@ -41,27 +42,27 @@ def open_tokenizer(
     trust_remote_code: bool = False,
     template: ChatTemplate | str | None = None,
 ) -> ExtendedTokenizer:
-    """Extends a base tokenizer by the chat tokens that it lacks.
+    """Extends a base tokenizer with the chat tokens that it lacks.
 
     Args:
         base: A tokenizer folder, a `tokenizer.json` or `tokenizer.model` file, or a hub name.
-        save_dir: Receives the extended tokenizer. May be left out when the base has all chat tokens.
-        trust_remote_code: Allows a tokenizer that only code from the base's own folder can build.
-        template: The chat template, a shipped one's name or a file; by default InternLM2's.
+        save_dir: Folder for the extended tokenizer. Optional if the base has all chat tokens.
+        trust_remote_code: Run code from the base's folder if the tokenizer needs it.
+        template: The chat template: a shipped template's name or a file. The default is InternLM2's.
 
     Raises:
-        UserError: There is no usable tokenizer, tokens would be added but there is no folder to save them in, or the
-            base was extended for another template and is to stay as it is.
+        UserError: There is no usable tokenizer, tokens are missing but `save_dir` is None, `save_dir` cannot take the
+            tokenizer, or the base was extended for another template.
     """
     text, folder = read_base(base, trust_remote_code)
     if not isinstance(template, ChatTemplate):
-        template = load_template(template or DEFAULT_TEMPLATE)
+        template = load_template(template or default_of("tokenize.template"))
     new_text, extended = extend(text, folder, template)
     if save_dir is None:
         _refuse_saved_template(folder, template)
         if extended.added:
             raise UserError(
-                f"{base}: the tokenizer lacks chat tokens, and there is no folder to save it with them",
+                f"{base}: the tokenizer lacks chat tokens, and there is no folder to save the extended tokenizer",
                 found=f"no {' '.join(extended.added)}",
                 fix="add --tokenizer-w-special-tokens-save-dir DIR, and train with the tokenizer in DIR",
             )
@@ -81,7 +82,7 @@ def open_tokenizer(
         raise UserError(
             f"{save_dir} holds files of another tokenizer or model",
             found=", ".join(foreign),
-            expected="an empty or new folder, or an extended tokenizer that is to be replaced",
+            expected="an empty or new folder, or an extended tokenizer to replace",
             fix="choose another --tokenizer-w-special-tokens-save-dir",
         )
     save_dir.mkdir(parents=True, exist_ok=True)
@@ -95,14 +96,14 @@ def _refuse_saved_template(folder: Path, template: ChatTemplate) -> None:
         raise UserError(
             f"{folder}: the tokenizer was extended for another chat template",
             found=f"--template {template.name} ({template.sha256[:12]})",
-            expected=f"{saved['name']} ({saved['sha256'][:12]}), with which the tokenizer is saved and served",
-            fix=f"give --template {folder / TEMPLATE_FILE}, or extend the base tokenizer for {template.name} "
+            expected=f"{saved['name']} ({saved['sha256'][:12]}), the template saved and served with the tokenizer",
+            fix=f"pass --template {folder / TEMPLATE_FILE}, or extend the base tokenizer for {template.name} "
             "(extend_tokenizer.py)",
         )
 
 
 def read_base(base: str | os.PathLike, trust_remote_code: bool = False) -> tuple[str, Path]:
-    """Returns the text of the base's tokenizer.json (built if need be) and the folder of its configuration.
+    """Returns the text of the base's tokenizer.json (built if necessary) and the folder of its configuration.
 
     Raises:
         UserError: There is no usable tokenizer.
@@ -133,7 +134,7 @@ def _read_file(path: Path) -> str:
 
 
 def _add_declared_tokens(tokenizer: Tokenizer, folder: Path) -> None:
-    """Adds what tokenizer_config.json and added_tokens.json declare beyond a SentencePiece model, in order of ids."""
+    """Adds the tokens of tokenizer_config.json and added_tokens.json to a SentencePiece model, in order of ids."""
     declared: dict[int, AddedToken] = {}
     added_tokens = folder / "added_tokens.json"
     config_path = folder / "tokenizer_config.json"
@@ -151,14 +152,14 @@ def _add_declared_tokens(tokenizer: Tokenizer, folder: Path) -> None:
         got = tokenizer.token_to_id(token.content)
         if got != token_id:
             raise UserError(
-                f"{folder}: the added token {token.content!r} cannot have the id that the files give it",
+                f"{folder}: the added token {token.content!r} cannot have the id from the files",
                 found=f"id {token_id} in the files, {got} in the SentencePiece model's tokenizer",
-                fix="give a folder with a tokenizer.json",
+                fix="pass a folder with a tokenizer.json",
             )
 
 
 def _download(name: str) -> Path:
-    """Fetches the tokenizer files of a hub model, or takes them from its cache."""
+    """Fetches the tokenizer files of a hub model, or reads them from the hub's cache."""
     if not _HUB_NAME.fullmatch(name):
         raise UserError(
             f"{name} does not exist", expected=f"{_WANTED}, or a hub name", fix="correct --tokenizer-path"
@@ -167,17 +168,17 @@ def _download(name: str) -> Path:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, "*.py"]))
-    except Exception as error:  # offline, unknown name, gated: the hub's own message says which
+    except Exception as error:  # offline, unknown name or gated; the hub's message says which
         raise UserError(
-            f"{name} is neither a folder here nor a hub model that can be fetched",
+            f"{name} is neither a local folder nor a hub model that can be fetched",
             found=str(error).splitlines()[0] if str(error) else type(error).__name__,
             expected=f"{_WANTED}, or a hub name",
-            fix="correct --tokenizer-path, or copy the tokenizer into a folder and give that",
+            fix="correct --tokenizer-path, or copy the tokenizer into a folder and pass that folder",
         ) from None
 
 
 def _build_by_remote_code(folder: Path) -> str:
-    """Lets the code in the base's folder build the tokenizer; the caller has said that it may run."""
+    """Builds the tokenizer with the code in the base's folder, which the user has trusted."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

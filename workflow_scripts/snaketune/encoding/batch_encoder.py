@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from snaketune.chat_format.chat_template import MAX_LENGTH, MessageError, Turn, refuse_half_characters
+from snaketune.chat_format.chat_template import MessageError, Turn, refuse_half_characters
 from snaketune.chat_format.template_file import check_mask
 from snaketune.encoding.chat_encoding import ChatEncoding
 from snaketune.encoding.control_tokens import (
@@ -31,6 +31,7 @@ from snaketune.encoding.tokenizer import ExtendedTokenizer
 from snaketune.encoding.word_encoder import WordEncoder, word_encoder
 from snaketune.encoding.word_lines import WordLines, word_lines
 from snaketune.encoding.word_rules import WordRules, word_rules
+from snaketune.settings.schema import default_of
 
 
 class BatchEncoder:
@@ -310,7 +311,7 @@ def encode_conversations(
     conversations: Iterable[list[dict]],
     tokenizer: ExtendedTokenizer,
     encoding: ChatEncoding,
-    max_length: int | None = MAX_LENGTH,
+    max_length: int | None = default_of("data.max_tokens"),
 ) -> list[list[int]]:
     """Returns the signed ids of each conversation: BOS first, untrained ids negated, cut at `max_length`.
 
@@ -334,7 +335,7 @@ def encode_conversation(
     messages: list[dict],
     tokenizer: ExtendedTokenizer,
     encoding: ChatEncoding,
-    max_length: int | None = MAX_LENGTH,
+    max_length: int | None = default_of("data.max_tokens"),
 ) -> list[int]:
     """Returns the signed ids of one conversation (see `encode_conversations`)."""
     return encode_conversations([messages], tokenizer, encoding, max_length)[0]

@@ -1,7 +1,7 @@
-"""How a conversation becomes token ids: chat template, loss mask and control tokens, as one value.
+"""The settings that turn a conversation into token ids, as one value: chat template, mask and control tokens.
 
-Training, evaluation, the conversions' gate and serving have to agree on it. The options in a tokenised dataset's manifest
-hold it.
+Training, evaluation, the parity check and serving must use the same value. A tokenised dataset's manifest records it
+in its options.
 """
 
 from __future__ import annotations
@@ -11,29 +11,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from snaketune.common.cli import UserError
+from snaketune.settings.command_line import defaults_of
 
 MASKS = ("compat", "exact")
 CONTROL_TOKENS = ("literal", "control", "error")
 _FIELDS = ("template", "mask", "control_tokens")
+_DEFAULTS = defaults_of("tokenize_dataset")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatEncoding:
-    """How conversations become token ids, and which of these are trained on.
+    """How conversations become token ids, and which ids are trained on.
 
     Attributes:
-        template: Name of a shipped chat template, or path of a template file; None for the one saved with the tokenizer.
+        template: A shipped chat template's name or a template file; None for the template saved with the tokenizer.
         mask: "compat" trains on what XTuner trains on, "exact" corrects it.
-        control_tokens: A control token typed inside a message becomes "literal" text, the token ("control"), or an
+        control_tokens: What a control token typed in a message becomes: "literal" text, the token ("control"), or an
             "error".
 
     Raises:
-        UserError: The mask or control_tokens is none of its choices.
+        UserError: `mask` or `control_tokens` is not a valid choice.
     """
 
     template: str | None = None
-    mask: str = "compat"
-    control_tokens: str = "literal"
+    mask: str = _DEFAULTS["mask"]
+    control_tokens: str = _DEFAULTS["control_tokens"]
 
     def __post_init__(self) -> None:
         for name, choices in (("mask", MASKS), ("control_tokens", CONTROL_TOKENS)):
@@ -43,7 +45,7 @@ class ChatEncoding:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ChatEncoding:
-        """Returns the encoding among other options, such as those of a command line; what is missing is the default."""
+        """Picks the encoding out of other options, such as a command line's. Missing options get their defaults."""
         return ChatEncoding(**{name: options[name] for name in _FIELDS if name in options})
 
     @property

@@ -1,12 +1,13 @@
-"""The ids of a prompt: a conversation, and the beginning of the assistant's turn."""
+"""Encodes prompts: a conversation and the prefix of the assistant's turn."""
 
 from __future__ import annotations
 
-from snaketune.chat_format.chat_template import MAX_LENGTH, MessageError
+from snaketune.chat_format.chat_template import MessageError
 from snaketune.common.cli import UserError
 from snaketune.encoding.batch_encoder import encode_conversation
 from snaketune.encoding.chat_encoding import ChatEncoding
 from snaketune.encoding.tokenizer import ExtendedTokenizer
+from snaketune.settings.schema import default_of
 
 
 def encode_prompt(
@@ -14,12 +15,12 @@ def encode_prompt(
     tokenizer: ExtendedTokenizer,
     encoding: ChatEncoding,
     where: str = "prompt",
-    max_length: int | None = MAX_LENGTH,
+    max_length: int | None = default_of("data.max_tokens"),
 ) -> list[int]:
-    """Returns the ids of a conversation and of the assistant's beginning turn, as training would see them.
+    """Returns the ids of a conversation and of the assistant's prefix, as in training.
 
     Raises:
-        UserError: When a message is not in the format.
+        UserError: A message is not in the format.
     """
     try:
         signed = encode_conversation(prompt, tokenizer, encoding, max_length)

@@ -24,6 +24,7 @@ from snaketune.chat_format.jinja_template import jinja_template
 from snaketune.chat_format.template_file import TEMPLATE_FILE, load_template, parse_template
 from snaketune.common.cli import UserError
 from snaketune.common.files import read_json, sha256_file, write_json, write_text
+from snaketune.settings.schema import default_of
 
 _EXTEND = "run extend_tokenizer.py and pass the folder that it writes"
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -159,7 +160,7 @@ def _saved_template(folder: Path, manifest: dict[str, Any]) -> ChatTemplate:
     """Returns the template that lies beside a tokenizer; a tokenizer without one is an InternLM2 one."""
     saved, path = manifest.get("chat_template"), folder / TEMPLATE_FILE
     if not path.is_file() and not saved:
-        return load_template()
+        return load_template("internlm2_chat")
     if saved and not (path.is_file() and sha256_file(path) == saved["sha256"]):
         raise UserError(
             f"{path} is not the chat template that the manifest beside it names",
@@ -253,7 +254,7 @@ def extend(
     Returns:
         The new tokenizer.json and the tokenizer that it makes.
     """
-    template = template or load_template()
+    template = template or load_template(default_of("tokenize.template"))
     wanted = _tokens_of(template)
     path = Path(folder) / "tokenizer.json"
     data, present = _read_entries(text, path)

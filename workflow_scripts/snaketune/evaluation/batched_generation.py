@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from snaketune.settings.schema import default_of
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -58,7 +60,7 @@ def generate_batched(
     max_new_tokens: int,
     *,
     suppress: Collection[int] = (),
-    batch_tokens: int = 16384,
+    batch_tokens: int = default_of("tool_calls.batch_tokens"),
     max_rows: int = 32,
     on_answer: Callable[[int, Answer], None] | None = None,
 ) -> list[Answer]:

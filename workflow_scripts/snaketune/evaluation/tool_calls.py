@@ -19,6 +19,7 @@ from snaketune.encoding.tokenizer import ExtendedTokenizer
 from snaketune.evaluation.call_format import Call, CallReader
 from snaketune.evaluation.call_verdicts import Offered, offered_tools, verdicts
 from snaketune.evaluation.conversations import AnswerTurn, Conversation, answer_turns
+from snaketune.settings.schema import default_of
 
 KINDS = ("call", "text")
 _SHOWN = 500
@@ -106,7 +107,7 @@ def answer_points(
     points: Sequence[Point],
     tokenizer: ExtendedTokenizer,
     max_new_tokens: int,
-    batch_tokens: int = 16384,
+    batch_tokens: int = default_of("tool_calls.batch_tokens"),
 ) -> list[dict[str, Any]]:
     """Generates the model's answers and judges them.
 

@@ -25,6 +25,7 @@ from snaketune.encoding.tokenizer import load_tokenizer
 from snaketune.evaluation.generation import generate
 from snaketune.evaluation.heldout import Sample, batches_by_length, load_heldout
 from snaketune.evaluation.scoring import add_losses, summarise
+from snaketune.settings.schema import default_of
 from snaketune.training.metrics_file import cut_metrics
 from snaketune.training.metrics_hook import MetricsHook
 from snaketune.training.progress_line import say
@@ -96,7 +97,7 @@ class HeldoutLossHook(_EverySteps):
         interval: int = 0,
         folder: str | None = None,
         tokenizer: str | None = None,
-        max_length: int = 4096,
+        max_length: int = default_of("evaluate.max_tokens"),
         max_samples: int | None = None,
         batch_tokens: int = 2048,
         **encoding: str | None,
@@ -169,7 +170,7 @@ class GenerateHook(_EverySteps):
         interval: int = 0,
         prompts: str | None = None,
         tokenizer: str | None = None,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = default_of("evaluate.max_new_tokens"),
         **encoding: str | None,
     ):
         super().__init__(interval, tokenizer, ChatEncoding(**encoding))

@@ -13,6 +13,7 @@ from snaketune.common.slurm import job_record
 from snaketune.encoding.tokenizer import template_record
 from snaketune.export.checkpoint_source import open_checkpoint
 from snaketune.export.hf_folder import copy_tokenizer, describe_files, write_config, write_generation_config
+from snaketune.settings.schema import default_of
 
 if TYPE_CHECKING:
     from snaketune.checkpoints.stored_tensors import StoredTensors
@@ -29,10 +30,10 @@ def convert(
     dst: Path,
     *,
     dtype: str = "auto",
-    max_shard_size: str = "2GB",
+    max_shard_size: str = default_of("hf.max_shard_size"),
     trust_remote_code: bool = False,
-    lora: str = "merge",
-    padded_vocab: str = "keep",
+    lora: str = default_of("hf.lora"),
+    padded_vocab: str = default_of("hf.padded_vocab"),
 ) -> dict[str, Any]:
     """Writes the weights, config, generation config and tokenizer of a trained model.
 

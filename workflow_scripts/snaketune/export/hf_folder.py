@@ -12,6 +12,7 @@ from snaketune.chat_format.template_file import TEMPLATE_FILE
 from snaketune.common.cli import UserError
 from snaketune.common.files import read_json, sha256_file, write_json
 from snaketune.export.hf_config import portable_config
+from snaketune.settings.schema import default_of
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,9 @@ def require_model_folder(path: str | Path) -> Path:
     return path
 
 
-def save_model(model, folder: Path, dtype: str, max_shard_size: str = "2GB") -> None:
+def save_model(
+    model, folder: Path, dtype: str, max_shard_size: str = default_of("hf.max_shard_size")
+) -> None:
     """Writes a model's safetensors and a `config.json` that transformers 4 and 5 read alike.
 
     `save_pretrained` uses the tensor names of published checkpoints, regardless of transformers' internal names.

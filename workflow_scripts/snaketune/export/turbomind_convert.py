@@ -27,6 +27,7 @@ from snaketune.common.files import atomic_dir, read_json, write_json
 from snaketune.common.slurm import job_record
 from snaketune.export.hf_folder import describe_files, require_in_range, require_model_folder
 from snaketune.export.turbomind_config import WEIGHTS, head_size, shared_settings
+from snaketune.settings.schema import default_of
 
 
 def convert(
@@ -34,7 +35,7 @@ def convert(
     model_path: Path,
     dst_path: Path,
     *,
-    chat_template: str = "internlm2",
+    chat_template: str = default_of("turbomind.chat_template"),
     tp: int = 1,
     dtype: str = "auto",
     model_format: str = "hf",

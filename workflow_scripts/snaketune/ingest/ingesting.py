@@ -1,7 +1,7 @@
 """Converts input files to one dataset in the processed layout, with a manifest that accounts for every row.
 
 <processed_dir>/<dataset>/processed/sft_chat/<file>.jsonl
-<processed_dir>/<dataset>/quarantine/<file>.quarantine.jsonl    only where a row is bad
+<processed_dir>/<dataset>/quarantine/<file>.quarantine.jsonl    only if a row is bad
 <processed_dir>/<dataset>/ingest.json                           the manifest, written last
 """
 
@@ -27,6 +27,7 @@ from snaketune.ingest.fields import ConvertOptions
 from snaketune.ingest.formats import convert
 from snaketune.ingest.rows import Row, RowReader
 from snaketune.ingest.sources import find_inputs, output_stem
+from snaketune.settings.schema import default_of
 
 FOLDER = "sft_chat"
 MANIFEST = "ingest.json"
@@ -34,39 +35,41 @@ MANIFEST = "ingest.json"
 
 @dataclass(frozen=True)
 class IngestOptions:
-    """What becomes of the rows.
+    """Options for converting rows.
 
     Attributes:
-        format: A name of `snaketune.ingest.formats.FORMATS`, or "auto": each row tells.
+        format: A name from `snaketune.ingest.formats.FORMATS`, or "auto" to detect the format of each row.
         arguments_key: See `ConvertOptions`.
-        on_bad_sample: "stop" at the first bad row, or "quarantine" it and go on.
-        max_bad_share: Share of bad rows in a file above which the run fails all the same.
+        on_bad_sample: "stop" at the first bad row, or "quarantine" it and continue.
+        max_bad_share: With "quarantine", fail if a larger share of a file's rows is bad.
     """
 
     format: str = "auto"
     arguments_key: str = "parameters"
-    on_bad_sample: str = "stop"
-    max_bad_share: float = 0.01
+    on_bad_sample: str = default_of("tokenize.on_bad_sample")
+    max_bad_share: float = default_of("tokenize.max_bad_share")
 
 
 def ingest(inputs: list[str], processed_dir: str, dataset: str, options: IngestOptions) -> dict[str, Any]:
-    """Writes the dataset, whole or not at all; one that an earlier call wrote is replaced.
+    """Writes the dataset completely or not at all. Replaces a dataset that an earlier call wrote.
 
     Args:
         inputs: Files and folders.
-        processed_dir: Folder that receives `<dataset>/`.
-        dataset: Its name.
-        options: What becomes of the rows.
+        processed_dir: Parent folder of `<dataset>/`.
+        dataset: Name of the dataset.
+        options: How to convert the rows.
 
     Returns:
         The manifest.
 
     Raises:
-        UserError: An input is missing or broken, a row is bad, or the folder holds a dataset of other origin.
+        UserError: An input is missing or broken, a row is bad, or the folder has a dataset that ingest did not write.
     """
     if not dataset or dataset.startswith(".") or "/" in dataset or "\0" in dataset:
         raise UserError(
-            "the name of the dataset cannot name a folder", found=repr(dataset), fix="--dataset my_data"
+            "the dataset name is not valid as a folder name",
+            found=repr(dataset),
+            fix="choose a name such as my_data (--dataset)",
         )
     folder = Path(processed_dir) / dataset
     if (folder / "processed").exists() and not (folder / MANIFEST).exists():
@@ -78,14 +81,14 @@ def ingest(inputs: list[str], processed_dir: str, dataset: str, options: IngestO
     files = find_inputs(inputs)
     for file in files:
         if folder.resolve() in file.resolve().parents:
-            raise UserError(f"{file} lies in the folder that is written", fix="choose another --dataset")
-    # The quarantine shows what stopped the last run, until the next one.
+            raise UserError(f"{file} is in the folder to be written", fix="choose another --dataset")
+    # A quarantine explains why the last run stopped, so keep it until the next run.
     shutil.rmtree(folder / "quarantine", ignore_errors=True)
     progress = Progress("bytes", sum(file.stat().st_size for file in files), "rows")
     with atomic_dir(folder / "processed") as target:
         (target / FOLDER).mkdir()
         reports = [_FileJob(file, folder, options, progress).run(target / FOLDER) for file in files]
-        # From here on the old manifest does not describe the folder.
+        # From here on the old manifest is wrong.
         (folder / MANIFEST).unlink(missing_ok=True)
     manifest = {
         "format": 1,
@@ -100,17 +103,17 @@ def ingest(inputs: list[str], processed_dir: str, dataset: str, options: IngestO
 
 
 class _FileJob:
-    """One input file."""
+    """Converts one input file."""
 
     def __init__(self, source: Path, folder: Path, options: IngestOptions, progress: Progress):
         self._source, self._options, self._progress = source, options, progress
         self._quarantine = folder / "quarantine" / f"{output_stem(source)}.quarantine.jsonl"
         self._formats: Counter[str] = Counter()
         self._convert = ConvertOptions(options.arguments_key)
-        self._template = load_template()
+        self._template = load_template("internlm2_chat")
 
     def run(self, target: Path) -> dict[str, Any]:
-        """Writes `<target>/<file>.jsonl` and returns the file's part of the manifest."""
+        """Writes `<target>/<file>.jsonl` and returns the file's entry in the manifest."""
         output = target / f"{output_stem(self._source)}.jsonl"
         rows = samples = position = 0
         reader = RowReader(self._source)
@@ -150,14 +153,14 @@ class _FileJob:
         try:
             name, messages = convert(row.value, self._options.format, self._convert, self._check)
         except MessageError as error:
-            # No pointer at ingest here: the reader of the message is at it.
+            # Do not suggest ingest: it is what the user is running.
             raise BadLine.from_message(error) from None
         self._formats[name] += 1
         try:
             return orjson.dumps(messages) + b"\n"
-        except TypeError:  # a number that orjson cannot write, in a key that ftdp does not know
+        except TypeError:  # a number that orjson cannot write, under a key that ftdp does not use
             return json.dumps(messages).encode() + b"\n"
 
     def _check(self, messages: Any) -> None:
-        """Refuses now what tokenisation with the default template would refuse."""
+        """Rejects conversations that tokenisation with the default template would reject."""
         refuse_half_characters(self._template.turns(messages))

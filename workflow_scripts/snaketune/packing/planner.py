@@ -1,12 +1,13 @@
 """Makes pack plans from the `.bin.meta` files alone.
 
-* `xtuner` packs as XTuner 0.2.0's `JsonlDataset` and `PackedDataset` (written anew here): every file on its own, its
-  documents shuffled, laid end to end and cut every `max_length` tokens; what is left at the end of a file is dropped.
-* `best_fit` packs the documents of all files together (snaketune/packing/best_fit.py). No document that fits into a row is cut, and
-  none is dropped.
+* `xtuner` reproduces the packing of XTuner 0.2.0's `JsonlDataset` and `PackedDataset` without using its code.
+  It packs each file separately: it shuffles the documents, concatenates them, cuts every `max_length` tokens,
+  and drops the rest at the end of the file.
+* `best_fit` packs the documents of all files together (snaketune/packing/best_fit.py). It cuts only documents
+  longer than a row, and drops none.
 
-With weights, documents of a dataset are seen more or less often an epoch (snaketune/packing/mixture.py): every copy is packed like a
-document of its own.
+With weights, documents of a dataset are seen more or less often per epoch (snaketune/packing/mixture.py).
+Each copy is packed like a separate document.
 """
 
 from __future__ import annotations
@@ -21,22 +22,23 @@ import numpy as np
 from snaketune.common.cli import UserError
 from snaketune.packing.best_fit import assign_rows
 from snaketune.packing.mixture import copies_per_epoch
-from snaketune.packing.pack_plan import MODES, SEED, SLICE, PackPlan, join_rows, open_plan, shuffled_rows
+from snaketune.packing.pack_plan import MODES, SLICE, PackPlan, join_rows, open_plan, shuffled_rows
 from snaketune.packing.plan_format import check_weights, own_weights
+from snaketune.settings.schema import default_of
 from snaketune.tokenized.bin_reader import read_meta
 from snaketune.tokenized.data_order import list_train_files, read_data_order
 from snaketune.tokenized.layout import dataset_of
 
 
 class Documents(NamedTuple):
-    """The documents of all files, in the order of the files: int64 arrays (documents,).
+    """The documents of all files, in file order: int64 arrays (documents,).
 
     Attributes:
-        file: The number of the file.
-        sample: The document's number in its file.
-        length: Its tokens.
-        offset: Where its line begins.
-        bytes: How long the line is.
+        file: Index of the file.
+        sample: Number of the document in its file.
+        length: Length in tokens.
+        offset: Byte offset of its line.
+        bytes: Byte length of its line.
     """
 
     file: np.ndarray
@@ -46,18 +48,18 @@ class Documents(NamedTuple):
     bytes: np.ndarray
 
     def chosen(self, which: np.ndarray) -> Documents:
-        """Returns the documents of an index or bool array."""
+        """Returns the documents that an index or bool array selects."""
         return Documents(*(column[which] for column in self))
 
 
 class Slices(NamedTuple):
-    """Stretches of documents, row after row.
+    """Slices of documents, row by row.
 
     Attributes:
-        document: int64 (slices,), the number of the document.
+        document: int64 (slices,), index of the document.
         start: int64 (slices,), first token.
         stop: int64 (slices,), the token after the last.
-        rows: int64 (rows + 1,), the slices of each row.
+        rows: int64 (rows + 1,); row r consists of slices rows[r] to rows[r + 1] - 1.
     """
 
     document: np.ndarray
@@ -70,8 +72,8 @@ def make_plan(
     train_folder: str | os.PathLike,
     names: Sequence[str],
     max_length: int,
-    mode: str = "best_fit",
-    seed: int = SEED,
+    mode: str = default_of("packing.mode"),
+    seed: int = default_of("packing.seed"),
     epochs: int = 1,
     min_length: int = 0,
     bin_sha256: Sequence[str] | None = None,
@@ -79,30 +81,31 @@ def make_plan(
     made_with: dict | None = None,
     weights: Mapping[str, float] | None = None,
 ) -> PackPlan:
-    """Plans the packing of `.bin` files.
+    """Makes the pack plan of `.bin` files.
 
     Args:
         train_folder: `.../chatml_llamav13_32k/train`.
-        names: The files, relative to it, as a data order lists them. Their order numbers the rows in mode xtuner and
-            counts for nothing in mode best_fit, which takes them by name.
+        names: The files, relative to `train_folder`, as a data order lists them. Their order decides the row
+            numbers in mode xtuner. Mode best_fit sorts them by name instead.
         max_length: Tokens of a full row.
         mode: best_fit or xtuner.
-        seed: Of the packing and of the order of rows.
-        epochs: Epochs whose order of rows is written down.
+        seed: Seed of the packing and of the row order.
+        epochs: Number of epochs whose row order is stored.
         min_length: Documents with fewer tokens are left out, and counted.
-        bin_sha256: The digest of each file.
-        processed_dir: The folder of the JSONL files, for traces.
-        made_with: What the files were made with, to be written down.
-        weights: How often the documents of a dataset are seen an epoch; 1 for those not named. In mode xtuner 0 or 1.
+        bin_sha256: Digest of each file.
+        processed_dir: Folder of the JSONL files, for traces.
+        made_with: Tokenizer, template and options of the files, to record in the plan.
+        weights: How often the documents of a dataset are seen per epoch. Datasets that are not listed have
+            weight 1. Mode xtuner supports only 0 and 1.
 
     Raises:
-        UserError: A file is missing or broken, a weight cannot be used, or no row can be filled.
+        UserError: A file is missing or broken, an argument or a weight is invalid, or no row can be filled.
     """
     if mode not in MODES:
-        raise UserError("the packing mode cannot be used", found=mode, expected=" or ".join(MODES))
+        raise UserError("invalid packing mode", found=mode, expected=" or ".join(MODES))
     for name, value, least in (("max_length", max_length, 2), ("seed", seed, 0), ("epochs", epochs, 0)):
         if value < least:
-            raise UserError(f"{name} cannot be used", found=value, expected=f"{least} or more")
+            raise UserError(f"invalid {name}", found=value, expected=f"{least} or more")
     train_folder = Path(train_folder)
     files = [
         {"name": name, "bin_sha256": digest}
@@ -125,7 +128,7 @@ def make_plan(
     kept = np.repeat(np.arange(len(copies)), copies)
     if not len(kept):
         raise UserError(
-            f"{train_folder}: there is no document to pack",
+            f"{train_folder}: no documents to pack",
             found=f"{len(files)} .bin files with {len(documents.length)} documents",
             fix="check the data folder and the data order",
         )
@@ -156,17 +159,17 @@ def plan_for_training(
     folder: str | os.PathLike | None = None,
     packed_length: int | None = None,
     data_order_path: str | os.PathLike | None = None,
-    seed: int = SEED,
+    seed: int = default_of("packing.seed"),
     min_length: int = 0,
 ) -> PackPlan:
-    """Returns the plan that a training config's dataset means: one on disk, or else XTuner's of a train folder.
+    """Returns the plan for a training config: opens a plan folder, or packs a train folder as XTuner does.
 
     Args:
-        plan: A plan folder; the other arguments but `folder` then count for nothing.
-        folder: `.../chatml_llamav13_32k/train`; with a plan, where it lies now.
-        packed_length: Tokens of a row.
-        data_order_path: A `data_order.txt`; None walks the folder.
-        seed: Of the order within each file and of the order of rows; XTuner's is 1024.
+        plan: A plan folder. All other arguments except `folder` are then ignored.
+        folder: `.../chatml_llamav13_32k/train`. With a plan: its current place.
+        packed_length: Tokens per row.
+        data_order_path: A `data_order.txt`; None lists the files of the folder.
+        seed: Seed of the order within each file and of the row order; XTuner's is 1024.
         min_length: Documents with fewer tokens are left out.
 
     Raises:
@@ -176,7 +179,7 @@ def plan_for_training(
         return open_plan(plan, folder)
     if folder is None or packed_length is None:
         raise UserError(
-            "the training data are not named",
+            "the config names no training data",
             expected="plan, or folder and packed_length, in train_dataloader.dataset",
             fix="make a plan with plan_packing.py and render a config with --plan",
         )
@@ -185,7 +188,7 @@ def plan_for_training(
 
 
 def _read_documents(train_folder: Path, files: list[dict]) -> Documents:
-    """Reads the meta files and completes the entries of `files`."""
+    """Reads the meta files. Also adds the counts to the entries of `files`."""
     parts = []
     for number, file in enumerate(files):
         path = train_folder / file["name"]
@@ -201,7 +204,7 @@ def _read_documents(train_folder: Path, files: list[dict]) -> Documents:
 
 
 def _xtuner(documents: Documents, max_length: int, seed: int) -> Slices:
-    """Packs each file on its own, as XTuner."""
+    """Packs each file separately, as XTuner does."""
     parts: list[Slices] = []
     files, begins = np.unique(documents.file, return_index=True)
     for begin, end in zip(begins, [*begins[1:], len(documents.file)], strict=True):
@@ -211,7 +214,8 @@ def _xtuner(documents: Documents, max_length: int, seed: int) -> Slices:
         ends = np.cumsum(documents.length[order])
         rows = int(ends[-1]) // max_length
         cuts = np.arange(rows + 1, dtype=np.int64) * max_length
-        # Boundaries of slices in the stream of all tokens: where a document ends, and where a row does.
+        # Positions in the concatenated tokens where a slice begins or ends: at every document end and every
+        # row end.
         boundaries = np.union1d(ends[ends < cuts[-1]], cuts)
         place = np.searchsorted(ends, boundaries[:-1], side="right")
         document = order[place]
@@ -224,8 +228,8 @@ def _xtuner(documents: Documents, max_length: int, seed: int) -> Slices:
 
 
 def _best_fit(documents: Documents, max_length: int, seed: int) -> Slices:
-    """Packs all documents together; one longer than a row is cut every `max_length` tokens, and its slices packed."""
-    # Shuffled first, so that a row does not collect neighbours of one file among documents of one length.
+    """Packs all documents together. First cuts documents longer than a row every `max_length` tokens."""
+    # Shuffled, so that among documents of equal length, neighbours in a file do not end up in one row.
     order = np.arange(len(documents.length))
     np.random.RandomState(seed).shuffle(order)
     counts = -(-documents.length[order] // max_length)
@@ -256,7 +260,7 @@ def _orders(rows: int, seed: int, epochs: int) -> np.ndarray:
 def _count(
     documents: Documents, slices: Slices, max_length: int, min_length: int, copies: np.ndarray
 ) -> dict[str, Any]:
-    """Every document and every token is in a row or under `dropped`, or left out by its dataset's weight."""
+    """Returns the totals. Every token is in a row, under `dropped`, or left out by its dataset's weight."""
     rows, sizes = len(slices.rows) - 1, slices.stop - slices.start
     placed = np.bincount(slices.document, weights=sizes, minlength=len(documents.length)).astype(np.int64)
     cut = sizes < documents.length[slices.document]
@@ -289,7 +293,7 @@ def _count_mixture(
     weights: Mapping[str, float],
     min_length: int,
 ) -> dict[str, Any]:
-    """Counts what weights change, by dataset. Packed, dropped and left out are all tokens and those repeated."""
+    """Counts the effect of weights, by dataset. Packed + dropped + left out = all + repeated tokens."""
     by_file = np.array([dataset_of(file["name"]) for file in files])[documents.file]
     usable = documents.length >= max(min_length, 1)
     mixture = {}
@@ -314,6 +318,6 @@ def _no_row(train_folder: Path, files: list[dict], max_length: int) -> UserError
     return UserError(
         f"{train_folder}: no file fills a row of {max_length} tokens, so there is nothing to train on",
         found=f"tokens by file: {counts}",
-        expected=f"a file with at least {max_length} tokens (mode xtuner packs each file on its own)",
-        fix=f"set max_length to {largest} or less, take packing.mode best_fit, or add data",
+        expected=f"a file with at least {max_length} tokens (mode xtuner packs each file separately)",
+        fix=f"set max_length to {largest} or less, use packing.mode best_fit, or add data",
     )

@@ -20,3 +20,11 @@ SCHEMA = Path(__file__).resolve().parents[3] / "rules" / "schemas" / "config.sch
 def load_schema() -> dict[str, Any]:
     """Returns the JSON schema (stored as YAML). Callers must not change it."""
     return yaml.load(SCHEMA.read_text(encoding="utf-8"), Loader=SafeLoader)
+
+
+def default_of(key: str) -> Any:
+    """Returns the default of a setting, such as `train.max_skipped_steps`."""
+    rule = load_schema()
+    for name in key.split("."):
+        rule = rule["properties"][name]
+    return rule["default"]

@@ -1,4 +1,4 @@
-"""Tokenises one block of JSONL lines: bytes in, bytes of a `.bin` file out. Runs in the worker processes."""
+"""Tokenises one block of JSONL lines into the bytes of a `.bin` file. Runs in the worker processes."""
 
 from __future__ import annotations
 
@@ -10,56 +10,58 @@ import numpy as np
 from snaketune.chat_files.bad_lines import BadLine, read_conversation
 from snaketune.chat_files.line_choice import is_held_out, is_valid
 from snaketune.chat_files.line_reader import Block
-from snaketune.chat_format.chat_template import MAX_LENGTH, Turn
-from snaketune.chat_format.template_file import DEFAULT_TEMPLATE
+from snaketune.chat_format.chat_template import Turn
 from snaketune.encoding.batch_encoder import BatchEncoder
 from snaketune.encoding.chat_encoding import ChatEncoding
 from snaketune.encoding.signed_ids import TokenSpan
 from snaketune.encoding.tokenizer import ExtendedTokenizer
+from snaketune.settings.command_line import defaults_of
+
+_DEFAULTS = defaults_of("tokenize_dataset")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeOptions(ChatEncoding):
-    """What the tokenised bytes depend on besides the conversations and the tokenizer: the encoding, and which lines.
+    """The options that decide the tokenised bytes, and the handling of bad lines.
 
     Attributes:
         max_length: Tokens after which a conversation is cut.
         heldout_share: Share of the lines that split_heldout.py sets aside.
-        heldout_seed: Its seed.
-        valid: "copy" every 100th sample, or "holdout" a seeded share.
-        valid_share: That share.
-        valid_seed: Its seed.
-        on_bad_sample: "stop" at the first bad line, or "quarantine" it and go on.
-        max_bad_share: Share of bad lines in a file above which the job fails all the same.
+        heldout_seed: Seed of that choice.
+        valid: "copy" copies every 100th document, "holdout" moves a seeded share.
+        valid_share: Share for "holdout".
+        valid_seed: Seed for "holdout".
+        on_bad_sample: "stop" at the first bad line, or "quarantine" it and continue.
+        max_bad_share: Share of bad lines in a file above which the job fails despite "quarantine".
     """
 
-    template: str = DEFAULT_TEMPLATE
-    max_length: int = MAX_LENGTH
-    heldout_share: float = 0.0
-    heldout_seed: int = 1024
-    valid: str = "copy"
-    valid_share: float = 0.01
-    valid_seed: int = 1024
-    on_bad_sample: str = "stop"
-    max_bad_share: float = 0.01
+    template: str = _DEFAULTS["template"]
+    max_length: int = _DEFAULTS["max_length"]
+    heldout_share: float = _DEFAULTS["heldout_share"]
+    heldout_seed: int = _DEFAULTS["heldout_seed"]
+    valid: str = _DEFAULTS["valid"]
+    valid_share: float = _DEFAULTS["valid_share"]
+    valid_seed: int = _DEFAULTS["valid_seed"]
+    on_bad_sample: str = _DEFAULTS["on_bad_sample"]
+    max_bad_share: float = _DEFAULTS["max_bad_share"]
 
 
 @dataclass
 class TokenizedBlock:
-    """The lines of a block as they go into the `.bin` file.
+    """The lines of a block, as written to the `.bin` file.
 
     Attributes:
-        data: The lines, joined.
-        line_bytes: int64 array (samples,), bytes of each line.
-        lengths: int64 array (samples,), tokens of each line.
-        heldout: Conversations left out.
-        trained_tokens: Ids that are stored positive.
-        truncated: Conversations that were cut.
-        source_bytes: Bytes of the JSONL file that the block stands for.
-        counts: What else is counted: quarantined, and what the encoder counts (`BatchEncoder.take_counts`).
-        quarantined: Bad lines: line number, the line unchanged (without its line break), the reason.
-        for_valid: bool array (samples,), which samples `valid: holdout` moves to the valid folder.
-        lines: int64 array (samples,), which line of the block each sample was, from 0.
+        data: The joined lines.
+        line_bytes: int64 array (documents,), bytes of each line.
+        lengths: int64 array (documents,), tokens of each line.
+        heldout: Number of held-out conversations.
+        trained_tokens: Number of trained tokens.
+        truncated: Number of conversations that were cut.
+        source_bytes: Bytes of the block in the JSONL file.
+        counts: Other counts: quarantined, and those of the encoder (`BatchEncoder.take_counts`).
+        quarantined: Bad lines: line number, unchanged line without its line break, reason.
+        for_valid: bool array (documents,), True if `valid: holdout` moves the document to the valid folder.
+        lines: int64 array (documents,), the line of each document in the block, from 0.
     """
 
     data: bytes
@@ -76,7 +78,7 @@ class TokenizedBlock:
 
 
 class _Kept(NamedTuple):
-    """A line that is a conversation."""
+    """A source line that holds a conversation."""
 
     number: int
     line: bytes
@@ -84,7 +86,7 @@ class _Kept(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A line of a `.bin` file, and how many tokens it has."""
+    """A line of a `.bin` file and its number of tokens."""
 
     data: bytes
     tokens: int
@@ -92,11 +94,11 @@ class _Line(NamedTuple):
 
 
 class BlockTokenizer:
-    """Turns blocks into tokenised blocks, each with one call of the tokenizer.
+    """Tokenises blocks, with one tokenizer call per block.
 
     Args:
         tokenizer: The extended tokenizer.
-        options: What decides the bytes, and what becomes of bad lines.
+        options: Options that decide the bytes and the handling of bad lines.
     """
 
     def __init__(self, tokenizer: ExtendedTokenizer, options: TokenizeOptions):
@@ -111,7 +113,7 @@ class BlockTokenizer:
             block: Its lines.
 
         Raises:
-            UserError: A line is not a conversation and `on_bad_sample` is "stop"; names file, line and field.
+            UserError: A line is bad and `on_bad_sample` is "stop". The message names file, line and field.
         """
         bad: list[tuple[int, bytes, str]] = []
         kept, heldout = self._read(source, block, bad)
@@ -137,7 +139,7 @@ class BlockTokenizer:
         straight = list(map(encoder.line, conversations))
         others = [turns for turns, line in zip(conversations, straight, strict=True) if line is None]
         encoded = iter(encoder.encode_turns(others))
-        # `encode_turns` has counted its own.
+        # `encode_turns` counts control tokens itself.
         encoder.count_control_tokens(
             turn
             for turns, line in zip(conversations, straight, strict=True)
@@ -152,7 +154,7 @@ class BlockTokenizer:
         ]
 
     def _read(self, source: str, block: Block, bad: list[tuple[int, bytes, str]]) -> tuple[list[_Kept], int]:
-        """Returns the conversations to encode, and how many others are held out. A bad line is never held out."""
+        """Returns the conversations to encode and the number held out. A bad line is never held out."""
         options = self._options
         kept: list[_Kept] = []
         heldout = 0
@@ -186,7 +188,7 @@ class BlockTokenizer:
 
 
 def _line(data: bytes, max_length: int) -> _Line:
-    """Returns what a line from `BatchEncoder.line` comes to, cut if it is too long."""
+    """Wraps a line from `BatchEncoder.line`, cut if it is too long."""
     tokens = data.count(b",") + 1
     truncated = tokens > max_length
     if truncated:
@@ -196,26 +198,26 @@ def _line(data: bytes, max_length: int) -> _Line:
 
 
 def _count_untrained(data: bytes) -> int:
-    """Returns how many ids of lines of a `.bin` file are not trained on: what has a sign, and id 0, but for -0."""
+    """Returns how many ids in `.bin` lines are untrained: negative ones and 0, but not -0."""
     zeros = data.count(b" 0,") + data.count(b" 0]") + data.count(b"[0")
     return data.count(b"-") - data.count(b"-0") + zeros
 
 
-def _line_of_pieces(pieces: list[TokenSpan], max_length: int, exact: bool) -> _Line:
-    tokens = sum(len(piece.ids) for piece in pieces)
+def _line_of_pieces(spans: list[TokenSpan], max_length: int, exact: bool) -> _Line:
+    tokens = sum(len(span.ids) for span in spans)
     truncated = tokens > max_length
     if truncated:
-        pieces = _cut(pieces, max_length)
+        spans = _cut(spans, max_length)
         tokens = max_length
-    data = b", ".join(filter(None, [piece.write(exact) for piece in pieces]))
+    data = b", ".join(filter(None, [span.write(exact) for span in spans]))
     return _Line(b'{"tokens": [' + data + b"]}\n", tokens, truncated)
 
 
-def _cut(pieces: list[TokenSpan], max_length: int) -> list[TokenSpan]:
+def _cut(spans: list[TokenSpan], max_length: int) -> list[TokenSpan]:
     result, room = [], max_length
-    for piece in pieces:
+    for span in spans:
         if room <= 0:
             break
-        result.append(TokenSpan(piece.ids[:room], piece.trained))
-        room -= len(piece.ids)
+        result.append(TokenSpan(span.ids[:room], span.trained))
+        room -= len(span.ids)
     return result

@@ -1,4 +1,4 @@
-"""Sets a seeded share of conversations aside for evaluation: by content, so no duplicate lands on both sides."""
+"""Sets aside a seeded share of conversations for evaluation, by content, so duplicates stay on one side."""
 
 from __future__ import annotations
 
@@ -14,36 +14,39 @@ from snaketune.chat_files.bad_lines import BadLine, read_conversation
 from snaketune.chat_files.line_choice import check_share, is_held_out
 from snaketune.chat_files.line_reader import LineReader
 from snaketune.chat_files.processed_layout import find_datasets
-from snaketune.chat_format.template_file import DEFAULT_TEMPLATE, load_template
+from snaketune.chat_format.template_file import load_template
 from snaketune.common.cli import UserError
 from snaketune.common.files import atomic_path, sha256_file, sha256_json, write_json
 from snaketune.encoding.batch_encoder import BatchEncoder
 from snaketune.encoding.chat_encoding import ChatEncoding
 from snaketune.encoding.tokenizer import load_tokenizer
+from snaketune.settings.schema import default_of
 from snaketune.tokenized.job_parts import is_in_batch
 
-# Raises a BadLine for a line that tokenisation refuses.
+# Raises BadLine for a line that tokenisation rejects.
 LineCheck = Callable[[bytes], object]
 
 
 def line_check(
     encoding: ChatEncoding, max_length: int, tokenizer_path: str | os.PathLike | None = None
 ) -> LineCheck:
-    """Returns what tells a bad line as tokenisation does.
+    """Returns a function that finds the same bad lines as tokenisation.
 
     Args:
-        encoding: Of the tokenisation: "exact" reads more of a message's fields than "compat", and control tokens that
-            are an "error" make a line that holds one a bad line.
+        encoding: Encoding of the tokenisation. "exact" reads more of a message's fields than "compat"; with
+            `control_tokens` "error", a line that contains a control token is bad.
         max_length: Tokens after which a conversation is cut.
-        tokenizer_path: Folder of the extended tokenizer, which knows its control tokens.
+        tokenizer_path: Folder of the extended tokenizer, for its control tokens.
 
     Raises:
-        UserError: Control tokens are an error and there is no tokenizer.
+        UserError: `control_tokens` is "error" and no tokenizer is given.
     """
     if encoding.control_tokens != "error":
-        turns = partial(load_template(encoding.template or DEFAULT_TEMPLATE).turns, own_loss=encoding.exact)
+        turns = partial(
+            load_template(encoding.template or default_of("tokenize.template")).turns, own_loss=encoding.exact
+        )
     elif tokenizer_path is None:
-        raise UserError("which tokens are control tokens is not known", fix="give --tokenizer-path")
+        raise UserError("the control tokens are unknown without a tokenizer", fix="pass --tokenizer-path")
     else:
         turns = BatchEncoder(load_tokenizer(tokenizer_path), encoding).turns
     return lambda line: read_conversation(line, turns, max_length)
@@ -52,17 +55,17 @@ def line_check(
 class HeldoutSplitter:
     """Copies held-out lines to `<output_dir>/<dataset>/processed/...` in the ftdp layout.
 
-    A bad line never is held out: tokenisation stops at it or quarantines it, and counts it there.
+    A bad line is never held out. Tokenisation stops at it, or quarantines and counts it.
 
     Args:
         processed_dir: Folder of dataset folders.
         output_dir: Receives the lines.
         share: Share of the lines.
         seed: Seed of the choice.
-        check: Tells bad lines.
+        check: Raises BadLine for a bad line.
 
     Raises:
-        UserError: The share is out of range, or the folder holds no dataset.
+        UserError: The share is out of range, or the folder has no dataset.
     """
 
     def __init__(
@@ -79,20 +82,20 @@ class HeldoutSplitter:
         self._datasets = find_datasets(processed_dir)
 
     def write(self, dataset: str, manifest: str | os.PathLike) -> dict[str, Any]:
-        """Sets a dataset's lines aside and writes the manifest last; an older manifest is removed first.
+        """Sets aside lines of a dataset. Removes the old manifest first and writes the new one last.
 
-        Each source file gives one file of the same path, also when no line of it is set aside.
+        Each source file gives one file with the same path, even if none of its lines is set aside.
 
         Returns:
-            The manifest: options, and per file its path, SHA-256 and the counts of lines; `bad` counts those that would
-            have been set aside.
+            The manifest: options, and for each file its path, SHA-256 and line counts. `bad` counts the bad
+            lines that would have been set aside.
 
         Raises:
-            UserError: There is no such dataset.
+            UserError: The dataset does not exist.
         """
         if dataset not in self._datasets:
             raise UserError(
-                f"{self._root} holds no dataset {dataset!r}",
+                f"{self._root} has no dataset {dataset!r}",
                 found=", ".join(self._datasets),
                 fix="correct --dataset",
             )
@@ -112,12 +115,13 @@ class HeldoutSplitter:
     def write_part(
         self, datasets: list[str] | None, part: str, marker: str | os.PathLike
     ) -> dict[str, dict[str, Any]]:
-        """Writes the datasets of a part, removes what is there of others, and writes the marker last.
+        """Writes the datasets of a part, removes the part's old datasets, and writes the marker last.
 
         Args:
-            datasets: Names of those to use; None takes all. Their manifests go to `<output_dir>/<dataset>.json`.
-            part: Name of a part of `split_datasets`.
-            marker: JSON file with the digest of each manifest.
+            datasets: Names of the datasets to use; None uses all. Manifests go to
+                `<output_dir>/<dataset>.json`.
+            part: Name of a part from `split_datasets`.
+            marker: JSON file for the digest of each manifest.
 
         Returns:
             The manifests by dataset.
@@ -143,7 +147,7 @@ class HeldoutSplitter:
         return manifests
 
     def _split(self, source: Path, stack: ExitStack) -> dict[str, Any]:
-        """Writes a source's lines to a temporary file, which gets its name when the stack is closed."""
+        """Writes a source's lines to a temporary file, which is renamed when the stack closes."""
         relative = source.relative_to(self._root)
         temporary = stack.enter_context(atomic_path(self._output / relative))
         lines = held = bad = 0

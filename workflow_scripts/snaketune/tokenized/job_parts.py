@@ -1,7 +1,8 @@
-"""Plans the jobs of a tokenisation from file sizes alone. Imports nothing heavy: the workflow reads it too.
+"""Splits a tokenisation into jobs by file size alone. Imports nothing heavy: the workflow uses it too.
 
-A large file is cut into byte ranges, one a job. All other files of all datasets are dealt to batches by a hash of
-their names, so that an edited or a new file changes one batch and moves no file from one to another.
+A large file is cut into byte ranges, one per job. All other files of all datasets are assigned to batches by
+a hash of their names, so an edited or new file changes only one batch and moves no other file between
+batches.
 """
 
 from __future__ import annotations
@@ -14,25 +15,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 from snaketune.common.cli import UserError
+from snaketune.settings.schema import default_of
 
-# Bumped when the bytes that tokenisation writes for the same input change: then, and only then, code counts.
+# Increase if and only if the same input gives different bytes. Otherwise, code changes never cause tokenising again.
 TOKENIZED_FORMAT = 1
 
 MEGABYTE = 1_000_000
-DEFAULT_SHARD_BYTES = 512 * MEGABYTE
-DEFAULT_BATCH_BYTES = 64 * MEGABYTE
-# Setting lines aside is little more than reading.
+DEFAULT_SHARD_BYTES = default_of("tokenize.shard_mb") * MEGABYTE
+DEFAULT_BATCH_BYTES = default_of("tokenize.batch_mb") * MEGABYTE
+# Setting aside lines takes little more time than reading them.
 HELDOUT_BYTES = 4_000 * MEGABYTE
 
 
 class Chunk(NamedTuple):
-    """One JSONL file, or a range of it.
+    """One JSONL file, or a byte range of it.
 
     Attributes:
         dataset: The dataset's name.
         source: The file.
-        index: Which range, from 0.
-        count: Ranges in all; 1 for a whole file.
+        index: Index of the range, from 0.
+        count: Number of ranges; 1 for a whole file.
     """
 
     dataset: str
@@ -46,7 +48,7 @@ class Chunk(NamedTuple):
         return Chunk(self.dataset, self.source)
 
     def range(self, size: int) -> tuple[int, int]:
-        """Returns the byte range of a file of `size` bytes: the chunk holds the lines that begin in it."""
+        """Returns the byte range in a file of `size` bytes. The chunk has the lines that begin in it."""
         return size * self.index // self.count, size * (self.index + 1) // self.count
 
 
@@ -56,13 +58,13 @@ def split_parts(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     batch_bytes: int = DEFAULT_BATCH_BYTES,
 ) -> dict[str, list[Chunk]]:
-    """Returns the chunks of each job by its name, which fits into a file name.
+    """Returns the chunks of each job by the job's name, which is valid in a file name.
 
     Args:
-        datasets: The JSONL files of each dataset, as `find_datasets` returns them.
+        datasets: The JSONL files of each dataset, as returned by `find_datasets`.
         sizes: Bytes of each file.
-        shard_bytes: A file of more is split into equal ranges of at most this.
-        batch_bytes: Bytes that a batch is to hold. A file of more has a batch of its own.
+        shard_bytes: Larger files are split into equal ranges of at most this size.
+        batch_bytes: Target size of a batch. Larger files get a separate job.
     """
     parts: dict[str, list[Chunk]] = {}
     small: list[tuple[str, Path]] = []
@@ -86,7 +88,7 @@ def split_parts(
 def split_datasets(
     datasets: Mapping[str, list[Path]], sizes: Mapping[Path, int], batch_bytes: int = HELDOUT_BYTES
 ) -> dict[str, list[str]]:
-    """Returns the names of the datasets of each job that takes whole ones; a job may have none."""
+    """Returns the dataset names of each job, for jobs that process whole datasets. A job may have none."""
     batches = _batches(sum(sizes[file] for files in datasets.values() for file in files), batch_bytes)
     parts: dict[str, list[str]] = {f"batch-{n + 1:04d}-of-{batches:04d}": [] for n in range(batches)}
     for dataset in datasets:
@@ -95,7 +97,7 @@ def split_datasets(
 
 
 def is_in_batch(name: str, batch: str) -> bool:
-    """Is a dataset of this name the concern of this job of `split_datasets`?"""
+    """True if this job of `split_datasets` processes the dataset of this name."""
     return _batch(name, int(batch.rpartition("-")[2])) == batch
 
 
@@ -103,7 +105,7 @@ def file_sizes(datasets: Mapping[str, list[Path]]) -> dict[Path, int]:
     """Returns the bytes of every file.
 
     Raises:
-        UserError: A file is gone or cannot be looked at.
+        UserError: A file is missing or inaccessible.
     """
     sizes = {}
     for files in datasets.values():
@@ -114,13 +116,13 @@ def file_sizes(datasets: Mapping[str, list[Path]]) -> dict[Path, int]:
                 raise UserError(
                     f"{file} cannot be read",
                     found=error.strerror,
-                    fix="put it back, or check its permissions",
+                    fix="restore the file, or check its permissions",
                 ) from None
     return sizes
 
 
 def _batches(total: int, batch_bytes: int) -> int:
-    # A power of two, so that a growing folder seldom changes the number.
+    # A power of two, so that the number rarely changes as the data grow.
     return 1 << max(0, (-(-total // batch_bytes) - 1).bit_length())
 
 

@@ -13,6 +13,7 @@ from snaketune.checkpoints.checkpoint_folders import prune_checkpoints, remove_l
 from snaketune.checkpoints.pinned import pin
 from snaketune.common.cli import UserError
 from snaketune.common.result_paths import PINNED
+from snaketune.settings.schema import default_of
 from snaketune.training.nonfinite_steps import weights_are_finite
 from snaketune.training.progress_line import say
 
@@ -35,7 +36,12 @@ class CheckpointHook(Hook):
 
     priority = "VERY_LOW"
 
-    def __init__(self, interval: int, save_optimizer: bool = True, max_keep_ckpts: int = 2):
+    def __init__(
+        self,
+        interval: int,
+        save_optimizer: bool = default_of("train.save_optimizer"),
+        max_keep_ckpts: int = default_of("train.save_total_limit"),
+    ):
         self.interval, self.save_optimizer, self.max_keep_ckpts = interval, save_optimizer, max_keep_ckpts
 
     def before_train(self, runner) -> None:

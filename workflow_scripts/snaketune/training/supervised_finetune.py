@@ -1,4 +1,4 @@
-"""The model as the runner sees it: a packed row goes in, one loss comes out."""
+"""The model that the runner trains: maps a packed sequence to a loss."""
 
 from __future__ import annotations
 
@@ -16,34 +16,38 @@ from snaketune.models.cross_entropy import check_cross_entropy, chunked_cross_en
 from snaketune.models.device import training_device
 from snaketune.models.lora import add_lora, leave_out_frozen
 from snaketune.models.packed_attention import check_attention, packing_kwargs
+from snaketune.settings.schema import default_of
 from snaketune.tokenized.bin_reader import IGNORE_INDEX
 from snaketune.training.nonfinite_steps import spread_nonfinite
 
 
 def count_trained_tokens(labels: torch.Tensor) -> int:
-    """Returns how many predictions of a row's labels (1, length) are trained: all but the first label can be."""
+    """Returns the number of trained predictions in labels (1, length). No token predicts the first label."""
     return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
 def step_loss_weights(
     trained_tokens: Sequence[int], normalisation: str, device: torch.device, sequence_parallel: int = 1
 ) -> list[float]:
-    """Returns what the sum of token losses of each micro-batch of this rank counts in the loss of the step.
+    """Returns the weight of each of this rank's micro-batches in the loss of the step.
 
-    The loss of an optimizer step is the sum over its ranks and micro-batches of weight x sum of token losses:
+    The loss of an optimizer step is the sum over ranks and micro-batches of weight x sum of token losses:
 
-    - `token`: the mean over the trained tokens of the whole step, 1 / (trained tokens of all ranks and micro-batches).
-      Each token weighs the same, however they are spread over micro-batches and ranks.
-    - `micro_batch`: the mean over micro-batches and ranks of their means, as XTuner 0.2.0. A token beside few trained
-      ones weighs more than one beside many. (A micro-batch without any counts as 0; XTuner's loss is NaN then.)
+    - `token`: the mean over the trained tokens of the whole step, so the weight is 1 / (trained tokens of all
+      ranks and micro-batches). All tokens count the same, however they are spread over micro-batches and
+      ranks.
+    - `micro_batch`: the mean over micro-batches and ranks of their mean losses, as in XTuner 0.2.0. A token
+      counts more the fewer trained tokens its micro-batch has. (A micro-batch without trained tokens counts
+      as 0; XTuner's loss is then NaN.)
 
-    All ranks call it together, once a step, before its first backward pass.
+    All ranks call it together, once per step, before the first backward pass.
 
     Args:
-        trained_tokens: Of each micro-batch of the step on this rank; of its whole row, where ranks share one.
+        trained_tokens: Trained tokens in each of this rank's micro-batches; of the whole packed sequence if
+            ranks share it.
         normalisation: `token` or `micro_batch`.
-        device: Where the ranks' counts are added up.
-        sequence_parallel: Ranks that share a row.
+        device: Device for summing the counts of the ranks.
+        sequence_parallel: Ranks that share a packed sequence.
     """
     if normalisation == "micro_batch":
         micro_batches = len(trained_tokens) * distributed.get_world_size() // sequence_parallel
@@ -54,22 +58,24 @@ def step_loss_weights(
 
 
 class SupervisedFinetune(BaseModel):
-    """Fine-tuning of a causal language model on packed rows, of all its parameters or by LoRA.
+    """Fine-tunes a causal language model on packed sequences: all its parameters, or with LoRA.
 
     Args:
         llm: A config to build the model from (`type=load_base_model`), or a model.
-        tokenizer: Folder of the extended tokenizer: the embedding grows to it. None leaves the model as it is.
-        gradient_checkpointing: Recomputes activations in the backward pass instead of keeping them.
+        tokenizer: Folder of the extended tokenizer, which the embedding grows to fit. None leaves the model
+            unchanged.
+        gradient_checkpointing: True recomputes activations in the backward pass instead of storing them.
         cross_entropy: `chunked`, or `liger` for Liger's kernel on a GPU.
-        lora: `rank`, `alpha`, `dropout`, `target_modules`, see `snaketune.models.lora`; None trains all parameters.
+        lora: `rank`, `alpha`, `dropout`, `target_modules`, see `snaketune.models.lora`; None trains all
+            parameters.
     """
 
     def __init__(
         self,
         llm: dict | PreTrainedModel,
         tokenizer: str | None = None,
-        gradient_checkpointing: bool = True,
-        cross_entropy: str = "chunked",
+        gradient_checkpointing: bool = default_of("train.gradient_checkpointing"),
+        cross_entropy: str = default_of("train.cross_entropy"),
         lora: dict | None = None,
     ):
         super().__init__()
@@ -86,30 +92,32 @@ class SupervisedFinetune(BaseModel):
         if gradient_checkpointing:
             self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._selects_logits = "logits_to_keep" in inspect.signature(self.llm.forward).parameters
-        self._loss_in_head: bool | None = None  # False for a model that scales or caps its logits; asked once
+        self._loss_in_head: bool | None = None  # False if the model scales or caps its logits; checked once
 
     def init_weights(self) -> None:
-        """Every rank loads the same weights: nothing to initialise."""
+        """Does nothing: every rank loads the same weights."""
 
     def forward(self, data: dict, data_samples: None = None, mode: str = "loss") -> dict[str, torch.Tensor]:
-        """Returns {"loss": float64 scalar} for one packed row: the sum of its token losses x `loss_weight`.
+        """Returns {"loss": float64 scalar} for a packed sequence: its summed token losses x `loss_weight`.
 
-        Labels shift over the whole row, as in XTuner: position t predicts the label at t + 1. The last token of a
-        document therefore predicts the first of the next, whose label (BOS) XTuner stores as trained; the first
-        token of a row is predicted by none. Without any trained token the loss is 0, with a gradient of 0.
+        Labels shift over the whole packed sequence, as in XTuner: position t predicts the label at t + 1. So
+        the last token of a document predicts the first token of the next, whose label (BOS) XTuner stores as
+        trained. No token predicts the first token of the packed sequence. Without trained tokens, the loss
+        and its gradient are 0.
 
         Args:
-            data: `input_ids`, `labels`, `position_ids` (1, length), `cumulative_len` (documents + 1,), `max_seqlen`;
-                `loss_weight`, see `step_loss_weights`; without it the loss is the mean over the row's trained tokens.
-                Or this rank's part of a row, as `SequenceParallel.stretch` returns it.
+            data: `input_ids`, `labels`, `position_ids` (1, length), `cumulative_len` (documents + 1,),
+                `max_seqlen`, and `loss_weight`, see `step_loss_weights`; without it, the loss is the mean
+                over the trained tokens. Or this rank's part of a packed sequence, as returned by
+                `SequenceParallel.stretch`.
         """
         if mode != "loss":
             raise NotImplementedError(f"mode {mode!r}: this model only trains")
         targets = data["labels"][0, 1:]
-        # The head runs where a token is trained only: same loss and gradient, and no logits for the masked rest.
+        # Run the head only on trained tokens: same loss and gradient, without logits for masked tokens.
         kept = (targets != IGNORE_INDEX).nonzero().flatten()
         weight = data.get("loss_weight", 1 / max(1, len(kept)))
-        if not len(kept):  # one position, so that every rank and parameter takes part in the backward pass
+        if not len(kept):  # keep one, so that every rank and parameter takes part in the backward pass
             kept, targets, weight = kept.new_zeros(1), targets.new_zeros(1), 0.0
         inputs = {
             "input_ids": data["input_ids"],
@@ -139,13 +147,13 @@ class SupervisedFinetune(BaseModel):
             return loss.read(self.llm(**inputs).logits)
 
     def _takes_loss_for_logits(self, device: torch.device) -> bool:
-        """Tells from a row of two tokens whether the model hands on what its head returns, as it is."""
+        """True if the model returns the output of its head unchanged. Tests it on two tokens."""
         if self.llm.get_output_embeddings() is None:
             return False
         row = torch.arange(2, device=device)[None]
         inputs = {"input_ids": row, "position_ids": row, "use_cache": False}
         inputs |= packing_kwargs(torch.tensor([0, 2], device=device), 2)
-        # Dropout must draw the same numbers in a resumed run, which asks later.
+        # Keep the random state: a resumed run tests this at a later step, but needs the same dropout.
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             return self._run_with_loss_in_head(inputs, row[0, :1], row[0, 1:]) is not None

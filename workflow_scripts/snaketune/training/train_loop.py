@@ -1,4 +1,4 @@
-"""The training loop and its runner: one iteration is one optimizer step, wherever the run was cut off before."""
+"""The training loop and its runner. One iteration is one optimizer step, also after resuming."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from snaketune.checkpoints.checkpoint_folders import load_random_state
 from snaketune.checkpoints.pinned import PinPolicy
 from snaketune.checkpoints.universal import remove_universal
 from snaketune.common.cli import UserError
+from snaketune.settings.schema import default_of
 from snaketune.training.early_stop import StopRequest
 from snaketune.training.nonfinite_steps import SkippedSteps, replace_zero_0_step
 from snaketune.training.packed_data import PackedSampler, read_ahead
@@ -22,21 +23,23 @@ from snaketune.training.supervised_finetune import count_trained_tokens, step_lo
 
 
 class TrainLoop(BaseLoop):
-    """Trains for a number of optimizer steps, each over `accumulative_counts` micro-batches of every rank.
+    """Trains for a number of optimizer steps, each over `accumulative_counts` micro-batches per rank.
 
-    Hooks and schedulers are called once per optimizer step. Micro-batches run on across epochs, as in XTuner; a last
-    incomplete step is not trained. Which rows a step sees: `snaketune.training.packed_data.PackedSampler`.
+    Hooks and schedulers are called once per optimizer step. A step may span two epochs, as in XTuner; a last
+    incomplete step is not trained. `snaketune.training.packed_data.PackedSampler` decides which packed
+    sequences a step sees.
 
     Attributes:
-        steps_per_epoch: Optimizer steps of one pass over the data, mostly not a whole number.
+        steps_per_epoch: Optimizer steps per pass over the data; usually fractional.
 
     Args:
         runner: The runner.
         dataloader: The loader, or its config.
-        max_epochs: Passes over the data, whole or not.
+        max_epochs: Passes over the data; may be fractional.
         max_steps: Optimizer steps; overrides `max_epochs`.
-        accumulative_counts: Micro-batches of a rank per optimizer step.
-        loss_normalisation: `token` or `micro_batch`, see `snaketune.training.supervised_finetune.step_loss_weights`.
+        accumulative_counts: Micro-batches per rank and optimizer step.
+        loss_normalisation: `token` or `micro_batch`, see
+            `snaketune.training.supervised_finetune.step_loss_weights`.
         max_skipped_steps: Steps in a row that may be skipped because their loss or gradient is not finite.
     """
 
@@ -47,13 +50,13 @@ class TrainLoop(BaseLoop):
         max_epochs: float | None,
         max_steps: int | None,
         accumulative_counts: int,
-        loss_normalisation: str = "token",
-        max_skipped_steps: int = 3,
+        loss_normalisation: str = default_of("train.loss_normalisation"),
+        max_skipped_steps: int = default_of("train.max_skipped_steps"),
     ):
         super().__init__(runner, dataloader)
         if loss_normalisation not in ("token", "micro_batch"):
             raise UserError(
-                "loss_normalisation cannot be used", found=loss_normalisation, expected="token or micro_batch"
+                "invalid loss_normalisation", found=loss_normalisation, expected="token or micro_batch"
             )
         self.loss_normalisation = loss_normalisation
         self.accumulative_counts = accumulative_counts
@@ -63,50 +66,50 @@ class TrainLoop(BaseLoop):
         global_batch = accumulative_counts * ranks
         if not entries:
             raise UserError(
-                "there are fewer packed rows than ranks",
-                found=f"{len(self.dataloader.dataset)} rows for {ranks} ranks",
-                fix="set max_length lower, add data, or use fewer ranks",
+                "there are fewer packed sequences than ranks",
+                found=f"{len(self.dataloader.dataset)} packed sequences for {ranks} ranks",
+                fix="lower max_length, add data, or use fewer ranks",
             )
         self.steps_per_epoch = runner.strategy.steps_per_epoch = entries / global_batch
         self._max_iters = max_steps or int(max_epochs * entries) // global_batch
         if self._max_iters < 1:
             raise UserError(
                 "the data does not fill one optimizer step",
-                found=f"{entries} packed rows an epoch, {max_epochs} epochs",
-                expected=f"at least {global_batch} rows (accumulative_counts for each of {ranks} ranks)",
-                fix="set max_length or accumulative_counts lower, max_epochs higher, or add data",
+                found=f"{entries} packed sequences per epoch, {max_epochs} epochs",
+                expected=f"at least {global_batch} (accumulative_counts for each of {ranks} ranks)",
+                fix="lower max_length or accumulative_counts, raise max_epochs, or add data",
             )
         self._iter = 0
         self.skipped = SkippedSteps(max_skipped_steps)
-        # Its own generator: opening an epoch must not move the model's random state (resume is bit for bit).
+        # A separate generator: starting an epoch must not change the global random state (bit-exact resume).
         self.dataloader.generator = torch.Generator()
 
     @property
     def max_iters(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the whole run."""
         return self._max_iters
 
     @property
     def max_epochs(self) -> int:
-        """mmengine's schedulers ask for it; the length of the run is in `max_iters`."""
+        """Read by mmengine's schedulers. The length of the run is `max_iters`."""
         return 1
 
     @property
     def iter(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps done."""
         return self._iter
 
     @property
     def epoch(self) -> float:
-        """Passes over the data done."""
+        """Number of passes over the data done."""
         return self._iter / self.steps_per_epoch
 
     def seek(self, step: int) -> None:
-        """Goes on after optimizer step `step`."""
+        """Makes `run` resume after optimizer step `step`."""
         self._iter = step
 
     def run(self) -> torch.nn.Module:
-        """Trains to the end, or until `runner.stop` is agreed on, and returns the model."""
+        """Trains to the end, or until all ranks agree to stop, and returns the model."""
         runner = self.runner
         engine = runner.model.model
         replace_zero_0_step(engine)
@@ -132,21 +135,24 @@ class TrainLoop(BaseLoop):
         return runner.model
 
     def _train_step(self, batches: list[dict]) -> dict:
-        """Runs forward and backward of one optimizer step's micro-batches; DeepSpeed steps with the last.
+        """Runs forward and backward for the micro-batches of one step. DeepSpeed steps after the last.
 
         Returns:
-            loss: What this rank adds to the loss of the step, a float64 scalar tensor: the loss of the step is its
-                sum over the ranks, see `snaketune.training.supervised_finetune.step_loss_weights`.
-            tokens, trained_tokens: Of this rank's rows; of ranks that share them, the first counts them.
-            micro_batch_losses: What each micro-batch adds to it, times the number of micro-batches and ranks.
-            document_lengths: Tokens of each document of these rows.
+            loss: This rank's contribution to the loss of the step, a float64 scalar tensor. The loss of the
+                step is the sum over the ranks, see
+                `snaketune.training.supervised_finetune.step_loss_weights`.
+            tokens, trained_tokens: Totals of this rank's packed sequences. Among ranks that share them, only
+                the first counts them.
+            micro_batch_losses: Contribution of each micro-batch to `loss`, times the number of micro-batches
+                and ranks.
+            document_lengths: Tokens of each document in these packed sequences.
         """
         runner = self.runner
         rows = [batch["data"] for batch in batches]
         trained_tokens = [count_trained_tokens(row["labels"]) for row in rows]
         shared = self.sequence_parallel
         weights = step_loss_weights(trained_tokens, self.loss_normalisation, runner.model.device, shared.size)
-        # DeepSpeed divides every gradient by the number of micro-batches and of ranks; the weights are sums' weights.
+        # DeepSpeed divides gradients by micro-batches x ranks. Undo it: our weights already normalise them.
         divisor = self.accumulative_counts * runner.world_size
         losses = []
         for batch, row, weight in zip(batches, rows, weights, strict=True):
@@ -165,22 +171,22 @@ class TrainLoop(BaseLoop):
         }
 
     def _micro_batches(self):
-        """Yields micro-batches for ever, from the one that follows `iter` on; nothing before it is read."""
+        """Yields micro-batches without end, starting after step `iter`. Reads nothing before that."""
         self.sampler.seek(self._iter * self.accumulative_counts)
         batches = iter(self.dataloader)
-        # Loader processes read ahead by themselves.
+        # Worker processes read ahead by themselves.
         return batches if self.dataloader.num_workers else read_ahead(batches, self.accumulative_counts)
 
 
 class _NoVisualizer:
-    """Metrics go to MetricsHook's files; mmengine's visualizer has nothing to draw."""
+    """Replaces mmengine's visualizer: MetricsHook writes the metrics."""
 
     def add_config(self, config) -> None:
         pass
 
 
 class TrainRunner(FlexibleRunner):
-    """mmengine's runner that goes on from a whole checkpoint of ours."""
+    """mmengine's runner, resuming from our checkpoints."""
 
     stop = StopRequest()
     pins = PinPolicy()
@@ -189,14 +195,14 @@ class TrainRunner(FlexibleRunner):
     random_state_folder: Path | None = None
 
     def _log_env(self) -> None:
-        """Versions are in the manifest; mmengine's collection starts compilers to ask theirs."""
+        """Does nothing: the manifest has the versions, and mmengine would start compilers to get theirs."""
 
     def build_visualizer(self, visualizer=None):
-        """Returns a stand-in, see above."""
+        """Returns a visualizer that does nothing."""
         return _NoVisualizer()
 
     def load_or_resume(self) -> None:
-        """Loads `resume_from`, if it is set, or rather `universal`, the same for another number of ranks."""
+        """Loads `resume_from`, if set, or `universal`, its conversion for a different number of ranks."""
         if self.resume_from is not None:
             client_state = self.strategy.resume(str(self.universal or self.resume_from))
             self.train_loop.seek(client_state["step"])
@@ -207,4 +213,4 @@ class TrainRunner(FlexibleRunner):
                     remove_universal(self.resume_from.parent)
 
     def dump_config(self) -> None:
-        """The config is copied into the run folder as it was written, see train_model.py."""
+        """Does nothing: `open_run_folder` copies the original config into the run folder."""
