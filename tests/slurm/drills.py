@@ -16,7 +16,7 @@ from pathlib import Path
 from drill_project import Call, SlurmProject
 
 FILLER = "filler"  # file that a full disk is full of
-WAITING = "Another trainer works in"  # as a job says
+WAITING = "Another trainer is running in"  # as a job says
 LATER = "later"  # partition of OpenCompass's tasks, which the cluster does not have at first
 
 

@@ -1,4 +1,4 @@
-"""Pods of a PyTorchJob, played by processes on this host: they train together to what one machine trains."""
+"""Pods of a PyTorchJob, simulated by processes on this host: together they train the same as one machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_two_pods_stopped_and_started_again_train_to_what_one_machine_trains(tmp
     log, command = world / "pods.log", ("train_model.py", config, "--work-dir", folder)
     pods = start_pods(log, *command)
     tiny_run.wait_for_step(pods[0], folder, 6)
-    pods[1].terminate()  # one pod is told to go: both save and end
+    pods[1].terminate()  # one pod gets SIGTERM: both save and exit
     assert exit_codes(pods) == [75, 75], tiny_run.log(folder)[-3000:]
     assert exit_codes(start_pods(log, *command)) == [0, 0], tiny_run.log(folder)[-3000:]
     tiny_run.train(config, world / "one", processes=2)
@@ -33,17 +33,21 @@ def test_two_pods_stopped_and_started_again_train_to_what_one_machine_trains(tmp
 @pytest.mark.parametrize(
     ("change", "flags", "words"),
     [
-        ({"MASTER_PORT": None}, (), ["half set: MASTER_PORT missing", "RANK=1", "docs/dlc.md"]),
-        ({"KUBERNETES_CONTAINER_RESOURCE_GPU": None}, (), ["RESOURCE_GPU missing", "give --processes"]),
+        ({"MASTER_PORT": None}, (), ["incomplete: MASTER_PORT missing", "RANK=1", "docs/dlc.md"]),
+        ({"KUBERNETES_CONTAINER_RESOURCE_GPU": None}, (), ["RESOURCE_GPU missing", "pass --processes"]),
         (
             dict.fromkeys((*POD, "KUBERNETES_CONTAINER_RESOURCE_GPU")),
             (),
             ["not set", "train_model.py --processes"],
         ),
-        ({"RANK": "2"}, (), ["RANK cannot be used", "found:    2", "from 0 to 1 (WORLD_SIZE=2)"]),
-        ({"WORLD_SIZE": "two"}, (), ["WORLD_SIZE cannot be used", "the number of pods"]),
+        (
+            {"RANK": "2"},
+            (),
+            ["invalid environment variable RANK", "found:    2", "from 0 to 1 (WORLD_SIZE=2)"],
+        ),
+        ({"WORLD_SIZE": "two"}, (), ["invalid environment variable WORLD_SIZE", "the number of pods"]),
         ({"KUBERNETES_CONTAINER_RESOURCE_GPU": "512"}, (), ["RESOURCE_GPU=512, but torch sees"]),
-        ({}, ("--processes", 0), ["--processes cannot be used"]),
+        ({}, ("--processes", 0), ["invalid --processes"]),
     ],
 )
 def test_an_environment_that_is_half_set_is_refused(run_script, change, flags, words):

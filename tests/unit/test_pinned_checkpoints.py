@@ -1,4 +1,4 @@
-"""Checkpoints held for evaluation: each step once, whatever was killed, and none is left behind."""
+"""Checkpoints pinned for evaluation: each step once despite kills, and none left over."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHTS = b"weights"
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """The run folder of a training with an empty `held`."""
+    """A run folder with an empty `held/`."""
     folder = tmp_path / "checkpoints" / "0123456789ab"
     write_json(folder / "identity.json", {"identity": "0123456789ab" * 5})
     (folder / "train_config.py").write_text("model = dict()\n")
@@ -40,7 +40,7 @@ def save(folder, step: int, data: bytes = WEIGHTS) -> None:
 
 
 def evaluate(run_folder, step: int) -> None:
-    """Does to the run folder what the evaluation of a checkpoint does (rules/follow_checkpoints.smk)."""
+    """Removes a pinned checkpoint, as its evaluation does (rules/follow_checkpoints.smk)."""
     shutil.rmtree(run_folder / PINNED / f"iter_{step}.pth")
 
 
@@ -50,7 +50,7 @@ def names(run_folder) -> list[str]:
 
 @pytest.fixture
 def evaluated(run_folder):
-    """A training killed after step 7: it saved step 2, 4 and 6, held 3 and 6 and had both evaluated; then 6 was lost."""
+    """A run killed after step 7: saved 2, 4 and 6, pinned 3 and 6, both evaluated; then 6 was lost."""
     for folder, step in ((run_folder, 2), (run_folder / PINNED, 3), (run_folder, 4), (run_folder, 6)):
         save(folder, step)
     assert PinPolicy(3).open(run_folder, 6, TOTAL) == {9}
@@ -68,7 +68,7 @@ def test_a_step_that_is_trained_again_is_not_held_again(evaluated, tmp_path):
 
 
 def test_the_hook_leaves_a_step_that_was_held_alone(evaluated):
-    """An attempt to save would fail: there is no DeepSpeed engine."""
+    """Saving would fail, because there is no DeepSpeed engine."""
     model = torch.nn.Linear(2, 2)
     runner = SimpleNamespace(
         work_dir=str(evaluated),
@@ -122,4 +122,4 @@ def test_what_other_settings_held_is_removed_at_the_end(evaluated, tmp_path):
     PinPolicy(10).open(evaluated, 10, TOTAL)
     remove_held(evaluated)
     assert names(evaluated) == ["iter_3.json", "iter_6.json"]
-    assert is_whole(evaluated / "iter_10.pth"), "links: training's own stays"
+    assert is_whole(evaluated / "iter_10.pth"), "hard links: training keeps its own copy"

@@ -1,4 +1,4 @@
-"""Runs of two ranks that end before they are done, each in another way, and what comes of starting them again."""
+"""Interrupts runs of two ranks in different ways and starts them again."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def config(world):
 
 @pytest.fixture(scope="module")
 def whole(world, config):
-    """The run folder of the run that nothing happened to."""
+    """The run folder of an uninterrupted run."""
     train(config, world / "whole")
     return world / "whole"
 
 
 def stop(config, work_dir, number: int, step: int, **options) -> int:
-    """Starts a run, signals its launcher once it has done `step`; it must save and end with code 75. Returns its step."""
+    """Starts a run and signals it after `step`; it must save and exit with 75. Returns the last step."""
     running = tiny_run.start(config, work_dir, **options)
     tiny_run.wait_for_step(running, work_dir, step)
     running.send_signal(number)
     assert running.wait(timeout=120) == 75, tiny_run.log(work_dir)[-3000:]
     last = metrics(work_dir)[-1]["step"]
     assert step <= last < STEPS
-    assert list_checkpoints(work_dir)[-1].name == f"iter_{last}.pth", "saved right after the step in hand"
+    assert list_checkpoints(work_dir)[-1].name == f"iter_{last}.pth", "saved right after the current step"
     return last
 
 
@@ -64,7 +64,7 @@ def test_limit_signals_and_a_flipped_bit_change_nothing(world, config, whole):
     file.write_bytes(content)
     before = list_checkpoints(folder)[-2]
     said = train(config, folder)
-    assert f"iter_{last}.pth is corrupt; set aside as corrupt_iter_{last}.pth" in said
+    assert f"iter_{last}.pth is corrupt; renamed to corrupt_iter_{last}.pth" in said
     assert f"after step {before.name[5:-4]} (attempt 4)" in said
     assert curve(folder) == curve(whole) and len(curve(whole)) == STEPS
     assert weights_sha256(folder) == weights_sha256(whole)
@@ -73,7 +73,7 @@ def test_limit_signals_and_a_flipped_bit_change_nothing(world, config, whole):
     costs = json.loads((folder / "attempts.json").read_text())["costs"]
     assert sorted(costs) == ["1", "2", "3", "4"] and {cost["ranks"] for cost in costs.values()} == {2}
     assert elapsed / 2 < sum(cost["seconds"] for cost in costs.values()) < elapsed
-    # The plain command imported torch and DeepSpeed, the warm ones found them there.
+    # The plain command imported torch and DeepSpeed; the warm ones found them imported.
     assert costs["1"]["core_seconds"] > 4 and all(cost["core_seconds"] > 0.5 for cost in costs.values())
 
 
@@ -84,7 +84,7 @@ def test_a_crash_that_comes_again_is_not_tried_for_ever(world, config, whole):
     said = train(config, folder, code=2)
     assert "the last 2 attempts all ended after step 6" in said and "raised by the test" in said
     assert "--ignore-guard" in said and "guard.json" in said
-    assert "Training" not in said, "refused before anything is loaded"
+    assert "Training" not in said, "refused before loading anything"
     train(config, folder, "--ignore-guard")
     assert curve(folder) == curve(whole)
     assert not (folder / "guard.json").exists()
@@ -93,7 +93,7 @@ def test_a_crash_that_comes_again_is_not_tried_for_ever(world, config, whole):
 def test_many_nan_steps_end_the_run_with_a_trace_and_the_last_good_checkpoint(world, config, whole):
     folder = world / "poisoned"
     said = train(config, folder, code=2, TEST_POISON="7:0")
-    assert "not finite in 4 steps in a row, the last of them step 10" in said
+    assert "not finite in 4 steps in a row, up to step 10" in said
     assert "Traceback" not in said
     assert [path.name for path in list_checkpoints(folder)] == ["iter_4.pth"], "step 8 was not saved"
     lines = metrics(folder)
@@ -112,7 +112,7 @@ def test_many_nan_steps_end_the_run_with_a_trace_and_the_last_good_checkpoint(wo
     assert curve(folder) == curve(whole) and weights_sha256(folder) == weights_sha256(whole)
 
 
-@pytest.mark.parametrize("stage", [0, 3])  # stage 2: the test above
+@pytest.mark.parametrize("stage", [0, 3])  # the test above covers stage 2
 def test_a_nan_step_is_skipped_and_changes_neither_weights_nor_optimizer(world, stage):
     flags = ("--max-steps", 5, "--save-steps", 4, "--lr", 5e-3, "--accumulative-counts", 2)
     config = tiny_run.render(world, f"skip{stage}.py", *flags, "--zero-stage", stage, hooks=HOOKS)
@@ -122,7 +122,7 @@ def test_a_nan_step_is_skipped_and_changes_neither_weights_nor_optimizer(world, 
     before, after = (folder / name for name in ("iter_4.pth", "iter_5.pth"))
     weights = [read_state_dict(path) for path in (before, after)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    # DeepSpeed's own files, which this run wrote: the moments of AdamW and how often it stepped.
+    # DeepSpeed's files, written by this run: AdamW's moments and step counts.
     for file in [*before.glob("*_optim_states.pt")] or [before / "mp_rank_00_model_states.pt"]:
         states = [torch.load(path / file.name, weights_only=False) for path in (before, after)]
         moments = [
@@ -133,7 +133,7 @@ def test_a_nan_step_is_skipped_and_changes_neither_weights_nor_optimizer(world, 
 
 
 def _tensors(value, name: str = ""):
-    """The tensors of AdamW's state in nested dicts and lists, by their path."""
+    """Yields the tensors of AdamW's state in nested dicts and lists, by path."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, dict | list | tuple):

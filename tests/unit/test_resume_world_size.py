@@ -1,4 +1,4 @@
-"""A run that goes on with another number of ranks: the same rows in the same steps, and losses that agree."""
+"""Resumes a run with a different number of ranks: same rows in the same steps, and matching losses."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FLAGS = ("--max-steps", STEPS, "--save-steps", 0, "--lr", 5e-3, "--global-batch"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return tiny_run.make_world(tmp_path_factory.mktemp("ranks"), documents=40)  # about ten steps an epoch
+    return tiny_run.make_world(tmp_path_factory.mktemp("ranks"), documents=40)  # about ten steps per epoch
 
 
 @pytest.fixture(scope="module")
 def whole(world):
-    """The lines of the run that nothing happened to, on two ranks."""
+    """The metrics of an uninterrupted run on two ranks."""
     train(tiny_run.render(world, "whole.py", *FLAGS), world / "whole")
     return metrics(world / "whole")
 
@@ -38,7 +38,7 @@ def stop(config, work_dir, step: int, processes: int) -> None:
 
 @pytest.mark.parametrize(("stage", "shared"), [(0, 1), (2, 1), (3, 1), (1, 2)])
 def test_two_ranks_then_one_then_two(world, whole, stage, shared):
-    """With rows of their own, and with two ranks that share every row (sequence parallelism)."""
+    """With separate rows per rank, and with two ranks that share every row (sequence parallelism)."""
     alone = tiny_run.render(world, f"zero{stage}.py", *FLAGS, "--zero-stage", stage)
     config = tiny_run.render(
         world, "together.py", *FLAGS, "--zero-stage", stage, "--sequence-parallel", shared
@@ -52,7 +52,7 @@ def test_two_ranks_then_one_then_two(world, whole, stage, shared):
     lines = metrics(folder)
     assert {line["attempt"] for line in lines} == {1, 2, 3}
     for line, expected in zip(lines, whole, strict=True):
-        # Tokens tell the rows of a step apart as well as anything in the metrics.
+        # Token counts identify the rows of a step as well as any other metric.
         for name in ("step", "tokens", "trained_tokens", "epoch", "lr"):
             assert line[name] == pytest.approx(expected[name], rel=1e-12)
         assert line["loss"] == pytest.approx(expected["loss"], abs=1e-4)
@@ -70,8 +70,8 @@ def test_two_ranks_then_one_then_two(world, whole, stage, shared):
 def test_ranks_that_cannot_share_a_step_are_refused(world):
     config = tiny_run.render(world, "three.py", *FLAGS)
     said = train(config, world / "three", processes=3, code=2)
-    assert "3 ranks cannot share the 4 rows of an optimizer step evenly" in said
+    assert "3 ranks cannot evenly share the 4 packed sequences of an optimizer step" in said
     config = tiny_run.render(world, "groups.py", *FLAGS, "--sequence-parallel", 2)
-    assert "3 ranks do not make groups of sequence_parallel = 2" in train(
+    assert "cannot divide 3 ranks into groups of sequence_parallel = 2" in train(
         config, world / "three", processes=3, code=2
     )

@@ -1,4 +1,4 @@
-"""Who may train in a run folder: one trainer at a time, and nobody waits for the dead."""
+"""The lock of a run folder: one trainer at a time, and nobody waits for a stale lock."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ HOLD = "import sys, time; from pathlib import Path; from snaketune.training.run_
 
 @pytest.fixture
 def holder(tmp_path, repo_root):
-    """Another process that holds the lock of tmp_path until it is killed."""
+    """Another process that takes the lock of tmp_path until it is killed."""
     environment = {**os.environ, "PYTHONPATH": str(repo_root / "workflow_scripts"), "SLURM_JOB_ID": "41"}
-    command = [sys.executable, "-c", f"{HOLD}; print('held', flush=True); time.sleep(100)", str(tmp_path)]
+    command = [sys.executable, "-c", f"{HOLD}; print('taken', flush=True); time.sleep(100)", str(tmp_path)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
+    assert process.stdout.readline() == "taken\n"
     yield process
     process.kill()
     process.wait()
 
 
 def leave_lock(folder, age: float, job: str | None = None) -> dict:
-    """Leaves the lock of a trainer on another host, whose last sign of life is `age` seconds old."""
+    """Writes the lock of a trainer on another host, with its last heartbeat `age` seconds ago."""
     owner = {"user": "me", "slurm_job": job, "token": "theirs", "since": "2026-01-01T00:00:00Z"}
     owner |= {"host": "other-host", "boot": "b", "pid": 1, "started": "2"}
     (folder / LOCK).write_text(json.dumps(owner))
@@ -56,7 +56,7 @@ def test_waiting_ends_with_the_other_trainer_or_with_the_time(tmp_path, holder, 
     assert wait_until_free(tmp_path, float("inf"))
     killer.wait()
     assert not wait_until_free(tmp_path, float("inf"))
-    assert "Another trainer works in" in capfd.readouterr().out
+    assert "Another trainer is running in" in capfd.readouterr().out
 
 
 def test_without_slurm_a_trainer_elsewhere_lives_while_it_gives_signs_of_life(tmp_path):
@@ -71,12 +71,12 @@ def test_without_slurm_a_trainer_elsewhere_lives_while_it_gives_signs_of_life(tm
 @pytest.mark.parametrize(
     ("state", "age", "alive"),
     [
-        ("RUNNING", STALE + 5, True),  # suspended, or a file server that hangs
+        ("RUNNING", STALE + 5, True),  # suspended, or the file server hangs
         ("SUSPENDED", STALE + 5, True),
         ("CANCELLED", 1, False),
-        ("NODE_FAIL", 1, True),  # the node may only be cut off
+        ("NODE_FAIL", 1, True),  # the node may only be unreachable
         ("NODE_FAIL", STALE + 5, False),
-        ("", 1, True),  # a job that Slurm has forgotten
+        ("", 1, True),  # Slurm no longer knows the job
     ],
 )
 def test_slurm_says_whether_the_job_of_a_trainer_elsewhere_runs(tmp_path, monkeypatch, state, age, alive):

@@ -1,4 +1,4 @@
-"""The one reader of safetensors: what the library reads, from the files that transformers reads, and no torn file."""
+"""The safetensors reader: same tensors as the library, same files as transformers, and no torn files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_what_the_library_reads_is_read(tmp_path, monkeypatch):
     save_file(TENSORS, tmp_path / "model.safetensors", {"format": "pt"})
     save_file(
         {"half": torch.zeros(1)}, tmp_path / "consolidated.safetensors"
-    )  # as Mistral's folders have beside it
+    )  # Mistral's folders also have this file
     found, expected = open_safetensors(tmp_path), load_file(tmp_path / "model.safetensors")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():

@@ -1,4 +1,4 @@
-"""When a run decides to end early, what the launcher does with signals, and when another attempt is refused."""
+"""Stopping early, forwarding signals to ranks, and refusing another attempt after repeated crashes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def one_rank(tmp_path):
 
 
 class Clock:
-    """Stands in for the module `time`."""
+    """Replaces the module `time`."""
 
     def __init__(self):
         self.now = 1000.0
@@ -72,7 +72,7 @@ folder = pathlib.Path(sys.argv[1])
 (folder / ("ready" + os.environ["RANK"])).touch()
 while stop.signal is None:
     time.sleep(0.01)
-time.sleep(1.5 * int(os.environ["RANK"]))  # saving takes one rank longer than the other
+time.sleep(1.5 * int(os.environ["RANK"]))  # saving takes longer on rank 1
 (folder / ("saved" + os.environ["RANK"])).write_text(signal.Signals(stop.signal).name)
 sys.exit(75)
 """
@@ -95,7 +95,7 @@ def test_signals_reach_all_ranks_and_none_is_ended_while_it_saves(tmp_path, repo
 
 
 def attempt(folder, start: int, end: int, error: Exception | None = None) -> None:
-    """One attempt that goes on from `start` and dies after `end`."""
+    """Simulates an attempt that resumes after step `start` and crashes after step `end`."""
     metrics = folder / "metrics.jsonl"
     check_guard(folder, metrics)
     begin_attempt(folder, metrics, start)
@@ -112,12 +112,12 @@ def test_guard(tmp_path, monkeypatch):
     metrics = tmp_path / "metrics.jsonl"
     error = RuntimeError("out of range")
     attempt(tmp_path, 0, 7, error)
-    attempt(tmp_path, 5, 9, error)  # further than before: progress
+    attempt(tmp_path, 5, 9, error)  # got further than the last attempt
     attempt(tmp_path, 5, 9, error)
     with pytest.raises(UserError, match="the last 2 attempts all ended after step 9(.|\n)*out of range"):
         check_guard(tmp_path, metrics)
     clear_guard(tmp_path)
-    # Killed from outside, thrice at one step; a loss of the node at another step in between sets it back.
+    # Killed from outside three times at one step; a crash at a different step in between resets the count.
     for end in (6, 6, 8, 6, 6):
         attempt(tmp_path, 5, end)
     attempt(tmp_path, 5, 6)
@@ -126,7 +126,7 @@ def test_guard(tmp_path, monkeypatch):
     ):
         check_guard(tmp_path, metrics)
     clear_guard(tmp_path)
-    for _ in range(3):  # no step done at all
+    for _ in range(3):  # no steps done
         attempt(tmp_path, 5, 0)
     with pytest.raises(UserError, match="after step 5"):
         check_guard(tmp_path, metrics)

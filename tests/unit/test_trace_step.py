@@ -1,4 +1,4 @@
-"""A step of a real run, traced to the documents it learned from."""
+"""Traces a step of a real run to the documents it trained on."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ STEPS, RANKS, ACCUMULATION = 4, 2, 2
 
 
 def stored(bin_file: Path, sample: int) -> list[int]:
-    """The ids of a tokenised document, read without the code under test."""
+    """Returns the ids of a document, read without the code under test."""
     return [abs(token) for token in json.loads(bin_file.read_text().splitlines()[sample])["tokens"]]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_model_dir, tiny_tokenizer_dir, write_processed, run_script, repo_root):
-    """Trains a tiny model on two ranks from a working folder of its own, over an epoch's end; returns the folder."""
+    """Trains a tiny model on two ranks past the end of an epoch, in its own working folder. Returns the folder."""
     folder = tmp_path_factory.mktemp("traced")
     for name, numbers in (("a", range(18)), ("b", range(18, 30))):
         talks = [
@@ -74,7 +74,7 @@ def test_traced_documents_are_what_the_model_saw(run, run_script):
     train = run / "data" / "chatml_llamav13_32k" / "train"
     epochs = set()
     for step in range(1, STEPS + 1):
-        # From another working folder, and given as the manifest or as the run folder.
+        # Run from another working folder, with the run folder or its train.json.
         where = run / ("run" if step % 2 else "out/train.json")
         trace = json.loads(run_script("trace_step.py", "--run", where, "--step", step, "--json").stdout)
         assert trace["metrics"] == metrics[step - 1] and trace["notes"] == {}
@@ -102,7 +102,7 @@ def test_traced_documents_are_what_the_model_saw(run, run_script):
 
 
 def test_the_schedule_ends_with_the_last_step(run):
-    """An epoch of an odd number of rows ends in the middle of two ranks' micro-batch, and counts by its rows."""
+    """An epoch with an odd number of rows ends between the micro-batches of two ranks; the schedule counts rows."""
     plan = json.loads((run / "packs" / "p" / "plan.json").read_text())
     assert plan["rows"] % RANKS
     metrics = [json.loads(line) for line in (run / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -122,7 +122,7 @@ def test_text_for_people(run, run_script):
     assert any("a.jsonl:" in line or "b.jsonl:" in line for line in lines)
     ahead = run_script("trace_step.py", "--run", run / "run", "--step", STEPS + 5).stdout
     assert "not trained yet" in ahead and "micro-batch 1" in ahead
-    # The same of a run that has not done its first step.
+    # The same for a run that has not done its first step.
     young = run / "young"
     young.mkdir()
     for name in ("identity.json", "train_config.py"):
@@ -130,8 +130,8 @@ def test_text_for_people(run, run_script):
     said = run_script("trace_step.py", "--run", young, "--step", STEPS + 5).stdout
     assert said.splitlines()[1:] == ahead.splitlines()[1:] and "rank 1, micro-batch 1" in said
     for flags, said in (
-        (("--run", run / "run", "--step", 0), "--step cannot be used"),
-        (("--run", run / "run", "--step", 1, "--rank", 2), "--rank cannot be used"),
+        (("--run", run / "run", "--step", 0), "invalid --step"),
+        (("--run", run / "run", "--step", 1, "--rank", 2), "invalid --rank"),
         (("--run", run, "--step", 1), "is not a run"),
     ):
         refused = run_script("trace_step.py", *flags, check=False)
@@ -144,7 +144,7 @@ def test_a_plan_that_was_made_anew_is_refused(run, run_script):
         *("plan_packing.py", "--train-folder", "data", "--max-length", 90, "--output", "packs/p"), cwd=run
     )
     refused = run_script("trace_step.py", "--run", run / "run", "--step", 1, check=False)
-    assert refused.returncode == 2 and "is not the plan of this run any more" in refused.stderr
+    assert refused.returncode == 2 and "is no longer the pack plan of this run" in refused.stderr
     refused = run_script(
         "train_model.py",
         "config.py",

@@ -1,4 +1,4 @@
-"""The model side of training: packed rows without leaks, and the rows that new tokens get."""
+"""The model in training: packed sequences without leaks, and embedding rows for new tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LENGTHS = (5, 1, 17, 9)
 
 
 def row(vocabulary: int = 96, seed: int = 0) -> dict:
-    """One packed row of documents of LENGTHS tokens, its first half of each untrained, as snaketune.tokenized.bin_reader gives it."""
+    """A packed sequence of documents of LENGTHS tokens, with the first half of each untrained."""
     import numpy as np
 
     rng = np.random.RandomState(seed)
@@ -69,7 +69,7 @@ def test_packed_row_equals_documents_alone(model_folder, checkpointing):
         alone(torch.from_numpy(packed["input_ids"][a:b])[None], use_cache=False).logits[0]
         for a, b in zip(boundaries[:-1], boundaries[1:], strict=True)
     ]
-    # Labels shift over the row, as in XTuner: the last token of a document predicts the first of the next.
+    # Labels shift over the whole row, as in XTuner: a document's last token predicts the next one's first.
     expected = torch.nn.functional.cross_entropy(torch.cat(pieces)[:-1], labels[1:], ignore_index=-100)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
@@ -86,7 +86,7 @@ def test_packed_row_equals_documents_alone(model_folder, checkpointing):
 
 
 def test_padded_batches_and_generation_stay_right(model_folder):
-    """The packed attention is also the evaluation's: padded batches and a cache must give what sdpa gives."""
+    """Evaluation uses packed attention too: padded batches and a cache must give the same result as sdpa."""
     ours, stock = (
         load_base_model(str(model_folder)).eval(),
         load_base_model(str(model_folder), attention="eager").eval(),
@@ -145,9 +145,9 @@ def test_first_token_of_the_row_is_never_a_target(model_folder):
     ("rows", "vocabulary", "new", "rows_after"),
     [
         (90, 96, range(90, 96), 128),  # grown, and padded to 128
-        (128, 96, range(90, 96), 128),  # a padded base: the rows are there already
+        (128, 96, range(90, 96), 128),  # a padded base already has the rows
         (90, 90, [], 90),  # nothing new
-        (90, 93, [4, 90, 91, 92], 128),  # one new id inside the old range (a base that replaced a token)
+        (90, 93, [4, 90, 91, 92], 128),  # one new ID within the old range (the base replaced a token)
         (96, 96, [95, 93], 96),
     ],
 )

@@ -1,7 +1,7 @@
 """Training against a plain PyTorch loop: every ZeRO stage, one and two ranks, the same global batch.
 
-The reference takes one document at a time with eager attention and whole logits, so it has neither packing, nor
-per-document attention, nor a chunked loss, nor accumulation, nor ranks: what these change would show.
+The reference runs one document at a time with eager attention and full logits. It uses no packing,
+per-document attention, chunked loss, accumulation or ranks, so any effect of these would show.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, repo_root):
-    """A folder with the finished runs of all cases: 9 steps each."""
+    """A folder with the finished runs of all cases, 9 steps each."""
     folder = tmp_path_factory.mktemp("parity")
     parity.prepare(folder)
     tests = repo_root / "tests"
@@ -77,7 +77,7 @@ def reference(folder):
 
 
 def row_loss(model, row: dict) -> torch.Tensor:
-    """Sum of the token losses of a row, its documents one by one; labels shift over the whole row."""
+    """Returns the summed token losses of a row, one document at a time. Labels shift over the whole row."""
     boundaries = row["cumulative_len"]
     logits = torch.cat(
         [
@@ -115,7 +115,7 @@ def test_the_steps_equal_a_plain_loop(case, folder, reference):
 
 @pytest.mark.parametrize("case", [case for case in parity.CASES if case not in IN_FP32])
 def test_bfloat16_follows_the_same_path(case, folder, reference):
-    """What a GPU trains in by default; bfloat16 has three digits, the checkpoint holds the fp32 weights."""
+    """bfloat16, the default on GPUs, has three digits. The checkpoint has the fp32 weights."""
     losses, weights = reference("llama", "token")
     lines = [json.loads(line) for line in (folder / case / "metrics.jsonl").read_text().splitlines()]
     np.testing.assert_allclose([line["loss"] for line in lines], losses, atol=2e-2, rtol=0)
@@ -127,6 +127,6 @@ def test_bfloat16_follows_the_same_path(case, folder, reference):
 
 
 def test_the_two_normalisations_differ(reference):
-    """Else the cases above would prove nothing about them."""
+    """Otherwise, the cases above would prove nothing about normalisation."""
     token, micro_batch = (reference("llama", normalisation)[0] for normalisation in ("token", "micro_batch"))
     assert abs(token[0] - micro_batch[0]) > 1e-2

@@ -1,4 +1,4 @@
-"""The parts of a training run that need no training: schedule, data order, config, identity, ranks, checkpoints."""
+"""Parts of a training run, without training: schedule, data order, config, identity, ranks, checkpoints."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config_path(tmp_path):
 
 
 def xtuner_lr(step: int, warm_up: int, total: int, lr: float) -> float:
-    """XTuner's curve in closed form."""
+    """XTuner's learning rate schedule in closed form."""
     if step < warm_up:
         return lr * (1 / 40 + (1 - 1 / 40) * step / (warm_up - 1))
     return 0.15 * lr + 0.85 * lr * (1 + math.cos(math.pi * (step - warm_up) / (total - warm_up))) / 2
@@ -67,7 +67,7 @@ def test_lr_curve(tmp_path, accumulation, rows, epochs, max_steps):
     schedulers = strategy.build_param_scheduler(config.param_scheduler, optimizer)
     total = max_steps or int(epochs * rows / accumulation)
     warm_up = int(0.025 * (max_steps or epochs * rows / accumulation))
-    if warm_up < 2:  # too short for a warm-up: none, instead of XTuner's cosine from lr / 40
+    if warm_up < 2:  # too short: no warm-up, instead of XTuner's cosine from lr / 40
         assert len(schedulers) == 1
         warm_up = 0
     for step in range(total):
@@ -97,10 +97,10 @@ def test_config_reads_back(config_path):
     [
         ("lr = 4e-05", "lr = 4e-05e", "cannot be read"),
         ("batch_size = 1 ", "batch_size = 2 ", "batch_size must be 1"),
-        ("strategy = dict(", "other = dict(", "lacks strategy"),
+        ("strategy = dict(", "other = dict(", "does not define strategy"),
         ("'base'", "None", "model.llm.model_path is not a path"),
         ("from torch.optim import AdamW", "from xtuner.optim import AdamW", "XTuner's own classes"),
-        ("zero_stage = 2", "zero_stage = 4", "zero_stage cannot be used"),
+        ("zero_stage = 2", "zero_stage = 4", "invalid zero_stage"),
         ("import os", "", None),
     ],
 )
@@ -114,7 +114,7 @@ def test_config_errors_say_what_to_do(config_path, old, new, said):
         load_config(config_path)
 
 
-# A key that a training config may leave out, the line that states it, and what is then taken.
+# Keys that a training config may leave out: the key, its line in the config, and the default.
 LEFT_OUT = [
     ("dtype", "        dtype=dtype,", "auto"),
     ("zero_stage", "    zero_stage=zero_stage,", 2),
@@ -130,7 +130,7 @@ LEFT_OUT = [
 
 
 def test_keys_that_a_config_leaves_out_have_one_default(config_path, monkeypatch):
-    """The parsed config has it, and the runner is told; the identity of the run has what the file says alone."""
+    """The parsed config and the runner get the default. The run identity has only the keys in the file."""
     from snaketune.training.train_rank import runner_config
 
     text = config_path.read_text()
@@ -154,7 +154,7 @@ def test_keys_that_a_config_leaves_out_have_one_default(config_path, monkeypatch
 
 
 def test_equal_configs_keep_their_identity(config_path):
-    """The digest is that of the first release: another one would train everybody's runs again."""
+    """The digest is that of the first release. If it changed, everybody's runs would be trained again."""
     import numpy as np
 
     from snaketune.common.files import sha256_json
@@ -285,7 +285,7 @@ def test_a_flipped_bit_is_seen_and_the_checkpoint_set_aside(tmp_path):
     assert is_intact(broken)
     (broken / "weights.pt").write_bytes(b"12345"[:-1] + bytes([ord("5") ^ 1]))
     assert is_whole(broken) and not is_intact(broken)
-    assert is_intact(broken, rank=1, world_size=2), "the one file is rank 0's share"
+    assert is_intact(broken, rank=1, world_size=2), "the only file is in rank 0's share"
     with pytest.raises(UserError, match="torn or corrupt"):
         read_state_dict(broken)
     assert set_aside(broken).name == "corrupt_iter_4.pth"
@@ -319,7 +319,7 @@ def test_random_state_comes_back(tmp_path):
 
 
 def test_zero_0_clips_by_the_norm_in_fp64_and_skips_what_is_not_finite():
-    """torch's own norm of as many fp32 numbers is off by a thousandth on a CPU."""
+    """On a CPU, torch's norm of this many fp32 numbers is off by a thousandth."""
     from types import SimpleNamespace
 
     from snaketune.training.nonfinite_steps import replace_zero_0_step
@@ -340,7 +340,7 @@ def test_zero_0_clips_by_the_norm_in_fp64_and_skips_what_is_not_finite():
 
 
 def test_zero_layouts_are_joined(tmp_path):
-    """Hand-made files of two ranks with padding, for stages 2 and 3, against the tensors they were cut from."""
+    """Files of two ranks with padding, for stages 2 and 3, against the tensors they were made from."""
     from snaketune.checkpoints.zero_weights import read_zero_state_dict
 
     tensors = OrderedDict(a=torch.arange(15.0).view(3, 5), b=torch.arange(7.0), c=torch.tensor(3.0))

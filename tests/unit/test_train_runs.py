@@ -1,6 +1,6 @@
-"""Whole training runs of a tiny model, as a user starts them: every ZeRO stage, a kill, a refusal, weights only.
+"""Complete training runs of a tiny model: every ZeRO stage, a kill, a refusal, weights only.
 
-Importing torch, DeepSpeed and mmengine takes ten seconds a process, so each run answers several questions.
+Importing torch, DeepSpeed and mmengine takes ten seconds per process, so each run serves several tests.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def world(tmp_path_factory, tiny_model_dir, tiny_tokenizer_dir, run_script):
     )
     size = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json")).get_vocab_size()
     rng = np.random.RandomState(7)
-    for name, samples in (("one", 25), ("two", 16)):  # few enough rows for the run to cross an epoch
+    for name, samples in (("one", 25), ("two", 16)):  # few enough rows to cross an epoch
         file = folder / "data" / "chatml_llamav13_32k" / "train" / "cn" / name / "chat.bin"
         file.parent.mkdir(parents=True)
         lines, meta, offset = [], [], 0
@@ -106,7 +106,7 @@ def render(world, run_script):
 
 @pytest.fixture(scope="module")
 def train(repo_root):
-    """Runs train_model.py; returns the finished process."""
+    """Runs train_model.py and returns the finished process."""
 
     def start(config: Path, *flags: object, **environment: object) -> subprocess.CompletedProcess:
         command = [repo_root / "workflow_scripts" / "train_model.py", config, *flags]
@@ -132,12 +132,12 @@ def ok(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def zero_runs(world, render, train):
-    """One run a ZeRO stage on two ranks: {stage: run folder}."""
+    """One run per ZeRO stage, on two ranks: {stage: run folder}."""
     folder, _, _ = world
     runs = {}
     for stage in (1, 2, 3):
         settings, flags = ["--zero-stage", stage], []
-        if stage == 3:  # the command line wins; and the model is built, grown and filled in shards
+        if stage == 3:  # the command line wins; the model is built, grown and loaded in shards
             settings, flags = (
                 ["--zero-stage", 2, "--zero3-init", "true"],
                 ["--deepspeed", "deepspeed_zero3"],
@@ -157,7 +157,7 @@ def zero_runs(world, render, train):
 
 
 def expected_lr(step: int) -> float:
-    """XTuner's curve, in closed form: from lr / 40 up within the warm-up, then a cosine to 0.15 lr."""
+    """XTuner's learning rate schedule in closed form: warm-up from lr / 40, then a cosine to 0.15 lr."""
     warm_up = int(0.25 * STEPS)
     if step < warm_up:
         return LR * (1 / 40 + (1 - 1 / 40) * step / (warm_up - 1))
@@ -167,7 +167,7 @@ def expected_lr(step: int) -> float:
 
 @pytest.fixture(scope="module")
 def reference(world):
-    """A plain AdamW loop, one document at a time without any packing code: (losses by step, final weights)."""
+    """A plain AdamW loop over single documents, without packing code: (losses by step, final weights)."""
     from transformers import AutoModelForCausalLM
 
     folder, model_path, size = world
@@ -270,7 +270,7 @@ def test_run_folder_and_manifest(world, zero_runs):
 
 
 def processes_below(marker: str) -> list[str]:
-    """Command lines of running processes that name `marker`."""
+    """Returns the command lines of running trainers that contain `marker`."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -325,7 +325,7 @@ def test_identity(world, zero_runs, render, train):
             folder / "again" / "train.json",
         )
     )
-    assert "Finished before" in again.stdout and time.monotonic() - start < 30
+    assert "Already finished" in again.stdout and time.monotonic() - start < 30
     assert metrics(zero_runs[2]) == before
     assert json.loads((folder / "again" / "train.json").read_text())["run_folder"] == "../zero2"
 
@@ -333,7 +333,7 @@ def test_identity(world, zero_runs, render, train):
     refused = train(changed, "--work-dir", zero_runs[2], "--processes", RANKS)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert "optim_wrapper.optimizer.lr: 0.005 -> 0.0001" in refused.stderr
-    assert "another --work-dir" in refused.stderr
+    assert "new --work-dir" in refused.stderr
     refused = train(folder / "zero2.py", "--work-dir", zero_runs[2], "--processes", 1)
     assert refused.returncode == 2 and "world_size: 2 -> 1" in refused.stderr
     file = next(moved.rglob("cn/one/chat.bin"))
@@ -381,4 +381,4 @@ def test_weights_only_and_runs_dir(world, render, train):
     read, in_memory = read_state_dict(checkpoint), torch.load(folder / "w.pt", weights_only=True)
     assert len(content) == len(read) and read.keys() == in_memory.keys()
     assert all(torch.equal(read[name], in_memory[name]) for name in read)
-    assert "Finished before" in ok(train(changed, "--runs-dir", runs)).stdout
+    assert "Already finished" in ok(train(changed, "--runs-dir", runs)).stdout

@@ -1,4 +1,4 @@
-"""Held-out loss and answers while training change nothing of it; and LoRA from training to the converted model."""
+"""Evaluation during training does not affect it; and LoRA, from training to the converted model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def world(tmp_path_factory, tiny_model_dir, tiny_tokenizer_dir, run_script, writ
 
 @pytest.fixture(scope="module")
 def train(world, tiny_model_dir, run_script, repo_root):
-    """Trains on two ranks; returns (finished process, run folder)."""
+    """Trains on two ranks. Returns (finished process, run folder)."""
 
     def start(name: str, *flags: object, code: int = 0, processes: int = 2, **environment: str):
         config = world / f"{name}.py"
@@ -88,14 +88,14 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def computed(folder: Path) -> list[dict]:
-    """Metrics without what differs between equal runs."""
+    """Returns the metrics without fields that differ between equal runs."""
     lines = lines_of(folder / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 @pytest.fixture(scope="module")
 def watched_lora(world, train):
-    """A LoRA run with dropout, watched, killed after its checkpoint and started again; weights in lora.pt."""
+    """A LoRA run with dropout and evaluation, killed after its checkpoint and resumed; weights in lora.pt."""
     train("lora", *LORA, *HOOKS, code=1, TEST_KILL="5:1")
     assert [line["step"] for line in lines_of(world / "lora/evals.jsonl")] == [0, 2, 4]
     with open(world / "lora/evals.jsonl", "a") as file:
@@ -105,12 +105,12 @@ def watched_lora(world, train):
 
 @pytest.fixture(scope="module")
 def plain_lora(train):
-    """The run folder of the same run, not watched and never killed."""
+    """The run folder of the same run without evaluation or a kill."""
     return train("plain", *LORA)[1]
 
 
 def test_watching_and_a_kill_change_nothing(watched_lora, plain_lora):
-    """Dropout draws random numbers at every step: one number drawn elsewhere would change all losses after it."""
+    """Dropout draws random numbers at every step: one extra draw would change all later losses."""
     _, folder = watched_lora
     assert computed(folder) == computed(plain_lora)
     assert [line["attempt"] for line in lines_of(folder / "metrics.jsonl")] == [1, 1, 1, 2, 2]
@@ -171,7 +171,7 @@ def test_checkpoint_of_lora_is_small_and_its_model_is_the_one_in_memory(
     )
     written = load_file(world / "hf/model.safetensors")
     assert len(written) == len(load_file(tiny_model_dir / "model.safetensors"))
-    # By hand: W + alpha / rank B A, and the rows of new tokens put into the embedding and the head.
+    # Computed here: W + alpha / rank B A, and the rows of new tokens in the embedding and the head.
     for name, weight in written.items():
         module = name.removesuffix(".weight")
         expected = in_memory.get(f"{module}.base_layer.weight", in_memory.get(name))
@@ -198,7 +198,7 @@ def test_checkpoint_of_lora_is_small_and_its_model_is_the_one_in_memory(
 
 
 def test_a_model_in_shards_watched_killed_and_resumed(train, plain_lora):
-    """ZeRO-3: every forward pass gathers weights, on all ranks together; what comes out is what ZeRO-2 gives."""
+    """In ZeRO-3 all ranks gather weights in every forward pass; the results must equal those of ZeRO-2."""
     from snaketune.checkpoints.checkpoint_folders import read_state_dict
 
     flags = (*LORA, *HOOKS, "--zero-stage", 3)

@@ -45,7 +45,7 @@ def test_a_training_killed_with_everything_and_then_told_to_stop(finished, token
         go_on.touch()
         output = running.communicate(timeout=600)[0]
     assert running.returncode == 0, output[-6000:]
-    assert "(SIGTERM); start again to go on" in output and "Trying to restart" in output
+    assert "(SIGTERM); start again to resume" in output and "Trying to restart" in output
 
     again, manifest = losses(project)
     undisturbed, expected = losses(finished)
@@ -60,7 +60,7 @@ def test_a_finished_training_is_not_repeated(finished):
     manifest.unlink()
     with kept(finished.folder / "results" / "benchmarks" / "train_model" / "demo.tsv"):
         done = finished.run("results/demo/train.json")
-    assert "Finished before" in done.stdout + done.stderr
+    assert "Already finished" in done.stdout + done.stderr
     assert manifest.read_bytes() == before
     assert finished.planned() == {}
 

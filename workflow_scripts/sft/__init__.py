@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: an mmengine runner over DeepSpeed, on packed rows of whole conversations.
+"""Supervised fine-tuning: an mmengine runner over DeepSpeed, on packed sequences of conversations.
 
-A training config imports its types from here. They are looked up on first use, so reading a config does not import
-DeepSpeed (about ten seconds).
+A training config imports its types from here. They are loaded on first use, so reading a config does not
+import DeepSpeed (about ten seconds).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HOMES = {
     "packed_collate": "snaketune.training.packed_data",
 }
 
-# What training comes to import in its first step. DeepSpeed asks every optimizer whether it is Muon, whose code compiles.
+# Imported by the first training step. DeepSpeed checks every optimizer for Muon, whose module compiles code.
 _LATE_IMPORTS = ("deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard")
 
 __all__ = sorted(HOMES)
@@ -38,10 +38,10 @@ def __getattr__(name: str):
 
 
 def import_for_training(model_path: str | os.PathLike | None = None) -> None:
-    """Imports what every rank needs, for the ranks that are forked afterwards, and leaves this process fit to fork.
+    """Imports the modules that every rank needs, before the ranks are forked. Keeps forking safe.
 
     Args:
-        model_path: Folder of the base model, whose modelling code is imported as well.
+        model_path: Folder of the base model, whose modeling code is imported too.
     """
     import torch
     import transformers
@@ -55,5 +55,5 @@ def import_for_training(model_path: str | os.PathLike | None = None) -> None:
     config = Path(model_path or "", "config.json")
     model_type = read_json(config).get("model_type") if config.is_file() else None
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])  # transformers imports by name
-    gc.freeze()  # a collection in a rank would copy every page that all share
+        getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])  # transformers imports lazily
+    gc.freeze()  # garbage collection in a rank would copy all shared pages

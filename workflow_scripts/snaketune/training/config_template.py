@@ -222,7 +222,7 @@ train_cfg = dict(
 #######################################################################
 #                           PART 5  Runtime                           #
 #######################################################################
-# DeepSpeed. --deepspeed deepspeed_zeroN on the command line takes precedence; `config=dict(...)` takes any setting.
+# DeepSpeed. --deepspeed deepspeed_zeroN on the command line wins. `config=dict(...)` accepts any DeepSpeed setting.
 strategy = dict(
     type=DeepSpeedStrategy,
     zero_stage=zero_stage,

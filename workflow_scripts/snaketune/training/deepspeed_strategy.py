@@ -132,8 +132,7 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         return [s for s in built if s is not None]
 
     def resume(self, filename: str, **kwargs) -> dict:
-        """Loads weights, optimizer and scheduler state from `<run folder>/iter_N.pth`. Returns the client
-        state.
+        """Loads weights, optimizer and schedulers from `<run folder>/iter_N.pth`. Returns the client state.
 
         DeepSpeed unpickles these files without restriction; they are trusted because this run wrote them.
         """
@@ -169,8 +168,7 @@ def _drop_empty(schedulers: list[dict], default_args: dict) -> list[dict]:
 
 
 def deepspeed_settings(zero_stage: int, dtype: str, device: str, offload: str = "none") -> dict:
-    """Returns the DeepSpeed configuration for a ZeRO stage, a dtype, a device (`cpu` or `cuda`) and an
-    offload.
+    """Returns the DeepSpeed config for a ZeRO stage, dtype, device (`cpu` or `cuda`) and offload.
 
     Raises:
         UserError: The combination is not supported.

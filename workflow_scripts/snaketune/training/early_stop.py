@@ -35,10 +35,9 @@ class StopRequest:
         self._last_call: float | None = None
 
     def listen(self) -> None:
-        """Makes SIGTERM, SIGUSR1 and SIGINT stop the run after the current step instead of killing this
-        process.
+        """Makes SIGTERM, SIGUSR1 and SIGINT stop the run after the current step.
 
-        A second SIGINT ends a process without a launcher at once. Ranks leave that to their launcher.
+        Without this, they would kill the process. A second SIGINT ends a process without a launcher at once. Ranks leave that to their launcher.
         """
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
@@ -49,10 +48,9 @@ class StopRequest:
         self.signal = number
 
     def agree(self, device) -> bool:
-        """Returns True if any rank received a signal or is running out of time. All ranks call it once per
-        step.
+        """Returns True if any rank received a signal or is running out of time.
 
-        Time is running out if one more step and a save may not fit. The step is assumed to take as long as
+        All ranks call it once per step. Time is running out if one more step and a save may not fit. The step is assumed to take as long as
         the longest so far, including its save and evaluation.
         """
         import torch  # imported late: the launcher does not need it

@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient is not finite: skipped, counted, and the end of the run when too many follow each other.
+"""Skips and counts steps whose loss or gradient is not finite, and ends the run after too many in a row.
 
-DeepSpeed looks at the norm of the summed gradient before it changes anything, so all ranks skip together and weights and
-optimizer stay as they were; a skipped step counts as a step: data and learning rate go on.
+DeepSpeed checks the norm of the summed gradient before it changes anything. So all ranks skip together, and
+weights and optimizer stay unchanged. A skipped step still counts as a step: data and learning rate advance.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from snaketune.common.files import write_json
 
 
 def spread_nonfinite(loss: torch.Tensor) -> torch.Tensor:
-    """Returns the loss; if it is not finite its gradient is made NaN, which every rank sees in the summed gradient.
+    """Returns the loss. If it is not finite, makes its gradient NaN.
 
-    Not every infinite loss has a NaN gradient by itself: that of a token with probability 0 is finite.
+    Every rank then sees the NaN in the summed gradient. An infinite loss does not always have a NaN gradient:
+    for a token with probability 0 the gradient is finite.
     """
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
 
 
 def replace_zero_0_step(engine) -> None:
-    """Replaces the optimizer's step in ZeRO-0 in fp32: it clips by a norm in fp64, and skips where that is not finite.
+    """Makes the optimizer step of ZeRO-0 in fp32 clip by an fp64 norm and skip nonfinite gradients.
 
-    DeepSpeed's other stages do so. Its own norm in ZeRO-0 is torch's in fp32, which on a CPU comes out 1.4% low for 134
-    million numbers; it is not reported, and a step with a gradient that is not finite is taken all the same.
+    DeepSpeed's other stages do this already. In ZeRO-0 it uses torch's fp32 norm, which on a CPU is 1.4% too
+    low for 134 million numbers, does not report it, and does not skip steps with a nonfinite gradient.
     """
     optimizer = engine.optimizer
     if hasattr(optimizer, "overflow"):
@@ -41,11 +42,11 @@ def replace_zero_0_step(engine) -> None:
         gradients = [
             p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
-        # In blocks that stay in a CPU's cache: the fp64 copy of a whole embedding costs more than the norm.
+        # In blocks that fit in a CPU's cache: an fp64 copy of a whole embedding costs more than the norm.
         blocks = (block for gradient in gradients for block in gradient.flatten().split(1 << 18))
         norms = [torch.linalg.vector_norm(block, dtype=torch.float64) for block in blocks]
         norm = torch.linalg.vector_norm(torch.stack(norms)).item()
-        # DeepSpeed looks for these two names.
+        # DeepSpeed reads these two attributes.
         optimizer._global_grad_norm, optimizer.overflow = norm, not math.isfinite(norm)
         if optimizer.overflow:
             return None
@@ -57,7 +58,7 @@ def replace_zero_0_step(engine) -> None:
 
 
 def weights_are_finite(engine) -> bool:
-    """Tells all ranks whether every weight is finite. All ranks call it together; it reads the weights once."""
+    """True, on all ranks, if every weight is finite. All ranks call it together. Reads the weights once."""
     weights = [
         getattr(p, "ds_tensor", p).detach() for p in engine.module.parameters()
     ]  # ZeRO-3: this rank's share
@@ -68,7 +69,7 @@ def weights_are_finite(engine) -> bool:
 
 
 class SkippedSteps:
-    """Counts the steps in a row that were skipped.
+    """Counts consecutive skipped steps.
 
     Args:
         limit: Steps in a row that may be skipped; the next one ends the run.
@@ -78,9 +79,10 @@ class SkippedSteps:
         self.limit, self.in_a_row = limit, 0
 
     def count(self, engine) -> bool:
-        """Tells whether the last step was skipped because of its loss or gradient, on all ranks alike.
+        """Counts the last step. Returns True, on all ranks, if it was skipped for its loss or gradient.
 
-        In fp16 skipping is how DeepSpeed finds its loss scale; it ends the run by itself when there is none.
+        In fp16, DeepSpeed skips steps to find its loss scale. These are not counted; DeepSpeed itself ends
+        the run if no scale works.
         """
         skipped = not engine.was_step_applied()
         self.in_a_row = self.in_a_row + 1 if skipped and not engine.fp16_enabled() else 0
@@ -92,10 +94,10 @@ class SkippedSteps:
         Args:
             loop: The TrainLoop.
             step: Number of the last step, from 1.
-            losses: Of this rank's micro-batches.
+            losses: Losses of this rank's micro-batches.
 
         Raises:
-            UserError: Too many; what the last step was made of is in `nonfinite_step_<step>.json` of the run folder.
+            UserError: Too many. `nonfinite_step_<step>.json` in the run folder has the data of the last step.
         """
         if self.in_a_row <= self.limit:
             return
@@ -114,10 +116,10 @@ class SkippedSteps:
             trace["ranks"] = [{"rank": rank, "micro_batches": rows} for rank, rows in enumerate(ranks)]
             write_json(path, trace)
         raise UserError(
-            f"the loss or the gradient was not finite in {self.in_a_row} steps in a row, the last of them step {step}",
-            found=f"{path.name} in the run folder: losses, rows and documents of that step",
-            expected=f"at most {self.limit} such steps in a row (max_skipped_steps)",
-            fix="look at the documents; lower lr, or raise warmup_ratio. The last checkpoint is from before these steps",
+            f"the loss or gradient was not finite in {self.in_a_row} steps in a row, up to step {step}",
+            found=f"{path.name} in the run folder lists the losses, rows and documents of that step",
+            expected=f"at most {self.limit} skipped steps in a row (max_skipped_steps)",
+            fix="check the documents, lower lr or raise warmup_ratio; the last checkpoint predates these steps",
         )
 
 

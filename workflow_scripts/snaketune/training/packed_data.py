@@ -1,4 +1,4 @@
-"""Packed rows as torch data: the dataset, the order a rank sees it in, and one row as tensors."""
+"""Packed sequences as torch data: the dataset, the sampler of a rank, and a packed sequence as tensors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from snaketune.packing.planner import plan_for_training
 
 
 class PackedDataset(Dataset):
-    """The packed rows of a plan.
+    """The packed sequences of a pack plan.
 
     Args:
-        plan: A plan folder, as plan_packing.py writes it; None packs the files of a train folder as XTuner does.
-        **data: What `plan_for_training` takes besides: folder, packed_length, data_order_path, seed, min_length.
+        plan: Pack plan folder, written by plan_packing.py; None packs the files of a train folder the way
+            XTuner does.
+        **data: Other arguments of `plan_for_training`: folder, packed_length, data_order_path, seed,
+            min_length.
 
     Raises:
-        UserError: The plan or a file is missing or broken, or no file fills a row.
+        UserError: The plan or a file is missing or broken, or no file fills a packed sequence.
     """
 
     def __init__(self, plan: str | None = None, **data):
@@ -38,18 +40,19 @@ class PackedDataset(Dataset):
 
 
 class PackedSampler(Sampler):
-    """The rows of this rank, epoch after epoch without end; starts anywhere at no cost.
+    """Yields this rank's packed sequences, epoch after epoch without end. Seeking is free.
 
-    The rows of all epochs, one after the other, are one sequence. Its entry number `micro_batch * world_size + rank`
-    is what the rank sees in a micro-batch, so optimizer step k takes the `accumulative_counts * world_size` entries
-    from k times that number on: which ones does not depend on how many ranks share them.
+    The packed sequences of all epochs form one list, of which a rank sees entry
+    `micro_batch * world_size + rank`. So optimizer step k uses `accumulative_counts * world_size` entries
+    starting at k times that number: the same ones however many ranks share them.
 
     Args:
         dataset: A `PackedDataset`.
-        shuffle: False takes the rows in their own order.
-        seed: Not used: the order's seed is the plan's. Here because mmengine passes one.
-        rank: Of this process; None asks torch.distributed. `world_size` likewise.
-        sequence_parallel: Ranks that share a row, and so see the same ones: they count as one rank here.
+        shuffle: False keeps the order of the plan's rows.
+        seed: Unused, because the plan has its own seed. mmengine passes one.
+        rank: Rank of this process; None asks torch.distributed. The same applies to `world_size`.
+        sequence_parallel: Ranks that share each packed sequence: they see the same ones and count as one rank
+            here.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class PackedSampler(Sampler):
         self.start = 0
 
     def seek(self, micro_batch: int) -> None:
-        """Makes the next iteration begin after this rank's first `micro_batch` micro-batches."""
+        """Makes the next iteration skip this rank's first `micro_batch` micro-batches."""
         self.start = micro_batch
 
     def __iter__(self) -> Iterator[int]:
@@ -84,12 +87,12 @@ class PackedSampler(Sampler):
             entry += self.world_size
 
     def __len__(self) -> int:
-        """Whole micro-batches that a rank sees in an epoch."""
+        """Returns the number of whole micro-batches that a rank sees in an epoch."""
         return self.entries_per_epoch // self.world_size
 
 
 def packed_collate(rows: Sequence[dict[str, np.ndarray]]) -> dict:
-    """Turns one row into a micro-batch for `SupervisedFinetune.forward`.
+    """Turns one packed sequence into a micro-batch for `SupervisedFinetune.forward`.
 
     Returns:
         {"data": {input_ids, labels, position_ids: int64 (1, tokens); cumulative_len: int32 (documents + 1,);
@@ -97,7 +100,7 @@ def packed_collate(rows: Sequence[dict[str, np.ndarray]]) -> dict:
     """
     if len(rows) != 1:
         raise ValueError(
-            f"a micro-batch is one packed row, got {len(rows)}: raise max_length instead of batch_size"
+            f"a micro-batch is one packed sequence, got {len(rows)}: raise max_length instead of batch_size"
         )
     row = rows[0]
     data = {
@@ -109,7 +112,7 @@ def packed_collate(rows: Sequence[dict[str, np.ndarray]]) -> dict:
 
 
 def read_ahead(batches: Iterator[dict], depth: int) -> Iterator[dict]:
-    """Yields the batches of an endless iterator; a thread reads the next `depth` of them meanwhile."""
+    """Yields the batches of an endless iterator, while a thread reads the next `depth` batches."""
     with ThreadPoolExecutor(1) as thread:
         waiting = deque(thread.submit(next, batches) for _ in range(depth))
         while True:

@@ -1,4 +1,4 @@
-"""The pods of a PyTorchJob (Aliyun DLC, Kubeflow): which ranks this one runs, and NCCL's settings on DLC's network."""
+"""Reads a pod's ranks in a PyTorchJob (Aliyun DLC, Kubeflow), and sets NCCL defaults for DLC's network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from snaketune.common.cli import UserError
 GPUS = "KUBERNETES_CONTAINER_RESOURCE_GPU"
 _NEEDED = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 
-# The guide's step 5. bond0 and mlx5 are the names of DLC's network devices.
+# From step 5 of the guide. bond0 and mlx5 are DLC's network devices.
 DEFAULTS = {
     "NCCL_IB_TC": "136",
     "NCCL_IB_SL": "5",
@@ -32,8 +32,8 @@ class Pod:
 
     Attributes:
         pods: Number of pods.
-        index: This one's, from 0.
-        processes: Ranks in each pod.
+        index: Index of this pod, from 0.
+        processes: Ranks per pod.
         master: Host and port where the ranks meet: pod 0.
     """
 
@@ -44,31 +44,31 @@ class Pod:
 
 
 def read_pod(environment: Mapping[str, str], processes: int | None = None) -> Pod:
-    """Reads a pod's place from the variables that the job gives to it.
+    """Reads a pod's place in its job from the environment.
 
     Args:
-        environment: WORLD_SIZE (pods, not ranks), RANK (this pod), MASTER_ADDR, MASTER_PORT and, for the ranks of a
-            pod, KUBERNETES_CONTAINER_RESOURCE_GPU; 0 GPUs are one rank on the CPUs.
-        processes: Ranks in a pod, in place of the number of GPUs.
+        environment: WORLD_SIZE (pods, not ranks), RANK (this pod), MASTER_ADDR, MASTER_PORT and, for the
+            number of ranks per pod, KUBERNETES_CONTAINER_RESOURCE_GPU; 0 GPUs means one rank on CPUs.
+        processes: Ranks per pod, overriding the number of GPUs.
 
     Raises:
-        UserError: A variable is missing or cannot be used.
+        UserError: A variable is missing or invalid.
     """
     needed = (*_NEEDED, GPUS) if processes is None else _NEEDED
     missing = [name for name in needed if not environment.get(name)]
     if missing:
         there = [f"{name}={environment[name]}" for name in needed if environment.get(name)]
         raise UserError(
-            f"the environment of a pod is {'half set' if there else 'not set'}: {', '.join(missing)} missing",
+            f"the environment of a pod is {'incomplete' if there else 'not set'}: {', '.join(missing)} missing",
             found=", ".join(there) or "none of these variables",
             expected=", ".join(needed),
-            fix=f"on pods without GPUs give --processes in place of {GPUS}"
+            fix=f"on pods without GPUs, pass --processes instead of setting {GPUS}"
             if missing == [GPUS]
-            else "a PyTorchJob sets them (docs/dlc.md); on one machine use train_model.py --processes",
+            else "use a PyTorchJob, which sets them (docs/dlc.md); on one machine, train_model.py --processes",
         )
-    pods = _number(environment, "WORLD_SIZE", 1, "the number of pods, from 1")
+    pods = _number(environment, "WORLD_SIZE", 1, "the number of pods, at least 1")
     if processes is None:
-        processes = max(1, _number(environment, GPUS, 0, "the number of GPUs of a pod, from 0"))
+        processes = max(1, _number(environment, GPUS, 0, "the number of GPUs of a pod, at least 0"))
     return Pod(
         pods,
         _number(
@@ -88,12 +88,12 @@ def _number(
 ) -> int:
     text = environment[name]
     if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
-        raise UserError(f"the variable {name} cannot be used", found=text, expected=expected)
+        raise UserError(f"invalid environment variable {name}", found=text, expected=expected)
     return int(text)
 
 
 def set_network_defaults(environment: MutableMapping[str, str]) -> None:
-    """Sets what the guide sets, where the environment does not say otherwise; an empty variable is removed."""
+    """Sets the guide's variables unless the environment already has them. Removes empty ones."""
     for name, value in DEFAULTS.items():
         if environment.setdefault(name, value) == "":
             del environment[name]

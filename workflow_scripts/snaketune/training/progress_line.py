@@ -1,4 +1,4 @@
-"""How far a training is: one line that changes on a terminal, plain lines in a log."""
+"""Shows training progress: one updating line on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class ProgressLine:
     """Shows optimizer steps.
 
     Args:
-        done: Steps done before.
+        done: Steps already done.
         total: Steps of the whole run.
-        interval: Steps between two lines in a log.
+        interval: Steps between lines in a log.
     """
 
     def __init__(self, done: int, total: int, interval: int = 1):
@@ -31,8 +31,8 @@ class ProgressLine:
 
         Args:
             step: Steps done.
-            text: What there is to say about it.
-            eta_seconds: Time left.
+            text: Metrics of the step.
+            eta_seconds: Estimated time left.
         """
         text += f"  ETA {timedelta(seconds=round(eta_seconds))}"
         if self._bar is not None:
@@ -43,12 +43,12 @@ class ProgressLine:
             print(f"Step {step}/{self._total}  {text}", flush=True)
 
     def close(self) -> None:
-        """Leaves the last line standing."""
+        """Closes the progress line and leaves its last state on screen."""
         if self._bar is not None:
             self._bar.close()
 
 
 def say(text: str) -> None:
-    """Prints a line of its own; on a terminal the progress line moves below it."""
+    """Prints a line above the progress line."""
     tqdm.write(text)
     sys.stdout.flush()

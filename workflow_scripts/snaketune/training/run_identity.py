@@ -1,6 +1,6 @@
-"""What makes two runs the same run: hyperparameters, base weights, tokenizer, data and rows of an optimizer step.
+"""Defines the identity of a run: hyperparameters, base weights, tokenizer, data and rows per optimizer step.
 
-The number of ranks is no part of it where the order of the data does not depend on it.
+It includes the number of ranks only if the order of the data depends on it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PARTS = (
     "strategy",
     "randomness",
 )
-# Paths are replaced by digests of what lies there; the others change how a run is carried out, not its result.
+# Paths are replaced by digests of their contents. The others change how a run is executed, not its result.
 _NOT_HYPERPARAMETERS = {
     "model.llm.model_path",
     "model.llm.trust_remote_code",
@@ -52,7 +52,8 @@ def run_identity(config: TrainConfig, world_size: int, cache: FingerprintCache) 
     """Returns the fields that make up the identity of a run.
 
     Raises:
-        UserError: A model, tokenizer or data file is missing, or the data were made with another tokenizer or template.
+        UserError: A model, tokenizer or data file is missing, or the data were made with a different
+            tokenizer or template.
     """
     hyperparameters: dict[str, Any] = {}
     for part in _PARTS:
@@ -75,7 +76,7 @@ def run_identity(config: TrainConfig, world_size: int, cache: FingerprintCache) 
 
 
 def _refuse_data_of_another(tokenizer: str, tokenizer_sha256: str, config: TrainConfig) -> None:
-    """Makes sure that the data were made with this tokenizer and its chat template, where that is written down."""
+    """Checks that the data were made with this tokenizer and its chat template, if that is recorded."""
     plan, folder = config.plan, config.train_folder
     if plan is not None:
         made = read_plan_manifest(plan).get("made_with")
@@ -92,7 +93,7 @@ def _training_data(config: TrainConfig, world_size: int, cache: FingerprintCache
     else:
         fields = {"plan": refuse_other_data(plan, cache, folder)}
     if plan is None or read_plan_manifest(plan)["mode"] == "xtuner":
-        # XTuner leaves out the rows that the ranks cannot share evenly.
+        # XTuner drops the rows that the ranks cannot share evenly.
         fields["world_size"] = config.data_ranks(world_size)
     return fields
 
@@ -108,7 +109,7 @@ def _flat(prefix: str, value: Any) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Returns one line `field: old -> new` for each field in which two identities differ."""
+    """Returns a line `field: old -> new` for each field that differs between two identities."""
     before, after = _flat("", old), _flat("", new)
     names = sorted(before.keys() | after.keys())
     lines = []
@@ -124,13 +125,13 @@ def _short(value: Any) -> str:
 
 
 def base_model_digest(model_path: str, cache: FingerprintCache) -> str:
-    """Returns the digest of a model folder's configuration and weights."""
+    """Returns the digest of a model folder's config and weights."""
     folder = Path(model_path)
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not (folder / "config.json").is_file() or not weights:
         raise UserError(
             f"{folder} is not a model folder",
-            found="no such folder" if not folder.is_dir() else "no config.json or no weights",
+            found="folder does not exist" if not folder.is_dir() else "no config.json or no weights",
             expected="config.json and *.safetensors",
             fix="set model_path to a Hugging Face model folder or a hub name",
         )
@@ -138,7 +139,7 @@ def base_model_digest(model_path: str, cache: FingerprintCache) -> str:
 
 
 def data_digest(train_folder: str, data_order_path: str | None, cache: FingerprintCache) -> str:
-    """Returns the digest of the `.bin` files in their order, for a config without a pack plan."""
+    """Returns the digest of the `.bin` files in data order, for a config without a pack plan."""
     names = _train_files(train_folder, data_order_path)
     return sha256_json(list(zip(names, bin_digests(train_folder, names, cache), strict=True)))
 
@@ -148,7 +149,7 @@ def _train_files(train_folder: str, data_order_path: str | None) -> list[str]:
 
 
 def resolve_hub_model(config: TrainConfig) -> TrainConfig:
-    """Returns the config with the folder of the downloaded snapshot in place of a hub name; local folders stay."""
+    """Returns the config with a hub name replaced by the folder of its snapshot; keeps local folders."""
     path = config.model_path
     if Path(path).exists() or Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1:
         return config
@@ -157,9 +158,9 @@ def resolve_hub_model(config: TrainConfig) -> TrainConfig:
     try:
         wanted = ["*.json", "*.safetensors", "*.model", "*.py", "*.txt"]
         return replace(config, model_path=snapshot_download(path, allow_patterns=wanted))
-    except Exception as error:  # offline, unknown name, no right to read: the hub's message says which
+    except Exception as error:  # offline, unknown name, no access: the hub's message says which
         raise UserError(
-            f"the base model {path} is neither a folder here nor to be had from the hub",
+            f"the base model {path} is not a local folder and cannot be downloaded from the hub",
             found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            fix="check model_path; a local folder needs no network",
+            fix="check model_path, or use a local folder, which needs no network",
         ) from None

@@ -1,7 +1,8 @@
-"""The lock of a run folder: who trains there, on which host and in which Slurm job, and whether that trainer still lives.
+"""The lock of a run folder: records which process, host and Slurm job trains there, and detects stale locks.
 
-`flock` alone does not do: on many cluster file systems it holds on one node only, and it does not say who holds it. The
-lock is a file that only one process can make (`link` is atomic on NFS too); its owner touches it every few seconds.
+`flock` is not enough: on many cluster file systems it works on one node only, and it does not identify the
+owner. This lock is a file that only one process can create (`link` is atomic on NFS too). Its owner touches
+it every few seconds.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from snaketune.common.files import read_json, write_json
 from snaketune.training.early_stop import EXIT_GO_ON
 
 LOCK = "lock.json"
-BEAT = 10.0  # seconds between two signs of life
-STALE = 120.0  # seconds without one after which an owner on another host is given up; NFS shows times up to 60 s late
+BEAT = 10.0  # seconds between heartbeats
+# Seconds without a heartbeat after which the lock of another host is stale. NFS shows times up to 60 s late.
+STALE = 120.0
 _RUNNING = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "PREEMPTED"}
 
 
 class RunLock:
-    """The lock of a run folder, held by this process until it ends or calls `release`.
+    """The lock of a run folder, taken by this process until it ends or calls `release`.
 
     Raises:
-        LockTaken: Another trainer holds it and lives.
+        LockTaken: Another running trainer has taken it.
     """
 
     def __init__(self, folder: Path):
@@ -61,13 +63,13 @@ class RunLock:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
-        """Lets the next trainer in."""
+        """Releases the lock for the next trainer."""
         self._released.set()
         if (read_owner(self._path.parent) or {}).get("token") == self._owner["token"]:
             self._path.unlink()
 
     def _remove(self, stale: dict[str, Any]) -> None:
-        """Takes a stale lock away, but not the lock of one who was quicker and has done so already."""
+        """Removes a stale lock, unless another trainer has already replaced it with a new one."""
         aside = self._path.with_name(f".{LOCK}.stale.{self._owner['token']}")
         try:
             self._path.rename(aside)
@@ -84,13 +86,17 @@ class RunLock:
             if owner is not None and owner["token"] == self._owner["token"]:
                 os.utime(self._path)
             elif not self._released.is_set():
-                # Given up for dead (this process was stopped for long): two must not write here.
-                print(f"error: {self._path} is no longer this trainer's; it ends", flush=True)
+                # The lock went stale while this process was stopped. Two trainers must not write here.
+                print(f"error: {self._path} no longer belongs to this trainer; exiting", flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
 class LockTaken(Exception):
-    """Another trainer holds the lock. Args: owner: what its file says."""
+    """Another trainer has taken the lock.
+
+    Args:
+        owner: Content of the lock file.
+    """
 
     def __init__(self, owner: dict[str, Any]):
         job = f", Slurm job {owner['slurm_job']}" if owner.get("slurm_job") else ""
@@ -101,7 +107,7 @@ class LockTaken(Exception):
 
 
 def read_owner(folder: Path) -> dict[str, Any] | None:
-    """Returns what the lock of a run folder says, or None without one."""
+    """Returns the content of a run folder's lock, or None if there is none."""
     try:
         return read_json(folder / LOCK)
     except FileNotFoundError:
@@ -109,15 +115,15 @@ def read_owner(folder: Path) -> dict[str, Any] | None:
 
 
 def is_alive(folder: Path, owner: dict[str, Any]) -> bool:
-    """Tells whether the trainer that a lock names still lives.
+    """True if the trainer that owns a lock is still running.
 
-    On this host its process is looked at. Elsewhere Slurm says whether its job still runs; where Slurm does not know, or
-    lost the node, the trainer lives as long as it gives signs of life.
+    Checks the process if it is on this host. Otherwise asks Slurm whether its job is running. If Slurm does
+    not know, or lost the node, the trainer counts as running as long as its heartbeats arrive.
     """
     here = _this_process(owner["pid"])
     if owner["host"] == here["host"]:
         return owner["boot"] == here["boot"] and owner["started"] == here["started"]
-    # A job has one trainer: one of this same job is what was there before the job was requeued.
+    # A job has one trainer: an owner with our own job ID dates from before the job was requeued.
     if owner["slurm_job"] not in (None, os.environ.get("SLURM_JOB_ID")):
         state = ask_slurm("squeue", "-h", "-j", owner["slurm_job"], "-t", "all", "-o", "%T")
         if state in _RUNNING or state in _ENDED:
@@ -133,32 +139,35 @@ def is_alive(folder: Path, owner: dict[str, Any]) -> bool:
 
 
 def wait_until_free(folder: Path, deadline: float) -> bool:
-    """Waits until no other trainer works in a run folder; tells whether there was one.
+    """Waits until no other trainer is running in a run folder. Returns True if there was one.
 
     Args:
         folder: The run folder.
-        deadline: When to give it up, in seconds since 1970.
+        deadline: When to stop waiting, in seconds since 1970.
 
     Raises:
-        SystemExit: Given up; the code asks for another attempt.
+        SystemExit: The deadline passed. The exit code asks for another attempt.
     """
-    told = False
+    waited = False
     while (owner := read_owner(folder)) is not None and is_alive(folder, owner):
-        if not told:
-            print(f"Another trainer works in {folder}: {LockTaken(owner)}. Waiting for it.", flush=True)
-            told = True
+        if not waited:
+            print(
+                f"Another trainer is running in {folder}: {LockTaken(owner)}. Waiting for it to end.",
+                flush=True,
+            )
+            waited = True
         if time.time() > deadline:
             print(
-                "It goes on, and this one may not wait longer (its time limit, or --lock-wait); start again to wait.",
+                "It is still running, but the time limit or --lock-wait is over; start again to wait.",
                 flush=True,
             )
             raise SystemExit(EXIT_GO_ON)
         time.sleep(2)
-    return told
+    return waited
 
 
 def ask_slurm(*command: str) -> str:
-    """Returns what one of Slurm's commands prints, empty when it fails."""
+    """Returns the output of a Slurm command, or an empty string if it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -166,7 +175,7 @@ def ask_slurm(*command: str) -> str:
 
 
 def _this_process(pid: int | None = None) -> dict[str, Any]:
-    """Host, its boot, and the start of a process (this one by default), which tells it from a later one of its number."""
+    """Identifies a process (by default this one): host, boot, PID, and start time, because PIDs are reused."""
     pid = pid or os.getpid()
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""One run from start to manifest: which folder it lives in, where it goes on from, and what it leaves behind."""
+"""The state of a run on disk: its folder, the checkpoint to resume from, and the final record."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from snaketune.training.train_config import TrainConfig
 
 @dataclass
 class RunState:
-    """What is to be done.
+    """Progress of a run.
 
     Attributes:
         folder: The run folder.
         identity: SHA-256 of the identity's fields.
         fields: The identity itself, see `run_identity`.
         world_size: Ranks of this attempt.
-        checkpoint: What training goes on from, or what it ended with; None starts from the base model. Its bytes are
-            not looked at here.
-        trained: True when no step is left to train.
-        finished: True when the record of the finished run is there too.
+        checkpoint: Checkpoint to resume from, or the final one; None starts from the base model. Its bytes
+            are not verified here.
+        trained: True if no steps are left to train.
+        finished: True if the record of the finished run exists too.
     """
 
     folder: Path
@@ -57,22 +57,23 @@ class RunState:
 def find_run_state(
     config: TrainConfig, work_dir: Path | None, runs_dir: Path | None, world_size: int, announce: bool = True
 ) -> RunState:
-    """Finds the run folder for a config and what is in it already. Changes nothing but a cache of digests.
+    """Finds the run folder for a config and reads its state. Changes nothing except a cache of digests.
 
     Args:
         config: The training config.
-        work_dir: Exactly this folder, or None.
-        runs_dir: A folder of run folders, one an identity, or None.
+        work_dir: The run folder itself, or None.
+        runs_dir: A folder of run folders, one per identity, or None.
         world_size: Ranks of the run.
-        announce: Says when settings lead to a new folder beside others, and which checkpoints are torn.
+        announce: True prints a notice if this starts a new run beside others, and warns about torn
+            checkpoints.
 
     Raises:
-        UserError: `work_dir` holds another run, or the run there cannot be resumed.
+        UserError: `work_dir` holds a different run, or its run cannot be resumed.
     """
     parent = runs_dir if work_dir is None else work_dir
     parent.mkdir(parents=True, exist_ok=True)
     cache = FingerprintCache(parent / ".digests.json")
-    config.micro_batches_per_step(world_size)  # says so when the ranks cannot share a step
+    config.micro_batches_per_step(world_size)  # raises if the ranks cannot share a step
     fields = run_identity(config, world_size, cache)
     cache.save()
     identity = sha256_json(fields)
@@ -86,9 +87,9 @@ def find_run_state(
     if old["identity"] != identity:
         changed = differences(old["fields"], fields)
         raise UserError(
-            f"{folder} holds another run; {len(changed)} settings differ (old -> new)",
+            f"{folder} holds a different run; {len(changed)} settings differ (old -> new)",
             found="".join(f"\n    {line}" for line in changed),
-            fix="undo the change, choose another --work-dir, or use --runs-dir, which gives each run its own folder",
+            fix="undo the change, set a new --work-dir, or use --runs-dir, which keeps runs apart",
         )
     checkpoints = list_checkpoints(folder, warn=announce)
     if not checkpoints:
@@ -101,9 +102,9 @@ def find_run_state(
         resumable = [path for path in checkpoints if is_resumable(path)]
         if not resumable:
             raise UserError(
-                f"{folder} was cut off and cannot be resumed: its checkpoints hold weights only",
+                f"the run in {folder} cannot be resumed: its checkpoints hold weights only",
                 found=f"{checkpoints[-1].name}, saved with save_optimizer = False",
-                fix="set save_optimizer = True for runs that may be cut off; to train this one anew, delete the folder",
+                fix="delete the folder and train from scratch, with save_optimizer = True if it may stop early",
             )
         state.checkpoint = resumable[-1]
     return state
@@ -114,21 +115,21 @@ def _announce_other_runs(state: RunState) -> None:
     if others:
         newest = max(others, key=lambda path: path.stat().st_mtime)
         print(
-            f"Notice: a new run in {state.folder}; the last one was {newest.parent.name} and stays. What differs:"
+            f"Notice: a new run in {state.folder}; the previous run {newest.parent.name} is kept. Differences:"
         )
         for line in differences(read_json(newest)["fields"], state.fields):
             print(f"  {line}", flush=True)
 
 
 def open_run_folder(state: RunState, config_path: Path) -> RunLock:
-    """Makes the run folder, keeps a second trainer out of it, and returns the lock: hold it while training.
+    """Creates the run folder and returns its lock. Release the lock after training.
 
     Raises:
-        LockTaken: Another trainer works there.
+        LockTaken: Another trainer is running in the folder.
     """
-    # A trainer that was just killed on another host is given up by then.
+    # By then, the lock of a trainer that was just killed on another host is stale.
     deadline = time.monotonic() + STALE + 30
-    told = False
+    waited = False
     while True:
         try:
             lock = RunLock(state.folder)
@@ -136,9 +137,12 @@ def open_run_folder(state: RunState, config_path: Path) -> RunLock:
         except LockTaken as owner:
             if time.monotonic() > deadline:
                 raise
-            if not told:
-                print(f"Another trainer works in {state.folder}: {owner}. Waiting for it.", flush=True)
-            told = True
+            if not waited:
+                print(
+                    f"Another trainer is running in {state.folder}: {owner}. Waiting for it to end.",
+                    flush=True,
+                )
+            waited = True
             time.sleep(0.5)
     remove_leftovers(state.folder)
     write_json(
@@ -150,7 +154,7 @@ def open_run_folder(state: RunState, config_path: Path) -> RunLock:
 
 
 def record_finished_run(state: RunState, config: TrainConfig, config_path: Path) -> None:
-    """Writes finished.json from the last checkpoint and the metrics; reading the weights proves that they are whole."""
+    """Writes finished.json from the last checkpoint and the metrics. Reading the weights verifies them."""
     checkpoint = list_checkpoints(state.folder)[-1]
     lines = [json.loads(line) for line in (state.folder / METRICS).read_text(encoding="utf-8").splitlines()]
     write_json(
@@ -179,7 +183,7 @@ def record_finished_run(state: RunState, config: TrainConfig, config_path: Path)
 
 
 def rows_not_trained(config: TrainConfig, state: RunState) -> int:
-    """Returns how many rows at the end of the last epoch fill no optimizer step; 0 where `max_steps` ends the run."""
+    """Returns the number of rows at the end that fill no optimizer step; 0 if `max_steps` ends the run."""
     if config.max_steps:
         return 0
     rows = plan_for_training(**config.data).entries_per_epoch(config.data_ranks(state.world_size))
@@ -187,21 +191,21 @@ def rows_not_trained(config: TrainConfig, state: RunState) -> int:
 
 
 def write_manifest(state: RunState, manifest: Path) -> None:
-    """Writes train.json: the record of a finished run, with paths relative to the manifest's folder."""
+    """Writes train.json: the record of a finished run, with paths relative to the folder of train.json."""
     record = read_json(state.folder / FINISHED)
     folder = os.path.relpath(state.folder, manifest.resolve().parent)
     write_json(manifest, {**record, "run_folder": folder, "checkpoint": f"{folder}/{record['checkpoint']}"})
 
 
 def versions() -> dict[str, str | None]:
-    """Returns the versions that a result depends on."""
+    """Returns the versions of the software that determines the result."""
     names = ("torch", "transformers", "deepspeed", "mmengine")
     found = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version(), "snaketune": git_commit(), **found}
 
 
 def git_commit() -> str | None:
-    """Returns the commit of this checkout, or None outside one."""
+    """Returns the commit of this checkout, or None outside a Git repository."""
     here = Path(__file__).parent
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What a step of a run learned from: its rows, their documents, and its loss."""
+"""Traces an optimizer step of a run: its packed sequences, their documents, and its loss."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from snaketune.training.train_config import load_config
 
 
 def find_run_folder(path: str | os.PathLike) -> Path:
-    """Returns the run folder for itself, for a train.json, or for a folder of a workflow's run.
+    """Returns the run folder for a run folder, a train.json, or a results folder of the workflow.
 
-    Of a workflow's run that is not finished, it is the run folder that was written to last.
+    For an unfinished run of the workflow, returns the run folder that was written last.
 
     Raises:
-        UserError: There is none.
+        UserError: The path is not a run.
     """
     path = Path(path)
     if (path / TRAIN).is_file():
@@ -43,21 +43,21 @@ def find_run_folder(path: str | os.PathLike) -> Path:
 def trace_step(
     run: str | os.PathLike, step: int, rank: int | None = None, processed_dir: str | os.PathLike | None = None
 ) -> dict[str, Any]:
-    """Returns what optimizer step `step` (from 1) of a run learned from.
+    """Returns the data and metrics of optimizer step `step` (from 1) of a run.
 
     Args:
-        run: See `find_run_folder`; the run may be going on.
+        run: See `find_run_folder`; the run may still be training.
         step: The step.
-        rank: Only this rank's share.
-        processed_dir: The folder of the JSONL files, if not the one that the plan names.
+        rank: Limits the rows to this rank's share.
+        processed_dir: Folder of the JSONL files; None uses the one in the plan.
 
     Returns:
-        `run_folder`, `step`, `metrics` (the step's line of metrics.jsonl, None if it has not been trained yet), `rows`
-        (each with `rank`, `micro_batch`, `epoch`, `entry` in the epoch, `row`, `tokens` and `documents`), `notes`. With
-        `sequence_parallel` > 1 that many ranks, from `rank` on, share the row.
+        `run_folder`, `step`, `metrics` (the step's line of metrics.jsonl, None if not trained yet), `rows`
+        (each with `rank`, `micro_batch`, `epoch`, `entry` in the epoch, `row`, `tokens` and `documents`),
+        `notes`. With `sequence_parallel` > 1, that many ranks, starting at `rank`, share the row.
 
     Raises:
-        UserError: No such run, step or rank, or its plan is gone or has changed.
+        UserError: The run, step or rank does not exist, or the pack plan is missing or has changed.
     """
     folder = find_run_folder(run)
     record = read_json(folder / IDENTITY)
@@ -66,17 +66,18 @@ def trace_step(
     plan = _plan_of(folder, config.data, fields.get("plan"))
     metrics, last = _metrics_of(folder / METRICS, step)
     global_batch = fields.get("global_batch") or fields["world_size"] * config.accumulative_counts
-    # How many ranks shared the rows may have changed from one attempt to the next; their order has not. A step to come
-    # is the last attempt's.
+    # The number of ranks may differ between attempts; the order of the rows does not. A future step belongs
+    # to the last attempt.
     line = metrics or (record if "world_size" in record else last)
     shared = line.get("sequence_parallel") or config.sequence_parallel
     known = line["world_size"] // shared if "world_size" in line else fields.get("world_size")
-    groups = known or global_batch // config.accumulative_counts  # ranks, where they do not share their rows
+    # Ranks, or groups of ranks that share their rows.
+    groups = known or global_batch // config.accumulative_counts
     world_size = groups * shared
     if step < 1:
-        raise UserError("--step cannot be used", found=step, expected="1 or more")
+        raise UserError("invalid --step", found=step, expected="1 or more")
     if rank is not None and not 0 <= rank < world_size:
-        raise UserError("--rank cannot be used", found=rank, expected=f"0 to {world_size - 1}")
+        raise UserError("invalid --rank", found=rank, expected=f"0 to {world_size - 1}")
     tracer = RowTracer(plan, processed_dir)
     per_epoch = plan.entries_per_epoch(groups)
     rows = []
@@ -109,7 +110,7 @@ def trace_step(
 
 
 def _plan_of(folder: Path, data: dict[str, Any], sha256: str | None) -> PackPlan:
-    """Opens the plan that the run trains on. Paths in a config are relative to where it was trained from."""
+    """Opens the run's pack plan. Paths in a config are relative to the folder where training was started."""
     arguments = dict(data)
     name = "plan" if arguments.get("plan") else "folder"
     for base in (Path(), *folder.resolve().parents):
@@ -121,16 +122,16 @@ def _plan_of(folder: Path, data: dict[str, Any], sha256: str | None) -> PackPlan
     plan = plan_for_training(**arguments)
     if sha256 is not None and plan.sha256() != sha256:
         raise UserError(
-            f"{arguments['plan']} is not the plan of this run any more",
+            f"{arguments['plan']} is no longer the pack plan of this run",
             found=plan.sha256()[:12],
             expected=sha256[:12],
-            fix="make it again from the data and the settings of the run (plan_packing.py)",
+            fix="recreate it from the data and settings of the run with plan_packing.py",
         )
     return plan
 
 
 def _metrics_of(path: Path, step: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Returns the line of a step, if there is one, and the last line read, if there is any."""
+    """Returns the line of a step, or None, and the last line read, or an empty dict."""
     last: dict[str, Any] = {}
     for _, last in whole_lines(path):
         if last["step"] == step:

@@ -1,6 +1,7 @@
-"""Experiment trackers that get each step's metrics when a config names them; the packages are not ours to install.
+"""Experiment trackers, which receive each step's metrics if a config names them.
 
-TensorBoard files are always written. A tracker here is an object with `log(step, values)` and `close()`, on rank 0.
+Users install the packages of trackers. TensorBoard files are always written. A tracker is an object with
+`log(step, values)` and `close()`, on rank 0.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ PROJECT = "snaketune"
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Tells whether the trackers that a config names can be had.
+    """Checks that the trackers named in a config are available.
 
     Raises:
         UserError: One is unknown, or its package is not installed.
     """
     for name in names:
         if name not in LOGGERS:
-            raise UserError("loggers cannot be used", found=name, expected=" or ".join(LOGGERS))
+            raise UserError("invalid loggers", found=name, expected=" or ".join(LOGGERS))
         if find_spec(name) is None:
             raise UserError(
-                f"loggers names {name}, which is not installed here",
-                fix=f"pip install {name}, or take it out of train.loggers",
+                f"loggers includes {name}, which is not installed here",
+                fix=f"run pip install {name}, or remove it from train.loggers",
             )
 
 
 class WandbLogger:
-    """Weights & Biases: one run a run folder, which a resumed training goes on with.
+    """Weights & Biases: one W&B run per run folder, which a resumed training continues.
 
-    `WANDB_MODE=offline` keeps everything in the run folder, for `wandb sync` later.
+    `WANDB_MODE=offline` stores everything in the run folder, for a later `wandb sync`.
     """
 
     def __init__(self, folder: Path, hyperparameters: Mapping):
@@ -53,7 +54,7 @@ class WandbLogger:
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Sends a step's values."""
+        """Sends the values of a step."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
@@ -62,7 +63,7 @@ class WandbLogger:
 
 
 class MlflowLogger:
-    """MLflow: one run a run folder, at `MLFLOW_TRACKING_URI`, or in `mlflow.db` in the run folder."""
+    """MLflow: one MLflow run per run folder, at `MLFLOW_TRACKING_URI` or in `mlflow.db` in the run folder."""
 
     def __init__(self, folder: Path, hyperparameters: Mapping):
         import mlflow
@@ -84,7 +85,7 @@ class MlflowLogger:
             self._client.log_param(self._run, key, str(value)[:500])
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Sends a step's values."""
+        """Sends the values of a step."""
         for key, value in values.items():
             self._client.log_metric(self._run, key, value, step=step)
 
@@ -97,7 +98,7 @@ LOGGERS = {"wandb": WandbLogger, "mlflow": MlflowLogger}
 
 
 def start_loggers(names: Sequence[str], folder: Path) -> list:
-    """Returns the trackers of a run; its hyperparameters come from the run folder's identity.json."""
+    """Returns the trackers of a run. Reads its hyperparameters from identity.json in the run folder."""
     if not names:
         return []
     hyperparameters = read_json(folder / IDENTITY)["fields"]["hyperparameters"]

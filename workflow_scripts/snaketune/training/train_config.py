@@ -1,7 +1,7 @@
-"""A training config, read from its file, checked and parsed once.
+"""Reads, checks and parses a training config.
 
-The file is an mmengine Python config whose types come from `sft`. Reading one does not import torch or DeepSpeed by
-itself: imported names stay unresolved until the runner builds them.
+The file is an mmengine Python config whose types come from `sft`. Reading it does not import torch or
+DeepSpeed: imported names stay unresolved until the runner builds them.
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ REQUIRED = ("model", "train_dataloader", "optim_wrapper", "param_scheduler", "tr
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A parsed training config. `parse_config` states the defaults of keys that a file leaves out, and nothing else does.
+    """A parsed training config. Only `parse_config` defines the defaults of missing keys.
 
     Attributes:
-        source: The mmengine config, from a copy of which `snaketune.training.train_rank.runner_config` makes the runner's.
-        values: The same as JSON values, without defaults: what the identity of a run is made from.
-        model_path: Base model, a folder or a hub name.
-        tokenizer_path: Folder of the extended tokenizer that the model grows to; None leaves the model as it is.
+        source: The mmengine config. `snaketune.training.train_rank.runner_config` derives the runner's config
+            from a copy of it.
+        values: The same config as JSON values, without defaults: the source of the run identity.
+        model_path: Base model: a folder or a hub name.
+        tokenizer_path: Folder of the extended tokenizer, which the model grows to fit; None leaves the model
+            unchanged.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         lora: LoRA settings, see `snaketune.models.lora.add_lora`; None trains all parameters.
         data: Arguments of `snaketune.packing.planner.plan_for_training`.
         max_epochs: Passes over the data.
-        max_steps: Optimizer steps; None trains `max_epochs`.
-        accumulative_counts: Micro-batches of a rank per optimizer step, unless `step_rows` is set.
-        step_rows: Packed rows of an optimizer step over all ranks (`global_batch` in the file), or None.
+        max_steps: Optimizer steps; None trains for `max_epochs`.
+        accumulative_counts: Micro-batches per rank and optimizer step, unless `step_rows` is set.
+        step_rows: Packed sequences per optimizer step over all ranks (`global_batch` in the file), or None.
         zero_stage: 0 to 3.
-        sequence_parallel: Ranks that share the tokens of each row.
-        save_steps: Optimizer steps between checkpoints; 0 saves at the end only.
+        sequence_parallel: Ranks that share the tokens of each packed sequence.
+        save_steps: Optimizer steps between checkpoints; 0 saves only at the end.
     """
 
     source: Config
@@ -58,51 +60,51 @@ class TrainConfig:
 
     @property
     def plan(self) -> str | None:
-        """The plan folder, if the config names one."""
+        """The pack plan folder, or None."""
         return self.data.get("plan")
 
     @property
     def train_folder(self) -> str | None:
-        """`.../chatml_llamav13_32k/train`, if the config names it."""
+        """The train folder `.../chatml_llamav13_32k/train`, or None."""
         return self.data.get("folder")
 
     @property
     def data_order(self) -> str | None:
-        """The `data_order.txt`, if the config names one."""
+        """The path of `data_order.txt`, or None."""
         return self.data.get("data_order_path")
 
     def data_ranks(self, world_size: int) -> int:
-        """Returns how many ranks see rows of their own: ranks that share their rows count as one.
+        """Returns the number of ranks with different data. Ranks that share packed sequences count as one.
 
         Raises:
-            UserError: The ranks do not make whole groups.
+            UserError: `sequence_parallel` does not divide the number of ranks.
         """
         size = self.sequence_parallel
         if size < 1 or world_size % size:
             raise UserError(
-                f"{world_size} ranks do not make groups of sequence_parallel = {size}",
-                expected="a number of ranks that sequence_parallel divides",
+                f"cannot divide {world_size} ranks into groups of sequence_parallel = {size}",
+                expected="a multiple of sequence_parallel",
                 fix="change sequence_parallel, or the number of ranks (train.processes, --processes)",
             )
         return world_size // size
 
     def global_batch(self, world_size: int) -> int:
-        """Returns the packed rows of an optimizer step, over all ranks and micro-batches."""
+        """Returns the packed sequences per optimizer step, over all ranks and micro-batches."""
         return self.step_rows or self.accumulative_counts * self.data_ranks(world_size)
 
     def micro_batches_per_step(self, world_size: int) -> int:
-        """Returns the micro-batches of a rank per optimizer step.
+        """Returns the micro-batches per rank and optimizer step.
 
         Raises:
-            UserError: The ranks cannot share the rows of a step evenly.
+            UserError: The ranks cannot share the packed sequences of a step evenly.
         """
         rows, ranks = self.global_batch(world_size), self.data_ranks(world_size)
         if rows % ranks:
             groups = "ranks" if ranks == world_size else "groups of ranks"
             raise UserError(
-                f"{ranks} {groups} cannot share the {rows} rows of an optimizer step evenly",
+                f"{ranks} {groups} cannot evenly share the {rows} packed sequences of an optimizer step",
                 found=f"global_batch = {rows}",
-                fix="use a number of ranks that divides it, or change global_batch (which makes it another run)",
+                fix="use a number of ranks that divides it, or change global_batch, which starts a new run",
             )
         return rows // ranks
 
@@ -112,24 +114,24 @@ def load_config(path: str | Path, zero_stage: int | None = None) -> TrainConfig:
 
     Args:
         path: The file.
-        zero_stage: Takes the place of the one in the file.
+        zero_stage: Overrides the stage in the file.
 
     Raises:
-        UserError: The file is missing, does not parse, or lacks a part, or a value cannot be used.
+        UserError: The file is missing, does not parse or lacks a part, or a value is invalid.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist", fix="render one with render_train_config.py")
-    # In a venv the standard library lies outside its prefix; mmengine would take `import os` for a third-party import.
+    # In a venv, the standard library is outside sys.prefix, so mmengine would take `os` for third-party.
     config_utils.PYTHON_ROOT_DIR = sys.base_prefix
     try:
         config = Config.fromfile(str(path))
-    except Exception as error:  # the config is code: anything can go wrong in it
+    except Exception as error:  # the config is code, which can raise anything
         raise UserError(
             f"{path} cannot be read as a training config",
             found=f"{type(error).__name__}: {error}",
             expected="a Python config as render_train_config.py writes it",
-            fix="mend the line above, or render a fresh one and copy your changes over",
+            fix="fix the error above, or render a new config and copy your changes to it",
         ) from None
     values = plain(config)
     _check(values, path)
@@ -139,21 +141,21 @@ def load_config(path: str | Path, zero_stage: int | None = None) -> TrainConfig:
 
 
 def parse_config(config: Config, values: dict[str, Any] | None = None) -> TrainConfig:
-    """Takes the settings out of a config that has all its parts.
+    """Extracts the settings from a config that has all its parts.
 
     Args:
-        config: As mmengine reads it.
-        values: `plain(config)`, if it is known.
+        config: The config as read by mmengine.
+        values: `plain(config)`, if already computed.
 
     Raises:
-        UserError: A value cannot be used.
+        UserError: A value is invalid.
     """
     values = plain(config) if values is None else values
     model, wrapper, strategy = values["model"], values["optim_wrapper"], values["strategy"]
     loop, hooks = values["train_cfg"], values.get("default_hooks") or {}
     stage = strategy.get("zero_stage", 2)
     if stage not in (0, 1, 2, 3):
-        raise UserError("zero_stage cannot be used", found=stage, expected="0, 1, 2 or 3")
+        raise UserError("invalid zero_stage", found=stage, expected="0, 1, 2 or 3")
     return TrainConfig(
         source=config,
         values=values,
@@ -176,16 +178,16 @@ def _check(values: dict[str, Any], path: Path) -> None:
     missing = [name for name in REQUIRED if not values.get(name)]
     if missing:
         raise UserError(
-            f"{path} lacks {', '.join(missing)}",
+            f"{path} does not define {', '.join(missing)}",
             expected=", ".join(REQUIRED),
-            fix="render a fresh config and compare",
+            fix="render a new config and compare",
         )
     foreign = sorted({text for text in _types(values) if text.split(".")[0] == "xtuner"})
     if foreign:
         raise UserError(
             f"{path} uses XTuner's own classes",
             found=", ".join(foreign),
-            fix="render a config with render_train_config.py and copy your settings over",
+            fix="render a config with render_train_config.py and copy your settings to it",
         )
     dataset = values["train_dataloader"].get("dataset")
     source = "plan" if isinstance(dataset, dict) and dataset.get("plan") is not None else "folder"
@@ -198,9 +200,9 @@ def _check(values: dict[str, Any], path: Path) -> None:
     batch_size = values["train_dataloader"].get("batch_size", 1)
     if batch_size != 1:
         raise UserError(
-            f"{path}: batch_size must be 1 with packed rows",
+            f"{path}: batch_size must be 1 with packed sequences",
             found=batch_size,
-            fix="raise max_length instead: a longer row is a larger batch",
+            fix="raise max_length instead: a longer packed sequence is a larger batch",
         )
 
 
@@ -212,7 +214,7 @@ def _types(value: Any) -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """Returns a config's values as JSON values; imported names become strings such as `sft.TrainLoop`."""
+    """Returns a config's values as JSON values. Imported names become strings such as `sft.TrainLoop`."""
     if isinstance(value, Config):
         return plain(value._to_lazy_dict())
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Trains: one process of a run, from its place among the ranks to the finished record."""
+"""Runs one rank of a training, from joining the process group to recording the finished run."""
 
 from __future__ import annotations
 
@@ -41,23 +41,24 @@ def train_rank(
     ignore_guard: bool = False,
     pins: PinPolicy | None = None,
 ) -> int:
-    """Runs this process' part of a run; RANK, WORLD_SIZE and so on are set.
+    """Runs this rank of a training. RANK, WORLD_SIZE and so on must be set.
 
     Args:
         config: The training config.
-        config_path: Where it was read from.
+        config_path: File that the config was read from.
         work_dir: The run folder, or None.
         runs_dir: The folder of run folders, or None.
-        manifest: Where the record of the finished run goes, if anywhere.
+        manifest: File for the record of the finished run, or None.
         time_limit: Minutes from the start of the job until it is killed.
-        ignore_guard: Starts even if the last attempts all crashed at one step.
-        pins: Which checkpoints are held for evaluation.
+        ignore_guard: True starts even if the last attempts all crashed at the same step.
+        pins: Which checkpoints to pin for evaluation.
 
     Returns:
-        0 when the run is finished, EXIT_GO_ON when it was saved to go on later.
+        0 if the run is finished, EXIT_GO_ON if it was saved to be resumed later.
 
     Raises:
-        UserError: Something to mend; only one rank a host says it, the others end with SystemExit(2).
+        UserError: The user has to fix something. Only one rank per host raises it; the others raise
+            SystemExit(2).
     """
     try:
         return _train_rank(
@@ -104,12 +105,12 @@ def _train_rank(
         if lock is not None:
             lock.release()
     distributed.barrier()
-    distributed.destroy_process_group()  # without it a process now and then aborts at exit
+    distributed.destroy_process_group()  # otherwise a process sometimes aborts at exit
     return 0 if finished else EXIT_GO_ON
 
 
 def _agree_on_state(config, config_path, work_dir, runs_dir, ignore_guard) -> tuple[RunState, RunLock | None]:
-    """Rank 0 looks at the disk and takes the lock; all ranks follow its state, and read what they go on from."""
+    """Rank 0 finds the run state and takes the lock. All ranks use its state and verify the checkpoint."""
     world_size = distributed.get_world_size()
     lock = corrupt = None
     while True:
@@ -118,20 +119,21 @@ def _agree_on_state(config, config_path, work_dir, runs_dir, ignore_guard) -> tu
         if distributed.get_rank() == 0:
             try:
                 if corrupt is not None:
-                    print(
-                        f"warning: {corrupt} is corrupt; set aside as {set_aside(corrupt).name}", flush=True
-                    )
+                    print(f"warning: {corrupt} is corrupt; renamed to {set_aside(corrupt).name}", flush=True)
                 if lock is None:
                     state = find_run_state(config, work_dir, runs_dir, world_size)
                     lock = open_run_folder(state, config_path)
                     if ignore_guard:
                         clear_guard(state.folder)
                     check_guard(state.folder, state.folder / METRICS)
-                # Again, now that nobody else writes there.
+                # Read the state again, now that no other trainer can change it.
                 answer[0] = find_run_state(config, work_dir, runs_dir, world_size, announce=False)
             except LockTaken as owner:
-                print(f"Another trainer works there: {owner}. Start again to go on after it.", flush=True)
-                answer[0] = "held"
+                print(
+                    f"Another trainer is running in the run folder: {owner}. Start again after it ends.",
+                    flush=True,
+                )
+                answer[0] = "taken"
             except UserError as caught:
                 error = caught
         distributed.broadcast_object_list(answer)
@@ -139,8 +141,8 @@ def _agree_on_state(config, config_path, work_dir, runs_dir, ignore_guard) -> tu
             if lock is not None:
                 lock.release()
             raise error
-        if answer[0] in ("failed", "held"):
-            raise SystemExit(EXIT_GO_ON if answer[0] == "held" else 2)
+        if answer[0] in ("failed", "taken"):
+            raise SystemExit(EXIT_GO_ON if answer[0] == "taken" else 2)
         corrupt = answer[0].checkpoint
         if answer[0].finished or _is_intact_together(corrupt):
             break
@@ -153,7 +155,7 @@ def _agree_on_state(config, config_path, work_dir, runs_dir, ignore_guard) -> tu
 
 
 def _is_intact_together(checkpoint: Path | None) -> bool:
-    """Reads a checkpoint's bytes, each rank its share of the files, and tells all ranks whether they are right."""
+    """True, on all ranks, if a checkpoint matches its digests. Each rank reads its share of the files."""
     if checkpoint is None:
         return True
     verdicts: list = [None] * distributed.get_world_size()
@@ -163,7 +165,7 @@ def _is_intact_together(checkpoint: Path | None) -> bool:
 
 
 def _train(config: TrainConfig, state: RunState, stop: StopRequest, pins: PinPolicy) -> bool:
-    """Trains until the end or until the run has to stop early; tells whether it is finished."""
+    """Trains to the end, or until the run has to stop early. Returns True if it reached the end."""
     from snaketune.training.train_loop import TrainRunner
 
     if distributed.get_rank() != 0:
@@ -181,17 +183,17 @@ def _train(config: TrainConfig, state: RunState, stop: StopRequest, pins: PinPol
         return True
     if distributed.get_rank() == 0:
         print(
-            f"Stopped after step {runner.iter} of {runner.max_iters} ({stop.reason}); start again to go on",
+            f"Stopped after step {runner.iter} of {runner.max_iters} ({stop.reason}); start again to resume",
             flush=True,
         )
     return False
 
 
 def runner_config(settings: TrainConfig, folder: Path, universal: bool = False) -> Config:
-    """Returns the config in the form that mmengine's runner takes, for the run folder `folder`.
+    """Returns the config for mmengine's runner, with the run folder `folder`.
 
-    As in XTuner's `train.py`, clipping and accumulation move from the optimizer wrapper to DeepSpeed. With `universal`,
-    DeepSpeed will load a universal checkpoint.
+    Like XTuner's `train.py`, moves clipping and accumulation from the optimizer wrapper to DeepSpeed. With
+    `universal`, DeepSpeed loads a universal checkpoint.
     """
     config = copy.deepcopy(settings.source)
     config.model.llm.model_path = settings.model_path
@@ -199,7 +201,7 @@ def runner_config(settings: TrainConfig, folder: Path, universal: bool = False) 
     accumulation = settings.micro_batches_per_step(distributed.get_world_size())
     optimizer = wrapper.optimizer
     if optimizer["type"] is torch.optim.AdamW:
-        optimizer.setdefault("fused", True)  # on CPU a twelfth of the time
+        optimizer.setdefault("fused", True)  # 12 times as fast on a CPU
     clipping = (wrapper.get("clip_grad") or {}).get("max_norm", 0)
     config.optim_wrapper = ConfigDict(type="DeepSpeedOptimWrapper", optimizer=optimizer)
     config.strategy.setdefault("gradient_clipping", clipping)
@@ -220,7 +222,7 @@ def runner_config(settings: TrainConfig, folder: Path, universal: bool = False) 
     hooks = config.get("default_hooks") or ConfigDict()
     if hooks.get("checkpoint"):
         hooks.checkpoint.interval = settings.save_steps
-    for name in ("runtime_info", "timer", "logger", "sampler_seed"):  # ours do their work
+    for name in ("runtime_info", "timer", "logger", "sampler_seed"):  # replaced by our own
         hooks.setdefault(name, None)
     config.default_hooks = hooks
     config.env_cfg = config.get("env_cfg") or ConfigDict()
