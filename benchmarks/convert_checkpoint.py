@@ -1,11 +1,12 @@
-"""Converts a synthetic checkpoint of two ranks to Hugging Face, and prints a table: time, ratio to a copy, peak memory.
+"""Converts a synthetic checkpoint of two ranks to Hugging Face; prints time, ratio to a copy and peak memory.
 
     python benchmarks/convert_checkpoint.py [--layers 26] [--zero 2 3] [--folder DIR]          # 2.2 B parameters, 9 GB
     python benchmarks/convert_checkpoint.py --layers 10 --turbomind .venv-turbomind/bin/python  # 1 B parameters
 
-The checkpoint is a Llama's, its fp32 weights cut as DeepSpeed cuts them, without the moments of the optimizer, which no
-conversion reads. Conversion and plain copy of the same files take turns; the fastest of each counts. Needs free disk
-space of twice the checkpoint in the folder (18 GB for 26 layers, 8 GB for 10), which is emptied afterwards.
+The checkpoint is a Llama with fp32 weights split as by DeepSpeed. It lacks the optimizer's moments, which
+conversions do not read. Conversion and plain copy of the same files alternate; the fastest of each counts.
+The folder needs free disk space for twice the checkpoint (18 GB for 26 layers, 8 GB for 10) and is emptied
+afterwards.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ RANKS = 2
 
 
 def write_run(folder: Path, layers: int) -> OrderedDict:
-    """Writes base config, tokenizer and training config; returns the shapes of the weights by name."""
+    """Writes the base config, tokenizer and training config; returns the shapes of the weights by name."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -61,7 +62,7 @@ def write_run(folder: Path, layers: int) -> OrderedDict:
 
 
 def write_checkpoint(folder: Path, shapes: OrderedDict, stage: int) -> Path:
-    """Writes `iter_1.pth` and a train.json that describes it; returns the latter."""
+    """Writes `iter_1.pth` and its train.json; returns the path of train.json."""
     import torch
 
     from snaketune.checkpoints.checkpoint_folders import read_state_dict
@@ -95,7 +96,8 @@ def write_checkpoint(folder: Path, shapes: OrderedDict, stage: int) -> Path:
     return folder / "train.json"
 
 
-# Memory as the process itself sees it: what its parent is told includes the parent's own, from before the exec.
+# The process reads its own peak memory: the value that its parent gets includes the parent's, from before the
+# exec.
 _RUN = """
 import runpy, sys
 from pathlib import Path
@@ -109,7 +111,7 @@ finally:
 
 
 def timed(python: Path | str, *command: object) -> tuple[float, float]:
-    """Runs a script; returns its seconds and the largest memory that it held, in MB."""
+    """Runs a script; returns its seconds and peak memory in MB."""
     start = time.perf_counter()
     done = subprocess.run(
         [str(python), "-c", _RUN, *map(str, command)],
@@ -124,7 +126,7 @@ def timed(python: Path | str, *command: object) -> tuple[float, float]:
 
 
 def copied(source: Path, target: Path) -> float:
-    """Copies a folder, flushed to disk; returns the seconds."""
+    """Copies a folder and flushes it to disk; returns the seconds."""
     start = time.perf_counter()
     shutil.copytree(source, target)
     for path in target.iterdir():
@@ -137,18 +139,20 @@ def copied(source: Path, target: Path) -> float:
 
 
 def main() -> None:
-    """Prints one row a conversion."""
+    """Prints one row per conversion."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--layers", type=int, default=26, help="default: 26")
     parser.add_argument("--zero", type=int, nargs="+", choices=(2, 3), default=[2, 3], help="default: 2 3")
-    parser.add_argument("--repeats", type=int, default=2, help="conversions and copies each (default: 2)")
-    parser.add_argument("--max-shard-size", default="2GB", help="default: 2GB")
     parser.add_argument(
-        "--turbomind", type=Path, help="Python of the converter: converts to TurboMind as well"
+        "--repeats", type=int, default=2, help="number of conversions and of copies (default: 2)"
     )
-    parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
+    parser.add_argument("--max-shard-size", default="2GB", help="default: 2GB")
+    parser.add_argument("--turbomind", type=Path, help="Python of the converter; also converts to TurboMind")
+    parser.add_argument(
+        "--folder", type=Path, help="folder to write to (default: the system's temporary folder)"
+    )
     arguments = parser.parse_args()
 
     scripts = REPO / "workflow_scripts"
@@ -182,7 +186,7 @@ def main() -> None:
 def print_row(
     what: str, read: int, written: int, runs: list[tuple[float, float]], copies: list[float], allowed: str
 ) -> None:
-    """Prints a row of the table: bytes read and written, (seconds, MB) of each run, seconds of each copy."""
+    """Prints a table row: bytes read and written, (seconds, MB) of each run, seconds of each copy."""
     seconds, copy, peak = min(runs)[0], min(copies), max(peak for _, peak in runs)
     print(
         f"| {what} | {read / 1e9:.2f} GB | {written / 1e9:.2f} GB | {seconds:.1f} s | {copy:.1f} s | "

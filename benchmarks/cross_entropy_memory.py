@@ -1,7 +1,8 @@
-"""Peak memory and time of a language model's head and loss, forward and backward: whole logits against chunks of them.
+"""Measures peak memory and time of a model's head and loss, forward and backward, with whole or chunked logits.
 
-Each way runs in a process of its own, on the same numbers, in fp32 on the CPU. Memory is the process' peak above what it
-held before the head ran. `head again` is the way of heads that are no plain linear layer: chunks, run twice.
+Each way runs in a separate process, on the same numbers, in fp32 on the CPU. Memory is the process's peak
+minus its memory before the head runs. `head again` is for heads that are not a plain linear layer: chunked,
+with the head run twice.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ WAYS = ("whole", "chunked", "head again")
 
 
 def measure(way: str, tokens: int, vocabulary: int, hidden_size: int, repeats: int, answer) -> None:
-    """Puts {loss, gradient norm, peak MiB, best seconds} of one way into the queue."""
+    """Puts loss, gradient norm, peak MiB and best seconds of one way into the queue."""
     import torch
     from torch.nn.functional import cross_entropy, linear
 
@@ -50,11 +51,13 @@ def measure(way: str, tokens: int, vocabulary: int, hidden_size: int, repeats: i
 
 
 def main() -> None:
-    """Prints one line a way."""
+    """Prints one line per way."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--tokens", type=int, default=8192, help="trained tokens of a row (default: 8192)")
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="trained tokens per packed sequence (default: 8192)"
+    )
     parser.add_argument("--vocabulary", type=int, default=49152, help="rows of the head (default: 49152)")
     parser.add_argument("--hidden-size", type=int, default=576, help="columns of the head (default: 576)")
     parser.add_argument("--repeats", type=int, default=1, help="runs; the fastest counts (default: 1)")

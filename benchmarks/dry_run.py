@@ -1,4 +1,4 @@
-"""Times `snakemake -n` over many dataset folders, and prints how many jobs they become."""
+"""Times `snakemake -n` on many dataset folders and prints the number of jobs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def measure(folder: Path, count: int, model: Path) -> None:
-    """Makes `count` folders of one small file, and runs the dry run twice."""
+    """Creates `count` folders with one small file each and runs the dry run twice."""
     line = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) + "\n"
     for number in range(count):
         file = folder / "processed" / f"set{number:05d}" / "processed" / "chat" / "data.jsonl"
@@ -50,7 +50,7 @@ def measure(folder: Path, count: int, model: Path) -> None:
             sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
         jobs = re.search(r"^total\s+(\d+)", done.stdout + done.stderr, re.M)
         print(
-            f"{count} folders, {which} dry run: {seconds:.1f} s ({cpu:.1f} s of a processor), "
+            f"{count} folders, {which} dry run: {seconds:.1f} s ({cpu:.1f} CPU s), "
             f"{jobs[1] if jobs else '?'} jobs",
             flush=True,
         )

@@ -1,9 +1,9 @@
-"""Trains a tiny model twice on two CPU ranks, once undisturbed and once killed ten times, and draws both loss curves.
+"""Trains a tiny model twice on two CPU ranks, once uninterrupted and once with ten kills; plots both losses.
 
     python benchmarks/kill_and_resume.py [--kills 10] [--steps 240] [--seed N] [--output docs/images/resume.svg]
 
-Each kill is a SIGKILL to a rank, the launcher or everything, at a random moment: in a step, in a save, or any time after
-the start. Ends with code 1 if a loss or a weight of the two runs differs in a single bit.
+Each kill sends SIGKILL to a rank, the launcher or all processes at a random moment: during a step, during a
+save, or any time after the start. Exits with 1 if a loss or weight of the two runs differs in a single bit.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ INK, PALE, STRONG, KILL = "#444444", "#9ecae1", "#08519c", "#d94801"
 
 
 def last_attempt(lines: list[dict]) -> list[dict]:
-    """Returns the metrics that the last attempt wrote."""
+    """Returns the metrics of the last attempt."""
     return [line for line in lines if line["attempt"] == lines[-1]["attempt"]]
 
 
 def draw(whole: list[dict], resumed: list[dict], kills: list[Kill], verdict: str, path: Path) -> None:
-    """Writes the picture: both curves, and below them which steps each attempt trained."""
+    """Plots both loss curves, and below them the steps that each attempt trained."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "snaketune"  # the same picture has the same bytes
+    matplotlib.rcParams["svg.hashsalt"] = "snaketune"  # equal plots give equal bytes
     from matplotlib import pyplot
 
     figure, (loss, attempts) = pyplot.subplots(
@@ -69,13 +69,13 @@ def draw(whole: list[dict], resumed: list[dict], kills: list[Kill], verdict: str
 
 
 def main() -> int:
-    """Runs both, compares, draws."""
+    """Runs both trainings, compares them and plots the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--kills", type=int, default=10, help="default: 10")
     parser.add_argument("--steps", type=int, default=240, help="default: 240")
-    parser.add_argument("--seed", type=int, help="of the moments and victims (default: drawn, and printed)")
+    parser.add_argument("--seed", type=int, help="random seed of the kills (default: random, and printed)")
     parser.add_argument("--output", type=Path, default=Path("docs/images/resume.svg"))
     arguments = parser.parse_args()
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**6)

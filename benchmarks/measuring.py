@@ -1,4 +1,4 @@
-"""What the benchmarks read off a command while it runs, and afterwards."""
+"""CPU time and peak memory of commands."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def cpu_of_children() -> float:
-    """Returns the processor seconds of all child processes that have ended.
+    """Returns the CPU seconds of all child processes that have ended.
 
-    They tell more than the clock on a busy machine.
+    On a busy machine they are more reliable than elapsed time.
     """
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
@@ -26,7 +26,7 @@ class MemoryPeak:
         self._thread.start()
 
     def stop(self) -> int:
-        """Returns the largest sum of bytes seen."""
+        """Stops sampling; returns the peak in bytes."""
         self._end.set()
         self._thread.join()
         return self._peak

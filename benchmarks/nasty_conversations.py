@@ -1,4 +1,4 @@
-"""Makes conversations that try every branch of the format: roles, names, losses, types, glueing, odd text, length."""
+"""Generates conversations for each case of the format: roles, names, losses, types, glueing, odd text, length."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def nasty_conversation(rng: random.Random) -> list[dict]:
 
 
 def write_nasty(folder: Path, samples: int, seed: int) -> None:
-    """Writes a dataset `nasty` of `samples` conversations below `folder`, and a small one with odd line ends.
+    """Writes a dataset `nasty` of `samples` conversations, a small one with odd line ends and an empty one.
 
-    Every 5,000th conversation is longer than 32,768 tokens, so it is cut.
+    Every 5,000th conversation is longer than 32,768 tokens, so it is truncated.
     """
     rng = random.Random(seed)
     file = folder / "nasty" / "processed" / "deep" / "er" / "all kinds.jsonl"

@@ -1,9 +1,9 @@
-"""Plans a million synthetic documents and opens the plan: seconds of each mode.
+"""Times making and opening the pack plan of a million synthetic documents, in each mode.
 
     python benchmarks/plan_packing.py [--documents 1000000] [--files 100] [--max-length 32768]
 
-Lengths are log-normal with a median of 300 tokens, one in a thousand longer than a row. Only meta files are made: their
-`.bin` files have the right size and no content.
+Lengths are log-normal with a median of 300 tokens; one in a thousand is longer than a packed sequence. Only
+the meta files have content; the `.bin` files have the right size but are empty.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Makes a large set of conversations of a small one, for the benchmarks of tokenising.
+"""Builds a large set of conversations from a small one, for the tokenising benchmarks.
 
-Repeating texts unchanged flatters whoever remembers texts: users' files do not repeat theirs. So each repetition but the
-first has other digits, a quarter of its words (of its runs of Chinese characters) are others of the same texts, and
-every fiftieth is a word that nobody wrote, made of the halves of two. Seeded: equal calls write equal files.
+Repeating texts unchanged would favour tokenisers that cache texts, but users' files do not repeat theirs. So
+each repetition after the first changes all digits and replaces a quarter of its words (or runs of Chinese
+characters) with others from the same texts. Every fiftieth word becomes a new one, built from the halves of
+two. Seeded: equal calls write equal files.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ _OTHER, _NEW = 0.25, 0.02
 
 
 def repeat_files(source: Path, target: Path, megabytes: float | None, unchanged: bool = False) -> None:
-    """Copies the JSONL files below `source`, each repeated equally often, up to a total size.
+    """Copies the JSONL files below `source`, repeating each equally often, up to a total size.
 
     Args:
         source: Folder in the processed ftdp layout.
-        target: Receives the same files, longer.
-        megabytes: Size of all together; None takes each file once.
-        unchanged: Repeat the very same texts.
+        target: Folder for the longer files.
+        megabytes: Total size; None copies each file once.
+        unchanged: True repeats the texts without changes.
     """
     files = sorted(source.rglob("*.jsonl"))
     total = sum(file.stat().st_size for file in files)
@@ -39,12 +40,12 @@ def repeat_files(source: Path, target: Path, megabytes: float | None, unchanged:
 
 
 class _Variation:
-    """Writes conversations with other words."""
+    """Returns conversations with changed words."""
 
     def __init__(self, conversations: list[list[dict]]):
         self._conversations, self._rng = conversations, random.Random(0)
         contents = (message["content"] for messages in conversations for message in messages)
-        # As often as in the texts.
+        # Words keep their frequency in the texts.
         self._words = [word for content in contents for word in _CHANGED.findall(content)]
         self._words = {
             latin: [word for word in self._words if not word.isdigit() and word.isascii() == latin]

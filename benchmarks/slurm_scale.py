@@ -1,7 +1,8 @@
-"""Tokenises many dataset folders on a local Slurm cluster of four nodes, and prints when its jobs were submitted, began, ended.
+"""Tokenises many dataset folders on a local Slurm cluster of four nodes; prints the times of its jobs.
 
-Needs Debian's slurmctld, slurmd, slurm-client and munge (see tests/slurm/cluster.py). The nodes are all this host, so
-the seconds of the jobs themselves say little about a real cluster; those around them are Snakemake's and Slurm's.
+Needs Debian's slurmctld, slurmd, slurm-client and munge (see tests/slurm/cluster.py). All nodes are this
+host, so the run time of jobs says little about a real cluster. The time around them is Snakemake's and
+Slurm's overhead.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from cluster import SlurmCluster  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folders", type=int, default=5000, help="dataset folders (default: 5000)")
-    parser.add_argument("--conversations", type=int, default=40, help="in each folder (default: 40)")
-    parser.add_argument("--batch-mb", type=int, default=4, help="tokenize.batch_mb (default: 4)")
     parser.add_argument(
-        "--cpus", type=int, default=2, help="processors that each node says it has (default: 2)"
+        "--conversations", type=int, default=40, help="conversations per folder (default: 40)"
     )
+    parser.add_argument("--batch-mb", type=int, default=4, help="tokenize.batch_mb (default: 4)")
+    parser.add_argument("--cpus", type=int, default=2, help="CPUs that each node reports (default: 2)")
     parser.add_argument("--model", default=REPO / "resources/tiny-mistral", type=Path, help="a model folder")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="scale-"))
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def make_project(folder: Path, args: argparse.Namespace) -> int:
-    """Writes the folders, each with a file of its own words, and the config; returns the bytes of the conversations."""
+    """Writes the config and the folders, each with different text; returns the bytes of the conversations."""
     size = 0
     for number in range(args.folders):
         file = folder / "processed" / f"set{number:05d}" / "processed" / "chat" / "data.jsonl"
@@ -77,7 +78,7 @@ def make_project(folder: Path, args: argparse.Namespace) -> int:
 
 
 def measure(folder: Path, cluster: SlurmCluster) -> None:
-    """Runs the target `tokenize` and looks at Slurm's queue every two seconds."""
+    """Runs the target `tokenize` and checks Slurm's queue every two seconds."""
     command = [sys.executable, "-m", "snakemake", "tokenize", "--profile", "slurm"]
     command += ["--directory", folder, "--configfile", folder / "config.json"]
     log, began = folder / "controller.log", time.time()
@@ -101,19 +102,19 @@ def measure(folder: Path, cluster: SlurmCluster) -> None:
     submitted, started, ended = ([time[column] for time in times] for column in range(3))
     waited = [start - submit for submit, start, _ in times]
     lasted = [end - start for _, start, end in times]
-    print(f"{len(jobs)} Slurm jobs; seconds since `snakemake` was typed, on {os.cpu_count()} real cores:")
-    print(f"  submitted  first {min(submitted):.0f}, the batches' last {sorted(submitted)[-2]:.0f}")
+    print(f"{len(jobs)} Slurm jobs; seconds since `snakemake` was started, on {os.cpu_count()} real cores:")
+    print(f"  submitted  first {min(submitted):.0f}, last batch {sorted(submitted)[-2]:.0f}")
     print(
         f"  started    first {min(started):.0f}; waited for a node: median {statistics.median(waited):.0f} s"
     )
     print(
-        f"  ended      last {max(ended):.0f}; a job took: median {statistics.median(lasted):.0f} s, {max(lasted):.0f} s at most"
+        f"  ended      last {max(ended):.0f}; run time: median {statistics.median(lasted):.0f} s, {max(lasted):.0f} s at most"
     )
     print(f"  finished   {took:.0f}, {took - max(ended):.0f} after the last job")
 
 
 def remember(jobs: dict[str, list[str]], cluster: SlurmCluster) -> None:
-    """Notes when each job was submitted, started and ended, as far as it is known."""
+    """Records when each job was submitted, started and ended, as far as known."""
     for line in cluster.run(
         "squeue", "-h", "-t", "all", "-o", "%i %V %S %e", check=False
     ).stdout.splitlines():

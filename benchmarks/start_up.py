@@ -1,9 +1,9 @@
-"""Measures how long a training takes from the command to its first step: ranks that are forked from one parent, and ranks
-that are a fresh Python each, side by side.
+"""Measures the time from the command to the first training step, with forked ranks and with a new Python per rank.
 
     python benchmarks/start_up.py [--ranks 1 2 8] [--rounds 3]
 
-A tiny model on this host's CPUs, one thread a rank. Prints seconds by the clock and of processor, and their ratios.
+Uses a tiny model on this host's CPUs, one thread per rank. Prints elapsed seconds, CPU seconds and their
+ratios.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def forked(config: Path, work_dir: Path, ranks: int) -> list[subprocess.Popen]:
 
 
 def fresh(config: Path, work_dir: Path, ranks: int) -> list[subprocess.Popen]:
-    """Starts a Python for each rank, as torchrun does."""
+    """Starts a new Python for each rank, like torchrun."""
     script = REPO / "workflow_scripts" / "train_model.py"
     command = [sys.executable, script, config, "--work-dir", work_dir, "--launcher", "pytorch"]
     port, processes = free_port(), []
@@ -45,7 +45,7 @@ def fresh(config: Path, work_dir: Path, ranks: int) -> list[subprocess.Popen]:
 
 
 def measure(kind, config: Path, work_dir: Path, ranks: int) -> tuple[float, float]:
-    """Returns (seconds to the first step, seconds of processor of the whole run of two steps)."""
+    """Returns the seconds to the first step and the CPU seconds of the whole run of two steps."""
     began, before = time.monotonic(), cpu_of_children()
     processes = kind(config, work_dir, ranks)
     wait_for_step(processes[0], work_dir, 1)
@@ -56,17 +56,17 @@ def measure(kind, config: Path, work_dir: Path, ranks: int) -> tuple[float, floa
 
 
 def main() -> None:
-    """Measures in turn and prints the medians."""
+    """Alternates the measurements and prints the medians."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 8], help="numbers of ranks")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         world = make_world(Path(temporary))
         config = render(world, "config.py", "--max-steps", 2, "--save-steps", 0, "--global-batch", 8)
-        print("ranks  forked: first step, processor   fresh: first step, processor   ratios")
+        print("ranks  forked: first step, CPU time    fresh: first step, CPU time    ratios")
         for ranks in arguments.ranks:
             taken: dict[str, list[tuple[float, float]]] = {"forked": [], "fresh": []}
             for number in range(arguments.rounds):

@@ -1,6 +1,6 @@
-"""Holds a trainer after each optimizer step until train_throughput.py lets it go on, and reports the step to it.
+"""Pauses a trainer after each optimizer step, reports the step to train_throughput.py and waits for it.
 
-The parent hands over two pipes as file descriptors in $GATE_READ and $GATE_WRITE.
+The parent passes two pipes as file descriptors in $GATE_READ and $GATE_WRITE.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 
 
 class Gate:
-    """One side of the pipes: `ready` before the first step, `passed` after each."""
+    """The trainer's side of the pipes. Call `ready` before the first step and `passed` after each step."""
 
     def __init__(self):
         self._read = os.fdopen(int(os.environ["GATE_READ"]))
@@ -22,11 +22,11 @@ class Gate:
         self._released = self._used = 0.0
 
     def ready(self) -> None:
-        """Says that the trainer is built, and waits."""
+        """Reports that the trainer is built, and waits."""
         self._say({"ready": True})
 
     def passed(self, tokens: int, loss: float | None = None) -> None:
-        """Reports a step and waits: its seconds run from the release, so fetching data is in them."""
+        """Reports a step and waits. A step's seconds start at its release and include fetching data."""
         seconds, used = time.perf_counter() - self._released, time.process_time() - self._used
         peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
         step = {"seconds": seconds, "cpu_seconds": used, "tokens": tokens, "loss": loss}
@@ -41,7 +41,7 @@ class Gate:
 
 
 class GateHook(Hook):
-    """The gate in our trainer; last of all hooks, so that what they cost is in the step."""
+    """The gate in our trainer. It runs after all other hooks, so their cost counts."""
 
     priority = "LOWEST"
 

@@ -1,6 +1,6 @@
 """The other trainers of train_throughput.py: a bare PyTorch loop, transformers' Trainer and TRL's SFTTrainer.
 
-Each trains all parameters in fp32 with fused AdamW, clips at 1.0 and writes nothing to disk.
+Each trains all parameters in fp32 with fused AdamW, clips gradients at 1.0 and writes nothing to disk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LR, BETAS, WEIGHT_DECAY = 1e-5, (0.9, 0.95), 0.01
 
 
 def train_bare(a: argparse.Namespace) -> None:
-    """The loop that one would write by hand, with our attention and packed rows, and transformers' own loss."""
+    """Trains with a hand-written loop: our attention and packed sequences, transformers' own loss."""
     from snaketune.models.base_model import load_base_model
     from snaketune.models.packed_attention import packing_kwargs
     from snaketune.training.packed_data import PackedDataset, packed_collate
@@ -76,7 +76,7 @@ def _arguments(a: argparse.Namespace) -> dict:
 
 
 def _gated(trainer_class):
-    """A trainer class that reports each optimizer step; tokens are counted where they are trained on."""
+    """Returns a trainer class that reports each optimizer step. Tokens are counted as they are trained on."""
     from transformers import TrainerCallback
 
     class Gated(trainer_class):
@@ -104,7 +104,7 @@ def _gated(trainer_class):
 
 
 def train_transformers(a: argparse.Namespace) -> None:
-    """transformers' Trainer over the same packed rows, with stock sdpa, which finds the documents by their positions."""
+    """Trains with transformers' Trainer on the same packed sequences; sdpa finds documents by their positions."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
     from snaketune.training.packed_data import PackedDataset
@@ -130,7 +130,7 @@ def train_transformers(a: argparse.Namespace) -> None:
 
 
 def train_trl(a: argparse.Namespace) -> None:
-    """TRL's SFTTrainer with its own packing of the same documents."""
+    """Trains with TRL's SFTTrainer and its own packing of the same documents."""
     import json
 
     from datasets import Dataset

@@ -1,7 +1,7 @@
-"""Prints the peak memory of tokenising a set of conversations and one ten times as large, for both masks.
+"""Prints the peak memory of tokenising a set of conversations and a set ten times as large, for both masks.
 
-The memory is the proportional set size of the command and its worker processes. Ends with 1 if ten times the data take
-more than --allowed times the memory.
+Memory is the proportional set size of the command and its worker processes. Exits with 1 if ten times the
+data need more than --allowed times the memory.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, size: float, mask: str) -> float:
-    """Returns the peak memory of tokenising one of the sets, in MB."""
+    """Tokenises one of the sets; returns the peak memory in MB."""
     output = args.work_dir / f"{mask}_{size:g}"
     command = [sys.executable, REPO / "workflow_scripts/tokenize_dataset.py", "--threads", args.threads]
     command += ["--mask", mask, "--processed-dir", args.work_dir / f"processed_{size:g}"]

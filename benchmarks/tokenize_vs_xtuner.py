@@ -1,8 +1,9 @@
-"""Runs XTuner 0.2.0's own tokeniser and ours on the same files, compares every byte, prints the ratio of the times.
+"""Runs XTuner 0.2.0's tokeniser and ours on the same files, compares every byte and prints the time ratio.
 
-XTuner's tokenize_ftdp_datasets.py runs unmodified, in a virtual environment of its own that this script makes once.
-Both start from the same base tokenizer.json, add the chat tokens themselves, and are timed as commands, start-up
-included. The files are those of --processed-dir, repeated up to --megabytes with other words each time, or generated.
+XTuner's tokenize_ftdp_datasets.py runs unmodified, in a separate virtual environment that this script creates
+once. Both start from the same base tokenizer.json, add the chat tokens themselves and are timed as commands,
+including start-up. The files come from --processed-dir, repeated up to --megabytes with changed words, or are
+generated.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nasty_conversations import write_nasty
 from repeated_conversations import repeat_files
 
 REPO = Path(__file__).resolve().parent.parent
-# What the tool imports, and no more. xtuner itself comes without its dependencies (torch among them).
+# Only the tool's imports. xtuner itself is installed without its dependencies, which include torch.
 PINS = ("transformers==4.48.0", "tokenizers==0.21.0", "numpy==1.26.4", "mmengine==0.10.7")
 XTUNER = "xtuner==0.2.0"
 
@@ -36,18 +37,20 @@ def parse_args() -> argparse.Namespace:
         "--processed-dir", type=Path, default=REPO.parent / "shared/data/ftdp", help="ftdp layout"
     )
     parser.add_argument(
-        "--megabytes", type=float, help="repeat the files up to this size in all (default: once)"
+        "--megabytes", type=float, help="repeat the files up to this total size (default: once)"
     )
     parser.add_argument(
-        "--unchanged", action="store_true", help="repeat with the same words: kind to whoever remembers texts"
+        "--unchanged",
+        action="store_true",
+        help="repeat the same words, which favours tokenisers that cache texts",
     )
     parser.add_argument(
         "--nasty", type=int, metavar="SAMPLES", help="generate this many odd conversations instead"
     )
     parser.add_argument(
-        "--short", type=int, metavar="SAMPLES", help="generate this many conversations of one line instead"
+        "--short", type=int, metavar="SAMPLES", help="generate this many one-line conversations instead"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of --nasty")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of --nasty")
     parser.add_argument(
         "--tokenizer-path",
         type=Path,
@@ -57,9 +60,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--work-dir", type=Path, default=REPO / "build/tokenize_vs_xtuner", help="emptied at the start"
     )
-    parser.add_argument(
-        "--venv", type=Path, default=REPO / "build/xtuner-venv", help="made when it is missing"
-    )
+    parser.add_argument("--venv", type=Path, default=REPO / "build/xtuner-venv", help="created if missing")
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="our worker processes"
     )
@@ -80,7 +81,7 @@ def main() -> None:
         repeat_files(args.processed_dir, processed, args.megabytes, args.unchanged)
     base = copy_base(args.tokenizer_path, args.work_dir / "base")
     size = sum(file.stat().st_size for file in processed.rglob("*.jsonl"))
-    print(f"{size / 1e6:.1f} MB of conversations, {len(os.sched_getaffinity(0))} processors")
+    print(f"{size / 1e6:.1f} MB of conversations, {len(os.sched_getaffinity(0))} CPUs")
 
     tool = next(args.venv.glob("lib/python3*/site-packages/xtuner/tools/tokenize_ftdp_datasets.py"))
     theirs, their_cpu = timed("XTuner 0.2.0", [python, tool], processed, base, args.work_dir / "xtuner")
@@ -94,19 +95,19 @@ def main() -> None:
     )
     compare(args.work_dir)
     bare, bare_cpu = time_bare(processed, args.work_dir, args.threads)
-    print(f"{ours / bare:.2f} times the time of a bare encode_batch of the same texts, start-up included")
+    print(f"{ours / bare:.2f} times as long as a bare encode_batch of the same texts, including start-up")
     ratio = theirs / ours
     print(f"every byte equal; {ratio:.1f} times as fast as XTuner ({theirs:.1f} s / {ours:.1f} s)")
     print(
-        f"processor time: {their_cpu / our_cpu:.1f} times less ({their_cpu:.1f} s / {our_cpu:.1f} s), "
-        f"{our_cpu / bare_cpu:.2f} times that of encode_batch"
+        f"CPU time: XTuner {their_cpu / our_cpu:.1f} times ours ({their_cpu:.1f} s / {our_cpu:.1f} s), "
+        f"ours {our_cpu / bare_cpu:.2f} times that of encode_batch"
     )
     if ratio < args.minimum_ratio:
-        sys.exit(f"below {args.minimum_ratio} times")
+        sys.exit(f"less than {args.minimum_ratio} times as fast as XTuner")
 
 
 def make_venv(folder: Path) -> Path:
-    """Returns the Python of a virtual environment in which XTuner's tool runs."""
+    """Creates the virtual environment for XTuner's tool if it is missing; returns its Python."""
     python = folder / "bin/python"
     marker = folder / "complete"
     if not marker.is_file():
@@ -120,7 +121,7 @@ def make_venv(folder: Path) -> Path:
 
 
 def write_short(folder: Path, samples: int) -> None:
-    """Writes a dataset of conversations of a short question and a short answer."""
+    """Writes a dataset of conversations with a short question and a short answer."""
     file = folder / "short" / "processed" / "short.jsonl"
     file.parent.mkdir(parents=True)
     with open(file, "w", encoding="utf-8") as stream:
@@ -131,10 +132,7 @@ def write_short(folder: Path, samples: int) -> None:
 
 
 def time_bare(processed: Path, work_dir: Path, threads: int) -> tuple[float, float]:
-    """Returns the seconds that the tokenizers library takes for the texts, and those of processors.
-
-    It has as many threads as we had.
-    """
+    """Returns seconds and CPU seconds of the tokenizers library for the same texts and number of threads."""
     command = [sys.executable, Path(__file__).with_name("bare_encode_batch.py"), "--processed-dir", processed]
     command += ["--tokenizer", work_dir / "snaketune/tokenizer/tokenizer.json"]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": str(threads)}
@@ -150,13 +148,11 @@ def time_bare(processed: Path, work_dir: Path, threads: int) -> tuple[float, flo
 
 def show(name: str, seconds: float, cpu: float, peak: MemoryPeak) -> None:
     memory = peak.stop() / 1e6
-    print(
-        f"{name:14s} {seconds:8.2f} s   {cpu:8.2f} s of processors   peak memory {memory:6.0f} MB", flush=True
-    )
+    print(f"{name:14s} {seconds:8.2f} s   {cpu:8.2f} CPU s   peak memory {memory:6.0f} MB", flush=True)
 
 
 def copy_base(source: Path, target: Path) -> Path:
-    """Writes a base that transformers loads from tokenizer.json alone, so that both tools start from that file."""
+    """Writes a base that transformers loads only from tokenizer.json, so both tools start from that file."""
     target.mkdir(parents=True)
     shutil.copy(source / "tokenizer.json", target)
     config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -167,7 +163,7 @@ def copy_base(source: Path, target: Path) -> Path:
 
 
 def timed(name: str, command: list, processed: Path, base: Path, output: Path) -> tuple[float, float]:
-    """Runs a tokeniser and returns its seconds and those of processors; prints them and the peak of its memory."""
+    """Runs a tokeniser; prints and returns its seconds and CPU seconds, and prints its peak memory."""
     output.mkdir()
     command = [
         *map(str, command),
@@ -182,17 +178,17 @@ def timed(name: str, command: list, processed: Path, base: Path, output: Path) -
         code = process.wait()
     seconds, cpu = time.perf_counter() - start, cpu_of_children() - used
     if code:
-        sys.exit(f"{name} ended with {code}:\n{(output / 'log.txt').read_text(errors='replace')[-3000:]}")
+        sys.exit(f"{name} exited with {code}:\n{(output / 'log.txt').read_text(errors='replace')[-3000:]}")
     show(name, seconds, cpu, peak)
     return seconds, cpu
 
 
 def compare(work_dir: Path) -> None:
-    """Ends the program unless both tools wrote the same files with the same bytes."""
+    """Exits with an error unless both tools wrote the same files with the same bytes."""
     roots = [work_dir / name / "tokenized/chatml_llamav13_32k" for name in ("xtuner", "snaketune")]
     names = [sorted(file.relative_to(root) for file in root.rglob("*") if file.is_file()) for root in roots]
     if names[0] != names[1]:
-        sys.exit(f"not the same files: {sorted(set(names[0]) ^ set(names[1]))}")
+        sys.exit(f"different files: {sorted(set(names[0]) ^ set(names[1]))}")
     different = [
         name for name in names[0] if not filecmp.cmp(roots[0] / name, roots[1] / name, shallow=False)
     ]

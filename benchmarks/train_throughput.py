@@ -1,10 +1,11 @@
-"""Tokens a second of our trainer, of a bare PyTorch loop, of transformers' Trainer and of TRL's SFTTrainer.
+"""Compares tokens per second of our trainer, a bare PyTorch loop, transformers' Trainer and TRL's SFTTrainer.
 
-Each trains in a process of its own on the same documents, and takes one optimizer step in turn while the others wait:
-what else the machine does hits all alike. Medians of the rounds count; where others compute beside it, the ratio by CPU
-time says more than the one by the clock. Ours runs as a user starts it (train_model.py
-with metrics, TensorBoard and clipping); TRL comes from a virtual environment that this script makes once and that
-otherwise sees this environment's packages. Every token is trained, so that no trainer gains by leaving some out.
+Each trains in a separate process on the same documents. They take turns at one optimizer step while the
+others wait, so other load on the machine affects all equally. The median of the rounds counts. On a busy
+machine, the ratio by CPU time is more reliable than the ratio by elapsed time. Ours runs as a user starts it
+(train_model.py with metrics, TensorBoard and clipping). TRL comes from a virtual environment that this script
+creates once; its other packages are those of this environment. Every token is trained on, so no trainer gains
+by skipping some.
 """
 
 from __future__ import annotations
@@ -34,19 +35,23 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--trainers", nargs="+", choices=list(NAMES), default=list(NAMES), help="in this order")
-    add("--model", type=Path, default=REPO / "resources/smollm2-135m", help="Hugging Face folder")
-    add("--length", type=int, default=512, help="tokens of a packed row")
-    add("--accumulation", type=int, default=8, help="rows of an optimizer step")
-    add("--mean-document", type=int, default=128, help="tokens of a document, about")
-    add("--rounds", type=int, default=5, help="steps that count; one before them does not")
-    add("--zero-stage", type=int, default=1, help="of ours")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each trainer")
-    add("--work-dir", type=Path, default=REPO / "build/train_throughput", help="emptied at the start")
-    add("--venv", type=Path, default=REPO / "build/trl-venv", help="made when it is missing")
     add(
-        "--minimum-ratio", type=float, default=0.0, help="fail when ours is below this share of the bare loop"
+        "--trainers",
+        nargs="+",
+        choices=list(NAMES),
+        default=list(NAMES),
+        help="trainers to run, in this order",
     )
+    add("--model", type=Path, default=REPO / "resources/smollm2-135m", help="Hugging Face folder")
+    add("--length", type=int, default=512, help="tokens per packed sequence")
+    add("--accumulation", type=int, default=8, help="packed sequences per optimizer step")
+    add("--mean-document", type=int, default=128, help="mean tokens per document, roughly")
+    add("--rounds", type=int, default=5, help="measured steps, after one warm-up step")
+    add("--zero-stage", type=int, default=1, help="ZeRO stage of our trainer")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads per trainer")
+    add("--work-dir", type=Path, default=REPO / "build/train_throughput", help="emptied at the start")
+    add("--venv", type=Path, default=REPO / "build/trl-venv", help="created if missing")
+    add("--minimum-ratio", type=float, default=0.0, help="fail if ours is below this share of the bare loop")
     return parser.parse_args()
 
 
@@ -57,7 +62,7 @@ def main() -> None:
     rows = (a.rounds + 4) * a.accumulation
     folder = write_documents(a.work_dir, a.model, rows * a.length, a.mean_document, a.length)
     print(
-        f"{a.model.name}, fp32, rows of {a.length} tokens, {a.accumulation} rows a step, documents of about "
+        f"{a.model.name}, fp32, packed sequences of {a.length} tokens, {a.accumulation} per step, documents of about "
         f"{a.mean_document} tokens, {a.threads} threads, {a.rounds} rounds",
         flush=True,
     )
@@ -80,11 +85,11 @@ def main() -> None:
 
 
 def report(steps: dict[str, list[dict]], minimum_ratio: float) -> None:
-    """Prints one line a trainer, and ours against each; a ratio is the median of the rounds' ratios."""
+    """Prints one line per trainer, with the ratio of ours to it: the median of the rounds' ratios."""
     rates = {name: [s["tokens"] / s["seconds"] for s in found] for name, found in steps.items()}
     per_cpu = {name: [s["tokens"] / s["cpu_seconds"] for s in found] for name, found in steps.items()}
     print(
-        f"{'trainer':16} {'tokens/s':>9} {'slowest':>9} {'fastest':>9} {'peak MiB':>9}  ours against it, by CPU time"
+        f"{'trainer':16} {'tokens/s':>9} {'slowest':>9} {'fastest':>9} {'peak MiB':>9}  ours / this, by CPU time"
     )
     for name, found in rates.items():
         ratio = ""
@@ -95,7 +100,7 @@ def report(steps: dict[str, list[dict]], minimum_ratio: float) -> None:
             f"{NAMES[name]:16} {statistics.median(found):9.1f} {min(found):9.1f} {max(found):9.1f} {peak:9.0f}  {ratio}"
         )
     if minimum_ratio and median_ratio(rates["ours"], rates["bare"]) < minimum_ratio:
-        sys.exit(f"below {minimum_ratio} of the bare loop")
+        sys.exit(f"ours is below {minimum_ratio} of the bare loop")
 
 
 def median_ratio(a: list[float], b: list[float]) -> float:
@@ -103,7 +108,7 @@ def median_ratio(a: list[float], b: list[float]) -> float:
 
 
 class Trainer:
-    """A trainer in a process of its own that stands still between steps."""
+    """A trainer in a separate process that waits between steps."""
 
     def __init__(self, name: str, a: argparse.Namespace, folder: Path):
         self.name, self.log = name, a.work_dir / f"{name}.log"
@@ -147,13 +152,13 @@ class Trainer:
         self._hear()
 
     def step(self) -> dict:
-        """Lets it take one optimizer step and returns {seconds, tokens, loss, peak_mib}."""
+        """Runs one optimizer step; returns {seconds, cpu_seconds, tokens, loss, peak_mib}."""
         self._write.write("go\n")
         self._write.flush()
         return self._hear()
 
     def end(self) -> None:
-        """Ends the process."""
+        """Kills the process."""
         self.process.kill()
         self.process.wait()
 
@@ -166,7 +171,7 @@ class Trainer:
 
 
 def ours_command(a: argparse.Namespace, folder: Path) -> list:
-    """Renders our training config, with the gate in it, and returns the command that trains with it."""
+    """Renders our training config with the gate hook; returns the command that trains with it."""
     config = a.work_dir / "ours.py"
     scripts = REPO / "workflow_scripts"
     render = [
@@ -178,7 +183,7 @@ def ours_command(a: argparse.Namespace, folder: Path) -> list:
     subprocess.run([*map(str, render)], check=True)
     text = config.read_text().replace("custom_hooks = []", "custom_hooks = [dict(type=GateHook)]")
     text = text.replace("from torch.optim", "from throughput_gate import GateHook\nfrom torch.optim")
-    # The other trainers do not grow the embedding.
+    # Like the other trainers, do not resize the embedding.
     config.write_text(text.replace("tokenizer=tokenizer_path", "tokenizer=None"))
     return [
         sys.executable,
@@ -192,7 +197,7 @@ def ours_command(a: argparse.Namespace, folder: Path) -> list:
 
 
 def write_documents(work_dir: Path, model: Path, tokens: int, mean: int, longest: int) -> Path:
-    """Writes tokenised documents of random ids, all trained, in the ftdp layout; returns the train folder."""
+    """Writes documents of random ids, all trained on, in the ftdp layout; returns the train folder."""
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
     rng = np.random.RandomState(0)
     file = work_dir / "tokenized/chatml_llamav13_32k/train/cn/documents/documents.bin"
@@ -200,7 +205,7 @@ def write_documents(work_dir: Path, model: Path, tokens: int, mean: int, longest
     meta, offset, written = [], 0, 0
     with open(file, "w", encoding="utf-8") as stream:
         while written < tokens:
-            # Lengths as of chats: few long ones make up much of the tokens.
+            # Lengths like those of chats: a few long documents hold many of the tokens.
             length = int(np.clip(rng.lognormal(np.log(mean) - 0.5, 1.0), 8, longest))
             line = json.dumps({"tokens": rng.randint(10, vocabulary, length).tolist()}) + "\n"
             stream.write(line)
@@ -212,7 +217,7 @@ def write_documents(work_dir: Path, model: Path, tokens: int, mean: int, longest
 
 
 def make_venv(folder: Path) -> Path:
-    """Returns the Python of a virtual environment with TRL, which sees this environment's packages behind its own."""
+    """Creates a virtual environment with TRL that also sees our packages, if missing; returns its Python."""
     python, marker = folder / "bin/python", folder / "complete"
     if not marker.is_file():
         print(f"making {folder} ...", flush=True)
