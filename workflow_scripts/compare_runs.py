@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Lays finished runs side by side on one HTML page, with differences to the first and their intervals."""
+"""Compares finished runs on one HTML page, with intervals for the differences from the first run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from snaketune.common.run_files import RunFiles
 
 
 def main() -> None:
-    """Parses the command line, compares, and writes a page and the figures on it."""
+    """Parses the command line, compares, and writes the page and its figures."""
     parser = argparse.ArgumentParser(
-        description="Compare finished runs on one HTML page without outside parts, in English and Chinese: loss curves over "
-        "each other; held-out loss and tool calls with paired differences to the first run and 95% intervals; the "
-        "settings that differ; the cost."
+        description="Compare finished runs on one self-contained HTML page, in English and Chinese: overlaid loss curves; "
+        "held-out loss and tool calls with paired differences from the first run and 95% intervals; the settings that "
+        "differ; the cost."
     )
     parser.add_argument(
         "runs",
@@ -26,7 +26,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
     parser.add_argument(
-        "--json", type=Path, required=True, help="JSON file to write: every figure of the page"
+        "--json", type=Path, required=True, help="JSON file to write, with every figure on the page"
     )
     parser.add_argument(
         "--benchmarks", type=Path, help="folder of Snakemake's benchmark files; shows the cost"
@@ -35,7 +35,7 @@ def main() -> None:
         "--shared-names",
         nargs="+",
         default=(),
-        help="names of the data and tokenizers there, which runs share",
+        help="names of the shared data and tokenizers in the benchmark folder",
     )
     args = parser.parse_args()
 
@@ -49,7 +49,7 @@ def main() -> None:
     write_text(args.output, page)
     for each in comparison["refused"]:
         print(
-            f"notice: {each['run']}: {each['evaluation']} is not compared, {', '.join(each['differs'])} differ"
+            f"notice: {each['run']}: {each['evaluation']} is not compared because {', '.join(each['differs'])} differ"
         )
     print(
         f"wrote {args.output} ({len(page) // 1024} KiB), {len(runs)} runs, baseline {comparison['baseline']}"

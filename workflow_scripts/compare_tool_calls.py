@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints two evaluations of tool calls side by side, with intervals and the paired difference."""
+"""Prints two tool-call evaluations side by side, with intervals and paired differences."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from snaketune.common.files import read_json, write_json
 def main() -> None:
     """Parses the command line and prints the table."""
     parser = argparse.ArgumentParser(
-        description="Compare what evaluate_tool_calls.py wrote about two models. Each figure has its 95% interval; the "
-        "difference is tuned - base on the same draws of conversations. Losses are nats per token."
+        description="Compare two models by their evaluate_tool_calls.py results. Each figure has a 95% interval; the "
+        "difference is tuned - base on the same draws of conversations. Losses are in nats per token."
     )
     parser.add_argument("base", type=Path, help="JSON file of the base model")
     parser.add_argument("tuned", type=Path, help="JSON file of the tuned model")
-    parser.add_argument("--output", type=Path, help="write the rows to this JSON file too")
+    parser.add_argument("--output", type=Path, help="also write the rows to this JSON file")
     args = parser.parse_args()
 
     from snaketune.reporting.tool_call_tables import comparison_rows, perplexity

@@ -11,17 +11,17 @@ from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
-    """Parses the command line (that of `lmdeploy convert`) and converts."""
+    """Parses the command line (same as `lmdeploy convert`) and converts."""
     parser = argparse.ArgumentParser(
         description="Convert a Hugging Face model folder to a TurboMind workspace with lmdeploy 0.9.2.post1's converter. "
         "Takes the arguments of `lmdeploy convert`. Needs no GPU. Run it with the converter's Python "
-        "(.venv-turbomind/bin/python), not with the training environment's.",
+        "(.venv-turbomind/bin/python), not the training environment's.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model_name", help="name under which the model is served, such as internlm2-chat-7b")
     parser.add_argument("model_path", help="Hugging Face folder (or a hub name)")
     parser.add_argument(
-        "--dst-path", type=Path, default=Path("workspace"), help="workspace to make; replaced as a whole"
+        "--dst-path", type=Path, default=Path("workspace"), help="workspace to write; replaced if it exists"
     )
     add_settings(parser, "convert_hf_to_turbomind")
     parser.add_argument(
@@ -31,13 +31,13 @@ def main() -> None:
         help="format of the input weights",
     )
     parser.add_argument(
-        "--group-size", type=int, default=0, help="group size of 4-bit weights; 0: the format's own"
+        "--group-size", type=int, default=0, help="group size of 4-bit weights; 0: the format's default"
     )
     parser.add_argument(
-        "--tokenizer-path", default=None, help="another tokenizer file to copy into the workspace"
+        "--tokenizer-path", default=None, help="a different tokenizer file to copy into the workspace"
     )
     parser.add_argument("--revision", default=None, help="revision of a hub model")
-    parser.add_argument("--download-dir", default=None, help="where a hub model is downloaded to")
+    parser.add_argument("--download-dir", default=None, help="download folder for a hub model")
     args = parser.parse_args()
 
     from snaketune.export.turbomind_convert import convert, fetch_model

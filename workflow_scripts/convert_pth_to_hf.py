@@ -25,19 +25,19 @@ def main() -> None:
         "pth",
         type=Path,
         nargs="?",
-        help="an iter_N.pth, a run folder (its newest whole checkpoint), or a run's train.json",
+        help="an iter_N.pth, a run folder (uses its newest complete checkpoint), or a run's train.json",
     )
-    parser.add_argument("dst", type=Path, help="folder to make; replaced as a whole if it exists")
+    parser.add_argument("dst", type=Path, help="folder to write; replaced if it exists")
     parser.add_argument(
         "--run",
         type=Path,
-        help="instead of config and pth: results/<run> or a run folder, also of a training that goes on; its newest "
-        "whole checkpoint is taken",
+        help="instead of config and pth: results/<run> or a run folder; uses its newest complete checkpoint, even while "
+        "training is running",
     )
     add_settings(parser, "convert_pth_to_hf")
     args = parser.parse_intermixed_args()
     if (args.run is None) != (args.pth is not None):
-        parser.error("give config, pth and dst, or --run and dst")
+        parser.error("pass config, pth and dst, or --run and dst")
 
     from snaketune.export.checkpoint_source import find_run
     from snaketune.export.hf_convert import convert

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes down how transformers and lmdeploy turn fixed prompts into ids, for check_parity.py."""
+"""Records the ids that transformers and lmdeploy encode fixed prompts to, for check_parity.py."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from snaketune.settings.command_line import add_settings
 def main() -> None:
     """Parses the command line, encodes, and writes one JSON file."""
     parser = argparse.ArgumentParser(
-        description="Encode fixed prompts, with tool calls, by transformers' apply_chat_template and, where it is "
-        "installed, by lmdeploy's chat template and tokenizer. Runs in the converter's environment; check_parity.py "
-        "compares the ids with those of training.",
+        description="Encode fixed prompts with tool calls using transformers' apply_chat_template and, if installed, "
+        "lmdeploy's chat template and tokenizer. Runs in the converter's environment. check_parity.py compares the ids "
+        "with those of training.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("model", type=Path, help="folder with the tokenizer: Hugging Face or TurboMind")
+    parser.add_argument("model", type=Path, help="Hugging Face or TurboMind folder with the tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     add_settings(parser, "encode_prompts")
     args = parser.parse_args()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures a model's loss on held-out conversations and lets it answer fixed prompts."""
+"""Measures a model's loss on held-out conversations and generates answers to fixed prompts."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def main() -> None:
     """Parses the command line, evaluates, and writes one JSON file."""
     parser = argparse.ArgumentParser(
         description="Measure loss and perplexity on held-out conversations, over the tokens that training learns to "
-        "predict, and answer fixed prompts greedily. Conversations are seen one by one, so none leaks into another.",
+        "predict, and answer fixed prompts greedily. Each conversation is scored separately, so none leaks into another.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_model_arguments(parser, "evaluate_model")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens in a padded batch")
     args = parser.parse_args()
 
-    # Bad input shows before the seconds that torch and transformers take.
+    # Check the input before importing torch and transformers, which takes seconds.
     from snaketune.chat_files.prompts import read_prompts
     from snaketune.encoding.chat_encoding import ChatEncoding
     from snaketune.encoding.tokenizer import load_tokenizer

@@ -14,12 +14,12 @@ from snaketune.settings.command_line import add_settings
 def main() -> None:
     """Parses the command line, runs OpenCompass and writes the scores."""
     parser = argparse.ArgumentParser(
-        description="Run OpenCompass 0.5.4 with a config of render_eval_config.py, on this machine or through Slurm as the "
-        "config says, and write all scores to one JSON file. A task that fails is an error that names its log, which "
-        "OpenCompass itself does not make of it; the next run goes on with what is missing.",
+        description="Run OpenCompass 0.5.4 with a config from render_eval_config.py, on this machine or through Slurm as "
+        "set in the config, and write all scores to one JSON file. Unlike OpenCompass itself, this command fails if a "
+        "task fails, and names the task's log. The next run resumes with the missing tasks.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("config", type=Path, help="config of render_eval_config.py")
+    parser.add_argument("config", type=Path, help="config written by render_eval_config.py")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument(
         "--work-dir", type=Path, required=True, help="folder for predictions, logs and summaries"

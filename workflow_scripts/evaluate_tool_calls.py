@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Lets a model answer held-out conversations and says whether it calls tools as the reference does."""
+"""Generates answers to held-out conversations and compares the model's tool calls with the reference."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from snaketune.evaluation.arguments import (
 
 
 def main() -> None:
-    """Parses the command line, lets the model answer, and writes one JSON file."""
+    """Parses the command line, generates and scores the answers, and writes one JSON file."""
     parser = argparse.ArgumentParser(
-        description="At each answer of held-out conversations, give the model what comes before as training tokenised "
-        "it, and let it answer greedily: does it call a tool where the reference does, is the call well formed, is it "
-        "the same call, does the answer end? Also measure the loss by role of the trained tokens, and on plain text.",
+        description="At each answer in held-out conversations, give the model the preceding tokens as in training and let "
+        "it answer greedily. Check whether it calls a tool where the reference does, whether the call is well formed and "
+        "equal to the reference, and whether the answer ends. Also measure the loss by role, and on plain text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_model_arguments(parser, "evaluate_tool_calls")
     args = parser.parse_args()
 
-    # Bad input shows before the seconds that torch and transformers take.
+    # Check the input before importing torch and transformers, which takes seconds.
     from snaketune.encoding.batch_encoder import BatchEncoder
     from snaketune.encoding.chat_encoding import ChatEncoding
     from snaketune.encoding.tokenizer import load_tokenizer

@@ -1,7 +1,7 @@
-"""Turns chat data as people have it into a dataset in the processed ftdp layout, ready for tokenize_dataset.py.
+"""Converts chat data in common formats to the processed ftdp layout, ready for tokenize_dataset.py.
 
 Reads OpenAI messages (with tools, tool_calls and their results), ShareGPT (with function_call and observation), Alpaca
-and ftdp itself, from .json, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files of any size. Writes
+and ftdp, from .json, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files of any size. Writes
 <processed-dir>/<dataset>/processed/sft_chat/<file>.jsonl and, last, <processed-dir>/<dataset>/ingest.json, which
 accounts for every row.
 """
@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
         "--input",
         required=True,
         nargs="+",
-        help="files, or folders that are searched for .json, .jsonl, .ndjson (plain, .gz or .zst) and .parquet",
+        help="files, or folders to search for .json, .jsonl, .ndjson (plain, .gz or .zst) and .parquet",
     )
     parser.add_argument("--processed-dir", required=True, help="folder that receives <dataset>/")
     parser.add_argument("--dataset", required=True, help="name of the dataset to write")
@@ -33,13 +33,13 @@ def parse_args() -> argparse.Namespace:
         "--format",
         choices=("auto", *FORMATS),
         default=default.format,
-        help="format of the rows; auto looks at the keys of each row",
+        help="format of the rows; auto detects it from the keys of each row",
     )
     parser.add_argument(
         "--arguments-key",
         choices=("parameters", "arguments"),
         default=default.arguments_key,
-        help="what a tool call's arguments are called in the result: as InternLM2's models write them, or as OpenAI",
+        help="key of a tool call's arguments in the result: `parameters` as in InternLM2, or `arguments` as in OpenAI",
     )
     add_settings(parser, "ingest_dataset")
     return parser.parse_args()
@@ -52,7 +52,7 @@ def main() -> None:
     totals = manifest["totals"]
     print(
         f"{args.dataset}: {totals['samples']:,} conversations of {totals['rows']:,} rows, "
-        f"{totals['quarantined']:,} bad rows set aside"
+        f"{totals['quarantined']:,} bad rows quarantined"
     )
 
 

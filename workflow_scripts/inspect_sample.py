@@ -1,7 +1,7 @@
-"""Prints a sample of a tokenised file: what is trained on, what is masked, which special tokens it holds.
+"""Prints a document of a tokenised file with its trained text, masked text and special tokens.
 
-In a terminal in colour; elsewhere, and where NO_COLOR is set, what is trained on stands in [+ and +], a special token in
-[= and =]. In the workflow's results the tokenizer is found by itself.
+Uses colour in a terminal. Elsewhere, or if NO_COLOR is set, [+ +] mark trained text and [= =] special tokens.
+In the workflow's results, the tokenizer is found automatically.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("bin", type=Path, help="the .bin file; its .bin.meta lies beside it")
-    parser.add_argument("number", type=int, help="which sample, from 0; -1 is the last one")
+    parser.add_argument("bin", type=Path, help="the .bin file, with its .bin.meta beside it")
+    parser.add_argument("number", type=int, help="number of the document, from 0; -1 is the last")
     parser.add_argument(
-        "--tokenizer-path", type=Path, help="folder of the extended tokenizer (default: looked for)"
+        "--tokenizer-path",
+        type=Path,
+        help="folder of the extended tokenizer (default: found in the workflow's results)",
     )
     parser.add_argument(
-        "--color", choices=("auto", "always", "never"), default="auto", help="auto: in a terminal only"
+        "--color", choices=("auto", "always", "never"), default="auto", help="auto: only in a terminal"
     )
-    parser.add_argument("--ids", action="store_true", help="list the tokens one by one, with their ids")
+    parser.add_argument("--ids", action="store_true", help="list the tokens with their ids")
     return parser.parse_args()
 
 
@@ -44,7 +46,7 @@ def main() -> None:
     sample = Sample(args.bin, args.number, tokenizer)
     in_terminal = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     colour = args.color == "always" or (args.color == "auto" and in_terminal)
-    # A terminal that cannot show a character must not end the print.
+    # Do not fail on characters that the terminal cannot show.
     sys.stdout.reconfigure(errors="backslashreplace")
     print("\n".join(sample.summary()))
     print(legend(colour), end="\n\n")

@@ -1,10 +1,12 @@
 """Starts this pod's ranks of a training, or of preflight, in a PyTorchJob: Aliyun DLC, or Kubernetes with Kubeflow.
 
-Every pod runs the same command; its place comes from the environment alone: WORLD_SIZE (number of pods), RANK (index
-of this pod), MASTER_ADDR, MASTER_PORT, and KUBERNETES_CONTAINER_RESOURCE_GPU (ranks in each pod). The guide's
-NCCL settings are set where the environment has none; an empty variable leaves one to NCCL. See docs/dlc.md.
+Every pod runs the same command and reads its place from the environment: WORLD_SIZE (number of pods), RANK
+(index of this pod), MASTER_ADDR, MASTER_PORT, and KUBERNETES_CONTAINER_RESOURCE_GPU (ranks per pod). Sets the
+guide's NCCL settings unless the environment has them; set a variable to an empty string to use NCCL's
+default. See docs/dlc.md.
 
-The exit code is that of the first rank that fails, else the ranks' own: 0 finished, 75 saved to go on.
+The exit code is that of the first rank that fails, else that of all ranks: 0 finished, 75 saved, start again
+to resume.
 """
 
 from __future__ import annotations
@@ -30,18 +32,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--processes",
         type=int,
-        help=f"ranks in each pod (default: {GPUS}, and one where that is 0)",
+        help=f"ranks per pod (default: {GPUS}, or 1 if that is 0)",
     )
-    parser.add_argument("script", choices=["train_model.py", "preflight.py"], help="what each rank runs")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    parser.add_argument(
+        "script", choices=["train_model.py", "preflight.py"], help="script that each rank runs"
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     return parser.parse_args()
 
 
 def check_gpus(processes: int) -> None:
-    """Refuses a pod whose GPUs torch does not see: it would train on the CPUs without a word.
+    """Refuses a pod if torch does not see its GPUs. It would silently train on the CPUs.
 
     Raises:
-        UserError: There are fewer than the environment says.
+        UserError: torch sees fewer GPUs than the environment promises.
     """
     import torch
 
@@ -50,7 +54,7 @@ def check_gpus(processes: int) -> None:
         raise UserError(
             f"{GPUS}={processes}, but torch sees {found} GPUs",
             found=f"torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
-            fix="take an image with this GPU's driver and a CUDA build of torch; on CPUs give --processes",
+            fix="use an image with this GPU's driver and a CUDA build of torch; to train on CPUs, pass --processes",
         )
 
 
@@ -58,7 +62,7 @@ def main() -> int:
     """Runs the pod's ranks."""
     arguments = parse_arguments()
     if arguments.processes is not None and arguments.processes < 1:
-        raise UserError("--processes cannot be used", found=arguments.processes, expected="a number from 1")
+        raise UserError("invalid --processes", found=arguments.processes, expected="1 or more")
     pod = read_pod(os.environ, arguments.processes)
     if arguments.processes is None and os.environ[GPUS] != "0":
         check_gpus(pod.processes)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints the tree behind a result, from a score back to the JSONL files."""
+"""Prints the lineage of a result as a tree, from a score back to the JSONL files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from snaketune.common.cli import run
 def main() -> None:
     """Parses the command line and prints the tree."""
     parser = argparse.ArgumentParser(
-        description="Print what a result was made from: a score, the checkpoint, the pack plan, the tokenised shards, the "
-        "JSONL files with line counts and digests, the tokenizer, configs, versions, git commit and Slurm jobs."
+        description="Print the lineage of a result: the checkpoint, the pack plan, the tokenised shards, the JSONL files "
+        "with line counts and digests, the tokenizer, configs, versions, git commit and Slurm jobs."
     )
     parser.add_argument(
-        "file", type=Path, help="a file or folder that the workflow made, such as results/demo/report.html"
+        "file", type=Path, help="a file or folder made by the workflow, such as results/demo/report.html"
     )
     args = parser.parse_args()
 

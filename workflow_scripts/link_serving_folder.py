@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the folder that lmdeploy 0.10 and later serve, from a Hugging Face folder, without converting anything."""
+"""Makes a serving folder for lmdeploy 0.10 and later from a Hugging Face folder, without conversion."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def main() -> None:
     """Parses the command line and makes the folder."""
     parser = argparse.ArgumentParser(
         description="Make a serving folder for lmdeploy >= 0.10, which loads Hugging Face folders: the same weight files "
-        "(hard links), a config that its TurboMind engine takes where there is one, and the command in serve.txt.",
+        "(hard links), a config that lmdeploy's TurboMind engine accepts if possible, and the command in serve.txt.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("model", type=Path, help="Hugging Face folder")
-    parser.add_argument("dst", type=Path, help="folder to make; replaced as a whole if it exists")
+    parser.add_argument("dst", type=Path, help="folder to write; replaced if it exists")
     add_settings(parser, "link_serving_folder")
-    parser.add_argument("--session-len", type=int, help="longest context; without it the model's own")
+    parser.add_argument("--session-len", type=int, help="maximum context length (default: the model's)")
     args = parser.parse_args()
 
     from snaketune.export.lmdeploy_folder import make_serving_folder

@@ -1,8 +1,8 @@
-"""Plans the packing of tokenised documents into rows: which stretch of which document makes which row, in which order.
+"""Makes a pack plan: which slices of documents go into which packed sequence (row), and the row order.
 
-The trainer reads the plan and decides nothing itself. Only the `.bin.meta` files and the manifests are read; files that
-were not all tokenised with one tokenizer, template and set of options are refused, and unfinished ones.
-docs/packing.md says how the rows are made and what plan.json counts.
+The trainer follows the plan and makes no decisions itself. Reads only the `.bin.meta` files and the
+manifests. Refuses files that were tokenised with different tokenizers, templates or options, and files of
+unfinished datasets. docs/packing.md explains how the rows are made and the counts in plan.json.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ def parse_args() -> argparse.Namespace:
         required=True,
         help="<tokenized-dir>/chatml_llamav13_32k/train, or a folder above it",
     )
-    add("--data-order", type=Path, help="data_order.txt; without it the folder is walked")
+    add("--data-order", type=Path, help="data_order.txt (default: list the folder)")
     add_settings(parser, "plan_packing")
     add(
         "--epochs",
         type=int,
         default=1,
-        help="epochs whose order of rows is written down; others follow from the seed",
+        help="number of epochs whose row order is stored; later epochs follow from the seed",
     )
     add("--min-length", type=int, default=0, help="leave out documents with fewer tokens")
     add(
         "--processed-dir",
         type=Path,
-        help="folder of the JSONL files, so that trace_step.py finds their lines",
+        help="folder of the JSONL files, recorded for trace_step.py",
     )
     add("--output", type=Path, required=True, help="plan folder to write")
     return parser.parse_args()
@@ -90,12 +90,12 @@ def main() -> None:
     print(
         f"  rows     {totals['rows']:,} ({least}) of up to {args.max_length:,} tokens, {waste['tokens']:,} unused ({waste['share']:.3%})"
     )
-    print(f"  cut      {cut['documents']:,} documents, into {cut['pieces']:,} pieces")
+    print(f"  cut      {cut['documents']:,} documents, into {cut['pieces']:,} slices")
     print(f"  dropped  {'; '.join(lost) or 'nothing'}")
     for name, each in totals.get("mixture", {}).items():
         seen, out = each["seen"], each["left_out"]
         print(
-            f"  weight   {each['weight']:g} of {name}: {seen['documents']:,} times one of {each['documents']:,} documents,"
+            f"  weight   {each['weight']:g} of {name}: {each['documents']:,} documents, seen {seen['documents']:,} times in all,"
             f" {seen['tokens']:,} tokens; {out['documents']:,} documents, {out['tokens']:,} tokens left out"
         )
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Says what a run will take before it is paid for: steps, tokens, memory for each ZeRO stage, hours and disk."""
+"""Forecasts a run before it starts: steps, tokens, memory for each ZeRO stage, hours and disk."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
-    """Parses the command line, prints the plan, and writes it."""
+    """Parses the command line, then prints and writes the forecast."""
     parser = argparse.ArgumentParser(
-        description="From a run's settings, its pack plan and the model's config: steps, tokens, memory per GPU for each ZeRO "
-        "stage and offload, hours and GPU-hours, and disk for checkpoints. Says which settings fit.",
+        description="Forecast a run from its settings, its pack plan and the model's config: steps, tokens, memory per GPU "
+        "for each ZeRO stage and offload, hours and GPU-hours, and disk space for checkpoints. Reports which settings fit.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", type=Path, required=True, help="config.json of the run")
     parser.add_argument("--plan", type=Path, required=True, help="folder of the pack plan")
     parser.add_argument(
-        "--tokenizer-path", type=Path, help="folder of the extended tokenizer, which adds rows"
+        "--tokenizer-path", type=Path, help="folder of the extended tokenizer, which adds vocabulary rows"
     )
     add_settings(parser, "plan_run")
-    parser.add_argument(
-        "--metrics", type=Path, help="take the speed from this metrics.jsonl of an earlier run"
-    )
-    parser.add_argument("--output", type=Path, help="write the plan to this JSON file")
+    parser.add_argument("--metrics", type=Path, help="use the speed in this metrics.jsonl of an earlier run")
+    parser.add_argument("--output", type=Path, help="write the forecast to this JSON file")
     args = parser.parse_args()
 
     from snaketune.preflight.memory_forecast import read_shape
@@ -53,7 +51,7 @@ def main() -> None:
     where = f"{plan['gpus']} GPUs" if plan["gpus"] else f"{plan['ranks']} CPU process(es)"
     print(f"{plan['parameters']:,} parameters in {plan['dtype']} on {where}")
     print(
-        f"{plan['rows']:,} rows an epoch, {plan['steps']:,} steps, {plan['epochs']} epochs, {plan['tokens']:,} tokens"
+        f"{plan['rows']:,} rows per epoch, {plan['steps']:,} steps, {plan['epochs']} epochs, {plan['tokens']:,} tokens"
     )
     if plan["hours"] is not None:
         print(

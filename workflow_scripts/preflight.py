@@ -1,8 +1,9 @@
-"""Looks at everything that an expensive job would stumble over, in a minute, and says pass or what to do.
+"""Checks within a minute what would make an expensive job fail, and reports `pass` or what to fix.
 
-Three steps, all on `--folder`, below results_dir: `begin` where the workflow is controlled writes a random word; `probe` in
-a job on the partition reads it, looks at packages, GPUs, network, disk and tokenizers, and answers; `report` reads the
-answers where it began, writes report.json and report.txt, and passed.json or ends with code 1 when something is to be done.
+There are three steps, all with the same `--folder` below results_dir. `begin` runs on the controlling host
+and writes a random word. `probe` runs in a job on the partition: it reads the word, checks packages, GPUs,
+network, disk and tokenizers, and writes its answers. `report` runs on the controlling host again: it reads
+the answers and writes report.json and report.txt, and either writes passed.json or exits with code 1.
 `snakemake preflight` runs all three.
 """
 
@@ -30,12 +31,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("step", choices=["begin", "probe", "report"], help="see above")
-    parser.add_argument("--folder", type=Path, required=True, help="where word, answers and report are")
+    parser.add_argument("step", choices=["begin", "probe", "report"], help="the step to run, see above")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="folder of the word, the answers and the report"
+    )
     parser.add_argument(
         "--settings",
         type=json.loads,
-        help="for begin or probe, JSON: `runs`, `jsonl_bytes`, `turbomind_python` (default of probe: those of begin)",
+        help="for begin or probe, JSON: `runs`, `jsonl_bytes`, `turbomind_python` (probe's default: the settings of begin)",
     )
     probe = parser.add_argument_group("for probe")
     probe.add_argument("--envs", type=Path, help="folder of the lock files")
@@ -43,24 +46,26 @@ def parse_arguments() -> argparse.Namespace:
         "--launcher",
         choices=["none", "srun", "pytorch", "slurm", "slurm-node"],
         default="none",
-        help="who starts the ranks, as for train_model.py (default: none, this command)",
+        help="how the ranks are started, as for train_model.py (default: none, by this command)",
     )
     add_settings(probe, "preflight")
     probe.add_argument(
-        "--processes", type=int, help="with --launcher none: ranks (default: one a GPU, or two without GPUs)"
+        "--processes",
+        type=int,
+        help="with --launcher none: number of ranks (default: one per GPU, or two without GPUs)",
     )
     return parser.parse_args()
 
 
 def begin(folder: Path, settings: dict | None) -> None:
-    """Writes the word and what is to be looked at, and forgets the last report."""
+    """Removes the last report, and writes the word and the settings to check."""
     shutil.rmtree(folder, ignore_errors=True)
     word = {"nonce": secrets.token_hex(16), "host": platform.node(), "settings": settings}
     write_json(folder / NONCE, word)
 
 
 def probe(arguments: argparse.Namespace) -> int:
-    """Starts the ranks, or is one."""
+    """Starts the ranks, or runs as one of them."""
     from snaketune.training.launch import join_environment, run_node, run_ranks, run_step
 
     own = [sys.executable, *sys.argv, "--launcher"]
@@ -68,7 +73,7 @@ def probe(arguments: argparse.Namespace) -> int:
         ranks = 2 if arguments.nodes == 1 and arguments.gpus_per_node != 1 else 1  # as the rule asks for
         own = [*own, "slurm-node", "--processes", str(ranks)]
         run_step(own, arguments.nodes, ranks, 1, arguments.gpus_per_node)
-        return 0  # what went wrong in a rank is in the answers, or in that there is none
+        return 0  # a rank's failure shows in its answer, or in a missing answer
     if arguments.launcher in ("none", "slurm-node"):
         import torch
 
@@ -81,9 +86,9 @@ def probe(arguments: argparse.Namespace) -> int:
 
 
 def _answer(arguments: argparse.Namespace) -> int:
-    """Looks at everything and writes this rank's answer: before the ranks meet, and with the outcome of that.
+    """Runs all checks and writes this rank's answer, once before the all-reduce and again with its result.
 
-    Returns 1 when they did not meet: then the launcher ends the others, which might wait for ever.
+    Returns 1 if the all-reduce failed. The launcher then ends the other ranks, which might wait forever.
     """
     from snaketune.preflight.check import attempt
     from snaketune.preflight.checks import check_gpus, check_other_versions, check_tokenizer, check_versions
@@ -127,7 +132,7 @@ def _answer(arguments: argparse.Namespace) -> int:
 
 
 def _by_tokenizer(runs: list[dict]) -> list[dict]:
-    """One run for all that share model and tokenizer, with their names in its own."""
+    """Returns one run for each model and tokenizer. Its name counts the other runs that share them."""
     groups: dict[tuple, list[dict]] = {}
     for each in runs:
         key = tuple(each[name] for name in ("model", "tokenizer", "template", "extended"))
@@ -137,7 +142,7 @@ def _by_tokenizer(runs: list[dict]) -> list[dict]:
 
 
 def _resolved(settings: dict) -> dict:
-    """A run with the dtypes that this machine gives it."""
+    """Returns a run with the dtypes that apply on this machine."""
     from snaketune.models.device import resolve_dtype, training_device
 
     dtype = str(resolve_dtype(settings["dtype"], training_device())).removeprefix("torch.")
@@ -146,11 +151,11 @@ def _resolved(settings: dict) -> dict:
 
 
 def report(folder: Path) -> int:
-    """Judges, prints and writes it down; the word is used up."""
+    """Evaluates the answers, prints and writes the report, and deletes the word."""
     from snaketune.preflight.report import render, summarise
 
     if not (folder / NONCE).is_file():
-        raise UserError(f"{folder / NONCE} is missing", fix="start with `preflight.py begin` on this host")
+        raise UserError(f"{folder / NONCE} is missing", fix="run `preflight.py begin` on this host first")
     nonce = read_json(folder / NONCE)
     answers = [read_json(path) for path in sorted((folder / ANSWERS).glob("rank_*.json"))]
     checks = summarise(nonce, answers)
@@ -179,8 +184,8 @@ def main() -> int | None:
     if arguments.settings is None or arguments.envs is None:
         raise UserError(
             "probe needs --settings and --envs",
-            found=f"settings neither here nor in {nonce}",
-            fix="see the rules begin_preflight and probe_partition, or for pods docs/dlc.md",
+            found=f"no --settings and none in {nonce}, or no --envs",
+            fix="see the rules begin_preflight and probe_partition, or docs/dlc.md for pods",
         )
     return probe(arguments)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Proves that a TurboMind workspace holds the weights, the settings and the logits of its Hugging Face folder."""
+"""Proves that a TurboMind workspace has the weights, settings and logits of its Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from snaketune.common.files import write_json
 def main() -> None:
     """Parses the command line, compares, and writes one JSON file."""
     parser = argparse.ArgumentParser(
-        description="Read a TurboMind workspace back without lmdeploy and compare it with the Hugging Face folder that "
-        "it was made from: every weight bit for bit, the settings, and the logits of a forward pass. Anything that "
-        "differs is an error that names it.",
+        description="Read a TurboMind workspace without lmdeploy and compare it with the Hugging Face folder that it was "
+        "made from: every weight bit for bit, the settings, and the logits of a forward pass. Report any difference as an "
+        "error.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("hf", type=Path, help="Hugging Face folder")

@@ -53,7 +53,7 @@ def render(schema: dict, words: dict) -> str:
 
 
 def table(keys: dict, prefix: str, required: list[str], words: dict) -> list[str]:
-    """Returns one Markdown table: a row a key."""
+    """Returns a Markdown table with one row per key."""
     rows = ["| " + " | ".join(words["columns"]) + " |", "| --- | --- | --- | --- |"]
     for key, value in keys.items():
         if "default" in value:
@@ -69,7 +69,7 @@ def table(keys: dict, prefix: str, required: list[str], words: dict) -> list[str
 
 
 def type_of(value: dict) -> str:
-    """Returns a key's type and its bounds in words that need no translation."""
+    """Returns a key's type and bounds, in a form that needs no translation."""
     if "enum" in value:
         return ", ".join(f"`{item}`" for item in value["enum"])
     kind = value["type"]
@@ -82,7 +82,7 @@ def type_of(value: dict) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 when a page is out of step"
+        "--check", action="store_true", help="write nothing; exit with code 1 if a page is outdated"
     )
     args = parser.parse_args()
     schema = load_schema()
@@ -94,7 +94,7 @@ def main() -> int:
             if not args.check:
                 write_text(file, text)
     if stale:
-        print(("out of step, run `make docs`: " if args.check else "wrote ") + ", ".join(stale))
+        print(("outdated, run `make docs`: " if args.check else "wrote ") + ", ".join(stale))
     return int(bool(stale) and args.check)
 
 

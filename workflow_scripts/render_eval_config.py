@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the OpenCompass config of one model, in the shape of the guide's step 7."""
+"""Writes the OpenCompass config of one model, in the form of the guide's step 7."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from snaketune.settings.command_line import add_settings
 def main() -> None:
     """Parses the command line and writes the config."""
     parser = argparse.ArgumentParser(
-        description="Write a config for OpenCompass 0.5.4: groups of public datasets and sets of your own, the model with "
-        "the chat template and the stop words that training used, and how the tasks are started.",
+        description="Write a config for OpenCompass 0.5.4: groups of public datasets and your own datasets, the model with "
+        "the chat template and stop words used in training, and how tasks are started.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, help="Python file to write")
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--tokenizer-path", required=True, help="folder of the extended tokenizer")
     parser.add_argument("--abbr", required=True, help="name of the model")
     parser.add_argument(
-        "--train-manifest", type=Path, required=True, help="train.json: which checkpoint it is"
+        "--train-manifest", type=Path, required=True, help="train.json, which names the checkpoint"
     )
     add_settings(parser, "render_eval_config")
     args = parser.parse_args()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the report of one run: a single HTML page without outside parts."""
+"""Writes the report of one run: a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from snaketune.common.run_files import RunFiles
 def main() -> None:
     """Parses the command line and writes the page."""
     parser = argparse.ArgumentParser(
-        description="Write the report of one run as a single HTML page, in English and Chinese: tool calls and held-out "
-        "loss of base and tuned model, answers side by side, curves, data, masks, gates, cost, settings and digests."
+        description="Write the report of one run as a self-contained HTML page, in English and Chinese: tool calls and "
+        "held-out loss of base and tuned model, answers side by side, curves, data, masks, gates, cost, settings and digests."
     )
     parser.add_argument("--output", type=Path, required=True, help="HTML file to write")
     parser.add_argument("--run", required=True, help="name of the run")
@@ -30,7 +30,7 @@ def main() -> None:
         type=Path,
         nargs="+",
         required=True,
-        help="manifests of the tokenised datasets, or tokenized.json, which names them all",
+        help="manifests of the tokenised datasets, or tokenized.json, which lists them all",
     )
     parser.add_argument(
         "--base-evaluation", type=Path, required=True, help="evaluate_model.py's JSON of the base model"
@@ -44,11 +44,11 @@ def main() -> None:
     parser.add_argument("--tuned-tool-calls", type=Path, help="the same of the tuned model")
     parser.add_argument("--opencompass", type=Path, help="evaluate_opencompass.py's JSON")
     parser.add_argument(
-        "--checkpoints", type=Path, help="choose_checkpoint.py's JSON: what was learnt by each step"
+        "--checkpoints", type=Path, help="choose_checkpoint.py's JSON, for the metrics by step"
     )
     parser.add_argument("--plan", type=Path, help="plan.json of the pack plan")
-    parser.add_argument("--run-plan", type=Path, help="run_plan.json: what the run was to take")
-    parser.add_argument("--parity", type=Path, help="parity.json: the gate of the conversions")
+    parser.add_argument("--run-plan", type=Path, help="run_plan.json: the forecast of the run")
+    parser.add_argument("--parity", type=Path, help="parity.json: the results of the parity gate")
     parser.add_argument(
         "--tokenizer-path", type=Path, help="folder of the extended tokenizer; shows samples of the data"
     )
@@ -56,7 +56,10 @@ def main() -> None:
         "--benchmarks", type=Path, help="folder of Snakemake's benchmark files; shows the cost"
     )
     parser.add_argument(
-        "--benchmark-names", nargs="+", default=(), help="names of the run, its data and its tokenizer there"
+        "--benchmark-names",
+        nargs="+",
+        default=(),
+        help="names of the run, its data and its tokenizer in the benchmark folder",
     )
     parser.add_argument("--lock", type=Path, help="pip lock file of the environment")
     args = parser.parse_args()

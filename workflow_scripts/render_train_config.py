@@ -16,16 +16,16 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output", type=Path, required=True, help="config to write")
-    add = parser.add_argument_group("what to train on").add_argument
+    add = parser.add_argument_group("model and data").add_argument
     add("--model-path", help="base model: a folder or a hub name")
     add("--tokenizer-path", help="folder that extend_tokenizer.py wrote")
     add("--plan", help="plan folder that plan_packing.py wrote")
     add(
         "--train-folder",
-        help="without --plan: <tokenized-dir>/chatml_llamav13_32k/train, packed as XTuner does, in rows of --max-length",
+        help="without --plan: <tokenized-dir>/chatml_llamav13_32k/train, packed as in XTuner into rows of --max-length tokens",
     )
-    add("--data-order", help="without --plan: data_order.txt; without it the folder is walked")
-    add("--num-workers", type=int, default=0, help="processes that load data")
+    add("--data-order", help="without --plan: data_order.txt (default: list the folder)")
+    add("--num-workers", type=int, default=0, help="number of data loader processes")
     add("--log-interval", type=int, default=1, help="optimizer steps between progress lines")
     add("--heldout-dir", help="for --eval-steps: conversations as <dataset>/processed/<any>/<file>.jsonl")
     add_settings(parser.add_argument_group("settings, as in docs/config.md"), "render_train_config")
@@ -34,23 +34,21 @@ def parse_arguments() -> argparse.Namespace:
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.plan and (arguments.train_folder or arguments.data_order):
-        raise UserError("--plan names the data already", fix="leave --train-folder and --data-order out")
+        raise UserError("--plan already names the data", fix="remove --train-folder and --data-order")
     for name in ("model_path", "tokenizer_path", "plan" if not arguments.train_folder else "train_folder"):
         if not getattr(arguments, name):
-            raise UserError(f"--{name.replace('_', '-')} is missing", fix="give it, or --from-config")
+            raise UserError(f"--{name.replace('_', '-')} is missing", fix="pass it, or --from-config")
     for name, least in (("log_interval", 1), ("num_workers", 0)):
         value = getattr(arguments, name)
         if value < least:
-            raise UserError(
-                f"--{name.replace('_', '-')} cannot be used", found=value, expected=f"{least} or more"
-            )
+            raise UserError(f"invalid --{name.replace('_', '-')}", found=value, expected=f"{least} or more")
     for steps, what in (("eval_steps", "heldout_dir"), ("generate_steps", "prompts")):
         if getattr(arguments, steps) and not getattr(arguments, what):
-            raise UserError(f"--{steps.replace('_', '-')} needs --{what.replace('_', '-')}", fix="give both")
+            raise UserError(f"--{steps.replace('_', '-')} needs --{what.replace('_', '-')}", fix="pass both")
 
 
 def main() -> None:
-    """Writes the config and reads it back."""
+    """Writes the config, then loads it to check it."""
     arguments = parse_arguments()
     from snaketune.training.config_template import render_config
     from snaketune.training.train_config import load_config
@@ -62,7 +60,7 @@ def main() -> None:
     _check(arguments)
     given = vars(arguments)
     settings = {flag.dest: given.pop(flag.dest) for flag in script_flags("render_train_config")}
-    # Text, as a person writes them: paths and tuples are no literals of a config.
+    # A config holds plain literals, so paths become text and lists become tuples.
     settings["prompts"] = settings["prompts"] and str(settings["prompts"])
     settings["betas"], settings["loggers"] = tuple(settings["betas"]), tuple(settings["loggers"])
     output = given.pop("output")

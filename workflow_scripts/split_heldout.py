@@ -1,8 +1,8 @@
-"""Sets a seeded share of a dataset's conversations aside for evaluation, before anything is tokenised.
+"""Sets aside a seeded share of a dataset's conversations for evaluation, before tokenisation.
 
-A line's content decides, not its place: duplicates fall on the same side, and a line that is added or removed moves
-no other. Give tokenize_dataset.py the same share and seed: it leaves these lines out. A bad line is never set aside:
-tokenize_dataset.py stops at it or quarantines it.
+The choice depends on a line's content, not its position: duplicates stay on the same side, and adding or
+removing a line moves no other. Pass the same share and seed to tokenize_dataset.py, which leaves these lines
+out. Bad lines are never set aside: tokenize_dataset.py stops at them or quarantines them.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--dataset",
         action="append",
-        help="name of a dataset's folder; with --part it may be repeated or left out",
+        help="name of a dataset folder; with --part, may be repeated or omitted",
     )
     parser.add_argument(
         "--output-dir",
         required=True,
-        help="receives <dataset>/processed/... with the lines that are set aside",
+        help="receives <dataset>/processed/... with the held-out lines",
     )
     parser.add_argument(
         "--manifest",
         required=True,
-        help="JSON file with the counts and hashes, with --part of the manifests; written last",
+        help="JSON file with the counts and hashes, or with --part the digests of the manifests; written last",
     )
     parser.add_argument(
-        "--part", help="do this part of all datasets; their manifests go to <output-dir>/<dataset>.json"
+        "--part", help="process this part of the datasets; their manifests go to <output-dir>/<dataset>.json"
     )
-    add_settings(parser.add_argument_group("what to set aside"), "split_heldout", "heldout")
-    same = parser.add_argument_group("what is a bad line: as tokenize_dataset.py has it")
+    add_settings(parser.add_argument_group("held-out share"), "split_heldout", "heldout")
+    same = parser.add_argument_group("bad lines: same options as for tokenize_dataset.py")
     add_settings(same, "split_heldout", "data", "tokenize")
     same.add_argument(
         "--tokenizer-path", help="folder of the extended tokenizer; only --control-tokens error needs it"
@@ -59,12 +59,14 @@ def main() -> None:
         (name,) = args.dataset
         manifests = {name: splitter.write(name, args.manifest)}
     else:
-        raise UserError("one --dataset is needed", found=args.dataset, fix="name it, or use --part")
+        raise UserError(
+            "exactly one --dataset is required", found=args.dataset, fix="name one dataset, or use --part"
+        )
     for name, manifest in manifests.items():
         totals = manifest["totals"]
         print(
             f"{name}: {totals['heldout']} of {totals['lines']} conversations set aside in {args.output_dir}"
-            + (f", {totals['bad']} bad lines among them left where they are" if totals["bad"] else "")
+            + (f"; {totals['bad']} bad lines not set aside" if totals["bad"] else "")
         )
 
 

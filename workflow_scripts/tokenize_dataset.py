@@ -1,9 +1,10 @@
 """Tokenises chat data in the ftdp layout, byte for byte as XTuner 0.2.0's tokenize_ftdp_datasets.py does.
 
-Reads <processed-dir>/<dataset>/processed/<any folder>/<file>.jsonl, writes
-<tokenized-dir>/chatml_llamav13_32k/{train,valid}/cn/<dataset>/<file>.bin and .bin.meta and, last, one manifest a
-dataset. With --tokenizer-w-special-tokens-save-dir the chat tokens that the tokenizer lacks are added first, and the
-extended tokenizer is saved there: train with that one. A run that was stopped is simply started again.
+Reads <processed-dir>/<dataset>/processed/<any folder>/<file>.jsonl. Writes
+<tokenized-dir>/chatml_llamav13_32k/{train,valid}/cn/<dataset>/<file>.bin and .bin.meta and, last, one
+manifest per dataset. With --tokenizer-w-special-tokens-save-dir, first adds the chat tokens that the
+tokenizer lacks and saves the extended tokenizer there; train with that tokenizer. If the command was stopped,
+start it again to continue.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer-path",
         required=True,
-        help="folder with tokenizer.json or tokenizer.model, such a file, or a hub name",
+        help="folder with tokenizer.json or tokenizer.model, one of these files, or a hub name",
     )
     parser.add_argument(
         "--tokenizer-w-special-tokens-save-dir",
-        help="folder that receives the tokenizer with the chat tokens; needed when the base lacks one",
+        help="receives the tokenizer with the chat tokens; required if the base lacks any",
     )
     parser.add_argument(
-        "--dataset", action="append", help="name of a dataset folder; may be repeated; all of them by default"
+        "--dataset", action="append", help="name of a dataset folder; may be repeated (default: all)"
     )
     add_settings(parser, "tokenize_dataset")
     add_part_flags(parser)
@@ -48,42 +49,42 @@ def parse_args() -> argparse.Namespace:
         "--threads",
         type=int,
         default=available_cpus(),
-        help="worker processes; the bytes do not depend on it",
+        help="worker processes; does not change the output",
     )
     return parser.parse_args()
 
 
 def add_part_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags with which a scheduler runs the work as several jobs."""
+    """Adds the flags for running the work as several jobs."""
     parser.add_argument(
-        "--part", help="do only this part of the plan, and write no manifest (a wrong name lists them)"
+        "--part", help="process only this part and write no manifest (an unknown name lists the parts)"
     )
-    parser.add_argument("--marker", help="with --part: JSON file that is written last, what the part was")
+    parser.add_argument("--marker", help="with --part: JSON file that lists the part's chunks; written last")
     parser.add_argument(
         "--merge",
         action="store_true",
-        help="tokenise nothing: join what parts have done, and write the manifests",
+        help="tokenise nothing; join the results of the parts and write the manifests",
     )
     parser.add_argument(
-        "--index", help="with --merge: JSON file that is written last, a digest of each manifest"
+        "--index", help="with --merge: JSON file with a digest of each manifest; written last"
     )
     parser.add_argument(
         "--prune",
         action="store_true",
-        help="with --merge: remove datasets from the tokenised folder that are not asked for",
+        help="with --merge: remove datasets from the tokenised folder that are not requested",
     )
 
 
 def options_of(args: argparse.Namespace) -> TokenizeOptions:
-    """Returns the options that the flags say."""
+    """Returns the options set by the flags."""
     return TokenizeOptions(**{field.name: getattr(args, field.name) for field in fields(TokenizeOptions)})
 
 
 def summary(manifest: dict[str, Any]) -> str:
-    """Returns what to say of a dataset: two lines, the second of what `docs/masks.md` explains."""
+    """Returns a summary of a dataset in two lines; docs/masks.md explains the second."""
     totals, counts, options = manifest["totals"], manifest["counts"], manifest["options"]
     first = (
-        f"{manifest['dataset']}: {totals['samples']} samples, {totals['tokens']} tokens "
+        f"{manifest['dataset']}: {totals['samples']} documents, {totals['tokens']} tokens "
         f"({100 * manifest['trained_share']:.1f}% trained on), {totals['truncated']} cut, "
         f"{totals['heldout']} held out"
     )
@@ -100,7 +101,7 @@ def main() -> None:
     args = parse_args()
     if args.threads < 1:
         raise UserError("--threads is out of range", found=args.threads, expected="1 or more")
-    # The worker processes are the parallelism: no threads of the tokenizers library beside them.
+    # The worker processes already run in parallel, so disable the threads of the tokenizers library.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = open_tokenizer(
         args.tokenizer_path, args.tokenizer_w_special_tokens_save_dir, args.trust_remote_code, args.template

@@ -1,6 +1,6 @@
-"""Shows what an optimizer step learned from: documents, with file, line and tokens, and the step's loss.
+"""Shows the documents that an optimizer step trained on, with file, line and tokens, and the step's loss.
 
-Works for any run, finished or going on, that trains on a pack plan or on rows as XTuner packs them.
+Works for any run, finished or still training, with a pack plan or with XTuner's packing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def parse_args() -> argparse.Namespace:
         "--run", type=Path, required=True, help="run folder, its train.json, or results/<run> of the workflow"
     )
     add("--step", type=int, required=True, help="optimizer step, from 1")
-    add("--rank", type=int, help="only what this rank saw")
-    add("--processed-dir", type=Path, help="folder of the JSONL files, if they lie elsewhere now")
+    add("--rank", type=int, help="show only this rank")
+    add("--processed-dir", type=Path, help="folder of the JSONL files, if they have moved")
     add("--json", action="store_true", help="print JSON")
     return parser.parse_args()
 
@@ -49,7 +49,7 @@ def describe(trace: dict) -> str:
         )
         for each in row["documents"]:
             place = (
-                f"{each['bin']} sample {each['sample']}"
+                f"{each['bin']} document {each['sample']}"
                 if each["line"] is None
                 else f"{_short(each['source'])}:{each['line']}"
             )
@@ -64,7 +64,7 @@ def describe(trace: dict) -> str:
 
 
 def _short(path: str) -> str:
-    """Returns a path below the working folder as it would be typed there."""
+    """Returns the path relative to the working folder, if it is below it."""
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
 
 

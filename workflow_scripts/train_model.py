@@ -1,10 +1,11 @@
-"""Fine-tunes a model as a training config says: mmengine runner, DeepSpeed ZeRO, packed rows.
+"""Fine-tunes a model from a training config, with mmengine's runner, DeepSpeed ZeRO and packed sequences.
 
-Started again, it goes on from the newest whole checkpoint of the same run; a finished run ends at once. What makes a
-run the same run: hyperparameters, base weights, tokenizer, data and rows of an optimizer step, not paths or comments.
+If started again, resumes from the newest complete checkpoint of the same run, or exits at once if the run is
+finished. Two configs mean the same run if hyperparameters, base weights, tokenizer, data and rows per
+optimizer step are equal. Paths and comments do not matter.
 
-Exit codes: 0 finished; 75 stopped early (SIGTERM, SIGUSR1, SIGINT, or --time-limit) and saved, start again to go on;
-2 something to mend, as the message says; anything else is a crash. See docs/resume.md.
+Exit codes: 0 finished; 75 stopped early (SIGTERM, SIGUSR1, SIGINT, or --time-limit) and saved, start again to
+resume; 2 an error that the message explains how to fix; anything else is a crash. See docs/resume.md.
 """
 
 from __future__ import annotations
@@ -30,35 +31,34 @@ def parse_arguments() -> argparse.Namespace:
     where.add_argument(
         "--work-dir",
         type=Path,
-        help="run folder for checkpoints and metrics; refused when it holds another run "
+        help="run folder for checkpoints and metrics; refused if it holds a different run "
         "(default: work_dirs/<name of the config>)",
     )
     where.add_argument(
         "--runs-dir",
         type=Path,
-        help="folder of run folders: each run gets its own below it, named by its identity",
+        help="folder of run folders; each run's folder is named by its run identity",
     )
     parser.add_argument(
-        "--manifest", type=Path, help="write the JSON record of the finished run here, last of all"
+        "--manifest", type=Path, help="JSON file for the record of the finished run; written last"
     )
     parser.add_argument(
         "--deepspeed",
         choices=[f"deepspeed_zero{stage}" for stage in range(4)],
-        help="ZeRO stage, in place of the config's",
+        help="ZeRO stage, overrides the config",
     )
     parser.add_argument(
         "--launcher",
         choices=["none", "srun", "pytorch", "slurm", "slurm-node"],
         default="none",
-        help="how the ranks are started: none (by this command, on this host), srun (by this command, as one step of the "
-        "Slurm job that it runs in), pytorch (torchrun started this rank), slurm (srun started this rank), slurm-node "
-        "(srun started this command on each node, and it starts the node's ranks) (default: none)",
+        help="how the ranks are started: none (by this command, on this host), srun (by this command, as one step of its "
+        "Slurm job), pytorch (torchrun started this rank), slurm (srun started this rank), slurm-node (srun started this "
+        "command on each node, and it starts the node's ranks) (default: none)",
     )
     parser.add_argument(
         "--processes",
         default="auto",
-        help="with --launcher none or srun: ranks to start on each host; auto is one a GPU, or one without GPUs "
-        "(default: auto)",
+        help="with --launcher none or srun: ranks per host; auto is one per GPU, or one without GPUs (default: auto)",
     )
     step = parser.add_argument_group("with --launcher srun")
     add_settings(step, "train_model")
@@ -66,40 +66,40 @@ def parse_arguments() -> argparse.Namespace:
         "--time-limit",
         type=float,
         metavar="MINUTES",
-        help="save and end with code 75 before this much time has passed since the start (default: none)",
+        help="save and exit with code 75 before this much time has passed since the start (default: none)",
     )
     parser.add_argument(
         "--lock-wait",
         type=float,
         default=float("inf"),
         metavar="MINUTES",
-        help="while another trainer works in the run folder, end with code 75 after this much time (default: wait for it, "
-        "or until the time limit)",
+        help="how long to wait while another trainer works in the run folder, before exiting with code 75 (default: until "
+        "it ends, or until the time limit)",
     )
-    hold = parser.add_argument_group("checkpoints that are evaluated while training goes on")
+    hold = parser.add_argument_group("checkpoints to evaluate while training continues")
     hold.add_argument(
         "--hold-every",
         default="0",
         metavar="STEPS",
-        help="hold a checkpoint every so many optimizer steps in the run folder, below held/, where training does not "
-        "remove it; save: as often as training saves (default: 0, none)",
+        help="pin a checkpoint every this many optimizer steps: keep it in held/ in the run folder, where training does "
+        "not remove it; save: every saved checkpoint (default: 0, none)",
     )
     hold.add_argument(
         "--started",
         type=Path,
         metavar="JSON",
-        help="when training starts, write here which steps' checkpoints will be held, and where",
+        help="JSON file for the steps and places of the checkpoints that will be pinned; written when training starts",
     )
     parser.add_argument(
         "--ignore-guard",
         action="store_true",
-        help="start although the last attempts all crashed at the same step",
+        help="start even if the last attempts all crashed at the same step",
     )
     return parser.parse_args()
 
 
 def count_processes(asked: str, gpus: int | None) -> int:
-    """Returns the number of ranks a host for `--processes`; `gpus` are those of a host, None the ones found here."""
+    """Returns the ranks per host for `--processes`; `gpus` is the number per host, None counts the local GPUs."""
     if asked == "auto":
         if gpus is None:
             import torch
@@ -107,12 +107,12 @@ def count_processes(asked: str, gpus: int | None) -> int:
             gpus = torch.cuda.device_count()
         return max(1, gpus)
     if not asked.isdecimal() or int(asked) < 1:
-        raise UserError("--processes cannot be used", found=asked, expected="auto or a whole number from 1")
+        raise UserError("invalid --processes", found=asked, expected="auto or a whole number from 1")
     return int(asked)
 
 
 def main() -> int | None:
-    """Trains, or starts the ranks that do."""
+    """Trains as one rank, or starts the ranks."""
     arguments = parse_arguments()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import sft
@@ -150,7 +150,7 @@ def main() -> int | None:
             pin_finished(state.folder, pins)
             if arguments.manifest:
                 write_manifest(state, arguments.manifest)
-            print(f"Finished before: {state.folder}", flush=True)
+            print(f"Already finished: {state.folder}", flush=True)
             return None
         if not arguments.ignore_guard:
             check_guard(state.folder, state.folder / METRICS)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Computes the digests behind results again and says what no longer matches."""
+"""Recomputes the digests behind results and reports mismatches."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from snaketune.common.cli import run
 
 
 def main() -> int:
-    """Parses the command line and verifies; returns 1 where something does not match."""
+    """Parses the command line and verifies. Returns 1 if something does not match."""
     parser = argparse.ArgumentParser(
-        description="Read every file behind a result again, and say which are not what its records say: changed, or gone. "
-        "Exits with 1 then."
+        description="Read every file behind a result again and report those that changed or are missing, according to its "
+        "records. Exits with code 1 if there are any."
     )
     parser.add_argument(
         "path",
         type=Path,
-        help="a results folder (all its finished runs), or one file or folder that the workflow made",
+        help="a results folder (all its finished runs), or one file or folder made by the workflow",
     )
     args = parser.parse_args()
 
@@ -30,7 +30,7 @@ def main() -> int:
     record = Record("results", sources=list(run_records(args.path).values())) if whole else lineage(args.path)
     count, wrong = verify(record)
     for each in wrong:
-        found = "gone" if each.found is None else each.found[:12]
+        found = "missing" if each.found is None else each.found[:12]
         print(
             f"does not match: {each.check.what}\n  recorded: {each.check.recorded[:12]}\n  found:    {found}"
         )

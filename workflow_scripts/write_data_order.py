@@ -1,8 +1,9 @@
-"""Writes data_order.txt: the order of the tokenised train files, which numbers the rows that a run trains on.
+"""Writes data_order.txt: the order of the tokenised train files, which decides the row numbers of a run.
 
-One path a line, relative to the train folder, as the train config's data order wants it. Files under valid/ are never
-listed. Files of a folder come sorted before those of its subfolders, so the same data gives the same order anywhere.
-Files that were not all tokenised with one tokenizer, template and set of options are refused, and unfinished ones.
+Writes one path per line, relative to the train folder, in the format of the training config's data order.
+Never lists files under valid/. A folder's files, sorted, come before those of its subfolders, so the same
+data gives the same order everywhere. Refuses files that were tokenised with different tokenizers, templates
+or options, and unfinished datasets.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--data-folder",
         required=True,
-        help="the tokenised folder, or its chatml_llamav13_32k, or the train folder in that",
+        help="the tokenised folder, its chatml_llamav13_32k folder, or the train folder in that",
     )
     parser.add_argument("--save-folder", required=True, help="folder that receives data_order.txt")
-    parser.add_argument("--file-type", default=".bin", help="ending of the files to list")
+    parser.add_argument("--file-type", default=".bin", help="suffix of the files to list")
     return parser.parse_args()
 
 
@@ -37,7 +38,7 @@ def main() -> None:
     if args.file_type == BIN and made_with(train, list_train_files(train)) is None:
         print(f"notice: {train} has {UNKNOWN}")
     names = write_data_order(args.data_folder, target, args.file_type)
-    print(f"{target}: {len(names)} files of {train}")
+    print(f"{target}: {len(names)} files in {train}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes a run's complete model card, and the commands that serve its model."""
+"""Writes a run's complete model card and the commands to serve its model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from snaketune.settings.command_line import add_settings
 
 
 def main() -> None:
-    """Parses the command line, writes the files, prints the commands."""
+    """Parses the command line, writes the files, and prints the commands."""
     parser = argparse.ArgumentParser(
-        description="Write the model card of a run with its evaluation and its parity gate, and the commands that serve "
-        "the model with lmdeploy, vLLM and SGLang, which are printed too.",
+        description="Write the model card of a run with its evaluation and parity gate, and write and print the commands "
+        "that serve the model with lmdeploy, vLLM and SGLang.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("config", type=Path, help="training config")
@@ -27,8 +27,8 @@ def main() -> None:
         "--evaluations", type=Path, nargs="*", default=[], help="evaluate_model.py's JSON files"
     )
     parser.add_argument("--parity", type=Path, help="parity.json of the run")
-    parser.add_argument("--turbomind", type=Path, help="folder that lmdeploy 0.9.2.post1 serves, converted")
-    parser.add_argument("--direct", type=Path, help="folder that lmdeploy 0.10 and later serve")
+    parser.add_argument("--turbomind", type=Path, help="converted folder, for lmdeploy 0.9.2.post1")
+    parser.add_argument("--direct", type=Path, help="serving folder, for lmdeploy 0.10 and later")
     add_settings(parser, "write_model_card")
     parser.add_argument("--output", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--commands", type=Path, required=True, help="text file to write")
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def serving_text(args: argparse.Namespace, files: RunFiles, commands) -> str:
-    """Returns the commands, each below a line that says what it is for, and where an answer ends."""
+    """Returns the commands, each under a comment that names its server, and the stop tokens."""
     hf, turbomind = files.hf, files.turbomind or {}
     template = (hf.get("chat_template") or {}).get("name", "internlm2_chat")
     served, tp = turbomind.get("model_name", "tuned"), turbomind.get("tp", 1)
@@ -80,10 +80,10 @@ def serving_text(args: argparse.Namespace, files: RunFiles, commands) -> str:
         newer = commands.lmdeploy_command(args.hf, served, hf["architecture"], tp, template=template)
         parts["lmdeploy 0.10 and later"] = newer
     parts["vLLM"] = commands.vllm_command(args.hf, served, tp, template)
-    parts["SGLang (none of its parsers reads these tool calls: they stay in the text of an answer)"] = (
+    parts["SGLang (no parser for these tool calls: they stay in the text of an answer)"] = (
         commands.sglang_command(args.hf, served, tp)
     )
-    parts["a terminal, on a CPU too"] = f"python workflow_scripts/chat.py {args.hf}"
+    parts["chat in a terminal, also on a CPU"] = f"python workflow_scripts/chat.py {args.hf}"
     text = f"# An answer ends at {commands.stop_tokens(args.hf)}; each server takes this from generation_config.json.\n"
     return text + "".join(f"\n# {what}\n{command}\n" for what, command in parts.items())
 

@@ -1,4 +1,4 @@
-"""Writes a run's complete settings next to its results."""
+"""Writes a run's complete settings beside its results."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_two_calls_train_one_run_while_slurmctld_and_snakemake_go_and_come(proje
     assert {line["attempt"] for line in project.metrics("whole")} == {1}
     logs = project.attempts("whole")
     assert len(logs) >= 3 and sum("Training 12 steps" in log for log in logs) == 1
-    assert any(WAITING in log and "Finished before" in log for log in logs)
+    assert any(WAITING in log and "Already finished" in log for log in logs)
 
 
 def test_the_disk_is_full_while_saving(project, full_disk, resubmitted, whole):

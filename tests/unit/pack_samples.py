@@ -1,4 +1,4 @@
-"""Tokenised files for the tests of packing, written without the code under test."""
+"""Writes tokenised files for the packing tests, without the code under test."""
 
 from __future__ import annotations
 

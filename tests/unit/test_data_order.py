@@ -1,4 +1,4 @@
-"""data_order.txt: the train files alone, relative to the train folder, the same on every file system."""
+"""data_order.txt lists only train files, relative to the train folder, in the same order everywhere."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_errors(tokenized, tmp_path, run_script):
         "write_data_order.py", "--data-folder", tmp_path / "no", "--save-folder", tmp_path, check=False
     )
     assert done.returncode == 2
-    assert "holds no train folder" in done.stderr
+    assert "has no train folder" in done.stderr
     assert "Traceback" not in done.stderr
     done = run_script(
         *("write_data_order.py", "--data-folder", tokenized, "--save-folder", tmp_path, "--file-type", ".x"),
@@ -62,7 +62,7 @@ def test_errors(tokenized, tmp_path, run_script):
     )
     assert "no file ends in '.x'" in done.stderr
     order = tmp_path / "data_order.txt"
-    for text, message in (("", "names no file"), ("a.bin\nb.bin\na.bin\n", "twice")):
+    for text, message in (("", "is empty"), ("a.bin\nb.bin\na.bin\n", "twice")):
         order.write_text(text)
         with pytest.raises(UserError, match=message):
             read_data_order(order)

@@ -1,4 +1,4 @@
-"""The held-out share: decided by content, the rest is what gets tokenised."""
+"""The held-out share is chosen by content, and exactly the rest is tokenised."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_valid_choice_is_independent_of_the_held_out_one():
 
 
 def samples_of(folder, split):
-    """Returns the lines of the one .bin file of a split, none where there is no file."""
+    """Returns the lines of a split's single .bin file; an empty list if there is none."""
     return [
         line for path in (folder / "chatml_llamav13_32k" / split).rglob("f.bin") for line in path.open("rb")
     ]
@@ -76,7 +76,7 @@ def test_train_and_valid_make_the_whole(tmp_path, lines_twice):
         out = tmp_path / f"seed{seed}"
         totals = tokenize_datasets(tmp_path / "in", out, tokenizer, options)["d"]["totals"]
         train, valid = samples_of(out, "train"), samples_of(out, "valid")
-        # By the rule as it is written down, over the source; each sample keeps its place among its own.
+        # Applies the documented rule to the source. Documents keep their order within each split.
         place = {"train": [], "valid": [], "heldout": []}
         for line, sample in zip(source.read_bytes().splitlines(), every, strict=True):
             first = {
@@ -159,13 +159,13 @@ def test_a_bad_line_is_quarantined_and_nowhere_else(tmp_path, run_script, contro
     assert totals["heldout"] == split["heldout"] == len(held) > 50
     assert split["bad"] == sum(is_held_out(line.encode(), 0.3, 3) for line in refused) > 30
     assert totals["valid_samples"] > 20
-    # Evaluation stops at no line, hours later.
+    # Evaluation, hours later, accepts every line.
     assert len(load_heldout(tmp_path / "held", small_tokenizer(), ChatEncoding(), 2048)) == len(held)
     assert len(lines) == sum(totals[key] for key in ("samples", "valid_samples", "heldout", "quarantined"))
 
 
 def test_control_tokens_need_the_tokenizer():
-    with pytest.raises(UserError, match="give --tokenizer-path"):
+    with pytest.raises(UserError, match="pass --tokenizer-path"):
         line_check(ChatEncoding(control_tokens="error"), 2048)
 
 

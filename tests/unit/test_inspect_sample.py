@@ -1,4 +1,4 @@
-"""`inspect_sample.py`: all of a sample's text, marked as it is stored."""
+"""`inspect_sample.py` shows all of a document's text, marked as stored."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 @pytest.fixture
 def tokenized(tmp_path, write_processed):
-    """Returns a function that tokenises the conversations where the workflow would, and returns the .bin file."""
+    """Returns a function that tokenises into the workflow's folder layout and returns the .bin file."""
 
     def tokenize(kind):
         write_processed(tmp_path / "in", {"d": CONVERSATIONS})
@@ -63,7 +63,7 @@ def test_all_text_is_shown_with_its_mask(tokenized, kind):
             assert part in text
         plain, colourful = paint(sample, False), paint(sample, True)
         assert MARKS.sub("", plain) == ESCAPES.sub("", colourful).replace("\u21b5", "")
-        # What a terminal would act upon comes from here alone.
+        # No control character of the data reaches the terminal.
         assert "\x1b" not in plain and "\x07" not in colourful
         assert not number or r"\x1b[31mred\x07" in plain
         trained = "".join(re.findall(r"\[\+(.*?)\+\]", plain, re.DOTALL))
@@ -90,7 +90,7 @@ def test_colour_in_a_terminal(tokenized, repo_root, environment, colour):
     assert process.wait() == 0
     shown = shown.decode()
     if colour:
-        # Green for what is trained on, faint for what is masked.
+        # Trained text is green, masked text faint.
         assert "\x1b[32mHello, you." in shown and "\x1b[2muser" in shown and "[+" not in shown
     else:
         assert "\x1b" not in shown and "[+Hello, you." in shown and "[=<|im_start|>=]user" in shown
@@ -107,7 +107,7 @@ def test_a_token_that_somebody_typed_looks_like_text(tmp_path, write_processed, 
 def test_the_command_finds_the_tokenizer(tokenized, run_script, tmp_path):
     path = tokenized("byte_level")
     done = run_script("inspect_sample.py", path, 0)
-    assert "sample 0 of 2" in done.stdout and "[+Hello, you." in done.stdout and "\x1b" not in done.stdout
+    assert "document 0 of 2" in done.stdout and "[+Hello, you." in done.stdout and "\x1b" not in done.stdout
     assert "special tokens: <s> x1 (trained), <|im_start|> x2 (masked)" in done.stdout
     done = run_script("inspect_sample.py", path, "-1", "--color", "always")
     assert "\x1b[32m" in done.stdout and "sunny" in done.stdout
@@ -118,8 +118,8 @@ def test_the_command_finds_the_tokenizer(tokenized, run_script, tmp_path):
         assert done.returncode == 2 and done.stderr.startswith("error: ")
         return done.stderr
 
-    assert "has no sample 2" in error_of(path, 2)
-    assert "made with another tokenizer" in error_of(
+    assert "has no document 2" in error_of(path, 2)
+    assert "made with a different tokenizer" in error_of(
         path, 0, "--tokenizer-path", extended_folder("smollm_like")
     )
     shutil.rmtree(tmp_path / "shared" / "tokenizer")

@@ -1,4 +1,4 @@
-"""Tokenised data and the tokenizer at hand: what does not belong together is refused, by each script that meets it."""
+"""Each script refuses tokenised data that do not match each other, their manifest or the tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONVERSATIONS = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_tokenizer_dir, write_processed, run_script):
-    """A folder with two tokenizers of one base, `chat` and `llama3`, and two datasets tokenised with `chat`."""
+    """Returns a folder with the tokenizers `chat` and `llama3`, and two datasets tokenised with `chat`."""
     folder = tmp_path_factory.mktemp("made")
     for name, template in (("chat", "internlm2_chat"), ("llama3", "llama3")):
         run_script(
@@ -34,7 +34,7 @@ def tokenize(run_script, folder, out, tokenizer, *flags):
 
 @pytest.fixture
 def data(made, tmp_path):
-    """A copy of the tokenised folder to spoil."""
+    """Returns a copy of the tokenised folder that a test may damage."""
     return shutil.copytree(made / "data", tmp_path / "data")
 
 
@@ -52,14 +52,14 @@ def test_training_with_another_tokenizer(made, tiny_model_dir, run_script, tmp_p
     assert (
         json.loads((tmp_path / "plan" / "plan.json").read_text())["made_with"]["options"]["mask"] == "compat"
     )
-    # The same tokenizer.json, which was extended for another template: the model would be served with that one.
+    # The same tokenizer.json, but extended for a different template, which would then serve the model.
     other = shutil.copytree(made / "chat", tmp_path / "other template")
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["chat_template"] |= {"name": "chatml", "sha256": "0" * 64}
     (other / "manifest.json").write_text(json.dumps(manifest))
     cases = [
-        (made / "llama3", ("--train-folder", train, "--max-length", 64), "made with another tokenizer"),
-        (other, ("--plan", tmp_path / "plan"), "made with another chat template"),
+        (made / "llama3", ("--train-folder", train, "--max-length", 64), "made with a different tokenizer"),
+        (other, ("--plan", tmp_path / "plan"), "made with a different chat template"),
     ]
     for number, (tokenizer, source, expected) in enumerate(cases):
         config = tmp_path / f"config{number}.py"
@@ -83,7 +83,7 @@ def test_data_that_were_made_in_different_ways(made, data, run_script, tmp_path)
     tokenize(run_script, made, data, "llama3", "--dataset", "two", "--template", "llama3", "--mask", "exact")
     plan = ("plan_packing.py", "--train-folder", data, "--max-length", 64, "--output", tmp_path / "plan")
     assert "tokenizer_sha256: " in error_of(run_script, *plan)
-    # Made again with what the other dataset was made with, all is well.
+    # Accepted once both datasets are made with the same options.
     tokenize(run_script, made, data, "chat")
     run_script(*order)
     run_script(*plan)
@@ -93,17 +93,17 @@ def test_data_that_are_not_finished_or_not_ours(made, data, run_script, tmp_path
     order = ("write_data_order.py", "--data-folder", data, "--save-folder", tmp_path)
     file = data / "chatml_llamav13_32k" / "train" / "cn" / "two" / "two.bin"
     shutil.copy(file, file.with_name("stranger.bin"))
-    assert "stranger.bin is in no manifest" in error_of(run_script, *order)
+    assert "stranger.bin is not in any manifest" in error_of(run_script, *order)
     file.with_name("stranger.bin").unlink()
     with open(file, "ab") as changed:
         changed.write(file.read_bytes())
     assert "two.bin is not the file that was tokenised" in error_of(run_script, *order)
     tokenize(run_script, made, data, "chat")
     run_script(*order)
-    for path in (data / "manifests").glob("*.json"):  # as a kill leaves them
+    for path in (data / "manifests").glob("*.json"):  # the state after a kill
         path.unlink()
-    assert "not tokenised to the end" in error_of(run_script, *order)
-    # What XTuner writes: the template folder alone. It is taken, and said to be unknown.
+    assert "not completely tokenised" in error_of(run_script, *order)
+    # XTuner writes only the template folder. It is accepted, with a notice.
     for name in ("manifests", "chunks"):
         shutil.rmtree(data / name)
     assert "notice: " in run_script(*order).stdout

@@ -1,4 +1,4 @@
-"""The manifests of tokenised folders: found, read, checked, and what stands in them."""
+"""Finds, reads and checks the manifests of tokenised folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of datasets: how often each document is in the rows of an epoch, against a slow count, and what is told."""
+"""Dataset weights: how often each document is in an epoch's rows, against a slow count, and the messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORD = 2**64
 
 
 def scattered(value):
-    """The finaliser of splitmix64, in whole numbers."""
+    """The finaliser of splitmix64, in Python integers."""
     value = (value + 0x9E3779B97F4A7C15) % WORD
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % WORD
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB % WORD
@@ -30,7 +30,7 @@ def scattered(value):
 
 
 def slow_copies(files, weights, seed, min_length):
-    """How often each document of {name: samples} is seen, one document after the other."""
+    """Returns how often each document of {name: samples} is seen, computed one document at a time."""
     copies = {}
     by_dataset = {}
     for name in sorted(files):
@@ -73,12 +73,12 @@ def test_each_document_is_seen_as_often_as_its_weight_says(
     rows, seen = PackedSequences(plan), Counter()
     for number in range(len(plan)):
         ids = rows[number]["input_ids"].tolist()
-        for piece in plan.row(number):
-            tokens = files[plan.files[piece.file]["name"]][piece.sample][piece.start : piece.stop]
+        for each in plan.row(number):
+            tokens = files[plan.files[each.file]["name"]][each.sample][each.start : each.stop]
             assert [abs(token) for token in tokens] == ids[: len(tokens)]
             ids = ids[len(tokens) :]
-            key = plan.files[piece.file]["name"], piece.sample
-            seen.update((key, place) for place in range(piece.start, piece.stop))
+            key = plan.files[each.file]["name"], each.sample
+            seen.update((key, place) for place in range(each.start, each.stop))
     assert seen == Counter(
         {
             ((name, sample), place): times
@@ -137,7 +137,7 @@ def test_a_smaller_share_is_part_of_a_larger(three):
 
     def seen(weight):
         plan = make_plan(folder, names, 32, weights={"a": weight})
-        return {piece.sample for row in range(len(plan)) for piece in plan.row(row) if piece.file == 0}
+        return {each.sample for row in range(len(plan)) for each in plan.row(row) if each.file == 0}
 
     assert len(seen(0.25)) == 5 and seen(0.25) < seen(0.5) < seen(1)
 
@@ -145,10 +145,10 @@ def test_a_smaller_share_is_part_of_a_larger(three):
 @pytest.mark.parametrize(
     ("weights", "mode", "words"),
     [
-        ({"d": 2}, "best_fit", "not there: d"),
-        ({"a": -1}, "best_fit", "weight of a cannot be used"),
-        ({"a": 0.5}, "xtuner", "mode xtuner cannot give a the weight 0.5"),
-        ({"a": 0, "b": 0, "c": 0}, "best_fit", "every dataset has the weight 0"),
+        ({"d": 2}, "best_fit", "unknown dataset: d"),
+        ({"a": -1}, "best_fit", "invalid weight of a"),
+        ({"a": 0.5}, "xtuner", "mode xtuner does not support weight 0.5 for a"),
+        ({"a": 0, "b": 0, "c": 0}, "best_fit", "every dataset has weight 0"),
     ],
 )
 def test_weights_that_cannot_be(three, weights, mode, words):
@@ -163,13 +163,13 @@ def test_the_script_and_what_changed(three, run_script):
     flags = ("--train-folder", folder, "--max-length", 16)
     make_plan(folder, names, 16).write(plans[0])
     said = run_script("plan_packing.py", *flags, "--output", plans[1], "--weight", "a=2", "b=0").stdout
-    assert "weight   2 of a: 40 times one of 20 documents" in said
+    assert "weight   2 of a: 20 documents, seen 40 times in all" in said
     assert open_plan(plans[1]).weights == {"a": 2.0, "b": 0.0}
     found = diff_plans(*plans)
     counts = found["documents"]
     assert found["settings"] == {"weights": [None, {"a": 2.0, "b": 0.0}]}
     assert (counts["only_a"], counts["only_b"], counts["both"]) == (20, 0, 40)
     assert (counts["cut_otherwise"], counts["more_or_less_often"]) == (0, 20)
-    assert "more or less often an epoch: 20" in run_script("diff_plans.py", *plans).stdout
+    assert "more or less often per epoch: 20" in run_script("diff_plans.py", *plans).stdout
     refused = run_script("plan_packing.py", *flags, "--weight", "a=x", "--output", folder / "x", check=False)
     assert refused.returncode == 2 and "found a=x, expected NAME=NUMBER" in refused.stderr

@@ -1,4 +1,4 @@
-"""Pack plans against plain implementations: XTuner's rows and order, and best-fit decreasing row by row."""
+"""Checks pack plans against plain implementations of XTuner's rows and order and of best-fit decreasing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from snaketune.tokenized.data_order import list_train_files
 
 
 def xtuner_rows(files, max_length, seed):
-    """XTuner's rows, token by token: (id, label, place in its stretch, number of its stretch in the row)."""
+    """Returns XTuner's rows, built token by token."""
     rows = []
     for samples in files:
         permutation = np.arange(len(samples))
@@ -74,7 +74,7 @@ def test_xtuner_rows(tmp_path_factory, seed, counts, longest, max_length, packin
     expected = xtuner_rows(files, max_length, packing_seed)
     names = write_files(folder / "train", files)
     if not expected:
-        with pytest.raises(UserError, match="no file fills a row|no document to pack"):
+        with pytest.raises(UserError, match="no file fills a row|no documents to pack"):
             make_plan(folder / "train", names, max_length, "xtuner", packing_seed)
         return
     plan = make_plan(folder / "train", names, max_length, "xtuner", packing_seed)
@@ -90,7 +90,7 @@ def test_xtuner_rows(tmp_path_factory, seed, counts, longest, max_length, packin
 
 
 def test_what_xtuner_itself_gave(tmp_path):
-    # The output of XTuner 0.2.0's own classes for these samples.
+    # The output of XTuner 0.2.0's classes for these documents.
     write_bin(tmp_path / "f.bin", [[10, 11], [20], [30, -31, 32], [40, 41], [0, 51]])
     rows = PackedSequences(make_plan(tmp_path, ["f.bin"], 4, "xtuner"))
     assert [as_lists(rows[number]) for number in range(len(rows))] == [
@@ -107,14 +107,14 @@ def test_what_xtuner_itself_gave(tmp_path):
             "labels": [11, -100, 51, 20],
         },
     ]
-    # One document of five starts in the second row and is whole; one is cut; one is beyond the end.
+    # Of the five documents, one is cut between the rows, and one is past the end.
     totals = rows.plan.totals
     assert totals["cut"] == {"documents": 1, "pieces": 2}
     assert totals["dropped"]["end_of_file"] == {"documents": 1, "tokens": 2}
 
 
 def naive_best_fit(lengths, capacity):
-    """Looks at every open row for every piece; returns the room left in each."""
+    """Tries every open row for every slice. Returns the room left in each row."""
     rooms = []
     for length in lengths:
         fitting = [room for room in rooms if room >= length]
@@ -141,7 +141,7 @@ def test_best_fit_decreasing_leaves_the_rooms_of_the_naive_one(lengths, capacity
 @settings(max_examples=200, deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), capacity=st.sampled_from([30, 41]))
 def test_filling_a_row_finds_the_best_sum(lengths, capacity):
-    """Row after row: with the longest piece left goes the subset of the others, of all there are, that fills it best."""
+    """Each row holds the longest slice left and the subset of the others that fills the row best."""
     lengths = sorted(lengths, reverse=True)
     rows = fill_rows(np.array(lengths), capacity)
     left = lengths.copy()
@@ -158,7 +158,8 @@ def test_filling_a_row_finds_the_best_sum(lengths, capacity):
 
 
 def test_the_better_way_counts():
-    # Best fit decreasing puts 5 and 4 together, and needs three rows for 5 + 3 + 2 and 4 + 3 + 3.
+    # Best-fit decreasing puts 5 and 4 together and needs three rows, where 5 + 3 + 2 and 4 + 3 + 3 fit in
+    # two.
     lengths = np.array([5, 4, 3, 3, 3, 2])
     assert best_fit_decreasing(lengths, 10).max() == 2
     rows = assign_rows(lengths, 10)
@@ -174,7 +175,7 @@ def test_the_better_way_counts():
     min_length=st.sampled_from([0, 3]),
 )
 def test_best_fit_rows(tmp_path_factory, seed, counts, longest, max_length, min_length):
-    """Every token of every document is in the rows once, nothing that fits is cut, and no row is too long."""
+    """Every token is in the rows exactly once, no document that fits a row is cut, and no row is too long."""
     rng = random.Random(seed)
     files = [random_samples(rng, count, longest) for count in counts]
     folder = tmp_path_factory.mktemp("plan")
@@ -186,7 +187,7 @@ def test_best_fit_rows(tmp_path_factory, seed, counts, longest, max_length, min_
         if len(sample) >= min_length
     }
     if not kept:
-        with pytest.raises(UserError, match="there is no document to pack"):
+        with pytest.raises(UserError, match="no documents to pack"):
             make_plan(folder / "train", names, max_length, min_length=min_length)
         return
     plan = make_plan(folder / "train", names, max_length, min_length=min_length)
@@ -196,21 +197,21 @@ def test_best_fit_rows(tmp_path_factory, seed, counts, longest, max_length, min_
     for number in range(len(rows)):
         row, at = as_lists(rows[number]), 0
         assert 0 < len(row["input_ids"]) <= max_length
-        for piece in plan.row(number):
-            document = (plan.files[piece.file]["name"], piece.sample)
-            tokens = kept[document][piece.start : piece.stop]
+        for each in plan.row(number):
+            document = (plan.files[each.file]["name"], each.sample)
+            tokens = kept[document][each.start : each.stop]
             end = at + len(tokens)
-            assert len(tokens) == piece.stop - piece.start > 0
+            assert len(tokens) == each.stop - each.start > 0
             assert row["input_ids"][at:end] == [abs(token) for token in tokens]
-            # The first token of a stretch has nothing in front of it to be predicted from.
+            # Nothing in the row can predict the first token of a slice.
             assert row["labels"][at:end] == [-100, *(token if token > 0 else -100 for token in tokens[1:])]
             assert row["position_ids"][at:end] == list(range(len(tokens)))
-            seen.update((document, place) for place in range(piece.start, piece.stop))
+            seen.update((document, place) for place in range(each.start, each.stop))
             if len(tokens) < len(kept[document]):
                 assert len(kept[document]) > max_length
                 cut.add(document)
             at = end
-        boundaries = np.cumsum([0, *(piece.stop - piece.start for piece in plan.row(number))])
+        boundaries = np.cumsum([0, *(each.stop - each.start for each in plan.row(number))])
         assert row["cumulative_len"] == boundaries.tolist()
     assert seen == Counter(
         (document, place) for document, tokens in kept.items() for place in range(len(tokens))
@@ -228,7 +229,7 @@ def test_best_fit_rows(tmp_path_factory, seed, counts, longest, max_length, min_
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_xtuner_order_over_epochs(tmp_path, world_size):
-    """Each rank's micro-batches are those of XTuner's sampler, epoch after epoch; steps share the ranks' entries."""
+    """In every epoch, each rank gets the micro-batches of XTuner's sampler."""
     from snaketune.training.packed_data import PackedDataset, PackedSampler
 
     write_bin(tmp_path / "f.bin", [[number] * 4 for number in range(1, 24)])
@@ -273,7 +274,7 @@ def test_best_fit_order_does_not_depend_on_the_ranks(tmp_path):
 
 
 def test_data_order(tmp_path):
-    """It numbers the rows in mode xtuner, and counts for nothing in mode best_fit."""
+    """The data order decides the row numbers in mode xtuner and does not matter in mode best_fit."""
     rng = random.Random(5)
     names = write_files(tmp_path / "train", [random_samples(rng, 9, 20) for _ in range(3)])
     digests = ["a" * 64, "b" * 64, "c" * 64]
@@ -300,9 +301,9 @@ def test_plan_on_disk(tmp_path):
     assert [opened.order(epoch).tolist() for epoch in range(5)] == [plan.order(e).tolist() for e in range(5)]
     rows, again = PackedSequences(plan), pickle.loads(pickle.dumps(PackedSequences(opened)))  # noqa: S301  (our own object)
     assert all(as_lists(rows[number]) == as_lists(again[number]) for number in range(len(rows)))
-    # Another folder holds the same data.
+    # The data moved to another folder.
     (tmp_path / "train").rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="is not the file that was planned with"):
+    with pytest.raises(UserError, match="is not the file that the pack plan was made from"):
         open_plan(tmp_path / "packs" / "p")
 
 
@@ -330,7 +331,7 @@ def test_broken_plans_and_data_are_named(tmp_path):
     make_plan(tmp_path, ["f.bin"], 6).write(folder)
     data = (tmp_path / "f.bin").read_bytes()
     (tmp_path / "f.bin").write_bytes(data.replace(b"1, 2, 3", b"1,2 ]}#"))
-    with pytest.raises(UserError, match=r"f\.bin: the line at byte 0 is not what was planned with"):
+    with pytest.raises(UserError, match=r"f\.bin: the line at byte 0 does not match the pack plan"):
         PackedSequences(open_plan(folder))[0]
     (tmp_path / "f.bin").write_bytes(data + b" ")
     with pytest.raises(UserError, match=rf"f\.bin is not the file(.|\n)*{len(data)} bytes"):
@@ -341,14 +342,14 @@ def test_broken_plans_and_data_are_named(tmp_path):
     with pytest.raises(UserError, match=r"slices\.npy cannot be read"):
         open_plan(folder)
     np.save(folder / "slices.npy", np.zeros(3))
-    with pytest.raises(UserError, match="not those of plan.json"):
+    with pytest.raises(UserError, match=r"do not match plan\.json"):
         open_plan(folder)
     (folder / "plan.json").write_text(json.dumps({"format": 2, "mode": "best_fit"}))
     with pytest.raises(UserError, match="not a pack plan"):
         open_plan(folder)
     with pytest.raises(UserError, match=r"gone\.bin is missing"):
         make_plan(tmp_path, ["gone.bin"], 6)
-    with pytest.raises(UserError, match="mode cannot be used"):
+    with pytest.raises(UserError, match="invalid packing mode"):
         make_plan(tmp_path, ["f.bin"], 6, "first_fit")
 
 
@@ -356,7 +357,8 @@ def test_broken_plans_and_data_are_named(tmp_path):
 def test_the_shipped_conversations_waste_next_to_nothing(shared_tokens, max_length):
     plan = make_plan(*shared_tokens, max_length)
     totals = plan.totals
-    # No plan leaves less: the fewest rows that could hold the tokens, less the tokens. Of twelve rows it is 4%.
+    # No plan can waste less: the fewest rows that could hold the tokens, minus the tokens. With twelve rows
+    # that is 4%.
     bound = -(-totals["tokens"] // max_length) * max_length - totals["tokens"]
     assert totals["waste"]["tokens"] == bound
     assert totals["waste"]["share"] < 0.005 or max_length == 32768
@@ -366,14 +368,14 @@ def test_the_shipped_conversations_waste_next_to_nothing(shared_tokens, max_leng
     lengths = np.concatenate([np.load(f"{shared_tokens[0] / name}.meta")[:, 1] for name in shared_tokens[1]])
     assert totals["cut"]["documents"] == int((lengths > max_length).sum())
     assert totals["rows"] == totals["least_rows"]
-    # XTuner's way cuts a document at the end of nearly every row.
+    # XTuner's packing cuts a document at the end of nearly every row.
     other = make_plan(*shared_tokens, max_length, "xtuner").totals
     assert other["cut"]["documents"] > 0.9 * other["rows"]
 
 
 @pytest.fixture(scope="module")
 def shared_tokens(shared_data, tmp_path_factory, run_script):
-    """The train folder and the files of the shared conversations under Mistral's tokenizer."""
+    """Returns train folder and files of the shared conversations, tokenised with Mistral's tokenizer."""
     folder = tmp_path_factory.mktemp("shared")
     run_script(
         *("extend_tokenizer.py", "--tokenizer-path", shared_data / "mistral_v1_tokenizer"),

@@ -1,4 +1,4 @@
-"""From a row of a plan back to the lines of the JSONL files; and what two plans have in common."""
+"""Traces rows of a plan back to lines of the JSONL files, and compares plans."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from snaketune.packing.row_tracer import RowTracer
 
 
 def conversation(number: int) -> list[dict]:
-    """A conversation that its text tells from all others."""
+    """Returns a conversation with a unique text."""
     return [
         {"role": "user", "content": f"question {number}" + " and so on" * (number % 7)},
         {"role": "assistant", "content": f"<<{number}>>"},
@@ -38,7 +38,7 @@ def extended_tokenizer(tmp_path_factory, tiny_tokenizer_dir, run_script):
 
 @pytest.fixture(scope="module")
 def tokenized(tmp_path_factory, extended_tokenizer, write_processed, run_script):
-    """Two data sets of which some lines are held out, some go to valid and some are no conversations; planned."""
+    """Tokenises and packs two datasets with held-out lines, lines moved to valid/, and bad lines."""
     folder = tmp_path_factory.mktemp("trace")
     processed = folder / "processed"
     write_processed(
@@ -103,7 +103,7 @@ def test_plan_script_counts_and_refuses(tokenized, run_script, tmp_path):
     assert plan["processed_dir"] is None and all(len(file["bin_sha256"]) == 64 for file in plan["files"])
     (tmp_path / "order.txt").write_text("cn/a/gone.bin\n")
     refused = run_script("plan_packing.py", *flags, "--data-order", tmp_path / "order.txt", check=False)
-    assert refused.returncode == 2 and "gone.bin is in no manifest" in refused.stderr
+    assert refused.returncode == 2 and "gone.bin is not in any manifest" in refused.stderr
 
 
 def test_same_plan(tokenized, tmp_path, run_script):
@@ -114,7 +114,7 @@ def test_same_plan(tokenized, tmp_path, run_script):
 
 
 def test_what_moved(tmp_path, run_script):
-    """Four rows of one document each, then a file more, and another seed: every move is told."""
+    """Reports every move from a plan of four rows to plans with one more file, a different seed, shorter rows."""
     write_bin(tmp_path / "a.bin", [[number] * 8 for number in range(1, 5)])
     write_bin(tmp_path / "b.bin", [[9] * 2, [9] * 20])
     old = make_plan(tmp_path, ["a.bin"], 10, bin_sha256=["1"])
@@ -125,20 +125,23 @@ def test_what_moved(tmp_path, run_script):
         plan.write(tmp_path / name)
 
     def steps(plan):
-        """Rows are made and ordered as the plan says: the step of each document of a.bin, two rows a step."""
+        """Returns the step of each document of a.bin, with two rows per step."""
         order = plan.order(0).tolist()
         return {
-            piece.sample: order.index(row) // 2 + 1
+            each.sample: order.index(row) // 2 + 1
             for row in range(len(plan))
-            for piece in plan.row(row)
-            if plan.files[piece.file]["name"] == "a.bin"
+            for each in plan.row(row)
+            if plan.files[each.file]["name"] == "a.bin"
         }
 
     found = diff_plans(tmp_path / "old", tmp_path / "more", global_batch=2)
     assert found["settings"] == {} and found["files"] == {"only_a": [], "only_b": ["b.bin"], "changed": []}
     counts = found["documents"]
     assert (counts["only_a"], counts["only_b"], counts["both"]) == (0, 2, 4)
-    assert (counts["cut_otherwise"], counts["with_others"]) == (0, 1)  # the short one joined one of the four
+    assert (counts["cut_otherwise"], counts["with_others"]) == (
+        0,
+        1,
+    )  # the short document joined one of the four
     before, after = steps(old), steps(more)
     assert counts["at_another_step"] == sum(before[n] != after[n] for n in before)
     for each in found["moved"]:

@@ -1,4 +1,4 @@
-"""Reading tokenised files."""
+"""Reads tokenised files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_is_no_line_of_tokens(line):
 
 
 def test_zero_that_is_trained():
-    """The exact mask spells it -0; JSON readers take it for 0."""
+    """The exact mask writes it as -0, which JSON readers read as 0."""
     ids, labels = read_line(b'{"tokens": [-0, 0, 5, -0]}\n')
     assert ids.tolist() == [0, 0, 5, 0]
     assert labels.tolist() == [0, -100, 5, 0]

@@ -130,11 +130,11 @@ def test_a_script_in_a_terminal_and_in_a_log(tmp_path, repo_root):
         output = process.stdout.read().decode()
     assert process.returncode == 0
     bar = re.search(
-        rb"\r +\d+% \[#*\.*\] [\d.]+ s left, [\d,.]+ samples/s, [\d,.]+ tokens/s, [\d.]+ MB/s", shown
+        rb"\r +\d+% \[#*\.*\] [\d.]+ s left, [\d,.]+ documents/s, [\d,.]+ tokens/s, [\d.]+ MB/s", shown
     )
     assert bar and b"\n" not in shown, shown
     assert re.search(
-        r"tokenised 1 datasets: 30,000 samples \(.*/s\), .* tokens \(.*/s\), .* MB/s in .* s", output
+        r"tokenised 1 datasets: 30,000 documents \(.*/s\), .* tokens \(.*/s\), .* MB/s in .* s", output
     )
     log = subprocess.run(
         [*map(str, command), "--tokenized-dir", str(tmp_path / "out2")],

@@ -1,4 +1,4 @@
-"""Stats of a dataset against counting by hand."""
+"""Checks the stats of a dataset against a separate count."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from snaketune.tokenized.tokenizing import tokenize_datasets
 
 @pytest.fixture
 def tokenized(tmp_path):
-    """Two files of one dataset, with long, cut, held-out and bad lines."""
+    """Tokenises two files of one dataset, with long, cut, held-out and bad lines."""
     rng = random.Random(3)
     for name in ("a", "b"):
         lines = []
@@ -57,7 +57,7 @@ def test_stats_lie_beside_the_manifest(tokenized):
     assert found["samples"] == len(lengths)
     assert found["samples"] + found["heldout"] + found["quarantined"] == 300
     assert found["quarantined"] == 6
-    assert found["bad_lines"] == {"[n].role is not as it should be": 4, "not JSON": 2}
+    assert found["bad_lines"] == {"invalid [n].role": 4, "not JSON": 2}
     quarantine = "manifests/d/a.quarantine.jsonl"
     assert found["files"][0]["quarantine"] == quarantine and (tokenized / quarantine).is_file()
     assert found["truncated"] == lengths.count(100) > 0

@@ -1,4 +1,4 @@
-"""Every kind of bad input gives one message that names file, line and field."""
+"""Each kind of bad input gives one message with file, line and field."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def without(key):
     return json.dumps([{"role": "user", "content": "hi"}, bad]).encode()
 
 
-# (the third line of the file, what the message must contain)
+# (third line of the file, texts that the message must contain)
 BAD = {
     "not JSON": (b"{broken", ["not JSON"]),
     "two values": (GOOD + GOOD, ["not JSON"]),

@@ -1,6 +1,6 @@
-"""SIGKILL at any file operation of the jobs of a split file, and of the job that joins them; then once more.
+"""Kills the jobs of a split file, and the job that joins them, at any file operation, then runs them again.
 
-`python test_tokenize_kills.py` is the job: forked again and again from one process, so that the imports are paid once.
+`python test_tokenize_kills.py` forks all jobs from one process, so that imports happen only once.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def test_killed_parts_and_merges(tmp_path, processed):
     assert sum(attempt["killed"] for attempt in said) > len(said) / 2
     assert max(attempt["kept"] for attempt in said) > 2
     for attempt in said:
-        assert not attempt["again"], f"finished before, and yet done again: {said}"
+        assert not attempt["again"], f"done again although finished: {said}"
     expected = files_below(tmp_path / "one")
     for number in range(MERGES):
         out = tmp_path / f"merged{number}"
         assert files_below(out) == expected
-        # Nothing is left behind among the records either.
+        # The records hold nothing left over, either.
         assert names(out) == names(tmp_path / "one")
 
 
@@ -70,7 +70,7 @@ def names(folder):
 
 
 def records(out: Path) -> dict[str, tuple]:
-    """The records of what is finished, each with what tells whether its tokens were written anew."""
+    """Returns the records of finished chunks, each with the inode and mtime of its `.bin` file."""
     found = {}
     for path in (out / "chunks").rglob("*.json"):
         if path.name == "done.json":
@@ -83,7 +83,7 @@ def records(out: Path) -> dict[str, tuple]:
 
 
 def attempt(work, kill_at: int) -> bool:
-    """Runs `work` in a process that is killed at its file operation number `kill_at`, if it gets so far; was it?"""
+    """Runs `work` in a process that is killed at file operation number `kill_at`. True if it was killed."""
     if not (child := os.fork()):
         count = 0
 
@@ -110,7 +110,7 @@ def main(processed: Path, folder: Path) -> None:
     def killed(out: Path, work, operations: int) -> None:
         before = records(out)
         was_killed, after = attempt(work, rng.randint(1, operations)), records(out)
-        # A range's record may only go when that of its whole file has come.
+        # A range's record may be removed only once the record of the whole file exists.
         again = [
             name
             for name, stamp in before.items()
@@ -134,5 +134,5 @@ def main(processed: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout = sys.stderr  # what the jobs print goes elsewhere
+    sys.stdout = sys.stderr  # keeps the jobs' output out of stdout
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Parts of a tokenisation: ranges and batches give the bytes of one job, and only what is missing is done again."""
+"""Parts of a tokenisation: they give the bytes of a single job, and only missing parts are redone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parts_of(processed, **sizes):
 
 
 def in_parts(processed, out, tokenizer, options=DEFAULT, names=None, **sizes):
-    """Tokenises part by part, in an order that is not that of the file, and merges."""
+    """Tokenises part by part, in shuffled order, and merges."""
     names = names or list(parts_of(processed, **sizes))
     random.Random(1).shuffle(names)
     said = [tokenize_part(processed, out, tokenizer, options, name, **(sizes or SMALL)) for name in names]
@@ -77,19 +77,19 @@ def test_ranges_give_each_line_once(tmp_path):
 
 
 def test_the_plan(processed):
-    plan = parts_of(processed)
+    parts = parts_of(processed)
     size = (processed / "large/processed/sft_chat/f.jsonl").stat().st_size
-    ranges = [chunk for part in plan.values() for chunk in part if chunk.dataset == "large"]
+    ranges = [chunk for part in parts.values() for chunk in part if chunk.dataset == "large"]
     assert [(chunk.index, chunk.count) for chunk in ranges] == [(i, len(ranges)) for i in range(len(ranges))]
     assert len(ranges) == -(-size // 100_000)
-    batches = {name: part for name, part in plan.items() if name.startswith("batch-")}
+    batches = {name: part for name, part in parts.items() if name.startswith("batch-")}
     assert 1 < len(batches) < 13
     assert sum(len(part) for part in batches.values()) == 13
-    assert all("/" not in name and " " not in name for name in plan)
-    # Another file changes the batch that it is in, and no other.
+    assert all("/" not in name and " " not in name for name in parts)
+    # A new file changes only its own batch.
     write_dataset(processed, "small 99", random_lines(5))
     more = parts_of(processed)
-    assert sum(plan[name] != more[name] for name in batches) <= 1
+    assert sum(parts[name] != more[name] for name in batches) <= 1
 
 
 def test_five_thousand_folders_are_a_few_jobs(tmp_path):
@@ -144,7 +144,7 @@ def test_the_valid_copy_counts_over_the_whole_file(tmp_path, tokenizer):
     valid = "chatml_llamav13_32k/valid/cn/{}/f.bin"
     assert one[valid.format("d")].count(b"\n") == 501
     assert valid.format("e") not in one
-    # Without copies nothing else changes; those of before go.
+    # With `valid: none`, only the old copies are removed.
     none = TokenizeOptions(valid="none")
     tokenize_datasets(tmp_path / "in", tmp_path / "one", tokenizer, none)
     in_parts(tmp_path / "in", tmp_path / "parts", tokenizer, none, **sizes)
@@ -244,10 +244,10 @@ def test_the_command(tmp_path, processed, run_script):
     run_script("tokenize_dataset.py", *common, "--part", name, "--marker", tmp_path / "m.json")
     assert len(json.loads((tmp_path / "m.json").read_text())["chunks"]) == 14
     done = run_script("tokenize_dataset.py", *common, "--merge", "--index", tmp_path / "index.json")
-    assert "large: 1500 samples" in done.stdout
+    assert "large: 1500 documents" in done.stdout
     assert len(json.loads((tmp_path / "index.json").read_text())["datasets"]) == 13
     failed = run_script("tokenize_dataset.py", *common, "--part", "nope", check=False)
-    assert failed.returncode == 2 and "the plan has no part 'nope'" in failed.stderr
+    assert failed.returncode == 2 and "there is no part 'nope'" in failed.stderr
 
 
 def test_a_time_stamp_costs_one_look(tmp_path, processed, tokenizer, monkeypatch):
@@ -255,7 +255,7 @@ def test_a_time_stamp_costs_one_look(tmp_path, processed, tokenizer, monkeypatch
     for path in [*processed.rglob("*.jsonl"), *(tmp_path / "out").rglob("*.bin")]:
         os.utime(path, (1, 1))  # as after a copy
     said = in_parts(processed, tmp_path / "out", tokenizer)
-    assert all("were done before" in each and "samples" not in each for each in said.values())
-    for function in ("RangeReader", "sha256_file"):  # from now on nothing is read
+    assert all("were already done" in each and "documents" not in each for each in said.values())
+    for function in ("RangeReader", "sha256_file"):  # from now on no file may be read
         monkeypatch.delattr(chunk_store, function)
     assert in_parts(processed, tmp_path / "out", tokenizer) == said

@@ -1,4 +1,4 @@
-"""The tokenise command as a whole: the guide's call, kill -9 at any time, memory, and names of every kind."""
+"""The tokenise command as a whole: the guide's call, kill -9 at any time, memory, and unusual names."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_dataset(root, name, lines, file="f.jsonl"):
 
 
 def files_below(folder):
-    """Every file but the records of what is done, which hold time stamps."""
+    """Returns all files except the chunk records, which contain mtimes."""
     files = [path for path in folder.rglob("*") if path.is_file() and "chunks" not in path.parts]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
@@ -56,7 +56,7 @@ def test_the_guides_command(tmp_path, run_script, tiny_tokenizer_dir):
         *("--tokenizer-path", tiny_tokenizer_dir),
         *("--tokenizer-w-special-tokens-save-dir", tmp_path / "tokenizer"),
     )
-    assert "35 samples" in done.stdout
+    assert "35 documents" in done.stdout
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     assert len(tokenizer.added) == 6
     root = tmp_path / "out" / "chatml_llamav13_32k"
@@ -74,7 +74,7 @@ def test_the_guides_command(tmp_path, run_script, tiny_tokenizer_dir):
     assert sum(manifest["length_histogram"]["counts"]) == manifest["totals"]["samples"] == 5
     assert TokenizedFile(root / "train" / "cn" / "plain" / "f.bin").lengths.max() < 400
 
-    # Extended already: no folder to save is needed, and the bytes are the same.
+    # The tokenizer is already extended: no save folder is needed, and the bytes are the same.
     run_script(
         "tokenize_dataset.py",
         *("--processed-dir", tmp_path / "in", "--tokenized-dir", tmp_path / "again"),
@@ -87,7 +87,7 @@ def test_the_guides_command(tmp_path, run_script, tiny_tokenizer_dir):
 
 
 def test_a_small_dataset_before_a_large_one(tmp_path, run_script):
-    # The small one is tokenised without workers; nothing of that may trouble the workers that are forked later.
+    # The small dataset is tokenised without workers. This must not disturb the workers forked later.
     write_dataset(tmp_path / "in", "a", random_lines(3))
     write_dataset(tmp_path / "in", "b", random_lines(4000))
     environment = {key: value for key, value in os.environ.items() if key != "TOKENIZERS_PARALLELISM"}
@@ -97,7 +97,7 @@ def test_a_small_dataset_before_a_large_one(tmp_path, run_script):
         env=environment,
     )
     assert "fork" not in done.stderr and "arning" not in done.stderr
-    assert "4,003 samples" in done.stdout
+    assert "4,003 documents" in done.stdout
 
 
 @pytest.mark.parametrize("moments", [(0.0, 0.05, 0.15), (0.3, 0.5, 0.8)])
@@ -128,7 +128,7 @@ def test_kill_and_run_again(tmp_path, repo_root, moments):
             if not name.endswith(".tmp"):
                 assert data == expected[name], f"{name} looks finished and is not"
         for name in left:
-            # manifests/<dataset>.json, and not the statistics in manifests/<dataset>/
+            # manifests/<dataset>.json, but not the statistics in manifests/<dataset>/
             found = re.fullmatch(r"manifests/([^/]+)\.json", name)
             if found:
                 assert f"chatml_llamav13_32k/train/cn/{found[1]}/f.bin" in left

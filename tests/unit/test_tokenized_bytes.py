@@ -1,4 +1,4 @@
-"""The tokenised files against a slow implementation of XTuner's format that shares no code with ours."""
+"""Compares tokenised files with a slow, independent implementation of XTuner's format."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_ids_equal_the_reference(kind, batch, max_length):
     pieces = fast.encode_turns([fast.turns(each) for each in batch])
     assert [signed_ids(each, max_length) for each in pieces] == expected
     for each in batch:
-        # By words, where that is exact: not with id 0, and not with these other tokenizers.
+        # `line` encodes by words, where that is exact: not with id 0, and only with the SentencePiece tokenizer.
         line, whole = fast.line(fast.turns(each)), signed_tokens(each, encode, bos)
         assert line is not None or kind != "sentencepiece" or 0 in whole
         assert line is None or line == json.dumps({"tokens": whole}).encode() + b"\n"
-    assert json.dumps(batch) == before, "the conversations are left as they are"
+    assert json.dumps(batch) == before, "the conversations must not change"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,7 +141,7 @@ def test_bytes_do_not_depend_on_processes_or_blocks(tmp_path, monkeypatch):
                 if path.is_file() and path.name != "done.json"
             }
         )
-    # Of each dataset the .bin, its meta file, the manifest and the stats.
+    # For each dataset: the .bin, its meta file, the manifest and the stats.
     assert len(results[0]) == 8
     assert results[0] == results[1] == results[2]
 

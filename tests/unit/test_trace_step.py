@@ -21,7 +21,7 @@ def stored(bin_file: Path, sample: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_model_dir, tiny_tokenizer_dir, write_processed, run_script, repo_root):
-    """Trains a tiny model on two ranks past the end of an epoch, in its own working folder. Returns the folder."""
+    """Trains a tiny model on two ranks past an epoch's end, in its own working folder. Returns the folder."""
     folder = tmp_path_factory.mktemp("traced")
     for name, numbers in (("a", range(18)), ("b", range(18, 30))):
         talks = [
@@ -102,7 +102,7 @@ def test_traced_documents_are_what_the_model_saw(run, run_script):
 
 
 def test_the_schedule_ends_with_the_last_step(run):
-    """An epoch with an odd number of rows ends between the micro-batches of two ranks; the schedule counts rows."""
+    """An epoch with an odd number of rows ends between two ranks' micro-batches; the schedule counts rows."""
     plan = json.loads((run / "packs" / "p" / "plan.json").read_text())
     assert plan["rows"] % RANKS
     metrics = [json.loads(line) for line in (run / "run" / "metrics.jsonl").read_text().splitlines()]

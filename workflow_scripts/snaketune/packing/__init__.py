@@ -1,1 +1,1 @@
-"""Pack plans: which documents make which row, in which order."""
+"""Pack plans: which documents go into which packed sequence (row), and in which order."""

@@ -1,9 +1,9 @@
-"""Packs pieces into as few rows as possible, without cutting any.
+"""Packs slices into as few rows as possible, without cutting any.
 
-Best-fit decreasing places the longest piece first, each into the row with the least room that still holds it. Of a
-million pieces it leaves some thousandths of a percent unused. Of a few hundred it may need a row more than it should,
-because each row keeps a gap shorter than the shortest piece; then rows are filled to the last token instead, one after
-the other, and the better of the two counts.
+Best-fit decreasing places slices longest first, each into the fullest row that still has room for it. With a
+million slices, it leaves a few thousandths of a percent unused. With a few hundred, it may need one row too
+many, because each row keeps a gap shorter than the shortest slice. In that case a second algorithm fills rows
+one at a time, as close to the last token as it can, and the better result wins.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from bisect import bisect_left, bisect_right, insort
 
 import numpy as np
 
-# With more pieces a row more or less does not count, and filling row by row would take long.
+# With more slices than this, one row does not matter, and filling row by row is slow.
 _FILL_AT_MOST = 10_000
-# Pieces looked at to fill one row.
+# Slices considered for filling one row.
 _CANDIDATES = 500
 
 
 def assign_rows(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Returns the row of each piece, by the better of the two ways: int64 (pieces,), all numbers from 0 on used.
+    """Returns the row of each slice from the better algorithm: int64 (slices,), numbered from 0 without gaps.
 
     Args:
-        lengths: int64 (pieces,), falling, each from 1 to `capacity`.
-        capacity: Tokens of a row.
+        lengths: int64 (slices,), in descending order, each from 1 to `capacity`.
+        capacity: Tokens per row.
     """
     rows = best_fit_decreasing(lengths, capacity)
     least = -(-int(lengths.sum()) // capacity)
@@ -35,21 +35,21 @@ def assign_rows(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Returns the row that each piece goes into.
+    """Returns the row of each slice.
 
-    Pieces of one length are placed together: the row with the least sufficient room takes as many as it holds, then
-    the next. Rows are kept by their room, so the work grows with the number of different lengths and not with that
-    of pieces times rows: a million pieces take about a second.
+    Slices of equal length are placed together: the row with the least sufficient room takes as many as fit,
+    then the next row does. Rows are grouped by free room, so the work grows with the number of distinct
+    lengths, not with slices times rows. A million slices take about a second.
 
     Args:
-        lengths: int64 (pieces,), falling, each from 1 to `capacity`.
-        capacity: Tokens of a row.
+        lengths: int64 (slices,), in descending order, each from 1 to `capacity`.
+        capacity: Tokens per row.
 
     Returns:
-        int64 (pieces,); rows are numbered as they are opened.
+        int64 (slices,); rows are numbered in the order they are opened.
     """
     row_of = np.empty(len(lengths), dtype=np.int64)
-    rooms: list[int] = []  # the rooms that rows have, rising
+    rooms: list[int] = []  # distinct free rooms, ascending
     rows_with: dict[int, list[np.ndarray]] = {}
     opened = 0
 
@@ -80,7 +80,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
             row_of[first : first + full * each] = np.repeat(rows[:full], each)
             put_back(rows[:full], room - each * length)
             first += full * each
-            if full < len(rows) and first < last:  # one row takes the few that are left
+            if full < len(rows) and first < last:  # one row takes the remainder
                 row_of[first:last] = rows[full]
                 put_back(rows[full : full + 1], room - (last - first) * length)
                 first, full = last, full + 1
@@ -89,12 +89,12 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def fill_rows(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Returns the row of each piece: the longest that is left, and those that fill what it leaves best.
+    """Returns the row of each slice. A row takes the longest slice left, then those that best fill the rest.
 
-    Arguments and result are those of `best_fit_decreasing`.
+    Takes and returns the same as `best_fit_decreasing`.
     """
     row_of = np.empty(len(lengths), dtype=np.int64)
-    left = list(range(len(lengths)))[::-1]  # pieces, the longest last
+    left = list(range(len(lengths)))[::-1]  # slices, longest last
     sizes = lengths[::-1].tolist()
     row = 0
     while left:
@@ -109,9 +109,9 @@ def fill_rows(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def _fill(sizes: list[int], room: int) -> list[int]:
-    """Returns the places, rising, of sizes whose sum is as near to `room` as any sum of them that fits."""
+    """Returns the indices, ascending, of the sizes with the largest sum that does not exceed `room`."""
     within = (1 << (room + 1)) - 1
-    sums = [1]  # bit s of sums[n]: some of the first n sizes add up to s
+    sums = [1]  # bit s of sums[n] is set if some of the first n sizes add up to s
     for size in sizes:
         if sums[-1] >> room:
             break

@@ -1,4 +1,4 @@
-"""The content of tokenised files, by digest: what the tokenisation wrote down, where that still holds."""
+"""Digests of tokenised files, taken from their manifests where those still apply."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from snaketune.tokenized.manifests import Manifests
 def bin_digests(train_folder: str | os.PathLike, names: Sequence[str], cache: FingerprintCache) -> list[str]:
     """Returns the SHA-256 of each `.bin` file.
 
-    It comes from the manifests where the size agrees; other files are read, once.
+    Takes the digest from the manifest if the size matches. Reads all other files, once.
 
     Raises:
         UserError: A file is missing.
@@ -28,7 +28,7 @@ def bin_digests(train_folder: str | os.PathLike, names: Sequence[str], cache: Fi
         if not file.is_file():
             raise UserError(
                 f"{folder / name} is missing",
-                expected="the files that the data order names",
+                expected="every file listed in the data order",
                 fix="tokenise the datasets again, or write the data order again",
             )
         found = manifests.of(file)
@@ -40,15 +40,15 @@ def bin_digests(train_folder: str | os.PathLike, names: Sequence[str], cache: Fi
 def refuse_other_data(
     plan: str | os.PathLike, cache: FingerprintCache, train_folder: str | os.PathLike | None = None
 ) -> str:
-    """Returns the digest of a plan, after making sure that the `.bin` files are those that it was made from.
+    """Checks that the `.bin` files are the ones a plan was made from, and returns the plan's digest.
 
     Args:
         plan: The plan folder.
-        cache: Remembers the digests of files that no manifest knows.
-        train_folder: Where the files lie, if not where the plan says.
+        cache: Remembers the digests of files that are in no manifest.
+        train_folder: The folder of the files, if not the one recorded in the plan.
 
     Raises:
-        UserError: The content of a file is another now.
+        UserError: The content of a file changed.
     """
     manifest = read_plan_manifest(plan)
     folder = (

@@ -1,8 +1,9 @@
-"""How often each document is seen an epoch, when datasets have weights.
+"""How often each document is seen per epoch when datasets have weights.
 
-A dataset of n documents with weight w gives floor(w * n + 1/2) of them an epoch: each document as often as all can be
-seen alike, and some once more. Which ones, a hash of the seed, the name of the file and the document's number decides;
-so the documents of weight 0.3 are among those of weight 0.5, and a file more changes little of the choice.
+A dataset of n documents with weight w contributes t = floor(w * n + 1/2) documents per epoch: it repeats each
+document floor(t / n) times, and t mod n of them once more. A hash of the seed, the file name and the
+document's number chooses those. So the documents chosen at weight 0.3 are among those chosen at 0.5, and
+adding a file changes few choices.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from snaketune.tokenized.layout import dataset_of
 def copies_per_epoch(
     file: np.ndarray, sample: np.ndarray, names: Sequence[str], weights: Mapping[str, float], seed: int
 ) -> np.ndarray:
-    """Returns how often each document is seen an epoch: int64 (documents,).
+    """Returns how often each document is seen per epoch: int64 (documents,).
 
     Args:
-        file: int64 (documents,), the number of each document's file.
-        sample: int64 (documents,), its number in the file.
-        names: The files.
-        weights: By name of the dataset, 0 or more; 1 for those not named.
-        seed: Of the choice.
+        file: int64 (documents,), the index of each document's file in `names`.
+        sample: int64 (documents,), the document's number in its file.
+        names: File names.
+        weights: Weights by dataset name, 0 or more. Datasets that are not listed have weight 1.
+        seed: Seed of the choice.
     """
     copies = np.ones(len(file), dtype=np.int64)
     datasets = np.array([dataset_of(name) for name in names])
@@ -42,7 +43,7 @@ def copies_per_epoch(
 
 
 def scatter(values: np.ndarray) -> np.ndarray:
-    """Scatters int64 values over 64 bits: uint64 (the finaliser of splitmix64, Steele, Lea and Flood, 2014)."""
+    """Hashes int64 values to uint64 with the finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
     bits = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)

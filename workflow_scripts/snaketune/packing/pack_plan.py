@@ -1,13 +1,13 @@
-"""The pack plan: which stretches of which documents make which packed row, and the order of the rows.
+"""The pack plan: which slices of which documents make each packed sequence (row), and the order of the rows.
 
-A plan is a folder, written once by plan_packing.py and only read by the trainer:
+A plan is a folder. plan_packing.py writes it once; the trainer only reads it:
 
-    plan.json    settings, the `.bin` files with their digests, what was packed, cut and left out; written last
-    rows.npy     int64 (rows + 1,): row r is made of the slices rows[r] to rows[r + 1]
-    slices.npy   a record for each stretch of a document, see SLICE
-    order.npy    int32 (epochs, rows): the rows in the order of training, epoch by epoch
+    plan.json    settings, `.bin` files with digests, counts (packed, cut, left out); written last
+    rows.npy     int64 (rows + 1,): row r consists of slices rows[r] to rows[r + 1] - 1
+    slices.npy   one record per slice, see SLICE
+    order.npy    int32 (epochs, rows): for each epoch, the rows in training order
 
-The arrays are memory-mapped: opening a plan costs the same however many documents it has.
+The arrays are memory-mapped, so opening a plan takes the same time whatever its size.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ MODES = ("best_fit", "xtuner")
 SEED = 1024  # XTuner's
 PLAN = "plan.json"
 
-# A stretch of a document: its file in the plan's list, its number in the file, its tokens from `start` to before
-# `stop`, and where its line begins in the file and how many bytes it has.
+# A slice of a document: the index of its file in the plan, its number in that file, its tokens from `start`
+# up to but not including `stop`, and the byte offset and byte length of its line.
 SLICE = np.dtype(
     [
         ("file", "<i4"),
@@ -60,17 +60,19 @@ class PackPlan:
 
     Attributes:
         mode: best_fit or xtuner.
-        seed: Of the packing and of the order of rows.
+        seed: Seed of the packing and of the row order.
         max_length: Tokens of a full row.
-        train_folder: What the names of files are relative to.
-        files: One entry a file: `name`, `samples`, `tokens`, `bin_bytes`, `bin_sha256` (None if nobody asked for it).
+        train_folder: Folder that file names are relative to.
+        files: One entry per file: `name`, `samples`, `tokens`, `bin_bytes`, `bin_sha256` (None if not
+            requested).
         rows: int64 (rows + 1,), see above.
         slices: SLICE array.
-        orders: int32 (epochs, rows); epochs beyond it are worked out when they come.
-        totals: What was counted: `documents`, `tokens`, `rows`, `waste`, `cut` and `dropped`, see docs/packing.md.
-        processed_dir: The folder of the JSONL files, if it was given: only for traces.
-        made_with: Tokenizer, template and options of the files, see snaketune/tokenized/made_with.py; None if nobody can tell.
-        weights: How often the documents of a dataset are seen an epoch, where that is not once.
+        orders: int32 (epochs, rows); later epochs are computed on demand.
+        totals: Counts: `documents`, `tokens`, `rows`, `waste`, `cut` and `dropped`, see docs/packing.md.
+        processed_dir: Folder of the JSONL files, if given; used only for traces.
+        made_with: Tokenizer, template and options of the files, see snaketune/tokenized/compatibility.py;
+            None if unknown.
+        weights: How often the documents of a dataset are seen per epoch, where that is not once.
     """
 
     mode: str
@@ -87,38 +89,38 @@ class PackPlan:
     weights: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        """Rows of an epoch."""
+        """Returns the number of rows in an epoch."""
         return len(self.rows) - 1
 
     def row(self, number: int) -> list[Slice]:
-        """Returns the slices of a row, in their order."""
+        """Returns the slices of a row, in order."""
         return [Slice(*record) for record in self.slices[self.rows[number] : self.rows[number + 1]].tolist()]
 
     def order(self, epoch: int) -> np.ndarray:
-        """Returns the rows of an epoch in the order of training: int array (rows,)."""
+        """Returns the rows of an epoch in training order: int array (rows,)."""
         return self.orders[epoch] if epoch < len(self.orders) else shuffled_rows(len(self), self.seed, epoch)
 
     def entries_per_epoch(self, world_size: int) -> int:
         """Returns how many rows of an epoch are trained on.
 
-        All of them; in mode xtuner as many as the ranks share evenly, so it depends on `world_size`, as in XTuner.
+        In mode best_fit, all of them. In mode xtuner, the largest multiple of `world_size`, as in XTuner.
         """
         return len(self) // world_size * world_size if self.mode == "xtuner" else len(self)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the plan was made with, apart from the data."""
+        """The settings that the plan was made with."""
         own = {"weights": self.weights} if self.weights else {}
         return {"mode": self.mode, "seed": self.seed, "max_length": self.max_length, **own}
 
     def sha256(self) -> str:
-        """Returns the digest of all that decides what is trained on, and in which order: no path is part of it."""
+        """Returns the digest of everything that decides the training data and their order. Excludes paths."""
         digests = {name: hashlib.sha256(getattr(self, name)).hexdigest() for name in ("rows", "slices")}
         data = [[file["name"], file["bin_sha256"]] for file in self.files]
         return sha256_json({"format": PLAN_FORMAT, **self.settings, "files": data, **digests})
 
     def write(self, folder: str | os.PathLike) -> dict[str, Any]:
-        """Writes the folder's files, plan.json last, and returns what that holds."""
+        """Writes the plan folder, plan.json last, and returns the content of plan.json."""
         folder = Path(folder)
         (folder / PLAN).unlink(missing_ok=True)
         for name, array in zip(PLAN_ARRAYS, (self.rows, self.slices, self.orders), strict=True):
@@ -142,17 +144,17 @@ class PackPlan:
 
 
 def shuffled_rows(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order of an epoch's rows: int32 (rows,), XTuner's, whose random generator NumPy keeps as it is."""
+    """Returns the row order of an epoch, as in XTuner: int32 (rows,). NumPy keeps RandomState's stream stable."""
     order = np.arange(rows, dtype=np.int32)
     np.random.RandomState(seed + epoch).shuffle(order)
     return order
 
 
 def read_plan_manifest(folder: str | os.PathLike) -> dict[str, Any]:
-    """Returns the plan.json of a plan folder; the path of the plan.json itself is taken too.
+    """Returns the content of plan.json, given a plan folder or the path of its plan.json.
 
     Raises:
-        UserError: It is missing or no plan.
+        UserError: The file is missing or is not a pack plan.
     """
     path = plan_folder(folder) / PLAN
     try:
@@ -169,20 +171,20 @@ def read_plan_manifest(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def plan_folder(path: str | os.PathLike) -> Path:
-    """Returns the folder of a plan, given as the folder or as its plan.json."""
+    """Returns the plan folder, given the folder or its plan.json."""
     path = Path(path)
     return path.parent if path.name == PLAN else path
 
 
 def open_plan(folder: str | os.PathLike, train_folder: str | os.PathLike | None = None) -> PackPlan:
-    """Opens a plan folder; the arrays are mapped, and the `.bin` files looked up but not read.
+    """Opens a plan folder. Maps the arrays, and checks the sizes of the `.bin` files without reading them.
 
     Args:
         folder: The plan folder.
-        train_folder: Where the `.bin` files lie, if not where the plan says.
+        train_folder: Folder of the `.bin` files, if not the one recorded in the plan.
 
     Raises:
-        UserError: The plan is torn, or a `.bin` file is missing or of another size than when it was planned.
+        UserError: The plan is incomplete, or a `.bin` file is missing or has changed its size.
     """
     folder = plan_folder(folder)
     manifest = read_plan_manifest(folder)
@@ -191,7 +193,7 @@ def open_plan(folder: str | os.PathLike, train_folder: str | os.PathLike | None 
     expected = [(manifest["rows"] + 1,), (manifest["slices"],), (manifest["epochs"], manifest["rows"])]
     if found != expected or arrays[1].dtype != SLICE:
         raise UserError(
-            f"{folder}: the arrays are not those of plan.json",
+            f"{folder}: the arrays do not match plan.json",
             found=found,
             expected=expected,
             fix="make the plan again with plan_packing.py",
@@ -229,7 +231,7 @@ def _look_up(path: Path, size: int) -> None:
         found = error.strerror
     if found != size:
         raise UserError(
-            f"{path} is not the file that was planned with",
+            f"{path} is not the file that the pack plan was made from",
             found=found if isinstance(found, str) else f"{found} bytes",
             expected=f"{size} bytes",
             fix="make the plan again with plan_packing.py",
@@ -237,5 +239,5 @@ def _look_up(path: Path, size: int) -> None:
 
 
 def join_rows(counts: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Returns the `rows` array for the numbers of slices of each row."""
+    """Returns the `rows` array, given the number of slices in each row."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])

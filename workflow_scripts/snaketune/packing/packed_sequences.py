@@ -1,4 +1,4 @@
-"""Reads the packed rows of a plan: the documents' lines, cut and laid end to end."""
+"""Reads the packed sequences of a plan: slices of documents, concatenated."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from snaketune.common.cli import UserError
 from snaketune.packing.pack_plan import PackPlan, Slice
 from snaketune.tokenized.bin_reader import IGNORE_INDEX, read_line
 
-# Files that one reader keeps open: a data set may have more than a process is allowed to.
+# Files that a reader keeps open. A dataset may have more files than a process may open.
 _OPEN_FILES = 128
 
 
 class PackedSequences:
-    """The rows of a plan, by number.
+    """The packed sequences (rows) of a plan, by number.
 
     Args:
         plan: The plan.
@@ -31,7 +31,7 @@ class PackedSequences:
         return len(self.plan)
 
     def __getstate__(self) -> dict:
-        # Each loader process opens files of its own.
+        # Each data loader process opens its own files.
         return {**self.__dict__, "_open": OrderedDict()}
 
     def __del__(self) -> None:
@@ -42,21 +42,21 @@ class PackedSequences:
         """Returns one row.
 
         Returns:
-            `input_ids`, `labels` and `position_ids`: int64 arrays (tokens,), at most `max_length` of them;
-            `cumulative_len`: int64 array (documents + 1,), the boundaries of the documents in the row, from 0 on.
-            Labels are -100 where nothing is trained; in mode best_fit also at the first token of each document,
-            which nothing in the row can predict. Mode xtuner keeps XTuner's labels: there the last token of a
-            document predicts the first of the next.
+            `input_ids`, `labels` and `position_ids`: int64 arrays (tokens,), with at most `max_length`
+            tokens; `cumulative_len`: int64 array (documents + 1,), the boundaries of the documents in the
+            row, from 0. Labels are -100 at tokens that are not trained on. In mode best_fit, so is the first
+            label of each document, which nothing in the row can predict. Mode xtuner keeps XTuner's labels,
+            where the last token of a document predicts the first token of the next.
 
         Raises:
-            UserError: A line is not the one that was planned with.
+            UserError: A line differs from the one that the plan was made from.
         """
         if not 0 <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
-        pieces = self.plan.row(number)
-        documents = [self._read(piece) for piece in pieces]
+        slices = self.plan.row(number)
+        documents = [self._read(each) for each in slices]
         ids, labels = (np.concatenate(column) for column in zip(*documents, strict=True))
-        sizes = np.array([piece.stop - piece.start for piece in pieces], dtype=np.int64)
+        sizes = np.array([each.stop - each.start for each in slices], dtype=np.int64)
         boundaries = np.concatenate([[0], np.cumsum(sizes)])
         if self.plan.mode == "best_fit":
             labels[boundaries[:-1]] = IGNORE_INDEX
@@ -67,20 +67,20 @@ class PackedSequences:
             "cumulative_len": boundaries,
         }
 
-    def _read(self, piece: Slice) -> tuple[np.ndarray, np.ndarray]:
-        line = os.pread(self._handle(piece.file), piece.bytes, piece.offset)
+    def _read(self, which: Slice) -> tuple[np.ndarray, np.ndarray]:
+        line = os.pread(self._handle(which.file), which.bytes, which.offset)
         try:
             ids, labels = read_line(line)
-            if len(ids) < piece.stop:
+            if len(ids) < which.stop:
                 raise ValueError(f"{len(ids)} tokens")
         except ValueError as error:
             raise UserError(
-                f"{self._path(piece.file)}: the line at byte {piece.offset} is not what was planned with",
+                f"{self._path(which.file)}: the line at byte {which.offset} does not match the pack plan",
                 found=error,
-                expected=f'{{"tokens": [...]}} with at least {piece.stop} tokens',
-                fix="delete the file and its .meta, tokenise the dataset again, and plan again",
+                expected=f'{{"tokens": [...]}} with at least {which.stop} tokens',
+                fix="delete the file and its .meta, tokenise the dataset again, and make the plan again",
             ) from None
-        return ids[piece.start : piece.stop], labels[piece.start : piece.stop]
+        return ids[which.start : which.stop], labels[which.start : which.stop]
 
     def _path(self, file: int) -> Path:
         return self.plan.train_folder / self.plan.files[file]["name"]

@@ -1,4 +1,4 @@
-"""Compares two pack plans: which documents are only in one, cut otherwise, packed with others, or moved."""
+"""Compares two pack plans: documents only in one, cut differently, packed with other documents, or moved."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class _Placed(NamedTuple):
     """The slices of a plan: int64 arrays (slices,).
 
     Attributes:
-        document: The file's number in the names of both plans, and the sample.
-        span: First token, and the token after the last.
-        copy: Which of the same stretches of the plan, from 0: with weights a document may be there several times.
+        document: Index of the file in the names of both plans (high 32 bits), number in it (low 32 bits).
+        span: First token (high 32 bits) and the token after the last (low 32 bits).
+        copy: Which of several equal slices this is, from 0. With weights, a plan may repeat a document.
         row: The row.
-        step: The optimizer step of the first epoch that trains on the row, from 1.
-        company: A digest of all slices of the row.
+        step: The optimizer step that trains on the row in epoch 0, from 1.
+        company: A digest of all slices in the row.
     """
 
     document: np.ndarray
@@ -34,22 +34,24 @@ class _Placed(NamedTuple):
 def diff_plans(
     a: str | os.PathLike, b: str | os.PathLike, global_batch: int = 1, show: int = 20
 ) -> dict[str, Any]:
-    """Compares two plan folders. A document is known by the name of its `.bin` file and its number in it.
+    """Compares two plan folders. The name of its `.bin` file and its number in the file identify a document.
 
     Args:
         a: The first plan.
-        b: The second.
-        global_batch: Rows of an optimizer step, on all ranks together.
-        show: How many documents to name.
+        b: The second plan.
+        global_batch: Rows per optimizer step, over all ranks.
+        show: How many moved documents to list.
 
     Returns:
-        `same` (the plans are the same), `settings` (what differs, old and new), `files` (`only_a`, `only_b`, `changed`),
-        `documents` (counts, see below) and `moved`, a list of the first of them with rows and steps.
-        Counts: `only_a`, `only_b`, `both`; of these `cut_otherwise` and `more_or_less_often`; of the stretches that both
-        have `with_others` in their row, `at_another_step`, and `moved`, which are either.
+        `same` (True if the plans are equal), `settings` (those that differ, old and new), `files` (`only_a`,
+        `only_b`, `changed`), `documents` (counts, see below) and `moved`, the first moved documents with
+        their rows and steps.
+        Counts of documents: `only_a`, `only_b`, `both`, and among `both`
+        `cut_otherwise` and `more_or_less_often`. Counts of slices that both plans have: `with_others` (other
+        slices in the row), `at_another_step`, and `moved` (either of the two).
 
     Raises:
-        UserError: One is no plan.
+        UserError: A folder is not a pack plan.
     """
     plans = open_plan(a), open_plan(b)
     if plans[0].sha256() == plans[1].sha256():
@@ -65,7 +67,7 @@ def diff_plans(
         np.isin(each.document, both) & ~np.isin(np.arange(len(each.document)), common)
         for each, common in ((first, ours), (second, theirs))
     ]
-    # The first of several copies finds its like wherever the document is cut alike.
+    # Where both plans cut a document the same way, copy 0 of each slice always has a match.
     otherwise = np.unique(
         np.concatenate(
             [each.document[one & (each.copy == 0)] for each, one in zip(placed, alone, strict=True)]
@@ -124,7 +126,7 @@ def _place(plan: PackPlan, names: list[str], global_batch: int) -> _Placed:
 
 
 def _copy_numbers(document: np.ndarray, span: np.ndarray) -> np.ndarray:
-    order = np.lexsort((span, document))  # stable: copies stay in the order of the rows
+    order = np.lexsort((span, document))  # stable: copies stay in row order
     new = np.ones(len(order), dtype=bool)
     new[1:] = (np.diff(document[order]) != 0) | (np.diff(span[order]) != 0)
     begins = np.flatnonzero(new)
@@ -134,14 +136,14 @@ def _copy_numbers(document: np.ndarray, span: np.ndarray) -> np.ndarray:
 
 
 def _times(placed: _Placed, documents: np.ndarray) -> np.ndarray:
-    """Returns how often each document is in a plan: a copy has one stretch with its first token."""
+    """Returns how often each document is in a plan. Exactly one slice of each copy holds the first token."""
     begins = placed.document[placed.span >> 32 == 0]
     begins = begins[np.isin(begins, documents)]
     return np.bincount(np.searchsorted(documents, begins), minlength=len(documents))
 
 
 def _common(first: _Placed, second: _Placed) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the numbers, in both plans, of the stretches that both have."""
+    """Returns the indices of the slices that both plans have, in the first plan and in the second."""
     document, span, copy = (np.concatenate(pair) for pair in list(zip(first, second, strict=True))[:3])
     order = np.lexsort((copy, span, document))
     same = (np.diff(document[order]) == 0) & (np.diff(span[order]) == 0) & (np.diff(copy[order]) == 0)

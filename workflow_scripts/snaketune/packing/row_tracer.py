@@ -1,4 +1,4 @@
-"""Which documents stand in a row of a plan, down to the lines of the JSONL files."""
+"""Traces a row of a plan to its documents and their lines in the JSONL files."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from snaketune.tokenized.source_lines import source_lines
 
 @dataclass(frozen=True)
 class TracedSlice:
-    """A stretch of a document in a row.
+    """A slice in a row, with its source.
 
     Attributes:
         dataset: The dataset's folder.
-        source: The JSONL file; None if it is not known.
-        line: Its line, from 1; None if it is not known.
-        bin: The tokenised file, relative to the train folder.
-        sample: The document's number in it, from 0.
-        tokens: Tokens of the whole document.
-        start: First token of the stretch.
+        source: The JSONL file; None if unknown.
+        line: The line in it, from 1; None if unknown.
+        bin: The `.bin` file, relative to the train folder.
+        sample: The document's number in the `.bin` file, from 0.
+        tokens: Tokens in the whole document.
+        start: First token of the slice.
         stop: The token after its last.
     """
 
@@ -42,19 +42,19 @@ class TracedSlice:
     stop: int
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the fields."""
+        """Returns the fields as a dict."""
         return dict(vars(self))
 
 
 class RowTracer:
-    """Traces rows of a plan; each JSONL file is read once, when it is first needed.
+    """Traces rows of a plan. Reads each JSONL file once, when first needed.
 
     Args:
         plan: The plan.
-        processed_dir: The folder of the JSONL files, if not the one that the plan names.
+        processed_dir: Folder of the JSONL files, if not the one recorded in the plan.
 
     Attributes:
-        notes: Why lines of a file are not known, by its name in the plan.
+        notes: Why the lines of a file are unknown, by the file's name in the plan.
     """
 
     def __init__(self, plan: PackPlan, processed_dir: str | os.PathLike | None = None):
@@ -66,21 +66,21 @@ class RowTracer:
         self._lengths: dict[int, np.ndarray] = {}
 
     def row(self, number: int) -> list[TracedSlice]:
-        """Returns the stretches of a row, in their order."""
+        """Returns the slices of a row, in order."""
         traced = []
-        for piece in self.plan.row(number):
-            name = self.plan.files[piece.file]["name"]
-            source, lines = self._source(piece.file, name)
+        for each in self.plan.row(number):
+            name = self.plan.files[each.file]["name"]
+            source, lines = self._source(each.file, name)
             traced.append(
                 TracedSlice(
                     dataset_of(name),
                     None if source is None else str(source),
-                    None if lines is None else int(lines[piece.sample]),
+                    None if lines is None else int(lines[each.sample]),
                     name,
-                    piece.sample,
-                    int(self._length(piece.file, name)[piece.sample]),
-                    piece.start,
-                    piece.stop,
+                    each.sample,
+                    int(self._length(each.file, name)[each.sample]),
+                    each.start,
+                    each.stop,
                 )
             )
         return traced
@@ -96,11 +96,11 @@ class RowTracer:
             try:
                 if self.processed_dir is None:
                     raise UserError(
-                        "the folder of the JSONL files is not known", fix="give it with --processed-dir"
+                        "the folder of the JSONL files is unknown", fix="pass it with --processed-dir"
                     )
                 entry = self._manifests.of(self.plan.train_folder / name)
                 if entry is None:
-                    raise UserError(f"{name} is in no manifest", fix="tokenise the dataset again")
+                    raise UserError(f"{name} is not in any manifest", fix="tokenise the dataset again")
                 self._sources[file] = source_lines(entry, self.processed_dir)
             except UserError as error:
                 self.notes[name] = str(error)

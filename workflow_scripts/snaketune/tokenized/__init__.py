@@ -1,1 +1,1 @@
-"""Tokenised folders: what is written, how it is recorded, and how it is read back."""
+"""Writes, records and reads tokenised folders."""

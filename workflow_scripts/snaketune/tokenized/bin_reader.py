@@ -22,11 +22,11 @@ class TokenizedFile:
         path: The `.bin` file; its meta file is `<path>.meta`.
 
     Attributes:
-        offsets: int64 array (conversations,), byte offset of each line.
-        lengths: int64 array (conversations,), tokens of each conversation, BOS included.
+        offsets: int64 array (documents,), byte offset of each line.
+        lengths: int64 array (documents,), tokens in each document, including BOS.
 
     Raises:
-        UserError: The meta file is missing or is not the one of this `.bin`.
+        UserError: The meta file is missing or does not belong to this `.bin`.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -40,7 +40,7 @@ class TokenizedFile:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (input_ids, labels) of one conversation, see `read_line`."""
+        """Returns (input_ids, labels) of one document, see `read_line`."""
         if self._map is None:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -52,7 +52,7 @@ class TokenizedFile:
                 raise ValueError(f"{len(ids)} tokens")
         except ValueError as error:
             raise UserError(
-                f"{self.path}: the line at byte {start} is not what the meta file says",
+                f"{self.path}: the line at byte {start} does not match the meta file",
                 found=error,
                 expected=f'{{"tokens": [...]}} with {self.lengths[index]} tokens',
                 fix="delete the file and its .meta and tokenise the dataset again",
@@ -63,8 +63,8 @@ class TokenizedFile:
 def read_line(line: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Returns (input_ids, labels) of a `.bin` line: int64 arrays (tokens,), labels -100 where untrained.
 
-    An id that is stored as 0 or negative is untrained: id 0 therefore never trains, as in XTuner. The exact mask spells
-    a 0 that is trained `-0`, which XTuner reads as 0.
+    An id stored as 0 or as a negative number is untrained, so id 0 never trains, as in XTuner. The exact mask
+    writes a trained 0 as `-0`, which XTuner reads as 0.
 
     Raises:
         ValueError: The line is not `{"tokens": [integers]}`.
@@ -85,13 +85,13 @@ def read_line(line: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_meta(path: Path) -> np.ndarray:
-    """Returns the rows of a `.bin` file's meta file: int64 (conversations, 2), byte offset and tokens of each line.
+    """Returns a `.bin` file's meta data: int64 (documents, 2), byte offset and token count of each line.
 
     Raises:
-        UserError: A file is missing, or the meta file is broken or of another `.bin`.
+        UserError: A file is missing, or the meta file is broken or belongs to a different `.bin`.
     """
     meta_file = meta_path(path)
-    fix = "tokenise the dataset again (tokenize_dataset.py), or take the file out of the data order"
+    fix = "tokenise the dataset again (tokenize_dataset.py), or remove the file from the data order"
     if not path.is_file() or not meta_file.is_file():
         missing = meta_file if path.is_file() else path
         raise UserError(f"{missing} is missing", expected="a .bin file and its .bin.meta", fix=fix)

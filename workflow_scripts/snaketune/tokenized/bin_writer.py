@@ -1,8 +1,8 @@
-"""Writes `<file>.bin` and `<file>.bin.meta` as XTuner 0.2.0 does, block by block, whole or not at all.
+"""Writes `<file>.bin` and `<file>.bin.meta` in XTuner 0.2.0's format, block by block and atomically.
 
 A `.bin` line is `{"tokens": [...]}` with untrained ids negated. The meta file is `numpy.save` of int64 rows (byte
-offset, token count). A copy of every 100th sample goes into the valid folder, and stays there if there are more than
-500 of them; or, with `valid: holdout`, the samples chosen for it go there and nowhere else.
+offset, token count). With `valid: copy`, every 100th document is copied to the valid folder; the copies are
+kept only if there are more than 500. With `valid: holdout`, the chosen documents go to the valid folder only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from snaketune.tokenized.layout import meta_path
 
 VALID_EVERY = 100
 VALID_KEPT_ABOVE = 500
-# numpy.save pads the header of a two-column int64 array to this, however many rows there are.
+# numpy.save pads the header of a two-column int64 array to this size, whatever the number of rows.
 _HEADER_BYTES = 128
 _READ_BYTES = 4 << 20
 
@@ -30,9 +30,9 @@ class Lines(NamedTuple):
     """Consecutive lines of a `.bin` file.
 
     Attributes:
-        data: The lines, joined.
-        line_bytes: int64 array (samples,), bytes of each line.
-        lengths: int64 array (samples,), tokens of each line.
+        data: The joined lines.
+        line_bytes: int64 array (documents,), bytes of each line.
+        lengths: int64 array (documents,), tokens of each line.
     """
 
     data: bytes
@@ -40,7 +40,7 @@ class Lines(NamedTuple):
     lengths: np.ndarray
 
     def chosen(self, which: np.ndarray) -> Lines:
-        """Returns the lines of a bool array (samples,)."""
+        """Returns the lines that a bool array (documents,) selects."""
         ends = np.cumsum(self.line_bytes)
         lines = [
             self.data[ends[index] - self.line_bytes[index] : ends[index]] for index in np.flatnonzero(which)
@@ -49,7 +49,7 @@ class Lines(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What stands in the train folder, and how many samples in the valid folder (0: no file)."""
+    """Size and digests of the train files, and the number of documents in the valid folder (0: no file)."""
 
     samples: int
     bytes: int
@@ -59,21 +59,22 @@ class Written(NamedTuple):
 
 
 class _NotKept(Exception):
-    """Ends a part, whose temporary files go away with it."""
+    """Discards the valid part, which removes its temporary files."""
 
 
 def write_tokenized(
     train_path: Path, valid_path: Path, blocks: Iterable[tuple[Lines, Lines | None]], copy: bool
 ) -> Written:
-    """Writes the train and the valid part of one JSONL file.
+    """Writes the train and valid files of one JSONL file.
 
-    All files are made beside their places and renamed at the end, the train `.bin` last; an exception leaves nothing.
+    Writes temporary files beside the targets and renames them at the end, the train `.bin` last. An exception
+    leaves nothing behind.
 
     Args:
         train_path: The `.bin` in the train folder; its meta file is `<path>.meta`.
-        valid_path: The same in the valid folder.
-        blocks: The lines for the train part and those that only the valid part gets, in order.
-        copy: Copy every 100th train line into the valid part.
+        valid_path: The `.bin` in the valid folder.
+        blocks: Pairs of lines for the train file and lines for the valid file only, in order.
+        copy: Copy every 100th train line to the valid file.
     """
     with _open_part(train_path) as train, suppress(_NotKept), _open_part(valid_path) as valid:
         for lines, moved in blocks:
@@ -92,7 +93,7 @@ def write_tokenized(
 
 
 def read_tokenized(path: Path) -> Iterator[Lines]:
-    """Yields the lines of a `.bin` file, some megabytes at a time."""
+    """Yields the lines of a `.bin` file, a few megabytes at a time."""
     rows = np.load(meta_path(path), mmap_mode="r")
     with open(path, "rb") as file:
         first = 0
@@ -106,7 +107,7 @@ def read_tokenized(path: Path) -> Iterator[Lines]:
 
 
 class _Part:
-    """One `.bin` and its meta file under their temporary names."""
+    """One `.bin` and its meta file, under temporary names."""
 
     def __init__(self, bin_file: IO[bytes], meta_file: IO[bytes]):
         self._bin, self._meta = bin_file, meta_file
@@ -123,18 +124,18 @@ class _Part:
         self.bytes += len(lines.data)
 
     def finish(self) -> None:
-        """Puts the header, which holds the number of rows, in front of the rows."""
+        """Writes the meta file's header, which holds the number of rows."""
         self._meta.seek(0)
         if self.samples:
             self._meta.write(_meta_header(self.samples))
         else:
-            np.save(self._meta, [])  # XTuner's call for a file without a conversation: an array of floats
+            np.save(self._meta, [])  # XTuner's call for a file without documents: an array of floats
             self._meta.truncate()
 
 
 @contextmanager
 def _open_part(path: Path) -> Iterator[_Part]:
-    # Left in reverse order, so both are closed before the renames, and the .bin gets its name after its meta file.
+    # Exits in reverse order: closes both files, then renames the meta file, then the .bin.
     with (
         atomic_path(path) as bin_temporary,
         atomic_path(meta_path(path)) as meta_temporary,

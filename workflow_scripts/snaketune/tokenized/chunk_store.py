@@ -1,12 +1,12 @@
-"""What is done already, decided by content: a record for each finished file and for each finished range of one.
+"""Records which chunks are done: one record for each finished file and each finished byte range of a file.
 
-    <tokenized_dir>/chunks/<dataset>/<file>/done.json                  the file is tokenised and in its place
-    <tokenized_dir>/chunks/<dataset>/<file>/0003-of-0012.json          a range of it is, and lies beside
+    <tokenized_dir>/chunks/<dataset>/<file>/done.json                  the whole file is tokenised
+    <tokenized_dir>/chunks/<dataset>/<file>/0003-of-0012.json          a range of it is tokenised, into
     <tokenized_dir>/chunks/<dataset>/<file>/0003-of-0012.{train,valid}.bin and .bin.meta, .quarantine.jsonl
 
-A record is believed when it was made with the same tokenizer, template and options, the source still has the bytes that
-it was made from, and every output has the bytes that were written. Equal size and time stamp stand for equal bytes, but
-only where the time stamp was old when the bytes were read; otherwise they are hashed again, and the new stamp noted.
+A record is valid if it was made with the same tokenizer, template and options, and if the source and all
+outputs still have the recorded bytes. Equal size and mtime count as equal bytes, but only if the mtime was
+old enough when the bytes were read. Otherwise the bytes are hashed again and the new mtime is recorded.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from snaketune.tokenized.layout import (
     records_folder,
 )
 
-# A file changed within the resolution of a clock could change again unseen.
+# A file written this recently could change again without changing its mtime.
 _CLOCK_NS = 2_000_000_000
-# Raised when records hold something new: those of another format are made again.
+# Increase when the content of records changes. Chunks with records of a different format are tokenised again.
 _FORMAT = 2
 
 
@@ -44,8 +44,8 @@ class ChunkStore:
 
     Args:
         tokenized_dir: The folder.
-        identity: What decides the bytes besides the source: JSON of the tokenizer's digest, the template, the options.
-        max_bad_share: Share of a file's lines that may be bad; 0 where a bad line stops the run.
+        identity: Everything besides the source that decides the bytes, see `identity.tokenize_identity`.
+        max_bad_share: Share of a file's lines that may be bad; 0 if a bad line stops the run.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ChunkStore:
         return records_folder(self.root, dataset) / source.stem
 
     def bins(self, chunk: Chunk) -> dict[str, Path]:
-        """Returns where a chunk's train and valid part and its bad lines go."""
+        """Returns the paths of a chunk's train file, valid file and quarantine."""
         if chunk.count == 1:
             name = bin_name(chunk.source)
             quarantine = quarantine_path(self.root, chunk.dataset, name)
@@ -72,20 +72,20 @@ class ChunkStore:
         return parts | {"quarantine": quarantine}
 
     def outputs(self, chunk: Chunk) -> list[Path]:
-        """Returns every file that a chunk may have written."""
+        """Returns the paths of all files that a chunk may have written."""
         paths = self.bins(chunk)
         bins = [paths[split] for split in SPLITS]
         return [path for each in bins for path in (each, meta_path(each))] + [paths["quarantine"]]
 
     def record_path(self, chunk: Chunk) -> Path:
-        """Returns the place of a chunk's record."""
+        """Returns the path of a chunk's record."""
         name = "done" if chunk.count == 1 else _stem(chunk)
         return self.folder(chunk.dataset, chunk.source) / f"{name}.json"
 
     def recorded(self, dataset: str, source: Path) -> list[Chunk]:
-        """Returns the chunks that a file was last cut into, whether done or not; the whole file if there are none.
+        """Returns the chunks that a file was last split into, done or not; the whole file if it was never split.
 
-        Merging so needs not know the sizes that the plan was made with.
+        This way, merging need not know the sizes that the split was made with.
         """
         whole = Chunk(dataset, source)
         if self.record_path(whole).exists():
@@ -102,7 +102,7 @@ class ChunkStore:
         return [Chunk(dataset, source, index, count) for index in range(count)]
 
     def find(self, chunk: Chunk) -> dict[str, Any] | None:
-        """Returns the record of a finished chunk, or None when it has to be done."""
+        """Returns the valid record of a chunk, or None if the chunk is not done."""
         record = _read(self.record_path(chunk))
         if (
             not record
@@ -125,12 +125,12 @@ class ChunkStore:
         return record
 
     def digest(self, chunk: Chunk) -> str:
-        """Returns the digest of the bytes that a finished chunk (or the file that it is in) was made from."""
+        """Returns the source digest of a finished chunk, or of its file if the whole file is done."""
         record = _read(self.record_path(chunk.whole)) or _read(self.record_path(chunk)) or {}
         return record["bytes_of"]["sha256"]
 
     def forget(self, chunk: Chunk) -> None:
-        """Removes a chunk's record first, then its files."""
+        """Removes a chunk's record, then its files."""
         for path in [self.record_path(chunk), *self.outputs(chunk)]:
             path.unlink(missing_ok=True)
 
@@ -139,9 +139,9 @@ class ChunkStore:
 
         Args:
             chunk: The chunk.
-            state: The source as it was before it was read.
-            sha256: Of the bytes of the chunk's lines.
-            result: What to remember of it.
+            state: State of the source before it was read.
+            sha256: Digest of the chunk's lines.
+            result: Result to record.
         """
         outputs = {}
         for path in self.outputs(chunk):
@@ -167,13 +167,13 @@ class ChunkStore:
 
     def _write(self, chunk: Chunk, record: dict[str, Any]) -> None:
         path = self.record_path(chunk)
-        # Not flushed to disk: a record that is lost or broken costs doing the chunk again, no more.
+        # Not flushed to disk: losing a record only means tokenising the chunk again.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(record, sort_keys=True), encoding="utf-8")
         temporary.replace(path)
 
     def _has_too_many_bad(self, sums: dict[str, int], chunk: Chunk) -> bool:
-        # Of a range only "none" can be asked: the share is that of the whole file.
+        # The share applies to the whole file. A range can only be checked against "none".
         share = self._max_bad_share if chunk.count == 1 or not self._max_bad_share else 1.0
         return sums["quarantined"] > share * sums["lines"]
 
@@ -194,11 +194,11 @@ class ChunkStore:
 
 
 class SourceState:
-    """A source as it is before it is read.
+    """The state of a source before it is read.
 
     Attributes:
-        size: Its bytes.
-        mtime_ns: Its time stamp, or None when that is too fresh to stand for the content.
+        size: Bytes.
+        mtime_ns: The mtime, or None if it is too recent to prove that the content is unchanged.
     """
 
     def __init__(self, source: Path):
@@ -227,7 +227,7 @@ def _stamps(record: dict[str, Any]) -> list[int | None]:
 
 
 def remove_unfinished(folders: Iterable[Path]) -> None:
-    """Removes what killed jobs left half-written in folders that no job writes to now."""
+    """Removes temporary files of killed jobs from folders that no job is writing to."""
     for folder in folders:
         if folder.is_dir():
             for path in folder.iterdir():

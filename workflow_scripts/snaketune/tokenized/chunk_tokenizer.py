@@ -1,4 +1,4 @@
-"""Tokenises blocks of parts of files, in the worker processes: line numbers of the whole file, nothing lost."""
+"""Tokenises blocks of a chunk in the worker processes, with line numbers of the whole file."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from snaketune.tokenized.block_tokenizer import BlockTokenizer, TokenizedBlock
 
 
 class ChunkTokenizer:
-    """Wraps a `BlockTokenizer` for blocks that do not begin where their file does."""
+    """Wraps a `BlockTokenizer` for chunks that start in the middle of a file."""
 
     def __init__(self, tokenizer: BlockTokenizer):
         self._tokenizer = tokenizer
 
     def __call__(self, source: str, block: Block, first_byte: int) -> tuple[int, TokenizedBlock]:
-        """Tokenises a block of the lines that follow the byte `first_byte` of a file.
+        """Tokenises a block of a chunk that starts at byte `first_byte` of its file.
 
         Returns:
-            The number of lines, and what became of them.
+            The number of lines and the tokenised block.
 
         Raises:
-            UserError: A line is not a conversation; names its number in the whole file.
+            UserError: A line is bad. The message names its number in the whole file.
         """
-        # How many lines lie before is counted only when somebody has to look at one of these.
+        # The preceding lines are counted only when a line number is needed.
         try:
             result = self._tokenizer(source, block)
         except UserError:
@@ -35,7 +35,7 @@ class ChunkTokenizer:
         if result.quarantined and first_byte:
             result = self._tokenizer(source, _renumbered(source, block, first_byte))
         if len(result.lengths) + result.heldout + len(result.quarantined) != len(block.lines):
-            raise AssertionError(f"{source}: {len(block.lines)} lines went in, others came out")
+            raise AssertionError(f"{source}: the results do not account for all {len(block.lines)} lines")
         return len(block.lines), result
 
 

@@ -1,4 +1,4 @@
-"""Writes what a chunk became: its train and valid part and its bad lines, and the sums to remember."""
+"""Writes the results of a chunk: train and valid files, bad lines, and the sums for its record."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ def write_chunk(
     """Writes a chunk's files and returns the result for its record.
 
     Args:
-        store: Knows the places.
-        chunk: A whole file, or a range of one; only `finishing` copies valid samples out of ranges.
-        options: Which samples are moved to the valid folder, and how many bad lines are too many.
-        blocks: Number of lines, and what became of them.
+        store: Gives the paths.
+        chunk: A whole file or a range. For ranges, `dataset_merger` makes the copies for the valid folder
+            later.
+        options: Decide which documents move to the valid folder, and how many bad lines are allowed.
+        blocks: Pairs of the number of lines and the tokenised block.
 
     Raises:
-        UserError: Too many lines of a whole file are bad; only the file with the bad lines is written.
+        UserError: Too many lines of a whole file are bad. Only the quarantine file is written.
     """
     paths = store.bins(chunk)
     tally = Tally()
@@ -48,7 +49,7 @@ def write_chunk(
                 quarantine.add(quarantine_record(chunk.source.name, number, raw, reason))
             yield train, moved
         if chunk.count == 1:
-            # Raised before anything has its name.
+            # Raises before any file is renamed to its final name.
             refuse_too_many_in(chunk, tally, options, paths["quarantine"])
 
     with QuarantineFile(paths["quarantine"]) as quarantine:
@@ -58,7 +59,7 @@ def write_chunk(
 
 
 def digests(store: ChunkStore, paths: dict[str, Path], written: Written) -> dict[str, str]:
-    """Returns the digests that need no second reading, by the outputs' names."""
+    """Returns the digests that are already known, by output name."""
     path = paths["train"].relative_to(store.root)
     return {path.as_posix(): written.sha256, meta_path(path).as_posix(): written.meta_sha256}
 

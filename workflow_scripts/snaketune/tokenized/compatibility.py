@@ -1,6 +1,6 @@
-"""What tokenised files were made with, as their manifests say: training with anything else is refused.
+"""Checks that training uses the tokenizer, template and options that the data were tokenised with.
 
-Files that XTuner tokenised have no manifests. They are taken as they are, and nothing can be checked.
+The manifests record these. Files tokenised by XTuner have no manifests and are accepted unchecked.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from snaketune.tokenized.layout import (
 )
 from snaketune.tokenized.manifests import MADE_WITH, FileEntry, Manifests
 
-UNKNOWN = "no manifests (tokenised by XTuner?), so nobody can tell with which tokenizer and template"
+UNKNOWN = "no manifests (tokenised by XTuner?), so its tokenizer and template are unknown"
 _AGAIN = (
-    "tokenise again with one tokenizer and the same options (tokenize_dataset.py does only what is missing)"
+    "tokenise again with one tokenizer and the same options (tokenize_dataset.py redoes only what differs)"
 )
 
 
 def made_with(train_folder: str | os.PathLike, names: Sequence[str]) -> dict[str, Any] | None:
-    """Returns what all these files were made with: digests of tokenizer and template, and the options.
+    """Returns the digests of tokenizer and template and the options that all these files were made with.
 
     Args:
         train_folder: `<tokenized-dir>/chatml_llamav13_32k/train`.
-        names: The `.bin` files, relative to it.
+        names: The `.bin` files, relative to `train_folder`.
 
     Returns:
-        The same as JSON for all files; None when none of them has a manifest.
+        The common values, as JSON; None if no file has a manifest.
 
     Raises:
-        UserError: A file is not the one in its manifest, or has none where others have one (its tokenisation is not
-            finished), or two were made with different things.
+        UserError: A file does not match its manifest, or only some files have one (tokenisation is not
+            finished), or two files were made differently.
     """
     manifests = Manifests()
     first: tuple[Path, dict[str, Any] | None] | None = None
@@ -64,20 +64,20 @@ def made_with(train_folder: str | os.PathLike, names: Sequence[str]) -> dict[str
 def refuse_other_tokenizer(
     what: str | os.PathLike, made: Mapping[str, Any] | None, folder: str | os.PathLike, sha256: str
 ) -> None:
-    """Makes sure that tokenised files were made with this tokenizer.
+    """Checks that tokenised files were made with this tokenizer.
 
     Args:
-        what: The files, to be named in the message.
-        made: What they were made with, see `made_with`; None, if nobody can tell, is let through.
+        what: The files, for the message.
+        made: The result of `made_with`; None (unknown) passes.
         folder: The tokenizer's folder.
-        sha256: Of its tokenizer.json.
+        sha256: Digest of its tokenizer.json.
 
     Raises:
-        UserError: They were made with another one.
+        UserError: They were made with a different tokenizer.
     """
     if made is not None and sha256 != made["tokenizer_sha256"]:
         raise UserError(
-            f"{what} was made with another tokenizer",
+            f"{what} was made with a different tokenizer",
             found=f"{Path(folder) / 'tokenizer.json'}, SHA-256 {sha256[:12]}",
             expected=f"SHA-256 {made['tokenizer_sha256'][:12]}, as the manifest of the tokenisation says",
             fix="set the tokenizer's path to the folder that the data were tokenised with, "
@@ -88,14 +88,14 @@ def refuse_other_tokenizer(
 def refuse_other_template(
     what: str | os.PathLike, made: Mapping[str, Any] | None, folder: str | os.PathLike
 ) -> None:
-    """Makes sure that tokenised files were made with the chat template that is saved with the tokenizer.
+    """Checks that tokenised files were made with the chat template saved with the tokenizer.
 
-    Args and errors: as `refuse_other_tokenizer`.
+    Args and errors: see `refuse_other_tokenizer`.
     """
     saved = template_record(Path(folder))
     if made and saved and saved["sha256"] != made["template_sha256"]:
         raise UserError(
-            f"{what} was made with another chat template than the one saved with the tokenizer",
+            f"{what} was made with a different chat template than the one saved with the tokenizer",
             found=f"{saved['name']} ({saved['sha256'][:12]}) in {folder}",
             expected=f"{made['options']['template']} ({made['template_sha256'][:12]}), as the manifest of the tokenisation says",
             fix=f"tokenise again with `tokenize_dataset.py --template {Path(folder) / TEMPLATE_FILE}`, "
@@ -109,27 +109,26 @@ def _refuse_unfinished(file: Path, found: FileEntry | None) -> None:
         if root and (manifests_folder(root).is_dir() or records_folder(root).is_dir()):
             path = manifest_path(root, dataset_of(file.resolve()))
             raise UserError(
-                f"{file} is in no manifest: its dataset is not tokenised to the end, or it is not ours",
-                found=f"{path} without it" if path.is_file() else "no such manifest",
-                expected=f"{path}, which is written last, with the file in it",
-                fix="run tokenize_dataset.py again, which does what is missing; files of other tools belong into a "
-                "tokenised folder of their own",
+                f"{file} is not in any manifest: its dataset is not completely tokenised, or another tool made it",
+                found=f"{path} does not list it" if path.is_file() else "the manifest is missing",
+                expected=f"{path}, which is written last and lists the file",
+                fix="run tokenize_dataset.py again to tokenise the rest; keep other tools' files in a separate folder",
             )
     elif file.is_file() and file.stat().st_size != found.file["bin_bytes"]:
         raise UserError(
             f"{file} is not the file that was tokenised",
             found=f"{file.stat().st_size} bytes",
             expected=f"{found.file['bin_bytes']} bytes, as {found.path} says",
-            fix="run tokenize_dataset.py again, which makes it anew",
+            fix="run tokenize_dataset.py again, which recreates the file",
         )
 
 
 def _difference(
     one: Mapping[str, Any] | None, other: Mapping[str, Any] | None
 ) -> tuple[str, tuple[Any, Any]]:
-    """Returns the first setting in which two files differ, and its two values."""
+    """Returns the first setting that differs between two files, and its two values."""
     if one is None or other is None:
-        return "manifest", ("none" if one is None else "there", "none" if other is None else "there")
+        return "manifest", ("none" if one is None else "present", "none" if other is None else "present")
     for key in MADE_WITH[:-1]:
         if one[key] != other[key]:
             return key, (str(one[key])[:12], str(other[key])[:12])

@@ -1,6 +1,6 @@
-"""Puts the ranges of split files together, and writes the manifests, once everything is tokenised.
+"""Joins the ranges of split files and writes the manifests, once everything is tokenised.
 
-The bytes are those of one job that tokenises the file from its first to its last line: ranges are joined in order, and
+The result has the same bytes as a single job that tokenises the whole file: ranges are joined in order, and
 the copies for the valid folder are counted over the whole file.
 """
 
@@ -47,9 +47,9 @@ class Finisher:
     """Finishes datasets of one tokenised folder.
 
     Args:
-        store: Its records and files.
-        processed_dir: Where the sources lie; manifests tell their paths in it.
-        options: Those of the tokenisation.
+        store: The folder's records and files.
+        processed_dir: Folder of the sources; manifests record their paths relative to it.
+        options: Options of the tokenisation.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Finisher:
         self._processed, self._options = Path(processed_dir), options
 
     def reopen(self, chunk: Chunk) -> None:
-        """Takes back that a chunk is done: its dataset's manifest, its file's record and its own, and the files."""
+        """Marks a chunk as not done: removes its dataset's manifest, its file's record, its own, and the outputs."""
         manifest_path(self.store.root, chunk.dataset).unlink(missing_ok=True)
         self.store.forget(chunk.whole)
         if chunk.count > 1:
@@ -71,14 +71,14 @@ class Finisher:
             dataset_folder(self.store.root, split, chunk.dataset).mkdir(parents=True, exist_ok=True)
 
     def finish(self, dataset: str, chunks: list[Chunk]) -> dict[str, Any]:
-        """Joins what is in ranges, removes what belongs to no source, writes the manifest and returns it.
+        """Joins ranges, removes files without a source, and writes and returns the manifest.
 
         Args:
             dataset: The dataset's name.
             chunks: All chunks of its files.
 
         Raises:
-            UserError: A chunk is not done, or its source has changed.
+            UserError: A chunk is not done, or its source changed.
         """
         by_source: dict[Path, list[Chunk]] = {}
         for chunk in sorted(chunks):
@@ -103,12 +103,12 @@ class Finisher:
                     raise UserError(
                         f"{chunk.source}{part} is not tokenised, or has changed since",
                         expected="every part tokenised with this tokenizer and these options",
-                        fix="run again: only what is missing is done",
+                        fix="run again: only missing parts are tokenised",
                     )
             manifest_path(self.store.root, whole.dataset).unlink(missing_ok=True)
             self.store.forget(whole)
             record = self._join(chunks, found)
-        # What ranges left behind, finished or not, or in another number.
+        # Files of ranges, finished or not, including those of an earlier split into more or fewer ranges.
         folder = self.store.folder(whole.dataset, whole.source)
         for path in [each for each in folder.iterdir() if each.name != "done.json"]:
             path.unlink(missing_ok=True)
@@ -148,7 +148,7 @@ class Finisher:
         return record
 
     def _remove_strangers(self, dataset: str, sources: list[Path]) -> None:
-        """Removes tokenised files and records of sources that are there no more, and half-written files."""
+        """Removes tokenised files and records of sources that no longer exist, and temporary files."""
         bins = {bin_name(source) for source in sources}
         folders = [dataset_folder(self.store.root, split, dataset) for split in SPLITS]
         for folder in folders:
@@ -170,9 +170,9 @@ class Finisher:
 
     @cached_property
     def _unfinished_manifests(self) -> dict[str, list[Path]]:
-        """What killed jobs left half-written, by the name of the manifest that it was to be.
+        """Temporary files of killed jobs, by the name of the manifest they were for.
 
-        Looked for once: to list the folder for each of its thousands of datasets would take the square of the time.
+        Listed once: listing the folder for each of thousands of datasets would take quadratic time.
         """
         found: dict[str, list[Path]] = {}
         for path in manifests_folder(self.store.root).glob(".*.*.tmp"):
@@ -190,7 +190,7 @@ class Finisher:
         sums = tally["sums"]
         moved = written["valid_samples"] if self._options.valid == "holdout" else 0
         if sums["lines"] != written["samples"] + moved + sums["heldout"] + sums["quarantined"]:
-            raise AssertionError(f"{source}: samples in are not samples out: {sums}, {written}")
+            raise AssertionError(f"{source}: the results do not account for all lines: {sums}, {written}")
         if tally["source_bytes"] != record["bytes_of"]["size"]:
             raise AssertionError(f"{source}: not every byte was tokenised: {tally}, {record['bytes_of']}")
         train = self.store.bins(Chunk(dataset, source))["train"]
@@ -215,7 +215,7 @@ class Finisher:
 
 
 def remove_other_datasets(tokenized_dir: str | os.PathLike, keep: set[str]) -> list[str]:
-    """Removes the datasets of a tokenised folder that have a manifest and are not to be kept; returns their names."""
+    """Removes datasets from a tokenised folder that have a manifest and are not in `keep`. Returns their names."""
     root = Path(tokenized_dir)
     removed = []
     for path in list_manifests(root):
@@ -232,10 +232,10 @@ def remove_other_datasets(tokenized_dir: str | os.PathLike, keep: set[str]) -> l
 
 
 def _joined_digest(chunks: list[Chunk], records: list[dict[str, Any]]) -> str:
-    """Returns the digest of a whole file, after making sure that its ranges are what was tokenised.
+    """Returns the digest of a whole file. Checks that its ranges are the bytes that were tokenised.
 
     Raises:
-        UserError: They are not: the file changed between two parts.
+        UserError: The file changed between two parts.
     """
     digest = hashlib.sha256()
     with open(chunks[0].source, "rb") as file:
@@ -252,9 +252,9 @@ def _joined_digest(chunks: list[Chunk], records: list[dict[str, Any]]) -> str:
             if not file.read(1):
                 return digest.hexdigest()
     raise UserError(
-        f"{chunks[0].source} was changed while its parts were tokenised",
-        expected="a file that stays as it is",
-        fix="run again when nothing writes to it any more",
+        f"{chunks[0].source} changed while its parts were tokenised",
+        expected="a file that does not change",
+        fix="run again when nothing writes to the file",
     )
 
 

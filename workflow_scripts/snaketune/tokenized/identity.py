@@ -1,4 +1,7 @@
-"""What decides the bytes of tokenised files besides the conversations; in every record and manifest."""
+"""The identity of a tokenisation: everything besides the data that decides the bytes of tokenised files.
+
+Every record and manifest contains it.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ from snaketune.encoding.tokenizer import ExtendedTokenizer
 from snaketune.tokenized.block_tokenizer import TokenizeOptions
 from snaketune.tokenized.job_parts import TOKENIZED_FORMAT
 
-# What becomes of bad lines is no reason to do again what has none.
+# Handling of bad lines: changing it must not redo files without bad lines.
 _NO_BYTES = ("on_bad_sample", "max_bad_share")
 
 
 def tokenize_identity(tokenizer: ExtendedTokenizer, options: TokenizeOptions) -> dict[str, Any]:
     """Returns the digests of tokenizer and template and the options that decide bytes, as JSON.
 
-    A template file counts by its content, wherever it lies and whatever its name.
+    A template file is identified by its content, not by its path.
     """
     values = {key: value for key, value in dataclasses.asdict(options).items() if key not in _NO_BYTES}
     template = load_template(options.template)

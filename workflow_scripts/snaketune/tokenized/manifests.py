@@ -1,8 +1,8 @@
-"""Manifests of tokenised datasets: the one place that makes, finds, reads and checks them.
+"""Makes, finds, reads and checks the manifests of tokenised datasets.
 
-A manifest says what became of each JSONL file of a dataset, and with which tokenizer, template and options. It is written
-last: a dataset without one is not tokenised to the end. Files that XTuner tokenised have none. tokenized.json stands for
-all manifests of a folder, however many datasets there are.
+A manifest records the results for each JSONL file of a dataset, and the tokenizer, template and options. It
+is written last: a dataset without a manifest is not completely tokenised. Files tokenised by XTuner have
+none. tokenized.json represents all manifests of a folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from snaketune.common.files import read_json, sha256_json, write_json
 from snaketune.tokenized.layout import dataset_of, manifest_path, manifests_folder, tokenized_dir_of
 
 FORMAT = 1
-# What the bytes of a `.bin` file follow from, besides its source.
+# The keys that decide the bytes of a `.bin` file, besides its source.
 MADE_WITH = ("tokenizer_sha256", "template_sha256", "tokenized_format", "options")
 _SUMS = (
     "source_bytes",
@@ -34,12 +34,12 @@ _SUMS = (
 
 
 class FileEntry(NamedTuple):
-    """What a manifest says of one `.bin` file.
+    """A manifest's entry for one `.bin` file.
 
     Attributes:
-        path: The manifest.
-        manifest: Its content.
-        file: The entry of the file in it.
+        path: Path of the manifest.
+        manifest: Content of the manifest.
+        file: Entry of the file in the manifest.
     """
 
     path: Path
@@ -57,11 +57,11 @@ def build_manifest(
     """Returns the manifest of a dataset.
 
     Args:
-        dataset: Its name.
-        identity: What decides the bytes, see `snaketune.tokenized.identity`.
-        files: An entry for each JSONL file.
-        counts: What the encoder counted.
-        length_histogram: Of the train samples.
+        dataset: The dataset's name.
+        identity: See `snaketune.tokenized.identity`.
+        files: One entry per JSONL file.
+        counts: Counts of the encoder.
+        length_histogram: Histogram of the lengths of train documents.
     """
     totals: dict[str, Any] = {key: sum(file[key] for file in files) for key in _SUMS}
     totals["longest"] = max(file["longest"] for file in files)
@@ -84,7 +84,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """Reads a manifest.
 
     Raises:
-        UserError: It is missing, or is not the manifest of a tokenised dataset.
+        UserError: The file is missing or is not the manifest of a tokenised dataset.
     """
     found = "no such file"
     try:
@@ -100,28 +100,28 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
         f"{path} is not the manifest of a tokenised dataset",
         found=found,
         expected=f"JSON of format {FORMAT}, written by tokenize_dataset.py",
-        fix="run tokenize_dataset.py again, which writes it anew",
+        fix="run tokenize_dataset.py again, which rewrites it",
     )
 
 
 def list_manifests(tokenized_dir: str | os.PathLike) -> list[Path]:
-    """Returns the paths of a folder's manifests, sorted; none where there is no such folder."""
+    """Returns the sorted paths of a folder's manifests; an empty list if the folder does not exist."""
     return sorted(manifests_folder(tokenized_dir).glob("*.json"))
 
 
 class Manifests:
-    """Finds the manifests of `.bin` files, and reads each once."""
+    """Finds the manifests of `.bin` files. Reads each manifest once."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[dict[str, Any], dict[Path, dict[str, Any]]]] = {}
 
     def of(self, file: str | os.PathLike) -> FileEntry | None:
-        """Returns what the manifest of its dataset says of a `.bin` file; None if there is none, or it says nothing.
+        """Returns the manifest entry of a `.bin` file; None if there is no manifest or the file is not in it.
 
-        Links are followed.
+        Follows links.
 
         Raises:
-            UserError: There is a file in the manifest's place, but it is none.
+            UserError: The manifest is broken.
         """
         file = Path(file).resolve()
         root = tokenized_dir_of(file)
@@ -135,13 +135,13 @@ class Manifests:
 
 
 def write_index(path: str | os.PathLike, manifests: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes the digest of each dataset's manifest; so it changes when any of them does, and only then."""
+    """Writes the digest of each dataset's manifest. The index changes only when a manifest does."""
     digests = {name: sha256_json(manifest) for name, manifest in manifests.items()}
     write_json(path, {"format": FORMAT, "datasets": digests})
 
 
 def read_index(path: str | os.PathLike) -> dict[Path, str]:
-    """Returns the manifests that a tokenized.json names, with their digests, sorted by dataset.
+    """Returns the manifests listed in a tokenized.json with their digests, sorted by dataset.
 
     Raises:
         UserError: A manifest is missing.
@@ -153,14 +153,14 @@ def read_index(path: str | os.PathLike) -> dict[Path, str]:
         if not each.is_file():
             raise UserError(
                 f"{each} is missing",
-                expected=f"the manifests that {path} names",
+                expected=f"every manifest listed in {path}",
                 fix="tokenise the data again",
             )
     return manifests
 
 
 def manifest_paths(path: str | os.PathLike) -> list[Path]:
-    """Returns the manifests that a tokenized.json names; the path itself if it is a manifest.
+    """Returns the manifests listed in a tokenized.json; the path itself if it is a manifest.
 
     Raises:
         UserError: A manifest is missing.

@@ -1,4 +1,4 @@
-"""Shows a tokenised sample to a person: what is trained on, what is masked, which tokens are special."""
+"""Shows a document in readable form: trained and masked text, and special tokens."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _LEGEND = (
     ((False, False), "masked"),
     ((False, True), "masked, special token"),
 )
-# What a terminal would act upon. Data must not: an escape sequence in a conversation stays text.
+# Characters that control a terminal or hide text. An escape sequence in the data must not take effect.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class Token(NamedTuple):
-    """One token of a sample."""
+    """One token of a document."""
 
     id: int
     trained: bool
@@ -44,22 +44,24 @@ class Token(NamedTuple):
 
 
 class Sample:
-    """A sample of a `.bin` file with the tokenizer that made it.
+    """A document of a `.bin` file, with the tokenizer that made it.
 
     Args:
         path: The `.bin` file.
-        number: The sample, from 0; negative numbers count from the end.
+        number: Number of the document, from 0; negative numbers count from the end.
         tokenizer: The tokenizer.
 
     Raises:
-        UserError: There is no such sample.
+        UserError: The number is out of range.
     """
 
     def __init__(self, path: Path, number: int, tokenizer: ExtendedTokenizer):
         file = TokenizedFile(path)
         if not -len(file) <= number < len(file):
             raise UserError(
-                f"{path} has no sample {number}", found=f"{len(file)} samples", expected="0 to one less"
+                f"{path} has no document {number}",
+                found=f"{len(file)} documents",
+                expected="a smaller number: documents are numbered from 0",
             )
         self.path, self.samples = path, len(file)
         self.number = number % len(file)
@@ -71,22 +73,22 @@ class Sample:
             Token(int(i), bool(label != IGNORE_INDEX), int(i) in special)
             for i, label in zip(np.abs(ids), labels, strict=True)
         ]
-        # A decoder may treat the first token in another way than the rest; a special one in front keeps all alike.
+        # A decoder may treat the first token differently. A special token in front makes all of them equal.
         self._anchor = next(iter(tokenizer.ids.values()), tokenizer.bos_token_id)
 
     def pieces(self) -> Iterator[tuple[bool, bool, str]]:
-        """Yields (trained, special, text) of the stretches of one kind, each special token on its own."""
+        """Yields (trained, special, text) for each run of tokens of one kind; special tokens come one by one."""
         for (trained, special), group in groupby(self.tokens, lambda token: (token.trained, token.special)):
             ids = [token.id for token in group]
             for each in [[i] for i in ids] if special else [ids]:
                 yield trained, special, self._text(each)
 
     def name_of(self, token: int) -> str:
-        """Returns the entry of the vocabulary."""
+        """Returns a token's entry in the vocabulary."""
         return self._tokenizer.id_to_token(token) or "(no such id)"
 
     def summary(self) -> list[str]:
-        """Returns what is counted, line by line."""
+        """Returns the counts, as lines of text."""
         total, trained = len(self.tokens), sum(token.trained for token in self.tokens)
         special = Counter(token for token in self.tokens if token.special)
         names = [
@@ -94,7 +96,7 @@ class Sample:
             for token, count in special.items()
         ]
         return [
-            f"{self.path}: sample {self.number} of {self.samples:,}",
+            f"{self.path}: document {self.number} of {self.samples:,}",
             f"{total:,} tokens, {trained:,} trained on ({trained / max(1, total):.1%})",
             f"special tokens: {', '.join(names) or 'none'}",
         ]
@@ -105,15 +107,15 @@ class Sample:
 
 
 def paint(sample: Sample, colour: bool) -> str:
-    """Returns the sample as text: in colour, or with `[+ +]` around what is trained on and `[= =]` around special tokens.
+    """Returns the document as text, in colour or with `[+ +]` around trained text and `[= =]` around special tokens.
 
-    So a `<|im_end|>` that somebody typed looks different from one that ends a turn.
+    A typed `<|im_end|>` thus looks different from one that ends a turn.
     """
     parts = []
     if colour:
         for trained, special, text in sample.pieces():
             start = _COLOURS[trained, special]
-            # Each line carries its own colour, so that a pager can begin anywhere.
+            # Each line sets its own colour, so that a pager can start anywhere.
             painted = shown(text).replace("\n", f"\u21b5{_RESET}\n{start}")
             parts.append(f"{start}{painted}{_RESET}")
     else:
@@ -131,7 +133,7 @@ def legend(colour: bool) -> str:
 
 
 def token_table(sample: Sample) -> str:
-    """Returns one line a token: place, id, whether it is trained on, the vocabulary's entry."""
+    """Returns one line per token: position, id, trained or masked, vocabulary entry."""
     lines = ["  place        id           entry"]
     for place, token in enumerate(sample.tokens):
         mark = "trained" if token.trained else "masked"
@@ -140,10 +142,10 @@ def token_table(sample: Sample) -> str:
 
 
 def find_tokenizer(path: Path, entry: FileEntry | None) -> Path:
-    """Returns the folder of the tokenizer that made a `.bin` file, where the workflow put it.
+    """Returns the folder of the tokenizer that made a `.bin` file in the workflow's results.
 
     Raises:
-        UserError: It is not there.
+        UserError: There is none.
     """
     if entry is not None:
         # <results>/shared/data/<data>/... beside <results>/shared/tokenizer/<tokenizer>/
@@ -152,12 +154,12 @@ def find_tokenizer(path: Path, entry: FileEntry | None) -> Path:
             if file.is_file() and sha256_file(file) == entry.manifest["tokenizer_sha256"]:
                 return folder
     raise UserError(
-        f"the tokenizer of {path} is not known",
+        f"the tokenizer of {path} is unknown",
         expected="the folder of the extended tokenizer that it was tokenised with",
-        fix="give it with --tokenizer-path",
+        fix="pass it with --tokenizer-path",
     )
 
 
 def shown(text: str) -> str:
-    """Returns a text with control characters, which would act on a terminal or hide things, spelt out."""
+    """Escapes control characters, so that they neither act on a terminal nor hide text."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

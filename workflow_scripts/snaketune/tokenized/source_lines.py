@@ -1,8 +1,9 @@
-"""Finds the line of the JSONL file that a tokenised sample came from.
+"""Finds the JSONL line that a document came from.
 
-Nothing writes it down: which lines were left out (held out, moved to the valid folder, quarantined) follows from their
-content, the options in the manifest and the quarantine file, so the source is read again with the same choices. The
-manifest's digest of the source and its number of samples prove that the result is right.
+No file stores this. Which lines were left out (held out, moved to the valid folder, quarantined) follows from
+their content, the options in the manifest and the quarantine file, so the source is read again and the
+choices are repeated. The source digest and the number of documents in the manifest prove that the result is
+right.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from snaketune.tokenized.manifests import FileEntry
 
 
 def source_lines(entry: FileEntry, processed_dir: str | os.PathLike) -> tuple[Path, np.ndarray]:
-    """Returns the JSONL file of a `.bin` file, and the line of each of its samples, from 1: int64 (samples,).
+    """Returns the JSONL file of a `.bin` file and the line of each document, from 1: int64 (documents,).
 
     Args:
-        entry: What the manifest says of the `.bin` file.
-        processed_dir: The folder of the JSONL files.
+        entry: The manifest entry of the `.bin` file.
+        processed_dir: Folder of the JSONL files.
 
     Raises:
-        UserError: The source is missing, or is not what was tokenised.
+        UserError: The source is missing or changed.
     """
     quarantine = quarantine_path(entry.path.parent.parent, entry.manifest["dataset"], entry.file["bin"])
     source = Path(processed_dir) / entry.file["source"]
@@ -56,7 +57,7 @@ def _lines_kept(source: Path, entry: Mapping, options: Mapping[str, Any], bad: s
             f"{source} is not the file that was tokenised",
             found=f"SHA-256 {reader.sha256[:12]}, {len(kept)} lines to train on",
             expected=f"{entry['source_sha256'][:12]}, {entry['samples']}",
-            fix="put the old file back, or tokenise the dataset again",
+            fix="restore the old file, or tokenise the dataset again",
         )
     return np.array(kept, dtype=np.int64)
 

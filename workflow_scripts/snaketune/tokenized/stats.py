@@ -1,6 +1,6 @@
-"""What a tokenised dataset looks like: lengths, longest samples, shares and counts, for people and for the report.
+"""Statistics of a tokenised dataset for people and the report: lengths, longest documents, shares and counts.
 
-Everything comes from the manifest, the meta files and the quarantine, so it can be made again at any time.
+They are computed from the manifest, the meta files and the quarantine, so they can be recreated at any time.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ def dataset_stats(manifest: Mapping[str, Any], tokenized_dir: str | os.PathLike)
     """Returns the stats of a tokenised dataset.
 
     Args:
-        manifest: Its manifest.
-        tokenized_dir: The folder that the manifest's paths begin in.
+        manifest: The dataset's manifest.
+        tokenized_dir: Folder that the manifest's paths are relative to.
 
     Returns:
-        JSON values: counts of samples and tokens, `lengths` in tokens (mean, percentiles, longest), the longest samples
-        with their lines in the source and their places for `inspect_sample.py`, reasons of bad lines by number, and the sums of each file.
+        JSON values: counts of documents and tokens, `lengths` in tokens (mean, percentiles, shortest,
+        longest), the longest documents with their source lines and their numbers for `inspect_sample.py`,
+        counts of bad lines by reason, and the sums of each file.
     """
     root, totals = Path(tokenized_dir), manifest["totals"]
     by_length = np.zeros(1, dtype=np.int64)
@@ -77,14 +78,14 @@ def dataset_stats(manifest: Mapping[str, Any], tokenized_dir: str | os.PathLike)
 
 
 def _lengths(meta: Path) -> Iterator[np.ndarray]:
-    """Yields the lengths in tokens of consecutive samples, int64 arrays."""
+    """Yields the lengths of consecutive documents in tokens, as int64 arrays."""
     rows = np.load(meta, mmap_mode="r")
     for first in range(0, len(rows), _ROWS):
         yield np.array(rows[first : first + _ROWS, 1])
 
 
 def _summary(by_length: np.ndarray) -> dict[str, Any]:
-    """Describes lengths; `by_length[n]` is the number of samples of n tokens. Percentile p: p% are no longer."""
+    """Summarises lengths. `by_length[n]` is the number of documents of n tokens. p% are no longer than percentile p."""
     total = int(by_length.sum())
     if not total:
         return {"mean": None, **{f"p{p}": None for p in _PERCENTILES}, "shortest": None, "longest": None}
@@ -96,7 +97,7 @@ def _summary(by_length: np.ndarray) -> dict[str, Any]:
 
 
 def _reasons(root: Path, manifest: Mapping[str, Any]) -> dict[str, int]:
-    """Counts the bad lines by what is wrong with them, the commonest first."""
+    """Counts the bad lines by reason, most common first."""
     reasons: Counter[str] = Counter()
     for file in manifest["files"]:
         path = quarantine_path(root, manifest["dataset"], file["bin"])
@@ -107,7 +108,7 @@ def _reasons(root: Path, manifest: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _kind(reason: str) -> str:
-    """Returns what is wrong without what was found, and without which message it was."""
+    """Returns the reason without the found value and the message number."""
     return re.sub(r"\[\d+\]", "[n]", reason.split("; found: ", 1)[0])
 
 

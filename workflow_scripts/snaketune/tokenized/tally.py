@@ -1,4 +1,4 @@
-"""What is counted while a file is tokenised; the tallies of its ranges add up to its own."""
+"""Counts kept while a file is tokenised. The tallies of a file's ranges add up to the tally of the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SUMS = ("lines", "heldout", "quarantined", "tokens", "trained_tokens", "truncat
 
 
 class LengthHistogram:
-    """Counts conversations by length: bin i holds lengths from 2**i to below 2**(i+1) tokens."""
+    """Counts documents by length. Bin i holds lengths from 2**i to 2**(i+1) - 1 tokens."""
 
     def __init__(self, counts: list[int] | None = None) -> None:
         self._counts = np.zeros(63, dtype=np.int64)
@@ -24,7 +24,7 @@ class LengthHistogram:
             self._counts[: len(counts)] = counts
 
     def add(self, lengths: np.ndarray) -> None:
-        """Adds conversations, int64 array (samples,) of tokens."""
+        """Adds documents: int64 array (documents,), tokens of each."""
         # frexp writes n as m * 2**e with 0.5 <= m < 1.
         bins = np.frexp(lengths.astype(np.float64))[1] - 1
         self._counts += np.bincount(bins, minlength=len(self._counts))
@@ -34,22 +34,23 @@ class LengthHistogram:
         self._counts += other._counts
 
     def as_json(self) -> dict[str, list[int]]:
-        """Returns `edges`, powers of two, and `counts`, one less."""
+        """Returns `edges` (powers of two) and `counts` (one element fewer)."""
         used = np.flatnonzero(self._counts)
         bins = int(used[-1]) + 1 if len(used) else 0
         return {"edges": [2**i for i in range(bins + 1)], "counts": self._counts[:bins].tolist()}
 
 
 class Tally:
-    """Sums over lines. Tokens and lengths are those of the train samples.
+    """Sums over lines. Tokens and lengths cover only the train documents.
 
     Attributes:
         sums: lines, heldout, quarantined, tokens, trained_tokens, truncated.
-        samples: Train samples.
+        samples: Number of train documents.
         source_bytes: Bytes of the lines.
-        longest_samples: (tokens, number of the sample from 0, number of its line from 1) of the longest, longest first.
-        counts: What the encoder counts.
-        histogram: Of the lengths of the train samples.
+        longest_samples: (tokens, document number from 0, line number from 1) of the longest documents,
+            longest first.
+        counts: Counts of the encoder.
+        histogram: Histogram of the lengths of train documents.
     """
 
     def __init__(self) -> None:
@@ -78,7 +79,7 @@ class Tally:
         self.histogram.add(train.lengths)
 
     def _add_longest(self, lengths: np.ndarray, lines: np.ndarray) -> None:
-        """Looks for the longest among samples, int64 arrays (samples,): tokens, lines in the block that is added."""
+        """Updates the longest documents from a block: int64 arrays (documents,) of tokens and of lines in it."""
         least = self.longest_samples[-1][0] if len(self.longest_samples) == LONGEST else 0
         places = np.flatnonzero(lengths > least)
         places = places[np.argsort(-lengths[places], kind="stable")[:LONGEST]].tolist()
@@ -95,7 +96,7 @@ class Tally:
                 self.counts[key] = self.counts.get(key, 0) + value
 
     def as_json(self) -> dict[str, Any]:
-        """Returns what `merged` takes."""
+        """Returns the tally in the form that `merged` takes."""
         return {
             "sums": self.sums,
             "samples": self.samples,
@@ -107,7 +108,7 @@ class Tally:
 
     @classmethod
     def merged(cls, tallies: list[dict[str, Any]]) -> Tally:
-        """Returns the tally of consecutive parts of a file that `as_json` gave."""
+        """Returns the tally of consecutive ranges of a file, given their `as_json` values."""
         result = cls()
         for tally in tallies:
             result._keep_longest(

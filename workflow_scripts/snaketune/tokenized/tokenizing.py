@@ -1,9 +1,9 @@
-"""Tokenises datasets: JSONL files in the processed layout to `.bin` files, and a manifest for each dataset.
+"""Tokenises datasets: from JSONL files in the processed layout to `.bin` files and one manifest per dataset.
 
-The work is planned as parts (see `planning`) that may run as jobs of their own, on several machines that share the
-folder. What a part has done is recorded file by file, and range by range (see `chunk_store`): started again it does the
-rest. Ranges are put together, and manifests written, once all parts are done (see `finishing`). Without parts the same
-happens in one process.
+The work is split into parts (see `job_parts`), which may run as separate jobs on several machines that share
+the folder. Finished files and ranges are recorded (see `chunk_store`), so a restarted part does only the
+rest. Once all parts are done, ranges are joined and manifests written (see `dataset_merger`). Without parts,
+one process does it all.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from snaketune.tokenized.job_parts import (
 )
 from snaketune.tokenized.manifests import write_index
 
-# Datasets that are merged at a time.
+# Datasets that are merged at the same time.
 _MERGING = 8
 
 
@@ -55,26 +55,27 @@ def tokenize_datasets(
     processes: int = 1,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> dict[str, dict[str, Any]]:
-    """Tokenises datasets and writes their manifests, each after its last file.
+    """Tokenises datasets and writes the manifest of each after its last file.
 
-    Files that are done already, with the same content, tokenizer and options, are kept. A dataset of which a file has
-    to be done loses its manifest first: a dataset without a manifest is not finished. Equal input gives equal bytes,
-    whatever `processes` and `shard_bytes` are, and however often the work was interrupted.
+    Keeps files that are already done with the same content, tokenizer and options. If a file of a dataset has
+    to be done, the dataset's manifest is removed first: a dataset without a manifest is not finished. Equal
+    input gives equal bytes, whatever the values of `processes` and `shard_bytes`, and however often the work
+    was interrupted.
 
     Args:
         processed_dir: Folder with `<dataset>/processed/.../<file>.jsonl`.
         tokenized_dir: Receives `chatml_llamav13_32k/{train,valid}/cn/<dataset>/`, `manifests/`, `chunks/`.
         tokenizer: The extended tokenizer.
-        options: What decides the bytes, and what becomes of bad lines.
-        datasets: Names; None takes all.
+        options: Options that decide the bytes and the handling of bad lines.
+        datasets: Dataset names; None uses all.
         processes: Worker processes.
-        shard_bytes: Bytes of a file after which what is done is recorded.
+        shard_bytes: Progress within a file is recorded about every this many bytes.
 
     Returns:
         The manifests by dataset.
 
     Raises:
-        UserError: A dataset is missing, an option is out of range, or a line is not a conversation.
+        UserError: A dataset is missing, an option is out of range, or a line is bad.
     """
     chosen = choose_datasets(processed_dir, datasets)
     check_options(options)
@@ -104,15 +105,16 @@ def tokenize_part(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     batch_bytes: int = DEFAULT_BATCH_BYTES,
 ) -> str:
-    """Tokenises one part of the plan, without manifests, and returns what to say of it.
+    """Tokenises one part, writes no manifests, and returns a status message.
 
     Args:
-        part: Its name in the plan.
-        marker: JSON file that is written last, for a scheduler: what the part consists of.
-        batch_bytes: Size of a batch of small files. The others: see `tokenize_datasets`.
+        part: Name of the part, see `split_parts`.
+        marker: JSON file written last, for a scheduler: the chunks of the part.
+        batch_bytes: Target size of a batch of small files. Other arguments: see `tokenize_datasets`.
 
     Raises:
-        UserError: As `tokenize_datasets`; or the plan has no such part (the data changed since it was made).
+        UserError: As for `tokenize_datasets`; or there is no such part, because the data changed since the
+            split.
     """
     check_options(options)
     chosen = choose_datasets(processed_dir, datasets)
@@ -120,10 +122,10 @@ def tokenize_part(
     parts = split_parts(chosen, sizes, shard_bytes, batch_bytes)
     if part not in parts:
         raise UserError(
-            f"the plan has no part {part!r}",
+            f"there is no part {part!r}",
             found=", ".join(list(parts)[:8]) + (", ..." if len(parts) > 8 else ""),
-            expected="a part of the data as they are now",
-            fix="start the workflow again: the data have changed since it was planned",
+            expected="a part of the current data",
+            fix="start the workflow again: the data have changed since they were split into parts",
         )
     store = _open_store(tokenized_dir, tokenizer, options)
     run = _Run(Finisher(store, processed_dir, options), tokenizer, options, processes)
@@ -147,32 +149,32 @@ def merge_parts(
     index: str | os.PathLike | None = None,
     prune: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Joins the ranges of split files and writes the manifests, once every part is done; tokenises nothing.
+    """Joins the ranges of split files and writes the manifests once every part is done. Tokenises nothing.
 
     Args:
-        index: JSON file that is written last, with the digest of every manifest.
-        prune: Remove datasets of the tokenised folder that are not among those asked for.
-            The others: see `tokenize_datasets`.
+        index: JSON file written last, with the digest of every manifest.
+        prune: Remove datasets from the tokenised folder that are not requested.
+            Other arguments: see `tokenize_datasets`.
 
     Returns:
         The manifests by dataset.
 
     Raises:
-        UserError: A part is missing, was made with something else, or its source has changed.
+        UserError: A part is missing or was made differently, or its source changed.
     """
     chosen = choose_datasets(processed_dir, datasets)
     store = _open_store(tokenized_dir, tokenizer, options)
     finisher = Finisher(store, processed_dir, options)
     if prune:
         for name in remove_other_datasets(tokenized_dir, set(chosen)):
-            print(f"{name}: removed, it is no longer among the datasets", flush=True)
+            print(f"{name}: removed, no longer among the datasets", flush=True)
 
     def finish(name: str) -> dict[str, Any]:
         return finisher.finish(
             name, [chunk for source in chosen[name] for chunk in store.recorded(name, source)]
         )
 
-    # Most of it is waiting for the disk to have each manifest.
+    # Most of the time goes into flushing each manifest to disk.
     with ThreadPoolExecutor(_MERGING) as pool:
         manifests = dict(zip(chosen, pool.map(finish, chosen), strict=True))
     if index:
@@ -188,10 +190,10 @@ def _open_store(
 
 
 def choose_datasets(processed_dir: str | os.PathLike, names: list[str] | None) -> dict[str, list[Path]]:
-    """Returns the JSONL files of the datasets named, or of all.
+    """Returns the JSONL files of the named datasets, or of all.
 
     Raises:
-        UserError: There is no such dataset.
+        UserError: A dataset does not exist.
     """
     found = find_datasets(processed_dir)
     if not names:
@@ -199,7 +201,7 @@ def choose_datasets(processed_dir: str | os.PathLike, names: list[str] | None) -
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(
-            f"{processed_dir} holds no dataset {missing[0]!r}",
+            f"{processed_dir} has no dataset {missing[0]!r}",
             found=", ".join(found),
             expected="a folder with processed/.../<file>.jsonl",
             fix="correct --dataset",
@@ -208,7 +210,7 @@ def choose_datasets(processed_dir: str | os.PathLike, names: list[str] | None) -
 
 
 def check_options(options: TokenizeOptions) -> None:
-    """Raises a UserError when an option is out of range."""
+    """Raises a UserError if an option is out of range."""
     if options.max_length < 1:
         raise UserError("the length limit is out of range", found=options.max_length, expected="1 or more")
     check_share(options.heldout_share)
@@ -218,10 +220,10 @@ def check_options(options: TokenizeOptions) -> None:
 
 
 class _Run:
-    """The chunks of one process: those that are not done go through one pool, as one stream of blocks.
+    """Tokenises the chunks of one process: all unfinished ones pass through one pool, as one stream of blocks.
 
     Attributes:
-        status: What was done and how fast, once the run is over.
+        status: Message about the amount and speed of the work, set at the end.
     """
 
     def __init__(
@@ -232,19 +234,19 @@ class _Run:
         self.status = ""
 
     def run(self, chunks: list[Chunk], sizes: dict[Path, int]) -> Iterator[Chunk]:
-        """Yields each chunk when its files and its record are there."""
+        """Yields each chunk once its files and its record exist."""
         missing = [chunk for chunk in chunks if not self._is_done(chunk)]
         for chunk in missing:
             self._finisher.reopen(chunk)
         yield from sorted(set(chunks) - set(missing))
         total = sum(end - start for start, end in (chunk.range(sizes[chunk.source]) for chunk in missing))
-        progress = Progress("bytes", total, "samples", "tokens")
+        progress = Progress("bytes", total, "documents", "tokens")
         tokenizer = BlockTokenizer(self._tokenizer, self._options)
         with WorkerPool(ChunkTokenizer(tokenizer), self._processes) as pool:
             yield from self._tokenize(missing, pool, progress)
         self.status = progress.finish()
         if kept := len(chunks) - len(missing):
-            before = f"{kept} of {len(chunks)} files or ranges were done before"
+            before = f"{kept} of {len(chunks)} files or ranges were already done"
             self.status = f"{self.status}; {before}" if missing else before
 
     def _is_done(self, chunk: Chunk) -> bool:
@@ -256,8 +258,8 @@ class _Run:
         order: deque[int] = deque()
         read: dict[int, tuple[SourceState, str]] = {}
         results = pool.map(_blocks(chunks, order, read))
-        # The reader is ahead of the results: a result's number is in `order`, and a file's digest in `read` once the
-        # last of its results has come.
+        # The reader is ahead of the results: each result's chunk number is already in `order`, and a chunk's
+        # digest is in `read` by the time its last result arrives.
         numbered = ((order.popleft(), result) for result in results)
         for number, group in groupby(numbered, itemgetter(0)):
             chunk = chunks[number]
@@ -272,17 +274,17 @@ class _Run:
         for lines, block in blocks:
             yield lines, block
             tokens = int(block.lengths.sum())
-            progress.add(chunk.dataset, bytes=block.source_bytes, samples=len(block.lengths), tokens=tokens)
+            progress.add(chunk.dataset, bytes=block.source_bytes, documents=len(block.lengths), tokens=tokens)
 
 
 def _blocks(
     chunks: list[Chunk], order: deque[int], read: dict[int, tuple[SourceState, str]]
 ) -> Iterator[tuple[str, Block, int]]:
-    """Yields what `ChunkTokenizer` takes; notes each block's chunk and, at a chunk's end, the digest of its bytes."""
+    """Yields arguments for `ChunkTokenizer`. Notes each block's chunk in `order`, each chunk's digest in `read`."""
     for number, chunk in enumerate(chunks):
         state = SourceState(chunk.source)
         with RangeReader(chunk.source, *chunk.range(state.size)) as reader:
-            # An empty chunk has a block, too: its files must be written.
+            # An empty chunk also needs a block, so that its files are written.
             for block in chain(reader, [Block(1, [], 0)]):
                 if block.lines or not reader.bytes_read:
                     order.append(number)
