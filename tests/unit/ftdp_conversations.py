@@ -1,4 +1,4 @@
-"""Random conversations for the tests of `ftdp`: every role, names, losses, types and texts that tokenizers trip over."""
+"""Random conversations with all roles, names, losses, types, and texts that are hard for tokenizers."""
 
 from __future__ import annotations
 

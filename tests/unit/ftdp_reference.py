@@ -1,6 +1,6 @@
-"""XTuner 0.2.0's tokenised format by the book: slow, one message at a time, sharing no code with `ftdp`.
+"""A reference implementation of XTuner 0.2.0's tokenised format: slow, and one message at a time.
 
-Written from the description of the format, for comparison only.
+Written from the description of the format, for comparison only. Shares no code with SnakeTune.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALWAYS_SILENT = {
 
 
 def glue(messages):
-    """tool and thought become text of the assistant's message before them, or open one."""
+    """Appends tool and thought to the assistant message before them, or starts one."""
     merged = []
     for message in messages:
         role = message["role"]
@@ -62,7 +62,7 @@ def is_trained(message):
 
 
 def compat_turns(messages, encode):
-    """Returns, turn by turn, [(id, trained)]; `encode` maps a text to its ids. Id 0 has no sign, so it is not trained."""
+    """Returns [(id, trained)] for each turn; `encode` maps text to ids. Id 0 has no sign, so it is not trained on."""
     turns = []
     for message in glue(messages):
         prefix, suffix = prefix_of(message), "<|im_end|>\n"
@@ -77,13 +77,13 @@ def compat_turns(messages, encode):
 
 
 def signed_tokens(messages, encode, bos, max_length=32768):
-    """Signed ids of a conversation; `encode` maps a text to its ids."""
+    """Returns the signed ids of a conversation; `encode` maps text to ids."""
     flat = [pair for turn in compat_turns(messages, encode) for pair in turn]
     return [bos, *(i if trained else -i for i, trained in flat)][:max_length]
 
 
 def straddles(message, encode):
-    """Does a turn's text, encoded as a whole, begin and end otherwise than its begin and end alone?"""
+    """True if a turn encoded as a whole does not start and end with the ids of its prefix and suffix."""
     prefix, suffix = encode(prefix_of(message)), encode("<|im_end|>\n")
     whole = encode(prefix_of(message) + message["content"] + "<|im_end|>\n")
     return (
@@ -111,7 +111,7 @@ def _files(samples):
 
 
 def written(template, role, name):
-    """What a format writes before and after a message: ([(text, is markup)], text), as its makers describe it."""
+    """Returns prefix and suffix of a message, ([(text, is markup)], text), as the format's makers document it."""
     if template == "internlm2_chat":
         if role == "thought":
             return [], ""
@@ -163,9 +163,9 @@ def written(template, role, name):
 
 
 def exact_turns(messages, template="internlm2_chat"):
-    """The text of `mask: exact`, turn by turn, as [(text, trained, written by the format)].
+    """Returns the text for `mask: exact` as [(text, trained, written by the format)] for each turn.
 
-    Each message answers for itself, and the end of a turn goes with what stands before it.
+    Each message decides for itself, and the suffix of a turn goes with the message before it.
     """
     turns, closing, owner, turn_trained, waiting = [], [], None, False, []
     for message in messages:
@@ -203,14 +203,14 @@ def exact_turns(messages, template="internlm2_chat"):
 
 
 def exact_tokens(messages, tokenizer, literal, template="internlm2_chat"):
-    """`mask: exact` as [(id, trained)]; `tokenizer` is a `tokenizers.Tokenizer` whose control tokens are all special."""
+    """Returns [(id, trained)] for `mask: exact`. All control tokens of the `tokenizers.Tokenizer` must be special."""
     return spans_to_tokens(
         [span for turn in exact_turns(messages, template) for span in turn], tokenizer, literal
     )
 
 
 def spans_to_tokens(spans, tokenizer, literal):
-    """Looks at what each token spells instead of at offsets.
+    """Matches each token's spelling with the text, instead of using offsets.
 
     Control tokens that are text go through the library's own `encode_special_tokens`, one stretch between control
     tokens at a time.
@@ -227,7 +227,7 @@ def spans_to_tokens(spans, tokenizer, literal):
         stretch.clear()
 
     for text, trained, markup in spans:
-        # A control token may be made of two spans only where both are typed text, which the tests do not do.
+        # A control token could span two spans only if both are typed text, which no test does.
         for place, part in enumerate(cut.split(text) if markup or not literal else [text]):
             if place % 2:
                 flush()
@@ -249,10 +249,10 @@ def _prepared(tokenizer):
 
 
 def _signs(text, marks, ids, tokenizer, underscore):
-    """Returns [(id, trained)] of a stretch; `marks` holds one flag a byte of `text`."""
+    """Returns [(id, trained)] for a stretch; `marks` has one flag per byte of `text`."""
     whole = text.encode()
     if underscore:
-        # The tokenizer writes "▁" for a space and puts one in front.
+        # The tokenizer replaces spaces with "▁" and prepends one.
         spelled = ["▁".encode() if c == " " else c.encode() for c in text]
         marks = [marks[len(text[:i].encode())] for i, c in enumerate(spelled) for _ in c]
         marks = [marks[0]] * 3 + marks
@@ -275,7 +275,7 @@ def _signs(text, marks, ids, tokenizer, underscore):
 
 
 def _byte_characters():
-    """GPT-2's table: printable bytes stand for themselves, the others for characters from 256 on."""
+    """Returns GPT-2's table: printable bytes map to themselves, the others to characters from 256 on."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in kept]
     return {b: chr(b) for b in kept} | {b: chr(256 + n) for n, b in enumerate(others)}

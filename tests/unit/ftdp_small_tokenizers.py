@@ -1,4 +1,4 @@
-"""Small tokenizers of different make, with the tokens of a chat template, for the tests of `ftdp`."""
+"""Small tokenizers of different kinds, with the tokens of a chat template."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CORPUS = [
     '{"name": "get_weather", "arguments": {"city": "上海", "unit": "celsius"}}',
     "你好，世界。今天天气怎么样？ system user assistant environment name=\n",
 ]
-# "newlines" merges line breaks with each other and with what stands before them, as Llama 3's and Qwen's do.
+# "newlines" merges line breaks with each other and with the text before them, as Llama 3's and Qwen's do.
 KINDS = ("byte_level", "sentencepiece", "smollm_like", "newlines")
 _NEWLINES = ["a.\n\nb\n\n\nc,\n\n\n\n", "user\n\nassistant\n\n \n\n>\n\n", "x\n y\n\n  z\n"]
 _LLAMA3_SPLIT = (
@@ -81,7 +81,7 @@ def sentencepiece_model(folder: Path, **options) -> Path:
 
 @functools.cache
 def extended_folder(kind: str = "byte_level", template: str = "internlm2_chat") -> Path:
-    """Returns a folder `extended` with the extended tokenizer of a kind, its base in `base` beside it."""
+    """Returns the folder `extended` with the extended tokenizer of a kind. The folder `base` beside it has the base."""
     folder = Path(tempfile.mkdtemp(prefix="ftdp_tokenizer_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if kind in ("byte_level", "newlines"):

@@ -1,4 +1,4 @@
-"""Rows in each format with the conversations that they stand for, for the tests of ingest."""
+"""Rows in each format with their conversations in ftdp, for the tests of ingest."""
 
 from __future__ import annotations
 
@@ -154,13 +154,13 @@ GOOD = {
 
 
 def convert(tmp_path, data: bytes, name="in.jsonl", **options):
-    """Ingests a file of these bytes and returns the manifest."""
+    """Ingests a file with these bytes and returns the manifest."""
     (tmp_path / name).write_bytes(data)
     return ingest([tmp_path / name], tmp_path / "out", "d", IngestOptions(**options))
 
 
 def written(tmp_path, name="in"):
-    """Returns the conversations that were written."""
+    """Returns the written conversations."""
     lines = (tmp_path / "out" / "d" / "processed" / "sft_chat" / f"{name}.jsonl").read_bytes().splitlines()
     return [json.loads(line) for line in lines]
 

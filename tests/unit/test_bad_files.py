@@ -1,4 +1,4 @@
-"""Files as they come: changed, removed, unreadable, linked, oddly named, and disks that are full."""
+"""Difficult files: changed, removed, unreadable, linked or oddly named, and full disks."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_file_that_is_not_there(tmp_path):
     not Path("/proc/self/mem").exists(), reason="no /proc: no file whose reading fails for root"
 )
 def test_a_file_that_cannot_be_read():
-    # It opens, and fails at the first read.
+    # The file opens, but the first read fails.
     with (
         pytest.raises(UserError, match="/proc/self/mem cannot be read"),
         LineReader("/proc/self/mem") as reader,
@@ -96,11 +96,11 @@ def test_a_file_without_permission(tmp_path):
 
 @contextmanager
 def as_an_ordinary_user(folder):
-    """Lets nobody's rights decide, if the tests run as root, who may read everything."""
+    """Runs the block as the user nobody if the tests run as root, because root may read everything."""
     if os.geteuid():
         yield
         return
-    # pytest's folders are closed to others.
+    # Other users cannot enter pytest's folders.
     for parent in (folder, *folder.parents):
         if parent.stat().st_uid == 0 and not parent.stat().st_mode & 0o001:
             parent.chmod(parent.stat().st_mode | 0o011)
@@ -160,10 +160,10 @@ needs_full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no 
 
 @pytest.fixture
 def on_a_small_disk(tmp_path):
-    """Returns a function that runs a script while `tmp_path / "out"` is a disk of 256 KiB, and lists its files after."""
+    """Returns a function that runs a script with `tmp_path / "out"` as a disk of 256 KiB, then lists its files."""
     (tmp_path / "out").mkdir()
     mount = 'mount -t tmpfs -o size=256k none "$0" || exit 77'
-    # An ordinary user, too, may mount what only his own processes see.
+    # An ordinary user may also mount a disk that only his own processes see.
     unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
 
     def run(*command):
@@ -199,7 +199,7 @@ def test_a_disk_that_fills_up(tmp_path, repo_root, on_a_small_disk, case):
     assert done.returncode == 2, done.stderr
     assert "error: " in done.stderr and "cannot write" in done.stderr
     assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
-    # Nothing is left of it, not even half of it.
+    # No file is left, not even a partial one.
     assert done.stdout == ""
 
 
@@ -208,7 +208,7 @@ def test_a_run_after_the_disk_was_full(tmp_path):
     source_of(tmp_path).write_bytes((GOOD + b"\n") * 5000)
     train = tmp_path / "out" / "chatml_llamav13_32k" / "train" / "cn" / "d"
     train.mkdir(parents=True)
-    # The temporary file leads to a device that is always full.
+    # The temporary file is a link to a device that is always full.
     (train / f".f.bin.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match="No space left"):
         tokenize(tmp_path)

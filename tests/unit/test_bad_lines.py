@@ -1,4 +1,4 @@
-"""Lines as they come: what each kind of bad one does to a run that stops, and to one that sets it aside."""
+"""Bad lines of each kind, in a run that stops at them and in a run that sets them aside."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def openai(**fields) -> bytes:
     return json.dumps([{"role": "user", "content": "hi", **fields}]).encode()
 
 
-# name: (the file, the numbers of its bad lines, what the first one's message must contain)
+# name: (file, numbers of its bad lines, texts that the first bad line's message must contain)
 FILES = {
     "invalid JSON": (GOOD + b"\n{oops\n" + GOOD + b"\n", [2], ["not JSON", "{oops"]),
     "truncated last line": (GOOD + b"\n" + GOOD[:-9], [2], ["not JSON", "the file ends here", "cut off"]),
@@ -48,7 +48,7 @@ FILES = {
     "content in parts": (
         openai(content=[{"type": "text", "text": "hi"}]) + b"\n",
         [1],
-        ["[0].content", "a content of several parts", "ingest_dataset.py"],
+        ["[0].content", "content in several parts", "ingest_dataset.py"],
     ),
     "content null, with calls": (openai(content=None, tool_calls=[]) + b"\n", [1], ["ingest_dataset.py"]),
     "content is a number": (openai(content=3) + b"\n", [1], ["[0].content", "3 (int)", "a string"]),
@@ -90,7 +90,7 @@ def test_a_bad_file(tmp_path, case):
     assert manifest["totals"]["quarantined"] == len(bad)
 
 
-# name: (the file, what it means)
+# name: (file, an equivalent file)
 NOT_BAD = {
     "BOM": (b"\xef\xbb\xbf" + GOOD + b"\n", GOOD),
     "CRLF": (GOOD + b"\r\n" + GOOD + b"\r\n", GOOD + b"\n" + GOOD),
@@ -146,7 +146,7 @@ def test_the_memory_of_a_line_of_50_mb(tmp_path, repo_root):
     )
 
     def peak(name, long_line, threads):
-        """Returns the MiB that the larger of the processes takes."""
+        """Returns the peak memory of the larger process in MiB."""
         source_of(tmp_path / name).write_bytes((GOOD + b"\n") * 1000 + long_line + (GOOD + b"\n") * 1000)
         arguments = ["--processed-dir", tmp_path / name / "in", "--tokenized-dir", tmp_path / name / "out"]
         arguments += [
@@ -249,7 +249,7 @@ def test_another_answer_to_bad_lines_keeps_what_is_done(tmp_path, shard_bytes):
         )["d"]
 
     def done():
-        """Returns when what was written for the good file was written."""
+        """Returns the mtimes of the files written for the good file."""
         files = [
             path for path in (tmp_path / "out" / "chunks" / "d" / "a").iterdir() if path.suffix == ".json"
         ]
@@ -262,7 +262,7 @@ def test_another_answer_to_bad_lines_keeps_what_is_done(tmp_path, shard_bytes):
     first = run(on_bad_sample="quarantine", max_bad_share=0.05)
     kept = done()
     assert first["totals"]["quarantined"] == 1
-    # A file that was done is; of one in ranges, these were, and are joined now.
+    # A finished file stays finished. For a file in ranges, the finished ranges are joined now.
     assert kept == before or shard_bytes == 400
     with pytest.raises(UserError, match=r"c\.jsonl:20: not JSON"):
         run()

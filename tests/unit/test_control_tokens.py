@@ -1,4 +1,4 @@
-"""Control tokens that somebody typed into a message, in every template: text, the token itself, or an error."""
+"""Control tokens typed into a message, in every template: text, the token itself, or an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The extended tokenizer: ids, flags, an otherwise untouched tokenizer.json, and the same ids in every library."""
+"""The extended tokenizer: ids, flags, an otherwise unchanged tokenizer.json, and the same ids in each library."""
 
 from __future__ import annotations
 
@@ -245,6 +245,6 @@ def test_extra_added_tokens_keep_their_ids(tmp_path):
 def test_real_mistral(tmp_path, shared_data):
     extended = open_tokenizer(shared_data / "mistral_v1_tokenizer", tmp_path / "x")
     assert extended.ids == {token: 32000 + place for place, token in enumerate(SPECIAL_TOKENS)}
-    # The ids that transformers 4.48, and so XTuner, gives.
+    # The ids of transformers 4.48, and so of XTuner.
     assert encode(extended.tokenizer, "<|im_start|>user\n") == [32005, 2188, 13]
     assert encode(extended.tokenizer, "<|im_end|>\n") == [32004, 28705, 13]

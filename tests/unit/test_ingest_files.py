@@ -1,4 +1,4 @@
-"""Ingest: each kind of file, whole and broken, and what it costs."""
+"""Ingest: each kind of file, complete and broken, and the memory it takes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_compressed(tmp_path, suffix):
     data = as_lines(ROWS) if suffix == "jsonl" else json.dumps(ROWS).encode()
     convert(tmp_path, gzip.compress(data[:100]) + gzip.compress(data[100:]), f"g.{suffix}.gz")
     assert written(tmp_path, "g") == EXPECTED
-    # The first bytes decide, not the name.
+    # The first bytes decide, not the file name.
     convert(tmp_path, gzip.compress(data), f"n.{suffix}")
     assert written(tmp_path, "n") == EXPECTED
     for name in ("1", "2"):
@@ -76,7 +76,7 @@ def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
 
-    # Arrow gives every message every key, with null where it has none.
+    # Arrow gives every message every key, with null for missing values.
     names = ["openai", "openai, two calls, results in another order", "openai, weight", "openai, no tools"]
     rows = [json.loads(json.dumps(GOOD[name][0])) for name in names]
     for row in rows:
@@ -96,7 +96,7 @@ def test_parquet(tmp_path):
     assert written(tmp_path, "p") == [GOOD[name][1] for name in names]
     assert manifest["totals"] == {"rows": 4, "samples": 4, "quarantined": 0}
     (tmp_path / "q.parquet").write_bytes((tmp_path / "p.parquet").read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"q\.parquet is not a whole Parquet file"):
+    with pytest.raises(UserError, match=r"q\.parquet is not a complete Parquet file"):
         ingest([tmp_path / "q.parquet"], tmp_path / "out", "d", IngestOptions())
 
 
@@ -162,10 +162,10 @@ def test_inputs(tmp_path):
 
     folder = tmp_path / "my data; 'quoted' ü"
     (folder / "deep").mkdir(parents=True)
-    assert "holds nothing to read" in refused([folder])
+    assert "has no files to read" in refused([folder])
     assert "does not exist" in refused([tmp_path / "nothing.json"])
     (tmp_path / "a.txt").write_text("x")
-    assert "no known kind" in refused([tmp_path / "a.txt"])
+    assert "is not a known kind of file" in refused([tmp_path / "a.txt"])
     (folder / "a b.jsonl").write_bytes(as_lines([GOOD["alpaca"][0]]))
     (folder / "deep" / "ü;'.json").write_bytes(as_lines([GOOD["sharegpt"][0]]))
     (folder / "notes.txt").write_text("not read")
@@ -175,11 +175,11 @@ def test_inputs(tmp_path):
     (folder / "deep" / "a b.json.gz").write_bytes(b"")
     assert "would both become a b.jsonl" in refused([folder])
     for name in ("", ".hidden", "a/b", ".."):
-        assert "cannot name a folder" in refused([folder], dataset=name)
+        assert "not valid as a folder name" in refused([folder], dataset=name)
     mine = tmp_path / "out" / "mine" / "processed"
     mine.mkdir(parents=True)
     assert "ingest did not write" in refused([tmp_path / "a.txt"], dataset="mine")
-    assert "lies in the folder that is written" in refused([tmp_path / "out" / "d" / "processed"])
+    assert "is in the folder to be written" in refused([tmp_path / "out" / "d" / "processed"])
 
 
 def test_again_gives_the_same_bytes_and_replaces(tmp_path):
@@ -265,7 +265,7 @@ def test_any_bytes(tmp_path_factory, data, name, compressed):
     try:
         totals = ingest([folder / name], folder / "out", "d", IngestOptions("auto", **SET_ASIDE))["totals"]
     except UserError as error:
-        # A broken row of a JSONL file harms no other; of what follows in the others nothing is known.
+        # In a JSONL file, a broken row does not affect the others. In other files, the rest is unknown.
         assert name in str(error) and "jsonl" not in name
         return
     lines = len(written(folder, "x"))

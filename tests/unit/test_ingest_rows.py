@@ -34,7 +34,7 @@ def test_real_conversations_come_back_as_they_were(tmp_path, shared_data):
         originals += [json.loads(line) for line in file.read_bytes().splitlines()]
     for number, conversation in enumerate(originals):
         roles = [message["role"] for message in conversation]
-        # One of them has a result without a call, which OpenAI's format does not allow.
+        # One conversation has a result without a call, which OpenAI's format does not allow.
         paired = all(roles[i - 1] == "tool" for i, role in enumerate(roles) if role == "environment")
         rows.append(to_openai(conversation) if number % 2 and paired else to_sharegpt(conversation))
     convert(tmp_path, as_lines(rows), arguments_key="arguments")
@@ -76,7 +76,7 @@ def test_arguments_may_keep_their_name(tmp_path):
 
 
 def test_what_the_model_sees(tmp_path):
-    """As InternLM2's description of its format has it: chat/chat_format.md in its repository."""
+    """The text matches InternLM2's description of its format, chat/chat_format.md in its repository."""
     row = {
         "messages": [
             says("system", "Be kind."),
@@ -166,9 +166,9 @@ BAD = {
                 answer("1", "r"),
             ]
         },
-        ["messages[1]", "1 results of 2 calls"],
+        ["messages[1]", "1 results for 2 calls"],
     ),
-    "result of no call": ({"messages": [HI[0], answer("1", "r")]}, ["messages[1]", "1 results of 0 calls"]),
+    "result of no call": ({"messages": [HI[0], answer("1", "r")]}, ["messages[1]", "1 results for 0 calls"]),
     "result of another call": (
         {"messages": [says("assistant", "", tool_calls=[openai_call("1", "f", "{}")]), answer("2", "r")]},
         ["messages[1].tool_call_id", "'2'", "each of 1"],
@@ -229,7 +229,7 @@ def test_a_bad_row(tmp_path, case):
     record = json.loads(file.read_bytes())
     assert (record["file"], record["line"], raw_line(record)) == ("in.jsonl", 2, line)
     assert all(part in record["reason"] or part in text for part in expected)
-    # Above the share nothing but the quarantine stays, and the dataset of before.
+    # Above the share, only the quarantine is written, and the previous dataset stays.
     with pytest.raises(UserError, match=r"1 of 3 \(33.3%\)"):
         convert(tmp_path, data, on_bad_sample="quarantine", max_bad_share=0.3)
     assert file.exists() and written(tmp_path) == [GOOD["alpaca"][1]] * 2

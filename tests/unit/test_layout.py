@@ -73,7 +73,7 @@ def test_nothing_there(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         find_datasets(tmp_path / "no")
     touch(tmp_path, "processed/sft_chat/x.jsonl")
-    # XTuner calls such a dataset "processed"; so do we, for it is in the layout by the letter.
+    # XTuner names this dataset "processed". So do we: it does match the layout.
     assert list(find_datasets(tmp_path)) == ["processed"]
     with pytest.raises(UserError, match="holds no dataset"):
         find_datasets(tmp_path / "processed" / "sft_chat")

@@ -1,4 +1,4 @@
-"""`mask: exact` and `control_tokens` against an independent implementation, and example by example."""
+"""Compares `mask: exact` and `control_tokens` with an independent implementation and with examples."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tokens_of(messages, tokenizer, **options):
 
 
 def trained_text(messages, tokenizer, **options):
-    """Returns what is trained on, as text."""
+    """Returns the trained text."""
     options = {"mask": "exact", **options}
     ids = [each for each in encode_conversation(messages, tokenizer, ChatEncoding(**options)) if each > 0]
     return tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
@@ -74,7 +74,7 @@ def test_exact_equals_the_reference(kind, control_tokens, batch, many):
     assert list(map(pairs_of, pieces)) == expected
     assert json.dumps(batch) == before, "the conversations are left as they are"
     if literal:
-        return  # what `compat` then is, the library alone cannot say
+        return  # the library alone cannot give the ids of `compat` here
     counts = encoder.take_counts()
     encode = lambda text: tokenizer.tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
     straddling = sum(straddles(message, encode) for each in batch for message in glue(each))
@@ -93,7 +93,7 @@ def test_exact_equals_the_reference(kind, control_tokens, batch, many):
 @given(messages=conversations(), control_tokens=st.sampled_from(["literal", "control"]))
 def test_exact_equals_the_reference_in_every_template(kind, template, messages, control_tokens):
     messages = [{k: v for k, v in each.items() if (k, v) != ("type", "end")} for each in messages]
-    if template == "mistral_instruct":  # a system message stands in the user's turn after it
+    if template == "mistral_instruct":  # a system message becomes part of the next user turn
         followed = [after["role"] for after in messages[1:]] + [""]
         messages = [
             each
@@ -114,7 +114,7 @@ def test_exact_equals_the_reference_in_every_template(kind, template, messages, 
 @given(messages=conversations(control=False))
 def test_without_control_tokens_literal_is_compat(kind, messages):
     tokenizer = small_tokenizer(kind)
-    # Random text may be one all the same.
+    # Random text may still contain a control token.
     tokens = [token.content for token in tokenizer.tokenizer.get_added_tokens_decoder().values()]
     said = [text for message in messages for text in (message["content"], message.get("name") or "")]
     assume(not any(token in text for token in tokens for text in said))
@@ -139,7 +139,7 @@ def test_literal_never_writes_a_control_token_of_a_message(kind, mask, messages)
         if message["role"] == "user" and message.get("name"):
             message["name"] = "x"
     expected = encode_conversation(emptied, tokenizer, encoding, None)
-    # A tokenizer that does not know a character writes <unk>, which is special too, for text.
+    # For unknown characters, a tokenizer writes <unk>, which is also special.
     unknown = tokenizer.tokenizer.token_to_id("<unk>")
     of_template = [abs(each) for each in expected if abs(each) in special - {unknown}]
     assert [each for each in ids if each in special - {unknown}] == of_template
@@ -153,7 +153,7 @@ def test_bos_is_not_trained():
 
 @pytest.mark.parametrize("valid", ["copy", "holdout"])
 def test_id_0_is_trained_on_in_exact(valid, tmp_path):
-    """Its sign cannot tell: the file says -0, XTuner reads 0, and the trainer gets the label."""
+    """0 has no sign: the file has -0, XTuner reads 0, and the trainer gets the label."""
     tokenizer = small_tokenizer("bang")
     texts = ["!", "!a!", "a!!", "Hi!", "0! 10 -0", "no"]
     lines = [[{"role": "user", "content": "!u!"}, {"role": "assistant", "content": text}] for text in texts]
@@ -192,7 +192,7 @@ def test_id_0_is_trained_on_in_exact(valid, tmp_path):
         ["<s>" + text.replace("!", "") + suffix for text in texts] + ["<s>" + suffix]
     )
     zeros = "".join(texts).count("!")
-    # BOS of each, what id 0 adds, and the two ids of the last end; of its content, 0 is trained on in neither.
+    # BOS of each line, each id 0, and the two ids of the last suffix. Its content, 0, is trained on in neither mask.
     assert counts_of(lines, tokenizer, mask="exact")["tokens_differing_from_compat"] == len(lines) + zeros + 2
 
 
@@ -215,7 +215,7 @@ def test_a_line_break_at_a_border_is_not_lost():
     assert exact[at + 1] == ("ĊĊ", True), "the merged token holds a character that is trained on"
     assert exact[-3:] == [("Ċ", True), ("<|im_end|>", True), ("Ċ", True)]
     counts = counts_of([messages], tokenizer, mask="exact")
-    # BOS, and the merged line break in place of the begin's.
+    # BOS, and the merged line break in place of the prefix's line break.
     assert counts == {"straddling_messages": 1, "tokens_differing_from_compat": 2, "control_messages": 0}
     assert counts_of([messages], tokenizer)["straddling_messages"] == 1
     untouched = [USER, {"role": "assistant", "content": "yes"}]

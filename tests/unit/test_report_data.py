@@ -151,7 +151,7 @@ def test_masks_reasons_and_places(tokenized, tables):
     quarantine = sorted((tokenized / "manifests" / "chat").glob("*.quarantine.jsonl"))
     assert tables["quarantine"][1:] == [[str(path), "3"] for path in quarantine] and len(quarantine) == 2
     assert tables["reasons"][1:] == [
-        ["[n].role is not as it should be", "2"],
+        ["invalid [n].role", "2"],
         ["not JSON", "2"],
         ["the conversation is empty", "2"],
     ]

@@ -1,4 +1,4 @@
-"""The tokenizer.json that we build from a SentencePiece model, against sentencepiece itself and the real Mistral."""
+"""Compares our tokenizer.json of a SentencePiece model with sentencepiece itself and with the real Mistral."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pair(model_path):
     ).map("".join)
 )
 def test_ids_equal_sentencepiece(pair, text):
-    # sentencepiece drops NUL and treats names of its own tokens in another way; both are outside this comparison.
+    # sentencepiece drops NUL and treats the names of its tokens differently, so leave both out.
     text = text.replace("\x00", "").replace("<", "(")
     tokenizer, processor = pair
     expected = processor.encode(text) if text else []
@@ -70,7 +70,7 @@ def test_settings_of_the_model(tmp_path):
 
 def test_what_is_refused(tmp_path):
     unigram = sentencepiece_model(tmp_path / "unigram", model_type="unigram", vocab_size=330)
-    with pytest.raises(UserError, match=r"another kind(.|\n)*tokenizer\.json"):
+    with pytest.raises(UserError, match=r"is not a BPE model(.|\n)*tokenizer\.json"):
         build_tokenizer_json(unigram)
     bad = tmp_path / "bad.model"
     for data in (b"", b"version https://git-lfs.github.com/spec/v1\n", unigram.read_bytes()[:-5000][:999]):

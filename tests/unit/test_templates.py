@@ -1,4 +1,4 @@
-"""Chat templates: files that are checked, the shipped ones, and Jinja that gives the ids of training."""
+"""Chat templates: validation of template files, the shipped templates, and Jinja with training's ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from snaketune.encoding.chat_encoding import ChatEncoding
 from snaketune.encoding.tokenizer import load_tokenizer
 
 TEMPLATES = ["chatml", "internlm2_chat", "llama3", "mistral_instruct"]
-# XTuner's masks are for its one template.
+# XTuner has masks only for its one template.
 MASKED = [("internlm2_chat", "compat"), *((name, "exact") for name in TEMPLATES)]
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -56,7 +56,7 @@ def test_shipped():
 
 
 def test_what_they_write():
-    """Against the formats as their makers describe them."""
+    """The shipped templates match the formats as their makers document them."""
     assert load_template("chatml").render([TALK[0], *TALK[2:]]) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
         '<|im_start|>assistant\nLook.\n<tool_call>\n{"name": "f"}\n</tool_call><|im_end|>\n'
@@ -87,7 +87,7 @@ def test_what_they_write():
 def test_jinja_gives_the_ids_of_training(kind, template, messages):
     tokenizer = small_tokenizer(kind, template)
     library = transformers_tokenizer(kind, template)
-    # What is trained on does not concern Jinja, and a type is of InternLM2's.
+    # Jinja does not depend on what is trained on, and only InternLM2's template has types.
     messages = [
         {key: message[key] for key in ("role", "name", "content") if key in message} for message in messages
     ]
@@ -164,7 +164,7 @@ def test_the_template_is_saved_with_the_tokenizer():
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tokenizer_gets_the_tokens_of_its_template(kind, template):
-    """The missing ones, in the order of the file, each one token wherever it stands; nothing else changes."""
+    """Adds missing tokens in the file's order. Each is one token in any context, and nothing else changes."""
     tokenizer = small_tokenizer(kind, template)
     base = json.loads((extended_folder(kind, template) / "tokenizer.json").read_text())
     path = extended_folder(kind, template).parent / "base" / "tokenizer.json"
@@ -263,7 +263,7 @@ CUSTOM = {
 
 
 def test_a_template_of_ones_own(tmp_path, run_script, tiny_tokenizer_dir):
-    """A YAML file and no Python: extend, tokenise, load again."""
+    """A YAML file is enough, without Python: extend, tokenise, load again."""
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(CUSTOM))
     save = ("--tokenizer-w-special-tokens-save-dir", tmp_path / "tokenizer")
@@ -289,7 +289,7 @@ def test_a_template_of_ones_own(tmp_path, run_script, tiny_tokenizer_dir):
     assert decode([abs(each) for each in ids]) == (
         "<s><turn>Ann: 1+1?</turn><turn>assistant: (easy)</turn><turn>assistant: 2</turn>"
     )
-    # The space before the answer belongs to it where the two are one token.
+    # The space before the answer counts as part of it if the two are one token.
     assert decode([each for each in ids if each > 0]) == "(easy)</turn>2</turn>"
 
 
@@ -307,7 +307,7 @@ def changed(path, value):
 
 
 BAD = {
-    "not a mapping": (["roles"], "the file"),
+    "not a mapping": (["roles"], "file"),
     "unknown key": (changed(["rolls"], {}), "rolls"),
     "no roles": (changed(["roles"], None), "roles"),
     "no tokens": (changed(["special_tokens"], None), "special_tokens"),
@@ -343,7 +343,7 @@ def test_bad_descriptions(case, tmp_path):
     path.write_text(yaml.safe_dump(description))
     with pytest.raises(UserError) as caught:
         load_template(path)
-    assert str(caught.value).startswith(f"{path}: {key} is not as it should be\n"), caught.value
+    assert str(caught.value).startswith(f"{path}: invalid {key}\n"), caught.value
     for part in ("found:", "expected:", "to fix:"):
         assert part in str(caught.value)
 

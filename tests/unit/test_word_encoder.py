@@ -1,4 +1,4 @@
-"""The faster encoder gives the tokenizer's own ids, or is not used."""
+"""The faster encoder gives the tokenizer's ids, or is not used."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def changed(tokenizer, change):
 
 
 def tokenizer_of(kind):
-    """Returns a small tokenizer; "nfc" is as Qwen's."""
+    """Returns a small tokenizer; "nfc" is like Qwen's."""
     if kind != "nfc":
         return small_tokenizer(kind).tokenizer
     tokenizer = changed(small_tokenizer("newlines").tokenizer, lambda data: None)
@@ -77,12 +77,12 @@ def tokenizer_of(kind):
 def test_ids_are_the_tokenizers(kind, batch):
     tokenizer = tokenizer_of(kind)
     encoder = word_encoder(tokenizer)
-    for _ in range(2):  # the second time from memory
+    for _ in range(2):  # the second time from the cache
         assert encoder.encode(batch) == {text: plain_ids(tokenizer, text) for text in batch}
 
 
 def pieces(tokenizer, texts):
-    """Returns what the pre-tokenizer makes of texts; merges stay within these."""
+    """Returns the pre-tokenizer's pieces of texts. Merges stay within a piece."""
     normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
     split = tokenizer.pre_tokenizer.pre_tokenize_str
     return [piece for text in texts for piece, _ in split(normalize(text))]

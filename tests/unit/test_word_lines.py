@@ -1,4 +1,4 @@
-"""The hot path writes what the tokenizers library and a look at each id say, or leaves the conversation to others."""
+"""The hot path writes the same lines as the tokenizers library with a check of each id, or returns None."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MASKS = ["compat", "exact"]
 
 
 def spelled(pieces, exact):
-    """Returns the line of a `.bin` file, and how many ids it trains on."""
+    """Returns the line of a `.bin` file and its number of trained ids."""
     ids = [token for piece in pieces for token in piece.ids]
     signs = [piece.trained for piece in pieces for _ in piece.ids]
     words = [
@@ -33,7 +33,7 @@ def spelled(pieces, exact):
 
 
 def check(encoder, plain, conversation, exact):
-    """Compares a line with the plain library's, the counts too; returns whether the hot path made one."""
+    """Compares a line and its counts with the plain library's. True if the hot path wrote the line."""
     turns = encoder.turns(conversation)
     line = encoder.line(turns)
     counts = encoder.take_counts()
@@ -48,9 +48,9 @@ def check(encoder, plain, conversation, exact):
 
 
 def pair(kind, template="internlm2_chat", **options):
-    """Returns an encoder with the hot path, and one that asks the library for every text."""
+    """Returns an encoder with the hot path, and one that uses the library for every text."""
     tokenizer = small_tokenizer(kind, template)
-    # A process has one literal spelling, so the turns of both are the same.
+    # A process has one literal spelling, so both encoders have the same turns.
     return tuple(BatchEncoder(tokenizer, ChatEncoding(**options), many=many) for many in (True, False))
 
 
@@ -84,7 +84,7 @@ def test_ordinary_conversations_take_the_hot_path(kind, template, mask):
         ["你好，世界。！", "<|im_end|> <s>!"],
     ):
         assert check(encoder, plain, talk(*contents), exact)
-    # At a boundary that a merge or the pre-tokenizer may cross, it is not tried.
+    # The hot path is not used if a merge or the pre-tokenizer may cross the edge of a content.
     crossing = {"sentencepiece": "", "bang": "\n x"}.get(kind, "  x")
     if crossing:
         assert encoder.line(encoder.turns(talk(crossing, "x"))) is None
@@ -112,7 +112,7 @@ def test_forgetting_changes_nothing(kind, mask, monkeypatch):
 @pytest.mark.parametrize("limit", [None, 7])
 def test_texts_of_very_many_words(kind, limit, monkeypatch):
     encoder, plain = pair(kind)
-    # Many words, spaces that make the words slower to find, one endless word, and a control token behind much.
+    # Many words, spaces that slow down the search for words, one very long word, a control token after long text.
     contents = [
         "hello world! " * 6000,
         "x" + "  y\n" * 20_000,

@@ -1,4 +1,4 @@
-"""Which lines of a JSONL file are held out, and which go to the valid folder: by content, so duplicates stay together."""
+"""Chooses the lines to hold out and the lines for the valid folder, by content, so that duplicates stay together."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from snaketune.common.cli import UserError
 
 
 def is_held_out(line: bytes, share: float, seed: int) -> bool:
-    """True if this line of a JSONL file is set aside for evaluation.
+    """True if a line of a JSONL file is held out for evaluation.
 
-    A line is, when the first 8 bytes of SHA-256 of `<seed>:<line>`, read as a fraction, are less than `share`.
+    Compares the first 8 bytes of the SHA-256 of `<seed>:<line>`, read as a fraction, with `share`.
 
     Args:
-        line: The line's bytes; line breaks at its end do not count.
-        share: Between 0 and 1.
-        seed: Another seed sets other lines aside.
+        line: The line's bytes; line breaks at its end are ignored.
+        share: Share of lines to hold out, from 0 to below 1.
+        seed: Selects which lines are held out.
     """
     return share > 0 and _fraction(b"%d:" % seed, line) < share
 
@@ -23,7 +23,7 @@ def is_held_out(line: bytes, share: float, seed: int) -> bool:
 def is_valid(line: bytes, share: float, seed: int) -> bool:
     """True if `valid: holdout` moves this line to the valid folder.
 
-    Decided as by `is_held_out`, over `valid:<seed>:<line>`: with equal seeds, too, the two choices are independent.
+    Works like `is_held_out`, but hashes `valid:<seed>:<line>`: the choices are independent even with equal seeds.
     """
     return _fraction(b"valid:%d:" % seed, line) < share
 

@@ -1,4 +1,4 @@
-"""Reads a JSONL file in blocks of whole lines, so that memory does not grow with the file."""
+"""Reads a JSONL file in blocks of whole lines. Memory does not grow with the file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import IO, NamedTuple
 
 from snaketune.common.cli import UserError
 
-# A block's ids and their strings take about 100 times its bytes in the tokenizers library.
+# In the tokenizers library, the ids of a block and their strings take about 100 times its size.
 BLOCK_BYTES = 384 << 10
-# Nothing that is written line by line has such lines. A line takes about five times its bytes on its way to where it is
-# refused or set aside, so this bounds the memory.
+# No file that is written line by line has longer lines. A line takes about five times its size in memory before it is
+# rejected or set aside, so this bounds the memory.
 MAX_LINE_BYTES = 256 << 20
 _BOM = b"\xef\xbb\xbf"
-# Inode, bytes, time of the last change in nanoseconds.
+# Inode, size in bytes, mtime in nanoseconds.
 FileState = tuple[int, int, int]
 
 
@@ -24,10 +24,10 @@ class Block(NamedTuple):
     """Consecutive lines of a file, without line breaks.
 
     Attributes:
-        first_line: Number of the first one, from 1.
+        first_line: Number of the first line, from 1.
         lines: The lines.
-        size: Bytes of the file that they stand for.
-        open_end: The last line has no line break, as in a file that was cut off.
+        size: Bytes that the lines take in the file.
+        open_end: True if the last line has no line break, as in a truncated file.
     """
 
     first_line: int
@@ -39,12 +39,12 @@ class Block(NamedTuple):
 class LineReader:
     r"""Iterates over a file's blocks. `\n`, `\r\n` and `\r` all end a line, as for Python's (and XTuner's) `open`.
 
-    A byte order mark at the start is passed over. `decode` makes the stream that is read of the opened file and its
-    path, for example a decompressing one.
+    Skips a byte order mark at the start. `decode` takes the opened file and its path, and returns the stream to read,
+    for example a decompressing one.
 
     Attributes:
-        sha256: Of all bytes, once the iteration is over.
-        size: Bytes of the file, once the iteration is over.
+        sha256: SHA-256 of all bytes, once the iteration is over.
+        size: Size of the file in bytes, once the iteration is over.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LineReader:
         """Yields the blocks.
 
         Raises:
-            UserError: The file cannot be read, or was changed or removed meanwhile.
+            UserError: The file cannot be read, or changed or was removed while it was read.
         """
         line_number = 1
         while data := self._read():
@@ -101,8 +101,8 @@ class LineReader:
                     raise UserError(
                         f"{self.path} has a line of more than {MAX_LINE_BYTES >> 20} MiB",
                         found=f"it begins at byte {first:,}: {data[first - self.size :][:60]!r}...",
-                        expected="a JSONL file: one conversation on each line",
-                        fix="write it line by line, or let ingest_dataset.py convert it",
+                        expected="a JSONL file: one conversation per line",
+                        fix="write one conversation per line, or convert the file with ingest_dataset.py",
                     )
                 data += rest
             return data
@@ -115,7 +115,7 @@ class LineReader:
 
 
 def open_source(path: str | os.PathLike) -> tuple[IO[bytes], FileState]:
-    """Opens a file to read it, and returns it with the state to hand to `refuse_changes` when it is read.
+    """Opens a file for reading. Returns it with the state to pass to `refuse_changes` after reading.
 
     Raises:
         UserError: The file cannot be opened.
@@ -128,7 +128,7 @@ def open_source(path: str | os.PathLike) -> tuple[IO[bytes], FileState]:
 
 
 def refuse_changes(path: str | os.PathLike, opened: FileState) -> None:
-    """Raises a UserError if a file is not the one that was opened: a manifest would describe what never was."""
+    """Raises a UserError if a file changed since it was opened: its manifest would be wrong."""
     try:
         now = _state(os.stat(path))
     except FileNotFoundError:
@@ -138,19 +138,19 @@ def refuse_changes(path: str | os.PathLike, opened: FileState) -> None:
     else:
         if now == opened:
             return
-        found = "its size, time stamp or inode is another"
+        found = "size, mtime or inode changed"
     raise UserError(
         f"{path} was changed while it was read",
         found=found,
-        expected="a file that stays as it is",
-        fix="run again when nothing writes to it any more",
+        expected="a file that does not change",
+        fix="run again when nothing writes to it",
     )
 
 
 def unreadable(path: str | os.PathLike, error: OSError) -> UserError:
-    """Returns the error to raise for a file that the system does not let us read."""
+    """Returns the UserError for a file that the system cannot read."""
     missing = isinstance(error, FileNotFoundError)
-    fix = "put it back, and run again" if missing else "check its permissions and the disk"
+    fix = "restore it and run again" if missing else "check its permissions and the disk"
     found = error.strerror or error
     return UserError(f"{path} cannot be read", found=found, expected="a readable file", fix=fix)
 

@@ -1,9 +1,9 @@
-"""Where the chat data lies. Imports nothing heavy: the workflow reads it too.
+"""Finds the chat data. Imports nothing heavy, because the workflow imports it too.
 
     <processed_dir>/<dataset>/processed/.../<file>.jsonl
 
-As in XTuner 0.2.0 the first folder names the dataset, `processed` may lie deeper and hold folders of its own, and
-links are followed. Hidden files and folders are passed over, and so is a link that leads back up.
+As in XTuner 0.2.0, the first folder names the dataset, `processed` may be deeper and may contain folders, and links
+are followed. Hidden files and folders are skipped, and so are links to a parent folder.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def find_datasets(processed_dir: str | os.PathLike) -> dict[str, list[Path]]:
     """Returns the JSONL files of each dataset, both sorted by name.
 
     Raises:
-        UserError: The folder is missing or holds no dataset, or two files of a dataset have one name.
+        UserError: The folder is missing or has no dataset, or two files of a dataset have the same name.
     """
     root = Path(processed_dir)
     if not root.is_dir():
         raise UserError(
             f"{root} is not a folder",
-            expected=f"a folder that holds {_LAYOUT}",
+            expected=f"a folder that contains {_LAYOUT}",
             fix="correct --processed-dir (config: the data's processed_dir)",
         )
     datasets = {}
@@ -43,10 +43,10 @@ def find_datasets(processed_dir: str | os.PathLike) -> dict[str, list[Path]]:
         hint = (
             "pass the folder above it"
             if (root / "processed").is_dir()
-            else "put the JSONL files into that layout"
+            else "move the JSONL files into this layout"
         )
         raise UserError(
-            f"{root} holds no dataset", found="no JSONL file in the layout", expected=_LAYOUT, fix=hint
+            f"{root} holds no dataset", found="no JSONL file in this layout", expected=_LAYOUT, fix=hint
         )
     return datasets
 
@@ -73,9 +73,9 @@ def _collect(folder: Path, inside: bool, above: frozenset[str], files: list[Path
             if not _is(entry.is_file):
                 raise UserError(
                     f"{entry.path} cannot be read",
-                    found="a broken link, or no ordinary file",
+                    found="a broken link, or not a regular file",
                     expected="a file",
-                    fix="mend or remove it",
+                    fix="fix or remove it",
                 )
             files.append(Path(entry.path))
 
@@ -95,6 +95,6 @@ def _refuse_same_names(dataset: str, files: list[Path]) -> None:
             raise UserError(
                 f"dataset {dataset!r}: two files have the same name and would become one tokenised file",
                 found=f"{other} and {file}",
-                expected="a name of its own for each JSONL file of a dataset",
-                fix="rename one of them, or put it into a dataset folder of its own",
+                expected="a different name for each JSONL file of a dataset",
+                fix="rename one of them, or move it into another dataset's folder",
             )

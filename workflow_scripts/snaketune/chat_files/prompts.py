@@ -1,4 +1,4 @@
-"""Files of prompts. Imports nothing that one of the two environments lacks."""
+"""Reads files of prompts. Imports only packages that both environments have."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from snaketune.common.cli import UserError
 
 
 def read_prompts(path: Path) -> list[list[dict]]:
-    """Reads a JSON list of conversations (each a list of messages, as in the data, without the answer).
+    """Reads a JSON list of conversations, each a list of messages as in the data, without the answer.
 
     Raises:
-        UserError: When the file is no such list.
+        UserError: The file is not a list of conversations.
     """
     try:
         prompts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the prompts of {path}", found=error, expected="a JSON file") from None
+        raise UserError(f"cannot read the prompts in {path}", found=error, expected="a JSON file") from None
     if not isinstance(prompts, list) or not all(isinstance(prompt, list) for prompt in prompts):
         raise UserError(
-            f"{path} is no list of conversations",
+            f"{path} is not a list of conversations",
             expected='[[{"role": "user", "content": "..."}], ...]',
             fix="wrap each prompt in a list of messages",
         )

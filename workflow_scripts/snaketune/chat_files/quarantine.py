@@ -1,6 +1,6 @@
-"""Bad lines, unchanged and with their reason, one JSON object a line: `{"file", "line", "reason", "raw"}`.
+"""Writes bad lines, unchanged and with the reason, as one JSON object per line: `{"file", "line", "reason", "raw"}`.
 
-A line that is not UTF-8 stands under `raw_base64` instead of `raw`.
+A line that is not UTF-8 has the key `raw_base64` instead of `raw`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from snaketune.common.files import fsync_path, told_when_full
 
 
 class QuarantineFile:
-    """Writes a quarantine file line by line; there is none unless a line is bad.
+    """Writes a quarantine file line by line. Creates no file if no line is bad.
 
-    It gets its name when the context is left, also by an error: it may be what explains it.
+    The file appears when the context exits, even after an error, because its lines may explain the error.
 
     Attributes:
-        path: Where it goes. What stood there is removed.
+        path: Path of the file. Entering the context removes an existing file.
         count: Bad lines so far.
     """
 
@@ -63,9 +63,9 @@ def quarantine_record(file: str, number: int, raw: bytes, reason: str) -> bytes:
 
     Args:
         file: Name of the source.
-        number: The line's number in it, from 1.
+        number: The line's number in the source, from 1.
         raw: The line, unchanged, without its line break.
-        reason: Why it is bad.
+        reason: Why the line is bad.
     """
     record = {"file": file, "line": number, "reason": reason}
     try:
@@ -78,19 +78,19 @@ def quarantine_record(file: str, number: int, raw: bytes, reason: str) -> bytes:
 
 
 def refuse_too_many(file: str, bad: int, lines: int, max_share: float, quarantine: str) -> None:
-    """Raises a UserError if more than a share of a file's lines is bad.
+    """Raises a UserError if too large a share of a file's lines is bad.
 
     Args:
         file: Name of the source.
-        bad: Its bad lines.
-        lines: All its lines.
-        max_share: The largest share that is let pass.
-        quarantine: Where the bad lines stand, for the message.
+        bad: Number of bad lines.
+        lines: Number of lines.
+        max_share: The largest allowed share.
+        quarantine: Path of the bad lines, for the message.
     """
     if bad > max_share * lines:
         raise UserError(
             f"{file} has too many bad lines",
-            found=f"{bad:,} of {lines:,} ({bad / lines:.1%}), with their reasons in {quarantine}",
+            found=f"{bad:,} of {lines:,} ({bad / lines:.1%}); see {quarantine} for the reasons",
             expected=f"at most {max_share:.1%}",
-            fix="mend the lines, or raise the largest share (--max-bad-share; config: tokenize.max_bad_share)",
+            fix="fix the lines, or allow a larger share (--max-bad-share; config: tokenize.max_bad_share)",
         )

@@ -1,7 +1,6 @@
-"""Reads the lines of a JSONL file that begin in a range of its bytes.
+"""Reads the lines of a JSONL file that begin in a byte range.
 
-Ranges that tile a file give each of its lines once, whatever the ranges are: a line belongs to the range that its first
-byte lies in.
+A line belongs to the range of its first byte, so any ranges that tile a file give each line exactly once.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from snaketune.chat_files.line_reader import LineReader
 
 
 class RangeReader(LineReader):
-    """Iterates over the blocks of the lines that begin at `start` or later, and before `end`.
+    """Iterates over the blocks of the lines that begin at byte `start` or later, and before byte `end`.
 
-    The lines are numbered from 1, as if the file began at `start`; see `lines_before`.
+    Lines are numbered from 1, as if the file began at `start`; see `lines_before`.
 
     Attributes:
-        sha256: Of the bytes of these lines, once the iteration is over.
-        first_byte: Where the first of them begins.
+        sha256: SHA-256 of the bytes of these lines, once the iteration is over.
+        first_byte: Offset of the first line.
     """
 
     def __init__(self, path: str | os.PathLike, start: int = 0, end: int | None = None):
@@ -28,10 +27,10 @@ class RangeReader(LineReader):
             end = os.fstat(self._file.fileno()).st_size
         if start:
             self._file.seek(start - 1)
-            # Goes on to the next line, or nowhere where `start` begins one.
+            # Skip to the next line, unless a line begins at `start`.
             self._file.readline()
         self.first_byte = self._file.tell() if start else 0
-        # Only a file's very beginning may be a byte order mark; the base class knows it by the size read so far.
+        # A byte order mark is only allowed at offset 0; the base class checks the size read so far.
         self.size = self.first_byte
         self._file = _UpTo(self._file, end)
 
@@ -42,13 +41,13 @@ class RangeReader(LineReader):
 
 
 def lines_before(path: str | os.PathLike, start: int) -> int:
-    """Returns the number of lines that begin before the byte `start`. Reads them all."""
+    """Returns the number of lines that begin before byte `start`. Reads all of them."""
     with RangeReader(path, 0, start) as reader:
         return sum(len(block.lines) for block in reader)
 
 
 class _UpTo:
-    """A file that seems to end at `end`; a line that begins before it is read in whole."""
+    """Makes a file appear to end at byte `end`; a line that begins before `end` is still read completely."""
 
     def __init__(self, file: IO[bytes], end: int):
         self._file, self._end = file, end

@@ -1,1 +1,1 @@
-"""The chat format: from messages to turns and text."""
+"""The chat format: messages to turns to text."""

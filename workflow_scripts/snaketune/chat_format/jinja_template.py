@@ -1,4 +1,4 @@
-"""A Jinja `chat_template` for `apply_chat_template`, made from the same description that training uses."""
+"""Generates a Jinja `chat_template` for `apply_chat_template` from the template file that training uses."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from snaketune.chat_format.chat_template import ChatTemplate, Role
 
 
 def jinja_template(template: ChatTemplate) -> str:
-    """Returns the Jinja template that renders what `ChatTemplate.render` does, BOS first where the template has one.
+    """Returns a Jinja template that renders the same text as `ChatTemplate.render`, after BOS if the template has one.
 
-    It says nothing of bad input: the messages are those that `ChatTemplate.turns` accepts. Every list of messages
-    that training would refuse renders to something all the same. Where the template has plugins, OpenAI's `tools`,
-    `tool_calls` and results of tools are rendered as the messages that training has for them.
+    The Jinja template does not validate its input. It is correct for messages that `ChatTemplate.turns` accepts, and
+    renders any others to some text. If the template has plugins, OpenAI's `tools`, `tool_calls` and tool results are
+    rendered as the equivalent messages of the training data.
     """
     opens = {each for role in template.roles.values() for each in _targets(role)}
     named = any(_uses_names(role) for role in template.roles.values())
     lines = ["{{ bos_token }}"] if template.bos else []
-    # What the open turn still needs, whose it is, and what the next turn of a role begins with.
+    # `ns` holds the open turn's role and suffix (`end`), and the text that waits for the next turn.
     source = "messages"
     if reads_openai_tools(template):
         lines += _OPENAI
@@ -44,13 +44,13 @@ def jinja_template(template: ChatTemplate) -> str:
 
 
 def reads_openai_tools(template: ChatTemplate) -> bool:
-    """Tells whether the Jinja template understands OpenAI's form of tools: where the format has plugins."""
+    """True if the Jinja template reads tools in OpenAI's form, which needs a format with plugins."""
     roles = template.roles
     has_roles = {"system", "tool", "environment"} <= roles.keys()
     return has_roles and "plugin" in template.names and roles["tool"].named is not None
 
 
-# Puts into `given.all` the messages, with plugins as training names them.
+# Fills `given.all` with the messages, with plugins in the form of the training data.
 _OPENAI = (
     "{% set given = namespace(all=[], told=not tools) %}",
     "{% set known = namespace(plugins=[]) %}",
@@ -108,7 +108,7 @@ def _message(template: ChatTemplate, role: Role, opens: set[str]) -> list[str]:
 
 
 def _prefix(template: ChatTemplate, role: Role) -> str:
-    """Returns a Jinja expression for what stands before the content."""
+    """Returns a Jinja expression for the prefix."""
     if role.named is None:
         return _quoted(role.prefix)
     before, after = role.named
@@ -128,5 +128,5 @@ def _uses_names(role: Role) -> bool:
 
 
 def _quoted(text: str) -> str:
-    """Returns a Jinja string; Jinja reads the same escapes as Python."""
+    """Returns a Jinja string literal. Jinja reads the same escapes as Python."""
     return "'" + text.encode("unicode_escape").decode().replace("'", "\\'") + "'"

@@ -1,10 +1,10 @@
-"""Conversations to signed token ids, as XTuner 0.2.0 stores them: an id that is not trained on is negated.
+"""Encodes conversations as signed token ids, as XTuner 0.2.0 stores them: ids that are not trained on are negated.
 
-All turns of a batch go through the tokenizer in one call. Begins and ends repeat, so their ids are cached. With
-`mask: compat` the ids of a content are those of `begin + content + end` without the first `len(begin ids)` and the last
-`len(end ids)`: where the tokenizer merges across a boundary (a content that starts with a line break), this drops or
-shifts an id, and that is what XTuner's files hold. `mask: exact` is in `snaketune.encoding.exact_mask`, `control_tokens: literal` in
-`snaketune.encoding.control_tokens`.
+All turns of a batch go through the tokenizer in one call. Prefixes and suffixes repeat, so their ids are cached. With
+`mask: compat`, the ids of a content are those of `prefix + content + suffix` without the first `len(prefix ids)` and
+the last `len(suffix ids)`. If the tokenizer merges across an edge of the content, such as a leading line break, this
+drops or shifts an id, as in XTuner's files. For `mask: exact` see `snaketune.encoding.exact_mask`, for
+`control_tokens: literal` see `snaketune.encoding.control_tokens`.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from snaketune.settings.schema import default_of
 
 
 class BatchEncoder:
-    """Encodes conversations with one tokenizer, caching the ids of begins and ends.
+    """Encodes conversations with one tokenizer, and caches the ids of prefixes and suffixes.
 
-    Make turns with its method `turns`, not with another template's: with `control_tokens="literal"` the control tokens
-    of a turn have names of their own.
+    Make turns with the method `turns`, not with another template: with `control_tokens="literal"` the control tokens
+    in a turn are renamed.
 
     Attributes:
         encoding: How conversations become ids.
-        template: The chat template, its control tokens renamed where they are literal in messages.
+        template: The chat template, with renamed control tokens if they are literal in messages.
     """
 
-    # Names are free text: a corpus with a name a user must not fill the memory.
+    # Names are free text: a corpus with a different name for each user must not fill the memory.
     _MAX_CACHED = 4096
 
     def __init__(self, tokenizer: ExtendedTokenizer, encoding: ChatEncoding, *, many: bool = False):
@@ -54,10 +54,10 @@ class BatchEncoder:
         Args:
             tokenizer: The extended tokenizer.
             encoding: How conversations become ids.
-            many: Prepare `line`, where the tokenizer allows it.
+            many: True prepares `line`, if the tokenizer allows it.
 
         Raises:
-            UserError: The tokenizer lacks tokens of the template, or the mask is compat and the template not
+            UserError: The tokenizer lacks tokens of the template, or the mask is compat and the template is not
                 InternLM2's.
         """
         template = tokenizer.with_template(encoding.template).template
@@ -77,7 +77,7 @@ class BatchEncoder:
         self._bos = [TokenSpan([tokenizer.bos_token_id], not self._exact)] if template.bos else []
         self._lines = self._prepare_lines() if many else None
         if self._lines is None:
-            _ = self._tokenizer  # so that one which cannot be made is known before any work
+            _ = self._tokenizer  # fail early if it cannot be built
         self._cache: dict[tuple[str, bool], TokenSpan] = {}
         self._plain_prefixes: dict[str, bool] = {}
         self._counts = dict.fromkeys(
@@ -88,20 +88,20 @@ class BatchEncoder:
         """Returns the turns of a conversation, for `encode_turns`.
 
         Raises:
-            MessageError: It is not in the format, or it holds a control token and these are errors.
+            MessageError: The conversation is not in the format, or has a control token with `control_tokens="error"`.
         """
         if self.encoding.control_tokens == "error":
             self._refuse_control_tokens(messages)
         return self.template.turns(messages, self._exact)
 
     def encode_turns(self, conversations: Sequence[list[Turn]]) -> list[list[TokenSpan]]:
-        """Returns the pieces of each conversation, BOS first where the template has it, not truncated."""
+        """Returns the token spans of each conversation, not truncated. BOS comes first if the template has it."""
         if not conversations:
-            return []  # without what is made when it is first needed
+            return []  # without building the lazy properties
         every = [turn for conversation in conversations for turn in conversation]
         self._fill_cache(every)
         self.count_control_tokens(every)
-        # Many conversations share a system message, often a long one: each text is encoded once a batch.
+        # Many conversations share a long system message, so each text is encoded once per batch.
         texts = [turn.prefix + turn.content + turn.suffix for turn in every]
         ids_of = self._encode(dict.fromkeys(texts))
         encode = self._exact_pieces if self._exact else self._compat_pieces
@@ -112,18 +112,18 @@ class BatchEncoder:
         return result
 
     def line(self, conversation: list[Turn]) -> bytes | None:
-        """Returns the line of a `.bin` file for a conversation, not truncated.
+        """Returns a conversation's line of a `.bin` file, not truncated.
 
-        None where only `encode_turns` can do that: the ids depend on more than single words.
+        Returns None if the ids depend on more than single words, which only `encode_turns` can handle.
         """
         return self._lines.line(conversation) if self._lines else None
 
     def take_counts(self) -> dict[str, int]:
-        """Returns what was counted since the last call.
+        """Returns the counts since the last call.
 
-        `straddling_messages`: turns where the tokenizer merges across the boundary of begin, content or end.
-        `tokens_differing_from_compat`: places where `exact` has another id or sign, before a conversation is cut.
-        `control_messages`: messages that hold a control token, in the content or the name.
+        `straddling_messages`: turns where the tokenizer merges across the content's edge with the prefix or suffix.
+        `tokens_differing_from_compat`: positions where `exact` has a different id or sign, before truncation.
+        `control_messages`: messages with a control token in the content or the name.
         """
         counts = dict(self._counts)
         if self._lines:
@@ -158,7 +158,7 @@ class BatchEncoder:
         ids_of_next = iter(every_ids)
         straddling = different = 0
         result: list[list[TokenSpan]] = []
-        # What is encoded again with offsets: where it goes, its spans, and the same by XTuner's rule.
+        # To encode again with offsets: (where the result goes, the text as spans, the spans by XTuner's rule).
         later: list[tuple[list[TokenSpan], list[Span], list[TokenSpan]]] = []
         for conversation in conversations:
             pieces: list[TokenSpan] = list(self._bos)
@@ -189,7 +189,7 @@ class BatchEncoder:
                 else:
                     spans = [span for turn in chunk for span in spans_of(turn)]
                     if number == 0 and self._bos and not chunk[0].prefix.startswith(self._anchors):
-                        # What stands behind BOS may be encoded otherwise than what stands first.
+                        # Text after BOS may be encoded differently from text at the start.
                         compat[:0] = pieces[:1]
                         pieces.clear()
                         spans.insert(0, Span(self._bos_text, False))
@@ -209,7 +209,7 @@ class BatchEncoder:
         return result
 
     def _chunks(self, conversation: list[Turn]) -> list[list[Turn]]:
-        """Cuts a conversation before control tokens: what stands behind one is encoded apart from what is before."""
+        """Splits a conversation before turns that start with a control token. Their text is encoded independently."""
         chunks: list[list[Turn]] = []
         for turn in conversation:
             if chunks and not turn.prefix.startswith(self._anchors):
@@ -219,7 +219,7 @@ class BatchEncoder:
         return chunks
 
     def _is_plain_prefix(self, prefix: str) -> bool:
-        """Does the begin start with a control token, and does each of its ids stand for certain characters?"""
+        """True if the prefix starts with a control token and each of its ids stands for known characters."""
         plain = self._plain_prefixes.get(prefix)
         if plain is None:
             ids = self._cache[prefix, False].ids
@@ -230,7 +230,7 @@ class BatchEncoder:
     def _piece(self, span: TokenSpan, trained: bool) -> TokenSpan:
         return span if span.trained == trained else TokenSpan(span.ids, trained)
 
-    # What follows is made when it is first needed: most conversations of some tokenizers never need it.
+    # Built lazily: with some tokenizers, most conversations never need these.
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -273,7 +273,7 @@ class BatchEncoder:
             self._cache[text, trained] = span._replace(written=span.write(self._exact))
 
     def count_control_tokens(self, every: Iterable[Turn]) -> None:
-        """Counts the messages that hold a control token; `encode_turns` does so itself."""
+        """Counts the messages with a control token. `encode_turns` calls this itself."""
         texts = []
         for turn in every:
             if turn.parts is None and turn.name is None:
@@ -286,7 +286,7 @@ class BatchEncoder:
 
     def _refuse_control_tokens(self, messages: Any) -> None:
         if type(messages) is not list:
-            return  # `turns` says what is wrong
+            return  # `turns` raises the error
         for index, message in enumerate(messages):
             for key in ("content", "name"):
                 value = message.get(key) if isinstance(message, dict) else None
@@ -296,7 +296,7 @@ class BatchEncoder:
                         f"[{index}].{key}",
                         found=f"the control token {found[0]} in it",
                         expected="text without control tokens",
-                        fix="remove it, or set control_tokens to literal (it is then ordinary text)",
+                        fix="remove it, or set control_tokens to literal to treat it as ordinary text",
                     )
 
     def _encode(self, texts: Iterable[str]) -> dict[str, list[int]]:
@@ -319,7 +319,7 @@ def encode_conversations(
         conversations: Lists of messages.
         tokenizer: The extended tokenizer.
         encoding: How conversations become ids.
-        max_length: Tokens after which a conversation is cut; None cuts none.
+        max_length: Tokens to keep of a conversation; None keeps all.
 
     Raises:
         MessageError: A conversation is not in the format.
@@ -342,7 +342,7 @@ def encode_conversation(
 
 
 def _cut(ids: list[int], prefix: list[int], suffix: list[int]) -> list[int] | None:
-    """Returns the ids between those of begin and end, None where the ids do not begin and end with these."""
+    """Returns the ids between prefix and suffix, or None if `ids` does not start and end with them."""
     first, last = len(prefix), len(ids) - len(suffix)
     if last < first or ids[:first] != prefix or ids[last:] != suffix:
         return None
@@ -350,7 +350,7 @@ def _cut(ids: list[int], prefix: list[int], suffix: list[int]) -> list[int] | No
 
 
 def _different(ids: list[int], exact: bool, compat: bool) -> int:
-    """Returns at how many ids the masks differ; compat never trains on id 0."""
+    """Returns the number of ids whose masks differ. compat never trains on id 0."""
     if exact == compat:
         return ids.count(0) if exact else 0
     return len(ids) if exact else len(ids) - ids.count(0)

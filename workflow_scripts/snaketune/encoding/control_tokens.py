@@ -1,8 +1,8 @@
-"""Control tokens that stand inside a message, and a tokenizer that reads them there as ordinary text.
+"""Finds control tokens in messages, and builds a tokenizer that reads them as ordinary text.
 
-Whoever types `<|im_end|>` into a chat must not end a turn of the training data with it. A tokenizer cannot tell who
-wrote a token, so it gets other names for its control tokens, names that nobody can type: they hold a random number of
-this process. The template is written with the new names, the messages are left alone, and all ids stay what they were.
+Typing `<|im_end|>` into a chat must not end a turn in the training data. A tokenizer cannot tell who wrote a token, so
+its control tokens are renamed. Nobody can type the new names: they contain a random number of this process. The
+template uses the new names, messages stay unchanged, and all ids stay the same.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from snaketune.encoding.tokenizer import ExtendedTokenizer
 
 
 class LiteralTokenizer(NamedTuple):
-    """A tokenizer whose control tokens have other names.
+    """A tokenizer with renamed control tokens.
 
     Attributes:
-        tokenizer: Gives each renamed token its old id, and the old names the ids of ordinary text.
+        tokenizer: Gives each renamed token its old id, and encodes the old names as ordinary text.
         spelling: Old name -> new name.
     """
 
@@ -33,35 +33,35 @@ class LiteralTokenizer(NamedTuple):
 
 
 def control_tokens(tokenizer: Tokenizer, also: Iterable[str] = ()) -> list[str]:
-    """Returns a tokenizer's special tokens and those of a template, the longest first."""
+    """Returns a tokenizer's special tokens and those in `also`, longest first."""
     added = {str(token) for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     return sorted(added | set(also), key=lambda token: (-len(token), token))
 
 
 def control_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Returns a pattern that finds any of the tokens."""
+    """Returns a pattern that matches any of the tokens."""
     return re.compile("|".join(map(re.escape, tokens)))
 
 
 @lru_cache(maxsize=4)
 def literal_spelling(names: tuple[str, ...]) -> dict[str, str]:
-    """Returns the new name of each control token, the same all through this process."""
+    """Returns the new name of each control token, the same throughout this process."""
     salt = secrets.token_hex(8)
     return {name: f"\ufdd0{salt}-{place}\ufdd1" for place, name in enumerate(names)}
 
 
 def literal_tokenizer(tokenizer: ExtendedTokenizer, also: Iterable[str] = ()) -> LiteralTokenizer:
-    """Returns the tokenizer with its control tokens renamed, made once for each tokenizer.json.
+    """Returns the tokenizer with its control tokens renamed. Cached per tokenizer.json.
 
     Args:
         tokenizer: The extended tokenizer.
-        also: Tokens to rename besides its special ones: those of the template.
+        also: Tokens to rename in addition to the special tokens: those of the template.
     """
     return _literal_tokenizer(tokenizer.sha256, tuple(also), _Source(tokenizer.tokenizer))
 
 
 class _Source:
-    """Equal to every other one, so that the hash of tokenizer.json alone decides what is remembered."""
+    """Holds a tokenizer. All instances are equal, so that the cache is keyed by the hash of tokenizer.json."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -82,7 +82,7 @@ def _literal_tokenizer(sha256: str, also: tuple[str, ...], source: _Source) -> L
     for entry in data["added_tokens"]:
         if entry["content"] in spelling:
             entry.update(content=spelling[entry["content"]], normalized=False)
-    # It names special tokens, adds none here, and trims the offsets of tokens.
+    # The post-processor refers to the old names, trims token offsets, and has no tokens to add here.
     data["post_processor"] = None
     renamed = Tokenizer.from_str(orjson.dumps(data).decode())
     for old, new in spelling.items():
@@ -92,7 +92,7 @@ def _literal_tokenizer(sha256: str, also: tuple[str, ...], source: _Source) -> L
             or renamed.encode(new, add_special_tokens=False).ids.count(token_id) != 1
         ):
             raise UserError(
-                f"the tokenizer has no other way to write {old!r}, so it cannot be told from typed text",
+                f"the tokenizer has no other way to write {old!r}, so typed text cannot be told from the token",
                 found=f"id {renamed.token_to_id(new)} instead of {token_id}",
                 fix="set control_tokens to control or error",
             )
@@ -100,7 +100,7 @@ def _literal_tokenizer(sha256: str, also: tuple[str, ...], source: _Source) -> L
 
 
 def _rename_in_model(model: dict[str, Any], spelling: dict[str, str]) -> None:
-    """Renames the vocabulary's entries too: no merge or whole-word look-up may make a control token of text."""
+    """Renames vocabulary entries, so that no merge or whole-word lookup can turn text into a control token."""
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         model["vocab"] = {spelling.get(entry, entry): token_id for entry, token_id in vocabulary.items()}
@@ -119,7 +119,7 @@ def _rename_in_model(model: dict[str, Any], spelling: dict[str, str]) -> None:
 
 
 def without_trimming(tokenizer: Tokenizer) -> Tokenizer:
-    """Returns the tokenizer without its post-processor, which may cut white space off the offsets of tokens."""
+    """Returns the tokenizer without its post-processor, which may trim white space from token offsets."""
     data = orjson.loads(tokenizer.to_str())
     if data["post_processor"] is None:
         return tokenizer

@@ -1,10 +1,10 @@
-"""`mask: exact`: the ids of the whole conversation, each trained on when a character of it is.
+"""`mask: exact`: encodes the whole conversation and trains on each id with a trained character.
 
-XTuner encodes begin, content and end together and cuts the first `len(begin ids)` and the last `len(end ids)` off.
-Where the tokenizer merges across such a boundary, that cuts the wrong ids. Here the boundary is looked up in the text: a
-token counts as trained when one of its characters does.
+XTuner encodes prefix, content and suffix together and cuts off the first `len(prefix ids)` and the last
+`len(suffix ids)` ids. If the tokenizer merges across an edge of the content, that cuts the wrong ids. `exact` finds
+the edges in the text instead: a token is trained on if any of its characters is.
 
-Most turns need no look-up. When their ids begin with those of the begin and end with those of the end, the boundaries lie
+Most turns need no search. If their ids start with the prefix's ids and end with the suffix's ids, the edges fall
 between tokens, because a token always stands for the same characters.
 """
 
@@ -22,14 +22,14 @@ from snaketune.encoding.signed_ids import TokenSpan, trained_mask
 
 
 class Span(NamedTuple):
-    """A stretch of a conversation's text."""
+    """A stretch of a conversation's text that is trained on or not."""
 
     text: str
     trained: bool
 
 
 def spans_of(turn: Turn) -> list[Span]:
-    """Returns what `exact` trains on in a turn: what each message asks for, and the end with the last of them."""
+    """Returns a turn's text as spans. Each message decides for its text, and the last one for the suffix too."""
     if turn.parts is None:
         spans = [Span(turn.content, turn.content_trained)]
     else:
@@ -39,7 +39,7 @@ def spans_of(turn: Turn) -> list[Span]:
 
 
 def one_answer(turn: Turn) -> bool | None:
-    """Returns whether the content is trained on, None where part of it is and part is not."""
+    """True if the whole content is trained on, False if none of it is, None if only part is."""
     if turn.parts is None:
         return turn.content_trained
     answers = {part.trained for part in turn.parts}
@@ -47,10 +47,10 @@ def one_answer(turn: Turn) -> bool | None:
 
 
 def encode_spans(tokenizer: Tokenizer, texts: Sequence[Sequence[Span]]) -> list[list[TokenSpan]]:
-    """Encodes texts given as spans, each as one text.
+    """Encodes texts given as spans. Each text is encoded as a whole.
 
     Args:
-        tokenizer: Must not trim offsets (see `snaketune.encoding.control_tokens.without_trimming`).
+        tokenizer: A tokenizer that does not trim offsets (see `snaketune.encoding.control_tokens.without_trimming`).
         texts: The spans of each text.
     """
     joined = ["".join(span.text for span in spans) for spans in texts]
@@ -62,11 +62,11 @@ def _pieces(ids: list[int], offsets: list[tuple[int, int]], spans: Sequence[Span
     if not ids:
         return []
     lengths = [len(span.text) for span in spans]
-    # trained_before[i]: how many of the first i characters are trained on.
+    # trained_before[i]: number of trained characters among the first i.
     trained_before = np.zeros(sum(lengths) + 1, dtype=np.int64)
     trained_before[1:] = np.cumsum(np.repeat([span.trained for span in spans], lengths))
     boundaries = np.array(offsets, dtype=np.int64)
-    # A token that a normalizer made of nothing stands for no character: it goes with the one it stands before.
+    # A token that the normalizer inserted covers no character. Count it with the next character.
     stop = np.minimum(np.maximum(boundaries[:, 1], boundaries[:, 0] + 1), len(trained_before) - 1)
     trained = (trained_before[stop] > trained_before[boundaries[:, 0]]).tolist()
     grouped = groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1])
@@ -74,7 +74,7 @@ def _pieces(ids: list[int], offsets: list[tuple[int, int]], spans: Sequence[Span
 
 
 def difference(exact: Sequence[TokenSpan], compat: Sequence[TokenSpan]) -> int:
-    """Returns at how many places ids or masks differ; what one has more counts as differing."""
+    """Returns at how many positions ids or masks differ. Extra ids of the longer sequence count as differing."""
     one, other = (
         list(
             zip(

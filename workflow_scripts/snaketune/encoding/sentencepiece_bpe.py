@@ -1,11 +1,11 @@
 """Builds a tokenizer.json from a SentencePiece BPE `tokenizer.model`, without sentencepiece, protobuf or transformers.
 
-The result is what transformers 4.48's `LlamaTokenizerFast` makes of the same file with `legacy: true`, which is the
-tokenizer that XTuner 0.2.0 runs used: a "▁" before each stretch of text between special tokens, spaces turned to
-"▁", no pre-tokenizer, byte fallback. transformers 5 builds another one, which is why it is not asked here.
+The result equals transformers 4.48's `LlamaTokenizerFast` for the same file with `legacy: true`, the tokenizer of
+XTuner 0.2.0 runs: a "▁" before each stretch of text between special tokens, spaces replaced by "▁", no pre-tokenizer,
+byte fallback. transformers 5 builds a different tokenizer, so it is not used here.
 
-The file is a protobuf message `ModelProto` (sentencepiece_model.proto of google/sentencepiece); of it we need the
-pieces and a few settings, so a small reader of the wire format does.
+The file is a protobuf message `ModelProto` (sentencepiece_model.proto of google/sentencepiece). We need only the pieces
+and a few settings, so a small reader of the wire format is enough.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 
 
 class SentencePieceModel(NamedTuple):
-    """What a `tokenizer.model` says, as far as it is needed here."""
+    """The parts of a `tokenizer.model` that we need."""
 
     pieces: list[Piece]
     is_bpe: bool
@@ -49,7 +49,7 @@ def read_model(path: str | os.PathLike) -> SentencePieceModel:
     """Reads a SentencePiece `tokenizer.model`.
 
     Raises:
-        UserError: The file is not such a model.
+        UserError: The file is not a SentencePiece model.
     """
     path = Path(path)
     try:
@@ -70,7 +70,7 @@ def read_model(path: str | os.PathLike) -> SentencePieceModel:
             f"{path} is not a SentencePiece model",
             found=f"{error} ({path.stat().st_size} bytes)",
             expected="a serialised ModelProto",
-            fix="copy the file again (a few hundred bytes are usually a Git LFS pointer)",
+            fix="copy the file again (a file of a few hundred bytes is usually a Git LFS pointer)",
         ) from None
     return SentencePieceModel(
         pieces,
@@ -81,7 +81,7 @@ def read_model(path: str | os.PathLike) -> SentencePieceModel:
 
 
 def build_tokenizer_json(model_path: str | os.PathLike) -> Tokenizer:
-    """Builds the tokenizer of a SentencePiece BPE model; `.save()` or `.to_str()` gives its tokenizer.json.
+    """Builds the tokenizer of a SentencePiece BPE model. Its `.save()` or `.to_str()` gives the tokenizer.json.
 
     Args:
         model_path: The `tokenizer.model`.
@@ -92,14 +92,14 @@ def build_tokenizer_json(model_path: str | os.PathLike) -> Tokenizer:
     model = read_model(model_path)
     if not model.is_bpe:
         raise UserError(
-            f"{model_path} is a SentencePiece model of another kind",
-            found="a Unigram, word or char model",
+            f"{model_path} is not a BPE model",
+            found="a SentencePiece model of type Unigram, word or char",
             expected="a BPE model",
-            fix="give a folder with a tokenizer.json",
+            fix="pass a folder with a tokenizer.json",
         )
     if model.has_normalization:
         warnings.warn(
-            f"{model_path} normalises text (NFKC or its own rules); like transformers' LlamaTokenizer we leave that out",
+            f"{model_path} normalises text (NFKC or its own rules); we skip this, like transformers' LlamaTokenizer",
             stacklevel=2,
         )
     ids = {piece.text: index for index, piece in enumerate(model.pieces)}
@@ -136,10 +136,10 @@ def build_tokenizer_json(model_path: str | os.PathLike) -> Tokenizer:
 
 
 def _merges(pieces: list[Piece], ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Returns the BPE merges that the pieces imply, the best first.
+    """Returns the BPE merges that the pieces imply, best first.
 
-    SentencePiece stores no merges: any two pieces whose join is a piece may merge, and the join's score ranks them.
-    The ties of one join go, as in transformers, to the longer left part, then to the smaller ids.
+    SentencePiece stores no merges. Any two pieces may merge if their concatenation is a piece, whose score ranks the
+    merge. As in transformers, ties go to the longer left part, then to the smaller ids.
     """
     ranked = []
     for index, (text, score, piece_type) in enumerate(pieces):
@@ -154,7 +154,7 @@ def _merges(pieces: list[Piece], ids: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yields (field number, value) of a protobuf message: int for varints, bytes for the rest."""
+    """Yields (field number, value) for each field of a protobuf message: int for varints, bytes for the rest."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)

@@ -1,7 +1,7 @@
-"""Ids that are trained on, or not, and how a `.bin` file spells them.
+"""Token ids with their training flag, and how a `.bin` file writes them.
 
-A `.bin` file negates what is not trained on. Id 0 has no negative: XTuner never trains on it, and so does `mask: compat`.
-With `mask: exact` a 0 that is trained on is written `-0`, which is JSON and which XTuner reads as 0.
+A `.bin` file negates ids that are not trained on. Id 0 has no negative, so XTuner and `mask: compat` never train on it.
+With `mask: exact`, a trained 0 is written as `-0`, which is valid JSON and which XTuner reads as 0.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import orjson
 
 
 class TokenSpan(NamedTuple):
-    """Consecutive ids that are trained on all alike.
+    """Consecutive ids that are all trained on, or all not.
 
     Attributes:
-        ids: The ids, still unsigned.
-        trained: False negates them in the file.
-        written: How the file spells them, where that is known already.
+        ids: The ids, unsigned.
+        trained: True if the ids are trained on. Other ids are negated in the file.
+        written: The bytes in the file, if already known.
     """
 
     ids: list[int]
@@ -26,11 +26,11 @@ class TokenSpan(NamedTuple):
     written: bytes | None = None
 
     def write(self, exact: bool = False) -> bytes:
-        """Returns the ids as `json.dumps` writes them, without brackets; negated where they are not trained on.
+        """Returns the ids as `json.dumps` writes them, without brackets, negated if not trained on.
 
-        `exact` writes id 0 as `-0` where it is trained on. No id is written with a leading zero, so `-0` is nothing else.
+        `exact` writes a trained id 0 as `-0`. No id has a leading zero, so `-0` is unambiguous.
 
-        Works on bytes: orjson and two replacements cost about a tenth of what `json.dumps` of a negated list does.
+        Works on bytes: orjson and two replacements take about a tenth of the time of `json.dumps` on a negated list.
         """
         if self.written is not None:
             return self.written
@@ -48,18 +48,18 @@ class TokenSpan(NamedTuple):
 
 
 def trained_mask(spans: Iterable[TokenSpan], exact: bool, max_length: int | None = None) -> list[bool]:
-    """Returns for each id whether it is trained on, as reading the `.bin` file tells, cut at `max_length`."""
+    """Returns one bool per id, True if a reader of the `.bin` file trains on it. Cut at `max_length`."""
     mask = [span.trained and (exact or token != 0) for span in spans for token in span.ids]
     return mask[:max_length]
 
 
 def count_trained(line: bytes) -> int:
-    """Returns how many ids of a line of a `.bin` file are trained on."""
+    """Returns the number of trained ids on a line of a `.bin` file."""
     return sum(token > 0 for token in orjson.loads(line)["tokens"]) + line.count(b"-0")
 
 
 def signed_ids(spans: Iterable[TokenSpan], max_length: int | None = None) -> list[int]:
-    """Joins spans to signed ids, cut at `max_length`."""
+    """Joins spans into signed ids, cut at `max_length`."""
     ids: list[int] = []
     for span in spans:
         ids += span.ids if span.trained else [-token for token in span.ids]

@@ -1,9 +1,9 @@
 """The extended tokenizer: a base tokenizer plus the control tokens of a chat template.
 
-transformers 4 and 5 build different tokenizers from one SentencePiece model, but give the same ids from one
-`tokenizer.json`. So that file is the truth here: it is read with the `tokenizers` library, the chat tokens that are
-missing are written into it as transformers would add them, and nothing else in it changes. The template is saved with
-it, as Jinja for `apply_chat_template` and as its file for every later stage.
+transformers 4 and 5 build different tokenizers from the same SentencePiece model, but give the same ids for the same
+`tokenizer.json`. So that file is the source of truth: the `tokenizers` library reads it, missing chat tokens are added
+as transformers would add them, and nothing else in it changes. The template is saved beside it, as Jinja for
+`apply_chat_template` and as a template file for all later stages.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from snaketune.common.cli import UserError
 from snaketune.common.files import read_json, sha256_file, write_json, write_text
 from snaketune.settings.schema import default_of
 
-_EXTEND = "run extend_tokenizer.py and pass the folder that it writes"
+_EXTEND = "run extend_tokenizer.py and pass its output folder"
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-# transformers' classes know these tokens even where tokenizer_config.json leaves them out.
+# Defaults of transformers' classes for tokens that are missing from tokenizer_config.json.
 _CLASS_TOKENS = {"LlamaTokenizer": _LLAMA, "CodeLlamaTokenizer": _LLAMA, "GPT2Tokenizer": _GPT2}
 
 
@@ -39,14 +39,14 @@ class ExtendedTokenizer:
 
     Attributes:
         tokenizer: The `tokenizers.Tokenizer`, without truncation and padding.
-        sha256: Of the tokenizer.json.
-        tokens: `bos_token`, `eos_token`, `unk_token`, `pad_token` -> text, those that exist.
+        sha256: SHA-256 of the tokenizer.json.
+        tokens: `bos_token`, `eos_token`, `unk_token`, `pad_token` -> text, for those that exist.
         ids: The template's control tokens -> id.
-        added: The chat tokens that the base lacked -> id.
-        base_sha256: Of the base's tokenizer.json.
-        base_vocab_size: Rows that the base tokenizer needs.
-        template: The chat template that is saved with it.
-        text: Its tokenizer.json.
+        added: Chat tokens that the base lacked -> id.
+        base_sha256: SHA-256 of the base's tokenizer.json.
+        base_vocab_size: Embedding rows that the base tokenizer needs.
+        template: The chat template saved with the tokenizer.
+        text: The text of the tokenizer.json.
     """
 
     tokenizer: Tokenizer
@@ -61,7 +61,7 @@ class ExtendedTokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        """None only where the template begins without BOS."""
+        """The id of BOS. None only if the template has no BOS."""
         return self._id_of("bos_token")
 
     @property
@@ -79,11 +79,11 @@ class ExtendedTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Embedding rows that the ids need (the largest id and one more)."""
+        """Embedding rows that the ids need (the largest id plus one)."""
         return rows_needed(self.tokenizer)
 
     def require(self, template: ChatTemplate) -> None:
-        """Raises a UserError unless the tokenizer has what a template needs."""
+        """Raises a UserError if the tokenizer lacks tokens that a template needs."""
         missing = [token for token in _tokens_of(template) if self.tokenizer.token_to_id(token) is None]
         if missing:
             raise UserError(
@@ -94,11 +94,11 @@ class ExtendedTokenizer:
         if template.bos and "bos_token" not in self.tokens:
             raise UserError(
                 f"the tokenizer has no BOS token, but {template.name} begins with one",
-                fix="name one in tokenizer_config.json, or set bos: false in the template",
+                fix="set bos_token in tokenizer_config.json, or set bos: false in the template",
             )
 
     def with_template(self, template: str | None) -> ExtendedTokenizer:
-        """Returns the tokenizer with another chat template, a shipped one's name or a file; None keeps its own."""
+        """Returns the tokenizer with another chat template (a shipped template's name or a file). None keeps it."""
         return replace(self, template=load_template(template)) if template else self
 
     def _id_of(self, name: str) -> int | None:
@@ -106,7 +106,7 @@ class ExtendedTokenizer:
 
 
 def rows_needed(tokenizer: Tokenizer) -> int:
-    """Returns the largest id and one more: equal to the number of entries unless the ids have holes."""
+    """Returns the largest id plus one. Equals the number of entries unless the ids have gaps."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
@@ -117,7 +117,7 @@ def load_tokenizer(folder: str | os.PathLike) -> ExtendedTokenizer:
         folder: A folder with tokenizer.json and tokenizer_config.json.
 
     Raises:
-        UserError: Files are missing or broken, a chat token is missing, or there is no BOS token.
+        UserError: A file is missing or broken, a chat token is missing, or a BOS token is needed and missing.
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
@@ -136,7 +136,7 @@ def load_tokenizer(folder: str | os.PathLike) -> ExtendedTokenizer:
     tokens = special_tokens(folder, lambda token: tokenizer.token_to_id(token) is not None, template.bos)
     sha = sha256_file(path)
     if known.get("tokenizer_sha256") != sha:
-        known = {}  # not written by us, or tokenizer.json was changed since
+        known = {}  # not written by us, or tokenizer.json changed since
     return ExtendedTokenizer(
         tokenizer,
         sha,
@@ -151,20 +151,20 @@ def load_tokenizer(folder: str | os.PathLike) -> ExtendedTokenizer:
 
 
 def template_record(folder: Path) -> dict[str, Any] | None:
-    """Returns `name`, `end_of_turn` and `sha256` of the template that is saved with a tokenizer; None if none is."""
+    """Returns `name`, `end_of_turn` and `sha256` of the template saved with a tokenizer, or None."""
     manifest = folder / "manifest.json"
     return read_json(manifest).get("chat_template") if manifest.is_file() else None
 
 
 def _saved_template(folder: Path, manifest: dict[str, Any]) -> ChatTemplate:
-    """Returns the template that lies beside a tokenizer; a tokenizer without one is an InternLM2 one."""
+    """Returns the template saved with a tokenizer, or InternLM2's if there is none."""
     saved, path = manifest.get("chat_template"), folder / TEMPLATE_FILE
     if not path.is_file() and not saved:
         return load_template("internlm2_chat")
     if saved and not (path.is_file() and sha256_file(path) == saved["sha256"]):
         raise UserError(
-            f"{path} is not the chat template that the manifest beside it names",
-            found="a file that was changed" if path.is_file() else "no such file",
+            f"{path} is not the chat template named in the manifest beside it",
+            found="the file was changed" if path.is_file() else "no such file",
             fix=_EXTEND,
         )
     name = saved["name"] if saved else path.stem
@@ -172,12 +172,12 @@ def _saved_template(folder: Path, manifest: dict[str, Any]) -> ChatTemplate:
 
 
 def _tokens_of(template: ChatTemplate) -> list[str]:
-    """Returns the tokens that a template needs, in the order in which missing ones are added."""
+    """Returns the tokens that a template needs, in the order for adding missing ones."""
     return list(dict.fromkeys((*template.special_tokens, template.end_of_turn)))
 
 
 def parse_tokenizer(text: str, path: str | os.PathLike) -> Tokenizer:
-    """Returns the tokenizer of a tokenizer.json's text, without truncation and padding.
+    """Parses the text of a tokenizer.json. The tokenizer has no truncation and no padding.
 
     Raises:
         UserError: The text is not a tokenizer.json.
@@ -199,15 +199,15 @@ def parse_tokenizer(text: str, path: str | os.PathLike) -> Tokenizer:
 def special_tokens(
     folder: str | os.PathLike, exists: Callable[[str], bool], needs_bos: bool = True
 ) -> dict[str, str]:
-    """Returns bos, eos, unk and pad token of a tokenizer folder, as far as they exist.
+    """Returns the bos, eos, unk and pad tokens of a tokenizer folder, if they exist.
 
     Args:
         folder: The folder.
-        exists: Is there a token of this text?
-        needs_bos: Do conversations start with BOS?
+        exists: Returns True if the tokenizer has a token with the given text.
+        needs_bos: True if conversations start with BOS.
 
     Raises:
-        UserError: There is no BOS token and conversations start with it, or a token is not in the tokenizer.
+        UserError: BOS is needed and missing, or the configured BOS token is not in the tokenizer.
     """
     folder = Path(folder)
     config = _read_config(folder / "tokenizer_config.json")
@@ -233,7 +233,7 @@ def special_tokens(
             f"{folder}: the tokenizer has no BOS token, but every conversation starts with one",
             found="no bos_token in tokenizer_config.json or special_tokens_map.json",
             expected='an entry such as "bos_token": "<s>"',
-            fix="name one in tokenizer_config.json (for a base without BOS its end-of-text token is the usual choice)",
+            fix="set bos_token in tokenizer_config.json (for a base without BOS usually its end-of-text token)",
         )
     return tokens
 
@@ -243,16 +243,16 @@ def extend(
 ) -> tuple[str, ExtendedTokenizer]:
     """Adds the missing control tokens of a chat template to a tokenizer.json.
 
-    Tokens that the base has keep their ids; missing ones get the next ids in the template's order, as special tokens,
-    which is how XTuner 0.2.0 adds InternLM2's. Only `added_tokens` of the JSON grows.
+    Existing tokens keep their ids. Missing ones become special tokens with the next ids, in the template's order, as
+    XTuner 0.2.0 adds InternLM2's. Only `added_tokens` grows, and BOS is put first if the tokenizer lacks it.
 
     Args:
-        text: The base's tokenizer.json.
-        folder: Where its tokenizer_config.json lies.
-        template: The chat template, by default InternLM2's.
+        text: The text of the base's tokenizer.json.
+        folder: The folder with its tokenizer_config.json.
+        template: The chat template. The default is InternLM2's.
 
     Returns:
-        The new tokenizer.json and the tokenizer that it makes.
+        The text of the new tokenizer.json, and its tokenizer.
     """
     template = template or load_template(default_of("tokenize.template"))
     wanted = _tokens_of(template)
@@ -261,7 +261,7 @@ def extend(
     base_rows = max(present.values()) + 1
     tokens = special_tokens(folder, present.__contains__, template.bos)
     missing = [token for token in wanted if token not in present]
-    # The ids that transformers would give them; what is written is read back, and the library has the last word.
+    # Start with the ids that transformers would give them, then use the ids that the library reads back.
     added = {token: base_rows + place for place, token in enumerate(missing)}
     for _ in range(2):
         new_text = _with_added_tokens(data, added) if added else text
@@ -272,7 +272,7 @@ def extend(
             break
     else:
         raise UserError(
-            f"{folder}: the chat tokens get other ids when tokenizer.json is read again", found=ids
+            f"{folder}: the chat tokens get different ids when tokenizer.json is read again", found=ids
         )
     for token, token_id in ids.items():
         got = tokenizer.encode(token, add_special_tokens=False).ids
@@ -281,8 +281,8 @@ def extend(
             or tokenizer.encode(f"a{token}b", add_special_tokens=False).ids.count(token_id) != 1
         ):
             raise UserError(
-                f"{folder}: the vocabulary holds {token!r}, but the tokenizer does not split it off",
-                found=f"ids {got} for it",
+                f"{folder}: the vocabulary has {token!r}, but the tokenizer does not split it off",
+                found=f"ids {got}",
                 expected=f"id {token_id}",
                 fix="list it under added_tokens in tokenizer.json with that id",
             )
@@ -305,7 +305,7 @@ def extend(
 
 
 def save_tokenizer(folder: str | os.PathLike, text: str, extended: ExtendedTokenizer) -> None:
-    """Writes an extended tokenizer into a folder, file by file, the manifest last.
+    """Writes an extended tokenizer into a folder, the manifest last.
 
     transformers 4 and 5 both load it as `PreTrainedTokenizerFast` and give the ids of tokenizer.json.
     """
@@ -318,7 +318,7 @@ def save_tokenizer(folder: str | os.PathLike, text: str, extended: ExtendedToken
         "chat_template": jinja_template(extended.template),
     }
     if "add_prefix_space" in text and (orjson.loads(text).get("pre_tokenizer") or {}).get("add_prefix_space"):
-        # transformers 4 would switch it off where the config does not ask for it.
+        # transformers 4 turns it off unless the config sets it.
         config["add_prefix_space"] = True
     (folder / "manifest.json").unlink(missing_ok=True)
     write_text(folder / "tokenizer.json", text)
@@ -329,7 +329,7 @@ def save_tokenizer(folder: str | os.PathLike, text: str, extended: ExtendedToken
 
 
 def manifest(extended: ExtendedTokenizer) -> dict[str, Any]:
-    """Returns what `manifest.json` of an extended tokenizer says."""
+    """Returns the content of an extended tokenizer's `manifest.json`."""
     return {
         "format": 1,
         "tokenizer_sha256": extended.sha256,
@@ -350,7 +350,7 @@ def manifest(extended: ExtendedTokenizer) -> dict[str, Any]:
 
 
 def _read_entries(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Returns a tokenizer.json, and the ids of its vocabulary's entries and of its added tokens."""
+    """Returns a parsed tokenizer.json, and the ids of its vocabulary and added tokens."""
     try:
         data = orjson.loads(text)
         vocabulary = data["model"]["vocab"]
@@ -358,7 +358,7 @@ def _read_entries(text: str, path: Path) -> tuple[dict[str, Any], dict[str, int]
             vocabulary = {entry: place for place, (entry, _) in enumerate(vocabulary)}
         return data, vocabulary | {entry["content"]: entry["id"] for entry in data.get("added_tokens") or []}
     except (ValueError, KeyError, TypeError):
-        parse_tokenizer(text, path)  # says what is wrong
+        parse_tokenizer(text, path)  # raises a better error
         raise
 
 
@@ -375,10 +375,10 @@ def _puts_first(tokenizer: Tokenizer, bos: str) -> bool:
 
 
 def _with_bos_first(text: str, bos: str, bos_id: int) -> str:
-    """Lets the tokenizer begin every text with BOS, as conversations do in training.
+    """Makes the tokenizer start every text with BOS, as conversations do in training.
 
-    Servers (lmdeploy, vLLM's completions) ask the tokenizer for it, and not every base's does: SmolLM2's model would be
-    served without the BOS that it was trained with.
+    Servers (lmdeploy, vLLM's completions) rely on the tokenizer for BOS, but not every base adds it. SmolLM2's model
+    would be served without the BOS that it was trained with.
     """
     data = orjson.loads(text)
     first = {"SpecialToken": {"id": bos, "type_id": 0}}
@@ -390,7 +390,7 @@ def _with_bos_first(text: str, bos: str, bos_id: int) -> str:
         "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
     }
     old = data.get("post_processor")
-    if old and old["type"] == "ByteLevel":  # keeps offsets right
+    if old and old["type"] == "ByteLevel":  # keeps offsets correct
         processor = {"type": "Sequence", "processors": [old, processor]}
     data["post_processor"] = processor
     return orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()

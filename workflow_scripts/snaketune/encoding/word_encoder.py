@@ -1,4 +1,4 @@
-"""A faster way to the same ids, where a tokenizer's texts fall into words (see `snaketune.encoding.word_rules`)."""
+"""Encodes faster, with the same ids, if a tokenizer's texts split into words (see `snaketune.encoding.word_rules`)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from snaketune.encoding.word_rules import WordRules, word_rules
 
 
 def splitter(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Returns a pattern whose `split` cuts a text at added tokens as the library does: the leftmost, the longest."""
+    """Returns a pattern whose `split` cuts a text at added tokens as the library does: leftmost, then longest."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
 class WordEncoder:
-    """Encodes texts word by word, remembering short words. Made by `word_encoder`, which checks that this is exact."""
+    """Encodes texts word by word and caches short words. Use `word_encoder`, which checks that this is exact."""
 
-    # About 15 MB a process.
+    # About 15 MB per process.
     _MAX_WORDS = 50_000
     _MAX_LENGTH = 24
 
@@ -48,7 +48,7 @@ class WordEncoder:
         return ids
 
     def _words(self, text: str) -> list[str]:
-        """Cuts a text into added tokens and words; no word is an added token."""
+        """Splits a text into added tokens and words. No word is an added token."""
         rules = self._rules
         words: list[str] = []
         for index, part in enumerate(self._split(text)):
@@ -60,6 +60,6 @@ class WordEncoder:
 
 
 def word_encoder(tokenizer: Tokenizer) -> WordEncoder | None:
-    """Returns an encoder that gives the tokenizer's ids faster, or None where that would not be exact."""
+    """Returns a faster encoder with the tokenizer's ids, or None if it would not be exact."""
     rules = word_rules(tokenizer, tokenizer.to_str())
     return WordEncoder(rules) if rules else None

@@ -1,9 +1,9 @@
-"""The lines of a `.bin` file straight from the turns' text: the hot path, for the tokenizers of `snaketune.encoding.word_rules`.
+"""The hot path: writes lines of a `.bin` file directly from the turns' text.
 
-What is remembered of a word is how the file spells its ids, `12, 345, ` where it is trained on and `-12, -345, ` where
-it is not. A line is one join of such bytes: no list of ids is made, and nothing goes through the tokenizers library but
-words that are new. Where no merge and no added token can cross the boundaries of begin, content and end, masks follow from
-the text alone; a conversation with other boundaries is left to `snaketune.encoding.batch_encoder`.
+Works for tokenizers with `snaketune.encoding.word_rules`. Caches how the file spells the ids of each word: `12, 345, `
+if it is trained on and `-12, -345, ` if not. A line is one join of these bytes. No list of ids is built, and only new
+words go through the tokenizers library. If no merge and no added token can cross the edges between prefix, content and
+suffix, the mask follows from the text alone. Other conversations are left to `snaketune.encoding.batch_encoder`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from snaketune.encoding.exact_mask import one_answer
 from snaketune.encoding.word_encoder import splitter
 from snaketune.encoding.word_rules import WordRules
 
-# About 2 MB a table in each process; there are four. More makes large files take more memory than small ones.
+# About 2 MB per table; each process has four. With larger tables, memory would grow with the file.
 _MAX_ENTRIES = 1 << 13
 _MAX_CHARACTERS = 24
-# From here on words are handled one after the other, not as a list: a text may have millions.
+# Longer texts are processed word by word, without a list: they may have millions of words.
 _LONG = 1 << 16
 _MAX_BOUNDARIES = 4096
 
 
 class _Spelled(dict[str, bytes]):
-    """Text -> how a `.bin` file spells its ids, each with ", " behind it. Remembers short texts.
+    """Text -> the bytes of its ids in a `.bin` file, each followed by ", ". Caches short texts.
 
     Args:
-        rules: The tokenizer's.
-        form: How an id is written.
-        zero: How id 0 is, with ", " behind it: see `snaketune.encoding.signed_ids`.
-        prefix: Stands before each text.
-        words: Where to look up words if a text is more than one; by default here.
+        rules: The tokenizer's rules.
+        form: Format of an id.
+        zero: Bytes of id 0, followed by ", " (see `snaketune.encoding.signed_ids`).
+        prefix: Text to put before each text.
+        words: Table for the words of longer texts; by default this one.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class _Spelled(dict[str, bytes]):
         return b"".join([self._form % token if token else self._zero for token in ids])
 
     def spell_long(self, whole: str) -> bytes:
-        """Returns the same for a text of many words, with little memory."""
+        """Spells a text of many words with little memory."""
         words = self._words
         if len(whole) <= _LONG:
             return b"".join(map(words.__getitem__, self._rules.words.findall(whole)))
         return b"".join([words._word(match[0]) for match in self._rules.words.finditer(whole)])
 
     def _word(self, word: str) -> bytes:
-        """Looks up what is known to be one word; it may be long."""
+        """Looks up a single word, which may be long."""
         if len(word) <= _LONG:
             return self[word]
         return self.spell(self._rules.ids(word))
@@ -77,7 +77,7 @@ class _Spelled(dict[str, bytes]):
 class _Sign:
     """Spells texts that are all trained on, or all not.
 
-    `words` maps words to bytes. `spaced` maps what stands between two spaces, the first of them included.
+    `_words` maps words to bytes. `_spaced` maps the text between two spaces to bytes, including the first space.
     """
 
     def __init__(self, rules: WordRules, added: Mapping[str, int], form: bytes, zero: bytes):
@@ -86,7 +86,7 @@ class _Sign:
         self._spaced = _Spelled(rules, form, zero, rules.space, self._words)
         self._added = {token: self.spell([token_id]) for token, token_id in added.items()}
         self._split = splitter(added).split
-        # "" is in every text.
+        # The first character of all added tokens if they share it; else "", which is in every text.
         first = {token[0] for token in added}
         self._mark = first.pop() if len(first) == 1 else ""
 
@@ -95,7 +95,7 @@ class _Sign:
         return self._words.spell(ids)
 
     def content(self, text: str) -> bytes:
-        """Spells a text that `begins_apart`, behind one that `ends_apart`."""
+        """Spells a text that `begins_apart`, after one that `ends_apart`."""
         if self._mark in text:
             first, *others = self._split(text)
             return self._plain(first) + self._parts(others, 1)
@@ -120,13 +120,13 @@ class _Sign:
             if place % 2:
                 spelled.append(self._added[part])
             elif part:
-                # The normalizer sees whatever stands between added tokens as a text.
+                # The normalizer treats the text between added tokens as a separate text.
                 spelled.append(self._words.spell_long(self._rules.first + self._rules.normalize(part)))
         return b"".join(spelled)
 
 
 class _Boundary(NamedTuple):
-    """What stands around a content, spelled."""
+    """The spelled prefix and suffix of a content."""
 
     prefix: bytes
     suffix: bytes
@@ -134,10 +134,10 @@ class _Boundary(NamedTuple):
 
 
 class WordLines:
-    """Makes lines of turns. Made by `word_lines`, which checks that this is exact.
+    """Turns conversations into lines. Use `word_lines`, which checks that this is exact.
 
     Attributes:
-        different: How many ids have another mask with `mask: compat`, since `WordLines` was made.
+        different: Number of ids whose mask differs from `mask: compat`.
     """
 
     def __init__(self, rules: WordRules, added: Mapping[str, int], bos: int | None, exact: bool):
@@ -150,7 +150,7 @@ class WordLines:
         self.different = 0
 
     def line(self, conversation: Iterable[Turn]) -> bytes | None:
-        """Returns a conversation's line, not cut; None where ids could cross a boundary."""
+        """Returns a conversation's line, not truncated. Returns None if ids could cross the edge of a content."""
         boundaries, signs, begins_apart = self._boundaries, self._signs, self._rules.begins_apart
         pieces = [b'{"tokens": [', self._bos]
         different = _differing(self._bos, False, True)
@@ -191,24 +191,24 @@ class WordLines:
         return boundary
 
     def _is_clear(self, prefix: str, suffix: str) -> bool:
-        """Are the ids of any text between begin and end its own?"""
+        """True if prefix and suffix cannot affect the ids of any text between them."""
         split = splitter(self._added).split
         parts = split(prefix)
         last = parts[-1]
-        # The begin ends with text that ends apart, and with a character that is in no added token.
+        # The prefix must end with text that ends apart, and with a character that is in no added token.
         if not last or not self._rules.ends_apart(last) or any(last[-1] in token for token in self._added):
             return False
-        # `exact` encodes turns together, unless control tokens keep them apart.
+        # `exact` encodes turns together, unless control tokens separate them.
         if self._exact and parts[0]:
             return False
         if not suffix:
             return True
-        # The end begins with an added token, and none that begins before it can reach into it.
+        # The suffix must start with an added token, and no added token from before may reach into it.
         return not split(suffix)[0] and not any(suffix[0] in token[1:] for token in self._added)
 
 
 def _differing(spelled: bytes, exact: bool, compat: bool) -> int:
-    """Returns for how many ids of a text, as `exact` spells it, the masks differ; compat never trains on id 0."""
+    """Returns the number of ids in bytes spelled for `exact` whose masks differ. compat never trains on id 0."""
     if exact:
         return spelled.count(b"-0,") if compat else spelled.count(b",")
     return spelled.count(b",") - (b" " + spelled).count(b" 0,") if compat else 0
@@ -217,15 +217,15 @@ def _differing(spelled: bytes, exact: bool, compat: bool) -> int:
 def word_lines(
     rules: WordRules, spelling: Mapping[str, str], bos: int | None, exact: bool
 ) -> WordLines | None:
-    """Returns what makes lines of turns, or None where that would not be exact.
+    """Returns a `WordLines`, or None if it would not be exact.
 
     Args:
-        rules: What `word_rules` says of it.
-        spelling: How the turns spell control tokens, where their own names are to be text.
-        bos: The id that a line begins with, if any.
-        exact: Is the mask `exact`?
+        rules: The tokenizer's `word_rules`.
+        spelling: New names of the control tokens in turns, if their own names are ordinary text.
+        bos: The id that starts a line, if any.
+        exact: True if the mask is `exact`.
     """
-    # As text a control token's name must not become the token again.
+    # A control token's name must not become the token again when it is ordinary text.
     if not all(map(rules.is_never_text, spelling)):
         return None
     if not spelling.keys() <= rules.added.keys():

@@ -1,23 +1,24 @@
-"""Where a text may be cut so that the ids of its pieces, its "words", are the ids of the text.
+"""Finds where a text can be split so that the ids of the parts, its "words", are the ids of the text.
 
-Encoding is most of the time of tokenising, and texts repeat their words. What is proved here lets `snaketune.encoding.word_encoder`
-and `snaketune.encoding.word_lines` encode a word once and keep its ids. There are two kinds of proof.
+Encoding takes most of the time of tokenising, and texts repeat words. The proofs here let
+`snaketune.encoding.word_encoder` and `snaketune.encoding.word_lines` encode a word once and cache its ids. There are
+two kinds of proof.
 
-`MergeWords` is for Llama- and Mistral-like tokenizers. They have no pre-tokenizer and merge a whole message as one word,
-but what a merge makes is the text of its two sides, so it holds the characters left and right of a boundary that it
-crosses. Therefore
+`MergeWords` is for Llama- and Mistral-like tokenizers. They have no pre-tokenizer and merge a whole message as one
+word. But the product of a merge is the concatenation of its two sides, so a merge across a cut has a product that
+contains the characters left and right of the cut. Therefore
 
-- a character that is in nothing that merges make is a word of its own (a Chinese character, a digit);
-- "▁" (the space) begins a word, where no merge makes something with a "▁" behind another character.
+- a character that occurs in no merge product is a word (a Chinese character, a digit);
+- "▁" (the space) starts a word if no merge product has a "▁" after another character.
 
-`SplitWords` is for byte-level BPE as in GPT-2, SmolLM2, Llama 3 and Qwen. A pre-tokenizer cuts the text with a regular
-expression, from left to right, and merges stay within its matches. In these expressions
+`SplitWords` is for byte-level BPE as in GPT-2, SmolLM2, Llama 3 and Qwen. A pre-tokenizer splits the text with a
+regular expression, from left to right, and merges stay within its matches. In these expressions
 
-- no match has white space behind anything else (Llama 3's: but for line breaks behind what is no letter);
-- no match has a character that is neither letter nor mark behind a letter.
+- no match has white space after any other character (Llama 3: except line breaks after a non-letter);
+- no match has a character that is neither a letter nor a mark after a letter.
 
-So a match always begins at such a place, whatever stands around it, and what is left of it matches as at the text's
-end: the only look-ahead, `\\s+(?!\\S)`, ends with white space.
+So a match always starts at these places, whatever the context. The text before such a place matches as it would at the
+end of a text: the only look-ahead, `\\s+(?!\\S)`, ends with white space.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ _LINE_BREAKS = (
 
 
 class WordRules(ABC):
-    """How a tokenizer's texts fall into words.
+    """How a tokenizer's texts split into words.
 
     Attributes:
-        added: The added tokens' ids. They are no words: a text is cut at them first.
-        words: Finds the words of a normalized text.
-        space: What the normalizer makes of a space.
-        first: What the normalizer puts in front of a text.
+        added: The added tokens -> id. They are not words: a text is split at them first.
+        words: Pattern that finds the words of a normalized text.
+        space: The normalizer's replacement for a space.
+        first: Text that the normalizer prepends to a text.
     """
 
     words: re.Pattern[str]
@@ -65,7 +66,7 @@ class WordRules(ABC):
         self.added = added
 
     def normalize(self, text: str) -> str:
-        """Returns a text without added tokens as `words` takes it, without `first`."""
+        """Normalizes a text without added tokens for `words`. Does not prepend `first`."""
         return text if self.space == " " else text.replace(" ", self.space)
 
     @abstractmethod
@@ -74,23 +75,23 @@ class WordRules(ABC):
 
     @abstractmethod
     def is_never_text(self, name: str) -> bool:
-        """Can no text have the id of a token of this name, unless it is cut at the token?"""
+        """True if no text gets the id of the token `name` unless the text is split at the token."""
 
     @abstractmethod
     def is_single_spaced(self, text: str) -> bool:
-        """Does each space of a text begin a word, that of the next one not included?"""
+        """True if each space of a text starts a word that does not include the next space."""
 
     @abstractmethod
     def ends_apart(self, text: str) -> bool:
-        """Do the ids of a text stay what they are if something is appended that `begins_apart`?"""
+        """True if appending text that `begins_apart` cannot change this text's ids."""
 
     @abstractmethod
     def begins_apart(self, text: str) -> bool:
-        """Do the ids of a text stay what they are behind one that `ends_apart`?"""
+        """True if text before it that `ends_apart` cannot change this text's ids."""
 
 
 class MergeWords(WordRules):
-    """Words by the list of merges."""
+    """Finds words by the list of merges."""
 
     space = first = SPACE
 
@@ -109,7 +110,7 @@ class MergeWords(WordRules):
         return len(name) > 1 and name not in self._products
 
     def is_single_spaced(self, text: str) -> bool:
-        # Spaces that follow each other are one word.
+        # Consecutive spaces are one word.
         return "  " not in text and SPACE not in text
 
     def ends_apart(self, text: str) -> bool:
@@ -120,20 +121,20 @@ class MergeWords(WordRules):
 
 
 class SplitWords(WordRules):
-    """Words by the pre-tokenizer."""
+    """Finds words by the pre-tokenizer."""
 
     space, first = " ", ""
 
     def __init__(self, tokenizer: Tokenizer, added: dict[str, int], line_breaks: bool):
         super().__init__(added)
-        # The same without added tokens: as words their names are text.
+        # The same tokenizer without added tokens: in words, their names are ordinary text.
         self._tokenizer = Tokenizer(tokenizer.model)
         self._tokenizer.normalizer, self._tokenizer.pre_tokenizer = (
             tokenizer.normalizer,
             tokenizer.pre_tokenizer,
         )
         letters, others = letters_and_others()
-        # Where a word goes on: at marks, at what is new in Unicode, at white space for Python alone.
+        # A word continues at marks, at newer Unicode characters, and at white space that only Python knows.
         goes_on = rf"[^{letters}{others}\s]|[\x1c-\x1f]" + rf"|(?<![{letters}])[\r\n]" * line_breaks
         self.words = re.compile(
             rf"(?!\Z)\s*[^{letters}\s]*[{letters}]*(?:(?:{goes_on})\s*[^{letters}\s]*[{letters}]*)*"
@@ -146,11 +147,11 @@ class SplitWords(WordRules):
         return len(self.words.findall(name)) > 1
 
     def is_single_spaced(self, text: str) -> bool:
-        # All white space but " " is not printable.
+        # White space other than " " is not printable.
         return "  " not in text and text.isprintable()
 
     def ends_apart(self, text: str) -> bool:
-        # Of several line breaks the last may be taken together with what follows, or not.
+        # The last of several line breaks may or may not join the text after it.
         return text[-1] == "\n" and not text[-2:-1].isspace()
 
     def begins_apart(self, text: str) -> bool:
@@ -159,10 +160,10 @@ class SplitWords(WordRules):
 
 @cache
 def letters_and_others() -> tuple[str, str]:
-    """Returns two character classes: letters, and what is neither letter nor mark nor white space.
+    """Returns two character classes: letters, and characters that are not letters, marks or white space.
 
-    Characters that were so in Unicode 3.2 and are today, so that libraries of all versions agree on them, and that
-    NFC leaves alone.
+    Includes only characters with the same class in Unicode 3.2 and today, so that all library versions agree, and only
+    characters that NFC does not change.
     """
     ranges: dict[str, list[list[int]]] = {"letter": [], "other": [], "": []}
     for code in range(0x10000):
@@ -188,11 +189,11 @@ def _kind(character: str) -> str:
 
 
 def word_rules(tokenizer: Tokenizer, text: str) -> WordRules | None:
-    """Returns the rules of a tokenizer, or None where encoding word by word would not be exact.
+    """Returns the rules of a tokenizer, or None if encoding word by word would not be exact.
 
     Args:
         tokenizer: The tokenizer.
-        text: Its tokenizer.json.
+        text: The text of its tokenizer.json.
     """
     data: dict[str, Any] = orjson.loads(text)
     added, model = data.get("added_tokens") or [], data["model"]
@@ -217,13 +218,13 @@ def word_rules(tokenizer: Tokenizer, text: str) -> WordRules | None:
 
 
 def _products(model: dict[str, Any]) -> frozenset[str] | None:
-    """Returns what merges make, or None where one could cross a boundary of `MergeWords`."""
+    """Returns the products of all merges, or None if a merge could cross a cut of `MergeWords`."""
     of_bytes = {f"<0x{byte:02X}>" for byte in range(256)}
     suits = (
         not any(
             model.get(key) for key in ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
         )
-        # With a token for "▁" and for every byte nothing is unknown, so no run of unknowns is fused over a boundary.
+        # With tokens for "▁" and every byte nothing is unknown, so no unknown tokens are fused across a cut.
         and model.get("byte_fallback")
         and of_bytes <= model["vocab"].keys()
         and SPACE in model["vocab"]
@@ -231,18 +232,18 @@ def _products(model: dict[str, Any]) -> frozenset[str] | None:
     if not suits:
         return None
     pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
-    # A merge of the token of a byte does not say which character it stands for.
+    # A merge of a byte token does not reveal the character.
     if not of_bytes.isdisjoint(chain.from_iterable(pairs)):
         return None
     products = frozenset([left + right for left, right in pairs])
-    # No text has a " ": the normalizer makes it "▁".
+    # No text has a " ": the normalizer replaces it with "▁".
     if re.search(f"[^{SPACE} ]{SPACE}", " ".join(products)):
         return None
     return products
 
 
 def _has_line_breaks(pre_tokenizer: dict[str, Any] | None) -> bool | None:
-    """Returns whether matches may end with line breaks; None where the expression is not one of those known."""
+    """True if matches may end with line breaks, False if not, None if the expression is unknown."""
     if pre_tokenizer is None:
         return None
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]

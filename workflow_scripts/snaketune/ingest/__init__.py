@@ -1,1 +1,1 @@
-"""What people have (OpenAI messages, ShareGPT, Alpaca; JSON, JSONL, gzip, Zstandard, Parquet) to processed ftdp."""
+"""Converts OpenAI messages, ShareGPT and Alpaca (JSON, JSONL, gzip, Zstandard, Parquet) to processed ftdp."""

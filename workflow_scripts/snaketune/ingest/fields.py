@@ -1,7 +1,7 @@
-"""What the formats have in common: checked fields, tool descriptions, tool calls and their results, in ftdp's words.
+"""Shared code of the formats: checks fields, and converts tool descriptions, tool calls and their results to ftdp.
 
-In ftdp the descriptions of the tools are a system message named `plugin`, a call is a `tool` message named `plugin`
-that is glued to the assistant's message before it, and a result is an `environment` message named `plugin`.
+In ftdp, tool descriptions are a system message named `plugin`, a call is a `tool` message named `plugin` that joins the
+assistant message before it, and a result is an `environment` message named `plugin`.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ class ConvertOptions(NamedTuple):
     """How rows are converted.
 
     Attributes:
-        arguments_key: What a call's arguments are called in ftdp: "parameters", as InternLM2's own models write them and
-            lmdeploy writes past calls into their prompts, or "arguments" as OpenAI.
+        arguments_key: Key of a call's arguments in ftdp: "parameters", which InternLM2's own models write and lmdeploy
+            uses for past calls in prompts, or "arguments" as in OpenAI's format.
     """
 
     arguments_key: str = "parameters"
 
 
 def bad(field: str, value: Any, expected: str, fix: str) -> MessageError:
-    """Returns the error about a field."""
+    """Returns the MessageError for a bad field."""
     return MessageError(field, found=f"{value!r:.80} ({type(value).__name__})", expected=expected, fix=fix)
 
 
 def text_of(value: Any, field: str) -> str:
     """Returns a field that must be a string."""
     if type(value) is not str:
-        raise bad(field, value, "a string", 'give it a text, "" if there is none')
+        raise bad(field, value, "a string", 'add a string, "" if there is no text')
     return value
 
 
 def list_of(value: Any, field: str) -> list:
-    """Returns a field that must be a list; a string that holds one as JSON is taken too."""
+    """Returns a field that must be a list, or a string with a list as JSON."""
     if isinstance(value, str):
         value = json_of(value, field)
     if not isinstance(value, list):
@@ -48,7 +48,7 @@ def list_of(value: Any, field: str) -> list:
 
 
 def conversation_of(row: dict) -> tuple[str, list]:
-    """Returns the key that a row's messages stand under, and the messages."""
+    """Returns the key of a row's messages, and the messages."""
     key = next((key for key in CONVERSATION_KEYS if row.get(key) is not None), CONVERSATION_KEYS[0])
     return key, list_of(row.get(key), key)
 
@@ -61,7 +61,7 @@ def object_of(value: Any, field: str) -> dict:
 
 
 def json_of(text: str, field: str) -> Any:
-    """Returns the JSON value of a string."""
+    """Parses a string as JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -69,7 +69,7 @@ def json_of(text: str, field: str) -> Any:
             field,
             found=f"{error}, in {text!r:.80}",
             expected="a string that is JSON",
-            fix="mend the JSON text",
+            fix="fix the JSON text",
         ) from None
 
 
@@ -77,9 +77,9 @@ def tools_message(tools: Any, field: str) -> dict | None:
     """Returns the system message that describes the tools, or None if there are none.
 
     Args:
-        tools: A list of `{"type": "function", "function": {...}}` or of the inner objects, or a string that is such a
-            list as JSON.
-        field: The field's name, for messages.
+        tools: A list of `{"type": "function", "function": {...}}` or of the inner objects, or a string with that list
+            as JSON.
+        field: The field's name, for errors.
     """
     if tools is None or tools == "":
         return None
@@ -89,7 +89,12 @@ def tools_message(tools: Any, field: str) -> dict | None:
         if isinstance(tool.get("function"), dict):
             tool = tool["function"]
         elif "name" not in tool:
-            raise bad(f"{field}[{index}]", tool, "a function with a name", "only functions can be described")
+            raise bad(
+                f"{field}[{index}]",
+                tool,
+                "a function with a name",
+                "remove the tool; only functions can be described",
+            )
         text_of(tool.get("name"), f"{field}[{index}].name")
         functions.append(tool)
     if not functions:
@@ -98,13 +103,13 @@ def tools_message(tools: Any, field: str) -> dict | None:
 
 
 def call_message(name: Any, arguments: Any, field: str, options: ConvertOptions) -> dict:
-    """Returns the message of one call. Arguments that are JSON text stay as they are written.
+    """Returns the message of one call. Arguments given as JSON text are copied unchanged.
 
     Args:
         name: The function's name.
-        arguments: An object, or a string that is one as JSON; "" and None mean no arguments.
-        field: The call's field, for messages.
-        options: Names the key of the arguments.
+        arguments: An object, or a string with an object as JSON; "" and None mean no arguments.
+        field: The call's field, for errors.
+        options: Gives the key of the arguments.
     """
     name = text_of(name, f"{field}.name")
     if arguments is None or arguments == "":
@@ -124,7 +129,7 @@ def result_message(content: str) -> dict:
 
 
 def with_tools(messages: list[dict], tools: dict | None) -> list[dict]:
-    """Puts the description of the tools behind the system messages at the start."""
+    """Inserts the tool descriptions after the leading system messages."""
     if tools is None:
         return messages
     at = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
@@ -136,7 +141,7 @@ def loss_of(message: dict, field: str) -> dict:
     for key in ("weight", "train", "loss"):
         value = message.get(key)
         if value is not None and (not isinstance(value, int | float) or value not in (0, 1)):
-            raise bad(f"{field}.{key}", value, "0 or 1", "ftdp knows no other weights")
+            raise bad(f"{field}.{key}", value, "0 or 1", "use 0 or 1; ftdp has no other weights")
         if value is not None and not value:
             return {"loss": False}
     return {}

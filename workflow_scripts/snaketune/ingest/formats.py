@@ -1,4 +1,4 @@
-"""The formats by name, and the guess which of them a row is in."""
+"""Maps format names to converters, and detects the format of a row."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def format_of(row: Any) -> str:
     """Returns the name of the format that a row is in.
 
     Raises:
-        MessageError: It is in none of them.
+        MessageError: The row is in no known format.
     """
     if isinstance(row, list):
         return "ftdp"
     if isinstance(row, dict):
-        # Either format is found under the other's key, too.
+        # Each format also occurs under the other format's key.
         for key in CONVERSATION_KEYS:
             if row.get(key) is not None:
                 messages = list_of(row[key], key)
@@ -44,19 +44,19 @@ def format_of(row: Any) -> str:
         "row",
         found=keys,
         expected="messages (OpenAI), conversations (ShareGPT), instruction (Alpaca), or a list of messages (ftdp)",
-        fix="rename the keys to those of a format",
+        fix="rename the keys to match one of these formats",
     )
 
 
 def convert(
     row: Any, name: str, options: ConvertOptions, check: Callable[[list[dict]], None]
 ) -> tuple[str, list[dict]]:
-    """Returns the name of the format and the row's conversation in ftdp, checked as tokenisation will check it.
+    """Returns the name of the row's format and its conversation in ftdp, with the checks of tokenisation.
 
     Args:
         row: The row's JSON value.
         name: A format, or "auto".
-        options: How it is converted.
+        options: How to convert it.
         check: Raises a MessageError for a conversation that could not be tokenised.
 
     Raises:
@@ -68,7 +68,7 @@ def convert(
     elif isinstance(row, dict):
         messages = _CONVERTERS[chosen](row, options)
     else:
-        raise bad("row", row, f"an object in the format {chosen}", "correct --format")
+        raise bad("row", row, f"an object in {chosen} format", "correct --format")
     if messages == []:
         raise bad("conversation", messages, "at least one message", "remove the row")
     check(messages)

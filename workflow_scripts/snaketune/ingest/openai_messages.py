@@ -1,4 +1,4 @@
-"""OpenAI's chat format: `{"messages": [...], "tools": [...]}`, with calls of tools and their results.
+"""OpenAI's chat format: `{"messages": [...], "tools": [...]}`, with tool calls and their results.
 
 Source of the format: https://platform.openai.com/docs/api-reference/chat (and its older `functions`).
 """
@@ -23,7 +23,7 @@ from snaketune.ingest.fields import (
 )
 
 _ROLES = "one of system, developer, user, assistant, tool, function"
-# What would be lost without a word: there is no place for it in ftdp.
+# ftdp has no place for these fields; dropping them silently would lose data.
 _NO_PLACE = ("audio", "reasoning_content", "reasoning")
 
 
@@ -31,7 +31,7 @@ def convert(row: dict, options: ConvertOptions) -> list[dict]:
     """Returns the row's conversation in ftdp.
 
     Raises:
-        MessageError: The row is not in the format, or holds what ftdp has no place for.
+        MessageError: The row is not in the format, or has a field that ftdp cannot represent.
     """
     result: list[dict] = []
     pending: list[tuple[Any, str]] = []  # (id, field) of the calls whose results come next
@@ -75,7 +75,7 @@ def _assistant(message: dict, field: str, calls: list[dict]) -> list[dict]:
     else:
         content = _content(message, f"{field}.content")
     loss = loss_of(message, field)
-    # The loss of a turn is that of its assistant message; a call that is glued to it has none of its own.
+    # The assistant message decides the loss of its turn; the calls that join it carry no loss.
     return [{"role": "assistant", **_name(message, field), "content": content, **loss}, *calls]
 
 
@@ -98,17 +98,17 @@ def _calls(message: dict, field: str, options: ConvertOptions) -> tuple[list[dic
 
 
 def _in_order(calls: list[tuple[Any, str]], results: list[tuple[Any, str, str]]) -> list[dict]:
-    """Returns the results in the order of their calls: ftdp has no ids, so the order is what joins the two.
+    """Returns the results in the order of their calls: ftdp has no ids, so calls and results match by order.
 
-    A conversation may end, or go on, without any result; some results without the others are an error.
+    A conversation may end or continue without any results, but some results without the others are an error.
     """
     if not results:
         return []
     if len(results) != len(calls):
         raise MessageError(
             results[-1][2],
-            found=f"{len(results)} results of {len(calls)} calls",
-            expected="one result for each call of the assistant's message before",
+            found=f"{len(results)} results for {len(calls)} calls",
+            expected="one result for each call in the preceding assistant message",
             fix="add or remove results",
         )
     if all(identity is not None for identity, *_ in results + calls):
@@ -128,7 +128,7 @@ def _name(message: dict, field: str) -> dict[str, str]:
 
 
 def _content(message: dict, field: str) -> str:
-    """Returns the text of a content: a string, or a list of parts of text."""
+    """Returns the text of a message's content, which is a string or a list of text parts."""
     content = message.get("content")
     if not isinstance(content, list):
         return text_of(content, field)
@@ -140,7 +140,7 @@ def _content(message: dict, field: str) -> str:
             continue
         kind = object_of(part, place).get("type")
         if kind not in ("text", "input_text", "output_text", "refusal"):
-            raise bad(f"{place}.type", kind, "text", "only text can be trained on; remove the row")
+            raise bad(f"{place}.type", kind, "text", "remove the row; only text can be trained on")
         key = "refusal" if kind == "refusal" else "text"
         texts.append(text_of(part.get(key), f"{place}.{key}"))
     return "".join(texts)

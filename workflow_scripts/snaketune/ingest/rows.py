@@ -1,4 +1,4 @@
-"""The rows of an input file as JSON values, one after the other: memory does not grow with the file."""
+"""Reads the rows of an input file as JSON values, one at a time. Memory does not grow with the file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from snaketune.chat_files.line_reader import LineReader, open_source, refuse_cha
 from snaketune.common.cli import UserError
 from snaketune.ingest.sources import decompressed, import_pyarrow, kind_of
 
-# A single JSON value of more than this is no row.
+# A longer JSON value is not a row.
 MAX_ROW_CHARACTERS = 1 << 28
 _CHUNK = 1 << 20
 _PARQUET_ROWS = 256
@@ -27,9 +27,9 @@ class Row(NamedTuple):
     """One row.
 
     Attributes:
-        number: Its line in a JSONL file; else its place, from 1.
-        raw: The row unchanged; of a Parquet file, the row as JSON.
-        value: Its JSON value, or why there is none.
+        number: The line in a JSONL file, the position in other files; from 1.
+        raw: The unchanged row; for Parquet, the row as JSON.
+        value: The JSON value, or the error if the row has none.
     """
 
     number: int
@@ -41,7 +41,7 @@ class RowReader:
     """Iterates over the rows of a file.
 
     Attributes:
-        position: Bytes of the file that are read, of the compressed ones if it is compressed.
+        position: Bytes of the file read so far, compressed bytes if it is compressed.
     """
 
     def __init__(self, path: Path):
@@ -52,7 +52,7 @@ class RowReader:
         """Yields the rows.
 
         Raises:
-            UserError: The file cannot be read to its end: what follows is unknown, so no setting passes over it.
+            UserError: The file cannot be read to its end. No setting skips the rest, because its rows are unknown.
         """
         kinds = {"lines": self._lines, "json": self._json, "parquet": self._parquet}
         return kinds[kind_of(self.path.name)]()
@@ -74,7 +74,7 @@ class RowReader:
         return decompressed(file, path)
 
     def _json(self) -> Iterator[Row]:
-        """A list, or one value after the other. Bytes that are not UTF-8 become lone surrogates, and so a bad row."""
+        """Reads a list or consecutive values. Invalid UTF-8 becomes lone surrogates, which make the row bad."""
         file, state = open_source(self.path)
         with file:
             values = _JsonValues(decompressed(file, self.path), self.path)
@@ -84,9 +84,9 @@ class RowReader:
         refuse_changes(self.path, state)
 
     def _parquet(self) -> Iterator[Row]:
-        """The rows, one row group after the other: a reader of several at once keeps what it has read.
+        """Reads one row group at a time, because a reader of several groups keeps all of them in memory.
 
-        A column of structs has every key in every row, and null where the row has none: a null is left out.
+        A struct column has every key in every row, with null for missing values. Nulls are dropped.
         """
         pyarrow = import_pyarrow(self.path)
         file, state = open_source(self.path)
@@ -107,13 +107,13 @@ class RowReader:
                         yield Row(number, raw.encode("utf-8", "backslashreplace"), value)
             except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(
-                    f"{self.path} is not a whole Parquet file", found=error, fix="copy it again"
+                    f"{self.path} is not a complete Parquet file", found=error, fix="copy it again"
                 ) from None
         refuse_changes(self.path, state)
 
 
 class _JsonValues:
-    """Iterates over (text, value) of the elements of a list, or of values that follow each other."""
+    """Iterates over (text, value) of a list's elements, or of consecutive values."""
 
     def __init__(self, stream: IO[bytes], path: Path):
         self._stream, self._path = stream, path
@@ -153,27 +153,27 @@ class _JsonValues:
         while True:
             try:
                 value, end = self._scan(self._text, self._at)
-                # A number may go on in what is not read yet.
+                # A number may continue in the unread data.
                 if end < len(self._text) or self._ended:
                     break
             except RecursionError:
                 raise self._broken("values nested too deeply") from None
             except ValueError as error:
-                # The text may just end too early; an error far from the end stays one.
+                # Near the end, more data may fix the error; elsewhere it is a real error.
                 near_the_end = error.pos >= len(self._text.rstrip(_SPACE)) - 12
                 if self._ended or not (near_the_end or error.msg.startswith("Unterminated string")):
                     self._at = error.pos
                     raise self._broken(error.msg) from None
             if len(self._text) - self._at > MAX_ROW_CHARACTERS:
                 raise self._broken(f"a value of more than {MAX_ROW_CHARACTERS >> 20} million characters")
-            # Twice as much each time, so that a long value is not scanned from its start too often.
+            # Double the size each time, so that a long value is rescanned only a few times.
             self._more(size)
             size *= 2
         raw, self._at = self._text[self._at : end], end
         return raw, value
 
     def _next_character(self) -> str:
-        """Returns the next character that is no space, without passing it; "" at the end."""
+        """Peeks at the next character that is not a space; "" at the end."""
         while True:
             match = _NOT_SPACE.search(self._text, self._at)
             if match:
@@ -199,8 +199,8 @@ class _JsonValues:
         return UserError(
             f"{self._path}: not JSON at character {place:,}",
             found=f"{found}, at {self._text[self._at : self._at + 60]!r}",
-            expected="a list of rows, or one row after the other",
-            fix="mend the file (in a JSONL file a broken row harms no other)",
+            expected="a list of rows, or consecutive rows",
+            fix="fix the file (in a JSONL file, a broken row does not affect the others)",
         )
 
 

@@ -1,4 +1,4 @@
-"""ShareGPT's format: `{"conversations": [{"from", "value"}, ...], "system", "tools"}`, with calls as LLaMA-Factory adds them."""
+"""ShareGPT's format, `{"conversations": [{"from", "value"}, ...], "system", "tools"}`, with LLaMA-Factory's calls."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def convert(row: dict, options: ConvertOptions) -> list[dict]:
 
 
 def _calls(value: object, field: str, options: ConvertOptions) -> list[dict]:
-    """Returns the calls that a value holds: one `{"name", "arguments"}`, or a list of them, as JSON."""
+    """Returns the calls in a value: one `{"name", "arguments"}` or a list of them, parsed or as a JSON string."""
     value = json_of(value, field) if isinstance(value, str) else value
     several = isinstance(value, list)
     calls = []

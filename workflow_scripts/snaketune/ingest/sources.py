@@ -1,4 +1,4 @@
-"""Finds the input files, and opens them decompressed. The first bytes of a file say how it is compressed."""
+"""Finds the input files and decompresses them. Detects the compression from a file's first bytes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
 def find_inputs(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """Returns the files to read: those named, and those of a known kind below folders that are named.
+    """Returns the files to read: the given files, and files of a known kind in the given folders.
 
     Raises:
-        UserError: A path does not exist, a file is of no known kind, a folder holds none, or two share a name.
+        UserError: A path does not exist, a file's kind is unknown, a folder has no input, or two files share a name.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -35,13 +35,16 @@ def find_inputs(paths: Iterable[str | os.PathLike]) -> list[Path]:
                 if kind_of(name) and not name.startswith(".")
             ]
             if not below:
-                raise UserError(f"{path} holds nothing to read", expected=KINDS, fix="correct --input")
+                raise UserError(f"{path} has no files to read", expected=KINDS, fix="correct --input")
             files += sorted(below)
         elif not path.exists():
             raise UserError(f"{path} does not exist", expected="a file or a folder", fix="correct --input")
         elif not kind_of(path.name):
             raise UserError(
-                f"{path} is of no known kind", found=path.name, expected=KINDS, fix="rename or convert it"
+                f"{path} is not a known kind of file",
+                found=path.name,
+                expected=KINDS,
+                fix="rename or convert it",
             )
         else:
             files.append(path)
@@ -51,7 +54,7 @@ def find_inputs(paths: Iterable[str | os.PathLike]) -> list[Path]:
 
 
 def kind_of(name: str) -> str | None:
-    """Returns "lines", "json" or "parquet", or None for a name that says nothing."""
+    """Returns "lines", "json" or "parquet" for a file name, or None if the kind is unknown."""
     lower = name.lower()
     for suffix in _COMPRESSED:
         lower = lower.removesuffix(suffix)
@@ -62,7 +65,7 @@ def kind_of(name: str) -> str | None:
 
 
 def output_stem(path: Path) -> str:
-    """Returns the name of a file without the endings that say its kind."""
+    """Returns the name of a file without the suffixes of its kind."""
     name = path.name
     for suffixes in (_COMPRESSED, _LINES + _JSON + _PARQUET):
         for suffix in suffixes:
@@ -73,7 +76,7 @@ def output_stem(path: Path) -> str:
 
 
 def decompressed(file: IO[bytes], path: Path) -> IO[bytes]:
-    """Returns a stream of what a binary file holds, uncompressed; closing it closes the file."""
+    """Returns a stream of a binary file's decompressed content. Closing the stream closes the file."""
     start = file.read(4)
     file.seek(0)
     if start.startswith(_GZIP):
@@ -85,18 +88,20 @@ def decompressed(file: IO[bytes], path: Path) -> IO[bytes]:
 
 
 def import_pyarrow(path: Path):
-    """Returns the module, which only Zstandard and Parquet need."""
+    """Imports pyarrow, which only Zstandard and Parquet need."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError(
-            f"{path} cannot be read without pyarrow", found="no such package", fix="pip install pyarrow"
+            f"{path} cannot be read without pyarrow",
+            found="pyarrow is not installed",
+            fix="pip install pyarrow",
         ) from None
     return pyarrow
 
 
 class _Stream:
-    """A decompressing stream; whatever is wrong with the compressed data is an OSError."""
+    """A decompressing stream. Raises OSError for bad compressed data."""
 
     def __init__(self, stream: IO[bytes], file: IO[bytes]):
         self._stream, self._file = stream, file
@@ -135,5 +140,5 @@ def _refuse_same_names(files: list[Path]) -> None:
             raise UserError(
                 f"two input files would both become {output_stem(file)}.jsonl",
                 found=f"{other} and {file}",
-                fix="ingest them into datasets of their own, or rename one",
+                fix="rename one, or ingest them into separate datasets",
             )
