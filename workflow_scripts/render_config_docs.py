@@ -17,9 +17,9 @@ LANGUAGES = {
         "title": "# Configuration",
         "other": "[简体中文](zh_cn/config.md)",
         "intro": (
-            "Written from `rules/schemas/config.schema.yaml` by `make docs`. Unknown keys and wrong types are errors, "
-            "reported before any job starts. A run's own value goes before the shared one, the shared one before "
-            "the default. The scripts' flags and the rules' commands are made from the same file."
+            "Generated from `rules/schemas/config.schema.yaml` by `make docs`. Unknown keys and wrong types are errors, "
+            "reported before any job starts. A run's own value overrides the shared one, which overrides the default. "
+            "The scripts' flags and the rules' commands are generated from the same file."
         ),
         "columns": ("Key", "Type", "Default", "Meaning"),
         "required": "required",

@@ -79,7 +79,7 @@ def refuse_other_tokenizer(
         raise UserError(
             f"{what} was made with a different tokenizer",
             found=f"{Path(folder) / 'tokenizer.json'}, SHA-256 {sha256[:12]}",
-            expected=f"SHA-256 {made['tokenizer_sha256'][:12]}, as the manifest of the tokenisation says",
+            expected=f"SHA-256 {made['tokenizer_sha256'][:12]}, as recorded in the manifest",
             fix="set the tokenizer's path to the folder that the data were tokenised with, "
             f"or tokenise again with `tokenize_dataset.py --tokenizer-path {folder}`",
         )
@@ -97,7 +97,7 @@ def refuse_other_template(
         raise UserError(
             f"{what} was made with a different chat template than the one saved with the tokenizer",
             found=f"{saved['name']} ({saved['sha256'][:12]}) in {folder}",
-            expected=f"{made['options']['template']} ({made['template_sha256'][:12]}), as the manifest of the tokenisation says",
+            expected=f"{made['options']['template']} ({made['template_sha256'][:12]}), as recorded in the manifest",
             fix=f"tokenise again with `tokenize_dataset.py --template {Path(folder) / TEMPLATE_FILE}`, "
             "or train with a tokenizer that extend_tokenizer.py wrote for the template of the data",
         )
@@ -118,7 +118,7 @@ def _refuse_unfinished(file: Path, found: FileEntry | None) -> None:
         raise UserError(
             f"{file} is not the file that was tokenised",
             found=f"{file.stat().st_size} bytes",
-            expected=f"{found.file['bin_bytes']} bytes, as {found.path} says",
+            expected=f"{found.file['bin_bytes']} bytes, as recorded in {found.path}",
             fix="run tokenize_dataset.py again, which recreates the file",
         )
 
