@@ -1,4 +1,4 @@
-"""A real headless Chromium, spoken to over its DevTools protocol through a pipe: what a reader of a page sees."""
+"""A headless Chromium, controlled over a pipe with the DevTools protocol: tests pages as rendered."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 class Browser:
-    """One tab. `requests` are the addresses that it has asked for."""
+    """One tab. `requests` lists the URLs that it has requested."""
 
     def __init__(self, read, write):
         self._read, self._write, self._number, self._session = read, write, 0, None
@@ -46,7 +46,7 @@ class Browser:
             pass
 
     def look(self, width: int, height: int = 900, dark: bool = False) -> None:
-        """Sets the size of the window and the colours that the reader prefers."""
+        """Sets the window size and the preferred color scheme."""
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -73,7 +73,7 @@ class Browser:
     def _next(self):
         data = bytearray()
         while (byte := self._read.read(1)) != b"\0":
-            assert byte, "the browser has gone"
+            assert byte, "the browser has exited"
             data += byte
         message = json.loads(data)
         if message.get("method") == "Network.requestWillBeSent":
@@ -83,7 +83,7 @@ class Browser:
 
 @contextmanager
 def open_browser(profile: Path):
-    """Yields a `Browser`; skips the test where there is none."""
+    """Yields a `Browser`; skips the test if none is installed."""
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.skip(f"no browser: none of {', '.join(NAMES)} is on PATH")
@@ -112,11 +112,11 @@ def open_browser(profile: Path):
 
 
 def cells(browser, selector):
-    """The visible text of each row's cells."""
+    """Returns the visible text of each row's cells."""
     rows = f"[...document.querySelectorAll({json.dumps(selector)})]"
     return browser.evaluate(f"{rows}.map(row => [...row.cells].map(cell => cell.innerText.trim()))")
 
 
 def percent(value, sign=""):
-    """A share as the pages write it."""
+    """Formats a share the way the pages do."""
     return "n/a" if value is None else f"{100 * value:{sign}.1f}%".replace("-", MINUS)

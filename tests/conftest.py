@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: a tiny tokenizer, a tiny model, ftdp folders, and the scripts as a user runs them."""
+"""Fixtures for all tests: a tiny tokenizer and model, ftdp folders, and running scripts as a user would."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from warm import PARENT, SNAKEMAKE
 REPO = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Several suites share the cores: threads of one process that wait for each other would make some tests ten times slower.
+# Several suites share the cores: threads of one process that wait for each other would make some tests ten
+# times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _CORPUS = [
@@ -36,7 +37,7 @@ def repo_root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real conversations and a real tokenizer; tests that want them are skipped where they are absent."""
+    """Real conversations and a real tokenizer; skips the tests that need them if they are absent."""
     path = REPO.parent / "shared" / "data"
     if not path.is_dir():
         pytest.skip("no ../shared/data beside this checkout")
@@ -45,7 +46,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer_dir(tmp_path_factory) -> Path:
-    """A byte-level BPE tokenizer of about 600 entries with bos `<s>` and eos `</s>`, saved as tokenizer.json."""
+    """A byte-level BPE tokenizer: about 600 entries, BOS `<s>` and EOS `</s>`, saved as tokenizer.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -72,7 +73,7 @@ def tiny_tokenizer_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory, tiny_tokenizer_dir) -> Path:
-    """A random two-layer Llama (hidden 32, 4 heads, 2 KV heads, untied) with the tiny tokenizer beside it."""
+    """A random two-layer Llama (hidden 32, 4 heads, 2 KV heads, untied), with the tiny tokenizer."""
     import shutil
 
     import torch
@@ -103,7 +104,7 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer_dir) -> Path:
 
 @pytest.fixture(scope="session")
 def write_processed():
-    """Writes `{dataset: [conversation, ...]}` in the ftdp processed layout below a folder and returns the folder."""
+    """Writes `{dataset: [conversation, ...]}` to a folder in the processed layout and returns the folder."""
 
     def write(folder: Path, datasets: dict[str, list[list[dict]]]) -> Path:
         for name, conversations in datasets.items():
@@ -125,9 +126,10 @@ def _end_the_warm_parents():
 
 @pytest.fixture(scope="session")
 def run_script():
-    """Runs `workflow_scripts/<name>` as a user would, and returns the finished process, with its output as text.
+    """Runs `workflow_scripts/<name>` as a user would and returns the finished process, with text output.
 
-    The libraries are imported already (tests/warm.py), but for `warm=False`: that is the plain command.
+    The libraries are already imported (tests/warm.py), except with `warm=False`, which runs the plain
+    command.
     """
 
     def run(

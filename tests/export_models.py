@@ -1,4 +1,4 @@
-"""Small trained-looking models for the conversion tests, and the converter's Python."""
+"""Small models that look trained, for the conversion tests, and the converter's Python."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from environments import python_of
 
 
 def converter_python() -> str:
-    """The Python of the TurboMind converter's environment (lmdeploy 0.9.2.post1, transformers 4.57)."""
+    """Returns the Python of the TurboMind environment (lmdeploy 0.9.2.post1, transformers 4.57)."""
     return python_of("turbomind", "`make setup`")
 
 
@@ -76,7 +76,7 @@ def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path):
     """Writes a training config and a weights-only checkpoint of the grown base, as in training.
 
     Returns:
-        (config path, checkpoint path, the model in memory)
+        (config path, checkpoint path, model in memory)
     """
     import torch
 
@@ -103,7 +103,7 @@ def write_lora_checkpoint(base: Path, tokenizer_dir: Path, run: Path, dtype: str
     """Writes a LoRA training config and a checkpoint of random trained parts.
 
     Returns:
-        (config path, checkpoint path, peft's model in memory, in fp32)
+        (config path, checkpoint path, PEFT's model in memory, in fp32)
     """
     import torch
 
@@ -132,7 +132,7 @@ def write_tuned(model: Path, tokenizer: Path, root: Path):
     """Writes a tuned model of a base to `tokenizer` and `hf` below `root`.
 
     Returns:
-        (tokenizer folder, the tokenizer loaded, Hugging Face folder)
+        (tokenizer folder, loaded tokenizer, Hugging Face folder)
     """
     from snaketune.export.hf_convert import convert
 

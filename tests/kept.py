@@ -1,4 +1,4 @@
-"""A file of a fixture that a test may change."""
+"""Lets a test change a file of a fixture and restores it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def kept(path: Path):
-    """Restores a file's bytes and times."""
+    """Yields `path`, then restores the bytes and times of the file."""
     data, stat = path.read_bytes(), path.stat()
     try:
         yield path

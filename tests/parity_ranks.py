@@ -1,6 +1,6 @@
-"""One rank of test_train_parity.py: trains every case of its world size, one after the other, in one process group.
+"""One rank of test_train_parity.py: trains all cases of its world size, one at a time, in one process group.
 
-Arguments: the folder that `prepare` filled. The rank comes from RANK and WORLD_SIZE, as everywhere.
+Argument: the folder that `prepare` filled. Reads RANK and WORLD_SIZE like any other rank.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 STEPS, GLOBAL_BATCH, LR, CLIP, BETAS, DECAY = 9, 4, 5e-3, 0.5, (0.9, 0.95), 0.01
 VOCABULARY = 160
 SHARED = {"sequence_parallel": 2}
-# name: (world size, model, ZeRO stage, what differs from the defaults)
+# name: (world size, model, ZeRO stage, changes to the defaults)
 CASES = {
     **{f"zero{stage}, 1 rank": (1, "llama", stage, {}) for stage in range(4)},
     **{f"zero{stage}, 2 ranks": (2, "llama", stage, {}) for stage in range(4)},
@@ -41,9 +41,9 @@ CASES = {
 
 
 class Rows(Dataset):
-    """Packed rows that are their own plan: in order, every row in every epoch.
+    """Packed sequences that are their own plan: every epoch has all of them, in order.
 
-    Documents of 1 to 30 tokens; the share of trained tokens runs from none to all of a row's.
+    Documents have 1 to 30 tokens. The share of trained tokens in a packed sequence ranges from none to all.
     """
 
     def __init__(self, count: int = 28):
@@ -77,12 +77,12 @@ class Rows(Dataset):
 
 
 def lr_of(step: int) -> float:
-    """The learning rate of a step, counted from 0: half a cosine down to 0.15 of the first."""
+    """Returns the learning rate of a step, from 0: a half cosine from LR down to 0.15 LR."""
     return 0.15 * LR + 0.85 * LR * (1 + np.cos(np.pi * step / STEPS)) / 2
 
 
 def prepare(folder: Path) -> None:
-    """Writes the base models, random but the same for all."""
+    """Writes the random base models that all cases share."""
     from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
 
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -169,7 +169,7 @@ def main(folder: Path) -> None:
     from snaketune.training.train_rank import runner_config
 
     warnings.filterwarnings("ignore", category=FutureWarning)
-    snaketune.models.cross_entropy.CHUNK_ELEMENTS = 1  # sixteen tokens a chunk
+    snaketune.models.cross_entropy.CHUNK_ELEMENTS = 1  # sixteen tokens per chunk
     init_process_group()
     world_size = torch.distributed.get_world_size()
     for name, (ranks, model, stage, changes) in CASES.items():
@@ -179,7 +179,7 @@ def main(folder: Path) -> None:
             os.environ["TEST_DUMP"] = str(run_folder / "weights.pt")
             config = make_config(folder, ranks, model, stage, changes)
             TrainRunner.from_cfg(runner_config(parse_config(config), run_folder)).train()
-            # mmengine registers DeepSpeed's optimizers with each strategy, and refuses the second time.
+            # mmengine registers DeepSpeed's optimizers for each strategy, which fails the second time.
             sys.modules["mmengine._strategy.deepspeed"].register_deepspeed_optimizers = list
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

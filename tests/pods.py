@@ -1,4 +1,4 @@
-"""Two pods of a PyTorchJob, played by two processes on this host."""
+"""Simulates two pods of a PyTorchJob with two processes on this host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAUNCHER = Path(__file__).parents[1] / "workflow_scripts" / "launch_dlc.py"
 def start_pods(
     log: Path, *command: object, cwd: Path | None = None, **variables: object
 ) -> list[WarmProcess]:
-    """Starts two pods of one rank; each has nothing but its environment to tell it who it is."""
+    """Starts two pods with one rank each, which know their place only from the environment."""
     port, pods = free_port(), []
     for index in range(2):
         own = {"WORLD_SIZE": 2, "RANK": index, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}
@@ -37,7 +37,7 @@ def start_pods(
 
 
 def exit_codes(pods: list[WarmProcess]) -> list[int]:
-    """Waits for the pods; none outlives this call."""
+    """Waits for the pods and returns their exit codes. Kills those that time out."""
     try:
         return [pod.wait(timeout=300) for pod in pods]
     finally:

@@ -1,4 +1,4 @@
-"""Starts a script on several ranks of this host, as train_model.py does: ranks.py <ranks> <script> <arguments>."""
+"""Runs a script on several ranks, as train_model.py does: ranks.py <ranks> <script> <arguments>."""
 
 from __future__ import annotations
 

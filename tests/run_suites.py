@@ -1,4 +1,4 @@
-"""Runs all tests, the suites side by side, since the Slurm tests mostly wait, and prints the twenty slowest last.
+"""Runs all test suites in parallel, as the Slurm tests mostly wait, and prints the twenty slowest tests.
 
 python tests/run_suites.py [suite ...] [-- pytest arguments]
 """
@@ -25,7 +25,7 @@ SLOWEST = 20
 
 
 def start(suite: str, folder: Path, arguments: list[str]) -> subprocess.Popen:
-    """Starts pytest on a suite; its output goes to <folder>/<suite>.log, its times to <suite>.xml."""
+    """Starts pytest on a suite. Writes output to <folder>/<suite>.log and times to <folder>/<suite>.xml."""
     where, *selected = SUITES[suite]
     command = [sys.executable, "-m", "pytest", str(TESTS / where), *selected]
     command.append(f"--junitxml={folder / suite}.xml")
@@ -34,13 +34,13 @@ def start(suite: str, folder: Path, arguments: list[str]) -> subprocess.Popen:
 
 
 def read_times(report: Path) -> list[tuple[float, str]]:
-    """Returns (seconds, test) of a suite, set-up and tear-down included."""
+    """Returns (seconds, test) for a suite, including setup and teardown."""
     cases = ElementTree.parse(report).getroot().iter("testcase")
     return [(float(case.get("time", 0)), f"{case.get('classname')}::{case.get('name')}") for case in cases]
 
 
 def count(report: Path) -> dict[str, int]:
-    """Returns how many tests of a suite passed, failed (errors too) and were skipped."""
+    """Returns how many tests of a suite passed, failed (including errors) and were skipped."""
     suite = ElementTree.parse(report).getroot().find("testsuite")
     number = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     failed = number["failures"] + number["errors"]
@@ -52,7 +52,7 @@ def count(report: Path) -> dict[str, int]:
 
 
 def main() -> int:
-    """Runs the suites that are named, or all; returns 1 if one failed."""
+    """Runs the given suites, or all. Returns 1 if any failed."""
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     suites, arguments = words[:cut] or list(SUITES), words[cut + 1 :]

@@ -1,4 +1,4 @@
-"""Watches the size of every tensor that PyTorch makes, forward and backward."""
+"""Watches the size of every tensor that PyTorch creates, forward and backward."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class TensorSizes(TorchDispatchMode):
-    """Within this context `largest` holds the most elements that a new tensor had, and `shape` its shape.
+    """Records the number of elements (`largest`) and `shape` of the largest new tensor in this context.
 
-    Views are not new. What a kernel allocates for itself alone is not seen; the kernels' names are in `operators`.
+    Views do not count as new. Memory that a kernel allocates internally is not seen; `operators` has the
+    names of all kernels.
     """
 
     def __init__(self):

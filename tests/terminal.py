@@ -1,4 +1,4 @@
-"""What a program shows on a terminal."""
+"""Reads the output of a program on a terminal."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import os
 
 
 def read_terminal(ours: int, theirs: int) -> bytes:
-    """Returns what is written to a pseudo-terminal until the last program that has its other end is gone.
+    """Returns the output to a pseudo-terminal, until all programs that use it have ended.
 
     Args:
-        ours: The end that is read; closed at the end.
-        theirs: The end that the program was started with; closed at once.
+        ours: The end to read from; closed at the end.
+        theirs: The end that the program uses; closed at once.
     """
     os.close(theirs)
     shown = b""
     try:
         while data := os.read(ours, 4096):
             shown += data
-    except OSError:  # how a terminal ends
+    except OSError:  # a terminal signals its end this way
         pass
     os.close(ours)
     return shown

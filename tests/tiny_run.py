@@ -1,4 +1,4 @@
-"""A tiny training run to interrupt: a model and data made in seconds, train_model.py as a user starts it, and a killer."""
+"""Tiny training runs to interrupt: writes a model and data, runs train_model.py as a user, and kills it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ VOCABULARY = 384
 
 
 def make_world(folder: Path, hidden: int = 32, layers: int = 2, documents: int = 300) -> Path:
-    """Writes a random Llama and tokenised documents of 4 to 90 tokens below `folder`; returns it.
+    """Writes a random Llama and tokenised documents of 4 to 90 tokens to `folder` and returns it.
 
-    A document repeats a few tokens, so there is something to learn.
+    Each document repeats a few tokens, so that the model can learn something.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,7 +74,7 @@ def _script(name: str, *args: object) -> None:
 def render(
     world: Path, name: str, *flags: object, hooks: str = "", replace: dict[str, str] | None = None
 ) -> Path:
-    """Writes the training config `name` into the world; `hooks` names classes of train_hooks.py to put into it."""
+    """Writes the training config `name` to the world; `hooks` lists classes from train_hooks.py to add."""
     path = world / name
     paths = ("--model-path", world / "model", "--tokenizer-path", "none", "--plan", world / "plan")
     _script("render_train_config.py", "--output", path, *paths, "--warmup-ratio", 0.1, *flags)
@@ -93,9 +93,9 @@ def render(
 def start(
     config: Path, work_dir: Path, *flags: object, processes: int = 2, warm: bool = True, **environment: object
 ) -> WarmProcess | subprocess.Popen:
-    """Starts train_model.py in a process group of its own; its output goes to <work_dir>.log.
+    """Starts train_model.py in a new process group, with its output in <work_dir>.log.
 
-    With `warm` the libraries are imported already (tests/warm.py); without, it is the plain command.
+    With `warm`, the libraries are already imported (tests/warm.py); otherwise runs the plain command.
     """
     command = [str(REPO / "workflow_scripts" / "train_model.py"), str(config)]
     command += ["--work-dir", str(work_dir), "--processes", str(processes), *map(str, flags)]
@@ -109,12 +109,12 @@ def start(
 
 
 def log(work_dir: Path) -> str:
-    """What all attempts have printed so far."""
+    """Returns the output of all attempts so far."""
     return work_dir.with_name(f"{work_dir.name}.log").read_text()
 
 
 def train(config: Path, work_dir: Path, *flags: object, code: int = 0, **options: object) -> str:
-    """Runs train_model.py to its end, which must be with exit code `code`; returns what this attempt printed."""
+    """Runs train_model.py, which must exit with `code`, and returns the output of this attempt."""
     path = work_dir.with_name(f"{work_dir.name}.log")
     before = path.stat().st_size if path.is_file() else 0
     running = start(config, work_dir, *flags, **options)
@@ -127,14 +127,14 @@ def train(config: Path, work_dir: Path, *flags: object, code: int = 0, **options
 
 
 def metrics(work_dir: Path) -> list[dict]:
-    """The whole lines of metrics.jsonl."""
+    """Returns the complete lines of metrics.jsonl."""
     path = work_dir / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
 def curve(work_dir: Path) -> list[tuple]:
-    """What must not depend on interruptions: step, loss, gradient norm, learning rate and tokens of each step."""
+    """Returns each step's values that interruptions must not change: loss, gradient norm, lr and tokens."""
     return [
         tuple(line[name] for name in ("step", "loss", "grad_norm", "lr", "tokens", "trained_tokens"))
         for line in metrics(work_dir)
@@ -142,13 +142,13 @@ def curve(work_dir: Path) -> list[tuple]:
 
 
 def weights_sha256(work_dir: Path) -> str:
-    """The digest of a finished run's weights."""
+    """Returns the digest of a finished run's weights."""
     return json.loads((work_dir / "finished.json").read_text())["weights_sha256"]
 
 
 @dataclass
 class Kill:
-    """One SIGKILL: who got it, what the run was doing, the step it was at, and the metrics of the attempt it ended."""
+    """One SIGKILL: its victim, what the run was doing, the step, and the metrics of the killed attempt."""
 
     victim: str
     moment: str
@@ -159,13 +159,14 @@ class Kill:
 def train_with_kills(
     config: Path, work_dir: Path, kills: int, seed: int, total_steps: int, warm: bool = True
 ) -> list[Kill]:
-    """Trains to the end on two ranks, killed `kills` times at moments drawn with `seed` and started again each time.
+    """Trains to the end on two ranks, killing the run `kills` times at random moments and restarting it.
 
-    The first start is always the plain command; with `warm` the others are warm.
+    `seed` determines the moments. The first start is always the plain command; with `warm`, the others are
+    warm.
 
-    Of every three moments one lies in a step, one in a save (some time after its temporary folder appeared; everything
-    is stopped, and killed only if the folder is still there), and one anywhere in the start-up. The victim is one rank,
-    the launcher, or the whole process group.
+    Of every three moments, one is during a step, one during a save, and one anywhere during startup. For a
+    save, the run is stopped some time after the temporary folder appears, and killed only if the folder still
+    exists. The victim is one rank, the launcher, or the whole process group.
     """
     rng = random.Random(seed)
     done: list[Kill] = []
@@ -179,7 +180,7 @@ def train_with_kills(
         if moment == "start":
             until, before = began + rng.uniform(0, start_up), metrics(work_dir)
             while time.monotonic() < until and metrics(work_dir) == before[: len(metrics(work_dir))]:
-                time.sleep(0.01)  # not past the first steps, when this start is faster than the first was
+                time.sleep(0.01)  # but not past the first steps, if this startup is faster than the first
         elif moment == "step":
             _wait(running, work_dir, target, moment)
             start_up = start_up or time.monotonic() - began
@@ -191,10 +192,9 @@ def train_with_kills(
                 _stop(running)
                 if any(work_dir.glob(".iter_*.tmp")):
                     break
-                os.killpg(
-                    running.pid, signal.SIGCONT
-                )  # over sooner than the moment drawn: the next save then
-        assert running.poll() is None, f"over before it could be killed: {log(work_dir)[-3000:]}"
+                # The save ended before the chosen moment: try the next save.
+                os.killpg(running.pid, signal.SIGCONT)
+        assert running.poll() is None, f"ended before it could be killed: {log(work_dir)[-3000:]}"
         _kill(running, victim)
         lines = metrics(work_dir)
         known = {line["attempt"] for kill in done for line in kill.lines}
@@ -226,7 +226,7 @@ def _wait(running: WarmProcess | subprocess.Popen, work_dir: Path, step: int, mo
 
 
 def _stop(running: subprocess.Popen) -> None:
-    """Stops the launcher and the ranks, and waits until they stand still."""
+    """Stops the launcher and the ranks, and waits until they are stopped."""
     os.killpg(running.pid, signal.SIGSTOP)
     while states := _states(running.pid):
         if states <= {"T"}:
@@ -239,26 +239,26 @@ def _kill(running: WarmProcess | subprocess.Popen, victim: str) -> None:
         running.kill()
     elif victim.startswith("rank"):
         ranks = _children(running.pid)
-        if ranks:  # still importing: the launcher is all there is
+        if ranks:  # without ranks it is still importing, and only the launcher runs
             os.kill(ranks[int(victim[-1]) % len(ranks)], signal.SIGKILL)
         else:
             running.kill()
     else:
         os.killpg(running.pid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(running.pid, signal.SIGCONT)  # those that `_stop` stopped and that were not killed
+        os.killpg(running.pid, signal.SIGCONT)  # processes that `_stop` stopped and that were not killed
     running.wait(timeout=60)
     while _states(running.pid):
         time.sleep(0.01)
 
 
 def _children(pid: int) -> list[int]:
-    """Ranks of a launcher, in the order in which they were started."""
+    """Returns the ranks of a launcher, in the order they were started."""
     return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def _states(group: int) -> set[str]:
-    """The states of the processes of a group, as in /proc; ended ones that nobody asked after do not count."""
+    """Returns the states of the processes in a group, as in /proc, without zombies."""
     states = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -1,4 +1,4 @@
-"""Hooks that the training tests put into a config's custom_hooks: they look into a run from within."""
+"""Hooks that the training tests add to a config's custom_hooks to inspect or disturb a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmengine.hooks import Hook
 
 
 class DumpWeights(Hook):
-    """Saves the parameters as they are in memory after training, gathered by DeepSpeed, to $TEST_DUMP on rank 0."""
+    """Saves the parameters in memory after training, gathered by DeepSpeed, to $TEST_DUMP on rank 0."""
 
     def after_train(self, runner) -> None:
         if "TEST_DUMP" not in os.environ:
@@ -29,7 +29,7 @@ class DumpWeights(Hook):
 
 
 class RecordBatches(Hook):
-    """Appends the ids and document boundaries of each micro-batch, as the model is to see them, to $TEST_BATCHES."""
+    """Appends the token ids and boundaries of each micro-batch, as the model sees them, to $TEST_BATCHES."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         if "TEST_BATCHES" not in os.environ:
@@ -49,7 +49,7 @@ class RecordBatches(Hook):
 
 
 class KillRank(Hook):
-    """Kills rank R with SIGKILL in the middle of step N, when $TEST_KILL is "N:R"."""
+    """Kills rank R with SIGKILL in the middle of step N, if $TEST_KILL is "N:R"."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         step, _, rank = os.environ.get("TEST_KILL", "").partition(":")
@@ -58,7 +58,7 @@ class KillRank(Hook):
 
 
 class RaiseAt(Hook):
-    """Raises on all ranks in step N, when $TEST_RAISE is "N"."""
+    """Raises an error on all ranks in step N, if $TEST_RAISE is "N"."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         if os.environ.get("TEST_RAISE") == str(batch_idx + 1):
@@ -66,13 +66,13 @@ class RaiseAt(Hook):
 
 
 class PoisonWeight(Hook):
-    """Makes a weight of rank 1 NaN before step A and puts it back after step B, when $TEST_POISON is "A:B"."""
+    """Sets a weight of rank 1 to NaN before step A and restores it after step B, if $TEST_POISON is "A:B"."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         first, _, self.last = os.environ.get("TEST_POISON", "0:0").partition(":")
         if runner.rank == 1 and batch_idx + 1 == int(first):
             parameter = next(p for name, p in runner.model.model.module.named_parameters() if "norm" in name)
-            # ZeRO-3 keeps small parameters whole between steps, and this rank's share of the others.
+            # Between steps, ZeRO-3 keeps small parameters whole, and only this rank's share of the others.
             self.weight = (parameter if parameter.numel() else parameter.ds_tensor).data
             self.before = self.weight.clone()
             self.weight.fill_(float("nan"))
@@ -83,16 +83,16 @@ class PoisonWeight(Hook):
 
 
 class Slow(Hook):
-    """Makes every step $TEST_SLOW seconds longer."""
+    """Slows down every step by $TEST_SLOW seconds."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         time.sleep(float(os.environ.get("TEST_SLOW", 0)))
 
 
 class StandStill(Hook):
-    """Waits before step N for the file F, when $TEST_STAND_STILL is "N:F"; ten minutes at most.
+    """Waits before step N for the file F, at most ten minutes, if $TEST_STAND_STILL is "N:F".
 
-    A test signals the run meanwhile; one that kills it need not make the file.
+    The test signals the run in the meantime. A test that kills it does not need to create the file.
     """
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
@@ -105,10 +105,10 @@ class StandStill(Hook):
 
 
 class Pace(Hook):
-    """Trains as fast as `pace.json` says, which lies beside the run's folder of checkpoints and is read in every step.
+    """Paces training by `pace.json`, beside the run's folder of checkpoints, which is read in every step.
 
-    hold_after: The last rank waits before the step after this one, until the file says otherwise or a signal arrives.
-    step_seconds: What every step takes longer.
+    hold_after: The last rank waits after this step, until the file changes or a signal arrives.
+    step_seconds: Extra time for every step.
     """
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:

@@ -1,13 +1,13 @@
-"""Scripts in a tenth of the time: each runs in a child forked from a parent that has imported the libraries once.
+"""Runs scripts in a tenth of the time: each in a child forked from a parent with all libraries imported.
 
-Importing torch, transformers, DeepSpeed and mmengine takes ten seconds of processor, and the tests start hundreds of
-scripts. A warm child is a process like any other: arguments, environment, working folder, files, signals and exit code
-are its own. What it cannot show is a fresh interpreter's start, so tests of kills and launchers, and one plain command a
-script, start Python themselves (`run_script(..., warm=False)`).
+Importing torch, transformers, DeepSpeed and mmengine takes ten seconds of CPU time, and the tests start
+hundreds of scripts. A warm child has its own arguments, environment, working folder, files, signals and exit
+code, like any other process. It cannot test the start of a new interpreter, so tests of kills and launchers,
+and one plain command per script, start Python themselves (`run_script(..., warm=False)`).
 
-A parent is this file run as a script; it holds a Unix socket, and one connection is one child (tests/warm_client.py). A
-child dies with the process that asked for it. `PARENT` is for our scripts, `SNAKEMAKE` for Snakemake, of whose modules
-and paths no script may see anything.
+A parent is this file run as a script. It listens on a Unix socket, and each connection is one child
+(tests/warm_client.py). A child is killed when the process that requested it ends. `PARENT` is for our
+scripts, `SNAKEMAKE` for Snakemake, whose modules and paths must stay invisible to the scripts.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ _START_SECONDS = 300
 
 
 class WarmParent:
-    """Starts a parent at the first script, and ends it.
+    """Starts a parent for the first script, and ends it.
 
     Args:
-        libraries: Modules that it imports; of `module:function` it calls the function as well.
+        libraries: Modules that it imports. For `module:function`, it also calls the function.
     """
 
     def __init__(self, libraries: Sequence[str]):
@@ -66,9 +66,9 @@ class WarmParent:
         self._folder: tempfile.TemporaryDirectory | None = None
 
     def launch(self) -> Path:
-        """Returns where the socket of the parent comes to lie; the parent is started if it is not there."""
+        """Starts the parent if it is not running, and returns the path where it will create its socket."""
         if self._process is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="warm-")  # a short path: a socket lies in it
+            self._folder = tempfile.TemporaryDirectory(prefix="warm-")  # a short path, for the socket
             command = [sys.executable, __file__, f"{self._folder.name}/socket", *self._libraries]
             own = {"PYTHONPATH": f"{SCRIPTS}:{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
             self._process = subprocess.Popen(command, env={**os.environ, **own}, stdin=subprocess.DEVNULL)
@@ -76,11 +76,13 @@ class WarmParent:
 
     @property
     def address(self) -> Path:
-        """The socket of the parent, which is there once this returns."""
+        """The socket of the parent. Waits until it exists."""
         path = self.launch()
         deadline = time.monotonic() + _START_SECONDS
         while not path.exists():
-            assert self._process.poll() is None and time.monotonic() < deadline, "no parent for warm scripts"
+            assert self._process.poll() is None and time.monotonic() < deadline, (
+                "the parent of warm scripts did not start"
+            )
             time.sleep(0.02)
         return path
 
@@ -88,9 +90,9 @@ class WarmParent:
         """Starts a script.
 
         Args:
-            args: Its path and its arguments; or `-m`, a module, and its arguments.
-            options: `env`, `cwd` and `start_new_session` as of `subprocess.Popen`; `stdin`, `stdout` and `stderr` are
-                file descriptors; `executable` is what the script takes for its interpreter (`sys.executable`).
+            args: Its path and arguments; or `-m`, a module, and its arguments.
+            options: `env`, `cwd` and `start_new_session` as in `subprocess.Popen`. `stdin`, `stdout` and
+                `stderr` are file descriptors. `executable` becomes the script's `sys.executable`.
         """
         return start(self.address, args, **options)
 
@@ -115,7 +117,7 @@ class WarmParent:
         return subprocess.CompletedProcess(process.args, code, *texts)
 
     def close(self) -> None:
-        """Ends the parent, and with it what still runs."""
+        """Kills the parent and all scripts that are still running."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -128,13 +130,13 @@ SNAKEMAKE = WarmParent(_SNAKEMAKE)
 
 
 def serve(address: str, libraries: Sequence[str]) -> tuple[dict, list[int]]:
-    """Forks a child for each connection. Returns in a child only: what was asked for, and its three files."""
+    """Forks a child for each connection. Returns only in a child: the request, and its three files."""
     for name in libraries:
         name, _, function = name.partition(":")
         module = import_module(name)
         if function:
             getattr(module, function)()
-    gc.freeze()  # a collection in a child would copy every page
+    gc.freeze()  # garbage collection in a child would copy every page
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(f"{address}.new")
     listener.listen(64)
@@ -148,7 +150,7 @@ def serve(address: str, libraries: Sequence[str]) -> tuple[dict, list[int]]:
     while True:
         ready = select.select([listener, woken, *children.values()], [], [])[0]
         for pid in [pid for pid, connection in children.items() if connection in ready]:
-            with contextlib.suppress(ProcessLookupError):  # who asked is gone
+            with contextlib.suppress(ProcessLookupError):  # the requester is gone
                 os.kill(pid, signal.SIGKILL)
             children.pop(pid).close()
         with contextlib.suppress(BlockingIOError):
@@ -181,13 +183,13 @@ def serve(address: str, libraries: Sequence[str]) -> tuple[dict, list[int]]:
 
 
 def become(asked: dict, files: list[int]) -> None:
-    """Turns this forked child into the script that was asked for, and runs it."""
+    """Turns this forked child into the requested script, and runs it."""
     if asked["new_session"]:
         os.setsid()
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (open as long as the process)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (open for the life of the process)
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         stream.reconfigure(line_buffering=number == 2 or os.isatty(number))
     os.chdir(asked["cwd"])
@@ -199,7 +201,7 @@ def become(asked: dict, files: list[int]) -> None:
     home = os.getcwd() if script == "-m" else os.path.dirname(os.path.abspath(script))
     paths = [path for path in asked["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [home, *paths, *(path for path in sys.path if path not in (*before, str(REPO / "tests")))]
-    if Path(home) != SCRIPTS:  # another copy of the code, which imports its own
+    if Path(home) != SCRIPTS:  # another checkout, which imports its own modules
         for name, module in list(sys.modules.items()):
             if (getattr(module, "__file__", None) or "").startswith(f"{SCRIPTS}/"):
                 del sys.modules[name]
@@ -219,7 +221,7 @@ def become(asked: dict, files: list[int]) -> None:
 
 
 def main() -> None:
-    """Serves; in a child, runs the script and ends as Python would, but without clearing away what all share."""
+    """Serves requests. A child runs its script and exits like Python, but without freeing shared memory."""
     die_with_parent(os.getppid())
     asked, files = serve(sys.argv[1], sys.argv[2:])
     code = 0
@@ -232,7 +234,7 @@ def main() -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    threading._shutdown()  # waits for threads that are no daemons
+    threading._shutdown()  # waits for non-daemon threads
     atexit._run_exitfuncs()
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()

@@ -1,7 +1,8 @@
-"""Asks the parent of warm scripts (tests/warm.py) for one: a library, and the `python` of the rules in the tests.
+"""Requests warm scripts from their parent (tests/warm.py). A library, and the `python` of the rules in tests.
 
-As a script, `warm_client.py <address> <script> [arguments]` stands for the script: signals are handed on, and it ends as
-the script does. It imports little, because it runs with every job of a workflow (`python -I -S`: a hundredth of a second).
+As a script, `warm_client.py <address> <script> [arguments]` behaves like the script: it forwards signals and
+ends the same way. It imports little, because it runs with every job of a workflow (`python -I -S`: a
+hundredth of a second).
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ _HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class WarmProcess:
-    """A forked script, with the part of `subprocess.Popen` that the tests use."""
+    """A forked script, with the subset of `subprocess.Popen` that the tests use."""
 
     def __init__(self, args: Sequence[str], connection: socket.socket, pid: int):
         self.args, self.pid, self.returncode = list(args), pid, None
         self._connection = connection
 
     def poll(self) -> int | None:
-        """Returns the exit code (negative: the signal), or None while it runs."""
+        """Returns the exit code (negative for a signal), or None while the script runs."""
         if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
             self._read_code()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Waits for the end and returns the exit code."""
+        """Waits for the script to end and returns its exit code."""
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
                 import subprocess
@@ -42,7 +43,7 @@ class WarmProcess:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Signals the script, unless it has ended."""
+        """Sends a signal to the script, unless it has ended."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
@@ -57,7 +58,7 @@ class WarmProcess:
 
     def _read_code(self) -> None:
         said = self._connection.recv(64)
-        assert said, "the parent of the warm scripts is gone"
+        assert said, "the parent of warm scripts has exited"
         self.returncode = int(said)
         self._connection.close()
 
@@ -73,7 +74,7 @@ def start(
     start_new_session: bool = False,
     executable: str | os.PathLike | None = None,
 ) -> WarmProcess:
-    """Asks the parent at `address` for a script, see `warm.WarmParent.start`."""
+    """Requests a script from the parent at `address`, see `warm.WarmParent.start`."""
     words = [str(word) for word in args]
     asked = {
         "args": words,
@@ -95,7 +96,7 @@ def start(
 
 
 def main() -> None:
-    """Runs the script, and ends as it does."""
+    """Runs the script, and ends the same way."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _HANDED_ON)
     script = start(*sys.argv[1:2], sys.argv[2:], stdin=0)
 
