@@ -1,4 +1,4 @@
-"""Measures peak memory and time of a model's head and loss, forward and backward, with whole or chunked logits.
+"""Measures peak memory and time of a model's head and loss, forward and backward: whole or chunked logits.
 
 Each way runs in a separate process, on the same numbers, in fp32 on the CPU. Memory is the process's peak
 minus its memory before the head runs. `head again` is for heads that are not a plain linear layer: chunked,

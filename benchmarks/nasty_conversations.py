@@ -1,4 +1,4 @@
-"""Generates conversations for each case of the format: roles, names, losses, types, glueing, odd text, length."""
+"""Generates conversations for each case of the format: roles, names, losses, types, glueing, odd texts."""
 
 from __future__ import annotations
 

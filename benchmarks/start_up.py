@@ -1,4 +1,4 @@
-"""Measures the time from the command to the first training step, with forked ranks and with a new Python per rank.
+"""Measures the time from the command to the first training step: forked ranks against a new Python per rank.
 
     python benchmarks/start_up.py [--ranks 1 2 8] [--rounds 3]
 

@@ -104,7 +104,7 @@ def _gated(trainer_class):
 
 
 def train_transformers(a: argparse.Namespace) -> None:
-    """Trains with transformers' Trainer on the same packed sequences; sdpa finds documents by their positions."""
+    """Trains with transformers' Trainer on the same packed sequences; sdpa splits documents by position."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
     from snaketune.training.packed_data import PackedDataset

@@ -1,4 +1,4 @@
-"""What rules/adapt_snakemake.smk and rules/keep_back_jobs.smk replace in Snakemake and its Slurm plugin is as it was."""
+"""The functions of Snakemake and its Slurm plugin that our patches rely on have not changed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
-import snakemake.api  # first: its modules import each other in a circle
+import snakemake.api  # first: its modules import each other
 import snakemake.logging
 import snakemake.workflow
 import snakemake_executor_plugin_slurm as slurm_plugin
@@ -24,10 +24,10 @@ FORMATTER = snakemake.logging.DefaultFormatter
 
 
 class Reliance(NamedTuple):
-    """A function of Snakemake's that a patch replaces, or counts on to call what it replaces."""
+    """A function that a patch replaces, or that calls the replaced function."""
 
     function: object
-    sha256: str  # of its source, the first 12 digits
+    sha256: str  # first 12 digits, of its source
     file: str
     reason: str
 
@@ -37,13 +37,13 @@ RELIANCES = {
         snakemake.logging.show_logs,
         "b1308c0ca98b",
         ADAPT,
-        "show_last_lines takes its place: a list of paths in, lines out",
+        "show_last_lines replaces it: a list of paths in, lines out",
     ),
     "_format_job_error": Reliance(
         FORMATTER._format_job_error,
         "e5ad1c0aab5e",
         ADAPT,
-        "it looks show_logs up in its module when a job has failed",
+        "it looks up show_logs in its module when a job fails",
     ),
     "job_selector": Reliance(
         JobScheduler.job_selector,
@@ -55,7 +55,7 @@ RELIANCES = {
         JobScheduler.schedule,
         "9f32db93a39b",
         KEEP_BACK,
-        "releasing _open_jobs makes it choose again; it calls job_selector with a set, and an empty answer waits",
+        "releasing _open_jobs makes it select again; it passes job_selector a set and waits if none is returned",
     ),
     "needrun_jobs": Reliance(
         snakemake.workflow.DAG.needrun_jobs, "fb49d381caf9", KEEP_BACK, "trainings among them have not ended"
@@ -79,7 +79,7 @@ RELIANCES = {
         slurm_plugin.Executor.check_active_jobs,
         "a15ec905e07e",
         ADAPT,
-        "it looks query_job_status up in its module, takes CANCELLED for failed, and PREEMPTED for one that goes on",
+        "it looks up query_job_status in its module; CANCELLED means failed to it, PREEMPTED continuing",
     ),
 }
 
@@ -94,11 +94,11 @@ def test_the_functions_that_patches_rely_on_are_those_they_were_written_for(name
     reliance = RELIANCES[name]
     found = sha256(inspect.getsource(reliance.function).encode()).hexdigest()[:12]
     assert found == reliance.sha256, (
-        f"{reliance.function.__module__}.{reliance.function.__qualname__} changed underneath ({versions()}).\n"
-        f"Look at: rules/{reliance.file}, which relies on this: {reliance.reason}.\n"
+        f"{reliance.function.__module__}.{reliance.function.__qualname__} changed ({versions()}).\n"
+        f"Check rules/{reliance.file}, which relies on it: {reliance.reason}.\n"
         f"Read the new function ({inspect.getsourcefile(reliance.function)}), adapt the patch or drop it, run "
-        "tests/workflow/test_failed_job.py, tests/workflow/test_follow_checkpoints.py and tests/slurm, and put the new "
-        f"digest here: {found}"
+        "tests/workflow/test_failed_job.py, tests/workflow/test_follow_checkpoints.py and tests/slurm, then update the "
+        f"digest: {found}"
     )
 
 
@@ -112,7 +112,7 @@ def test_the_functions_that_patches_rely_on_are_those_they_were_written_for(name
 )
 def test_what_is_replaced_is_called_as_the_replacement_expects(function, parameters):
     assert list(inspect.signature(function).parameters) == parameters, (
-        f"{function.__qualname__} has other parameters ({versions()}); look at its replacement in rules/*.smk"
+        f"{function.__qualname__} has different parameters ({versions()}); check its replacement in rules/*.smk"
     )
 
 
@@ -124,7 +124,7 @@ def test_the_versions_in_the_rules_are_the_installed_ones(repo_root):
         version(name).rpartition(".")[0] for name in ("snakemake", "snakemake-executor-plugin-slurm")
     ]
     assert list(stated.groups()) == installed, (
-        f"{versions()}: look at each patch of rules/{ADAPT}, then state these"
+        f"{versions()}: check each patch in rules/{ADAPT}, then update its versions"
     )
 
 

@@ -1,4 +1,4 @@
-"""How scripts end: errors without a traceback, and pipes that are closed."""
+"""How scripts exit: errors without a traceback, closed pipes, full disks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from snaketune.common.files import write_json
 
-CLOSED = 128 + 13  # as a shell reports a tool that SIGPIPE ended
+CLOSED = 128 + 13  # as a shell reports a process killed by SIGPIPE
 
 PRINTS = "for number in range(100_000): print(number)"
 PRINTS_LITTLE = "print('one line')"
@@ -25,13 +25,13 @@ WORKER_GONE = (
 
 @pytest.fixture(autouse=True)
 def buffered(monkeypatch):
-    """Output meets the closed pipe when it is flushed, as where nobody has set this."""
+    """Unsets PYTHONUNBUFFERED, so output reaches the closed pipe only when it is flushed."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
 
 
 @pytest.fixture
 def script(tmp_path, repo_root):
-    """Returns the command of a script whose `main` has this body."""
+    """Returns a function that returns the command of a script whose `main` has the given body."""
 
     def write(body: str) -> list[str]:
         path = tmp_path / "script.py"
@@ -48,7 +48,7 @@ def script(tmp_path, repo_root):
 
 
 def run_closed(command: list[str]) -> subprocess.CompletedProcess:
-    """Runs a command whose standard output nobody reads."""
+    """Runs a command whose standard output has no reader."""
     reading, writing = os.pipe()
     os.close(reading)
     try:

@@ -1,4 +1,4 @@
-"""The scripts' flags and the rules' command lines say what the schema says, and nothing else does."""
+"""The scripts' flags and the rules' command lines match the schema, which alone defines them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CODE = Path(__file__).parents[2] / "workflow_scripts"
 SCRIPTS = sorted(path.stem for path in CODE.glob("*.py"))
 WITH_SETTINGS = [script for script in SCRIPTS if script_flags(script)]
 
-# Flags that are called like that of a setting in another script, and are something else.
+# Flags with the name of another script's setting, but a different meaning.
 OTHERS = {
     ("chat", "--dtype"): "of a model that is loaded to talk to it",
     ("chat", "--max-new-tokens"): "of a conversation, not of an evaluation",
@@ -34,12 +34,12 @@ OTHERS = {
 }
 
 NEUTRAL = (False, 0, 1, "none", "auto")
-# Defaults of the library that are called like a setting, and are something else.
+# Library defaults with the name of a setting, but a different meaning.
 HOMONYMS = {
     ("batch_tokens", 2048),  # of conversations that are only read
     ("global_batch", 1),  # of a plan
     ("seed", 0),  # of random weights
-    ("max_bad_share", 1.0),  # where bad lines are counted alone
+    ("max_bad_share", 1.0),  # where bad lines are only counted
     ("rank", 0),  # a process
     ("mode", "loss"),  # of a forward pass
     ("backend", ""),  # of torch.distributed
@@ -52,7 +52,7 @@ class _Parsed(Exception):
 
 @pytest.fixture
 def parser_of(monkeypatch):
-    """Returns a function that gives a script's parser."""
+    """Returns a function that returns a script's parser."""
 
     def stop(parser, *args, **kwargs):
         raise _Parsed(parser)
@@ -70,7 +70,7 @@ def parser_of(monkeypatch):
 
 
 def required(parser: argparse.ArgumentParser) -> list[str]:
-    """Returns the fewest words that the parser takes."""
+    """Returns the fewest arguments that the parser accepts."""
     words = []
     for action in parser._actions:
         word = str(action.choices[0]) if action.choices else "1"
@@ -150,7 +150,7 @@ def test_the_library_states_no_default_of_a_setting():
 
 @pytest.fixture
 def defaults(tmp_path, monkeypatch):
-    """A run's settings, all as they are by default."""
+    """A run's default settings."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
@@ -161,7 +161,7 @@ def defaults(tmp_path, monkeypatch):
 
 
 def another(rule: dict) -> object:
-    """Returns a value that is not the default."""
+    """Returns a value other than the default."""
     kind = rule.get("type")
     kind = kind[0] if isinstance(kind, list) else kind
     if "enum" in rule:
@@ -216,7 +216,7 @@ def test_a_rule_says_to_a_script_what_the_settings_are(script, parser_of, defaul
 
 @pytest.mark.parametrize("script", WITH_SETTINGS)
 def test_what_a_rule_leaves_out_is_what_a_script_does_without_it(script):
-    """Nothing, false and an empty list make no flag."""
+    """None, False and an empty list give no flag."""
     for flag in script_flags(script):
         kind = flag.rule.get("type", ())
         if "null" in kind or None in flag.rule.get("enum", ()):
@@ -228,7 +228,7 @@ def test_what_a_rule_leaves_out_is_what_a_script_does_without_it(script):
 
 
 def test_flags_of_older_results_stand_where_they_stood(defaults):
-    """Snakemake compares the text; what comes after them is new."""
+    """Snakemake compares the text, so new flags come last."""
     words = flags(**options_of("render_train_config", defaults, "train")).removeprefix("--max-length 32768 ")
     assert words.startswith(
         "--lr 4e-05 --min-lr-ratio 0.15 --betas 0.9 0.95 --weight-decay 0.01 --max-norm 1.0 --warmup-ratio 0.025"

@@ -1,4 +1,4 @@
-"""What the pages say of the code is so: links, files, commands and flags, config keys, rules, targets."""
+"""The docs match the code: links, files, commands and flags, config keys, rules, targets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IDS = [str(page.relative_to(REPO)) for page in PAGES]
 COMMANDS = [path for path in sorted((REPO / "benchmarks").glob("*.py")) if "argparse" in path.read_text()]
 SCHEMA = yaml.safe_load((REPO / "rules/schemas/config.schema.yaml").read_text(encoding="utf-8"))
 FOLDERS = ("benchmarks", "docs", "envs", "profiles", "rules", "tests", "workflow_scripts")
-# Files that a user or the workflow writes, and those of other packages.
+# Files that a user or the workflow writes, and files of other packages.
 NOT_OURS = re.compile(
     r"results/|lmdeploy/|profiles/slurm/(site|partitions)\.yaml|(my|train|opencompass)_config\.py"
 )
@@ -46,7 +46,7 @@ def files() -> list[str]:
 
 
 def blocks(page: Path, language: str = "") -> list[str]:
-    """The fenced code of a page."""
+    """Returns the fenced code of a page."""
     text = page.read_text(encoding="utf-8")
     return re.findall(rf"^ *```{language or '[a-z]*'}\n(.*?)^ *```", text, re.S | re.M)
 
@@ -56,12 +56,12 @@ def prose(page: Path) -> str:
 
 
 def spans(page: Path) -> list[str]:
-    """What stands between backticks in a page's text."""
+    """Returns the code spans of a page's text."""
     return re.findall(r"`([^`\n]+)`", prose(page))
 
 
 def commands(page: Path) -> list[str]:
-    """Lines of code, in blocks and in the text, with what is continued joined."""
+    """Returns the lines of code blocks, with continued lines joined, and the code spans."""
     code = "\n".join(blocks(page)).replace("\\\n", " ")
     return [*(line.strip().removeprefix("$ ").strip() for line in code.splitlines()), *spans(page)]
 
@@ -123,14 +123,14 @@ def test_flags_of_commands_exist(page):
             continue
         words = [word.partition("=")[0] for word in shlex.split(found[0], comments=True)]
         asked = {word for word in words if word.startswith("--")}
-        # launch_dlc.py passes on what it does not know to the script it starts.
+        # launch_dlc.py passes unknown flags to the script that it starts.
         scripts = [REPO / found[1] / Path(word).name for word in words if word.endswith(".py")]
         known = set().union(*(flags_of(script) for script in scripts if script.is_file())) if asked else set()
         assert asked <= known, f"{page.name}: no {', '.join(sorted(asked - known))} in: {command}"
 
 
 def key_of(dotted: str) -> dict | None:
-    """The schema of a key, or None where there is no such key."""
+    """Returns the schema of a key, or None if it does not exist."""
     schema = SCHEMA
     for part in dotted.split("."):
         if part in schema.get("properties", {}):
@@ -157,7 +157,7 @@ def test_config_keys_exist_and_take_the_values_that_are_named(page):
 
 
 def without_required(schema: object) -> object:
-    """A schema that takes part of a config."""
+    """Returns a schema that accepts a part of a config."""
     if isinstance(schema, dict):
         return {key: without_required(value) for key, value in schema.items() if key != "required"}
     return copy.deepcopy(schema)
@@ -209,7 +209,7 @@ def test_rules_in_tables_exist(page):
                     named |= {name for name in re.findall(r"`([^`]+)`", cell) if re.fullmatch(r"\w+", name)}
     assert named <= known | targets, f"{page.name}: no rules {named - known - targets}"
     if page.name == "workflow.md":
-        assert known <= named, f"{page.name} does not tell of {known - named}"
+        assert known <= named, f"{page.name} does not describe {known - named}"
 
 
 @pytest.mark.parametrize("page", ENGLISH[2:], ids=lambda page: page.name)

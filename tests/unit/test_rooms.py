@@ -1,4 +1,4 @@
-"""The library's rooms: each imports only those below it, and none holds more than its share."""
+"""The library's rooms: each imports only from rooms below it, and none is too large."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_no_circle_of_modules():
         }
         for name, path in names.items()
     }
-    TopologicalSorter(graph).prepare()  # raises CycleError, which shows the circle
+    TopologicalSorter(graph).prepare()  # raises CycleError with the cycle
 
 
 def test_no_room_is_too_large():

@@ -1,4 +1,4 @@
-"""The files of a run: one table of names, which Snakemake's patterns and the library have in common."""
+"""The files of a run: Snakemake's patterns and the library share one table of names."""
 
 from __future__ import annotations
 

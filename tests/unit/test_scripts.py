@@ -1,4 +1,4 @@
-"""Every script is a command that a person can ask for help."""
+"""Every script has help, and reports missing arguments without a traceback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_help_describes_the_script_and_every_flag(name, run_script):
     assert len(description) > 30
     lines = text.splitlines()
     flags = [i for i, line in enumerate(lines) if line.startswith("  --")]
-    # The help of a flag stands behind it, or on the line below when the flag is long.
+    # A flag's help follows it, on the next line if the flag is long.
     assert flags or "positional arguments:" in lines
     for i in flags:
         assert "  " in lines[i].strip() or lines[i + 1].startswith("          "), lines[i]

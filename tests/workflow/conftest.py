@@ -1,7 +1,7 @@
-"""The whole workflow, run once for real on a small copy of the demo; the tests then ask what a change costs.
+"""Runs the whole workflow once on a small copy of the demo; the tests then check what a change reruns.
 
-That run, `finished`, and every run that a test kills, stops or measures are the plain commands, with a process for each
-job. In the others, Snakemake and the jobs' scripts are warm (tests/warm.py).
+This run, `finished`, and every run that a test kills, stops or measures use the plain commands, with one
+process per job. In all others, Snakemake and the jobs' scripts are warm (tests/warm.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ exec {python} "$@"
 class Project:
     """A working folder with its own config, data and copy of the code, driven by the real `snakemake` command.
 
-    `python` is what the rules call as `python`, and what Snakemake takes for its interpreter.
+    `python` is the interpreter of Snakemake, and `python` in the rules' commands.
     """
 
     code: Path
@@ -55,7 +55,7 @@ class Project:
         self.config_file.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
 
     def command(self, *args: object) -> list[str]:
-        """The command as a user types it."""
+        """Returns the command as a user types it."""
         return [
             *(sys.executable, "-m", "snakemake", "--snakefile", str(self.code / "Snakefile")),
             *("--configfile", str(self.config_file), "--directory", str(self.folder), "--cores", "2"),
@@ -63,27 +63,25 @@ class Project:
         ]
 
     def run(self, *args: object, check: bool = True) -> subprocess.CompletedProcess:
-        """Runs the command to its end; its scripts are warm, unless `python` is the plain one."""
+        """Runs the command to its end. Its scripts are warm unless `python` is the plain interpreter."""
         command, options = self.command(*args), {"cwd": self.code, "timeout": 1200}
         if self.python == Path(sys.executable):
             done = subprocess.run(command, capture_output=True, text=True, **options)
         else:
             path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
             options["env"] = {**os.environ, "PATH": path}
-            assert (
-                PARENT.address.exists()
-            )  # it may import its libraries still, beside the first plain command
+            assert PARENT.address.exists()  # may still be importing, beside the first plain command
             done = SNAKEMAKE.run(command[1:], executable=self.python, **options)
         if check and done.returncode != 0:
             raise AssertionError(f"snakemake failed\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
         return done
 
     def plain(self) -> Project:
-        """The same project, run by the plain command."""
+        """Returns the same project, run by the plain command."""
         return replace(self, python=Path(sys.executable))
 
     def stand_still(self) -> None:
-        """Prepares a training whose config has the hook `StandStill` (tests/train_hooks.py), which must be on its path."""
+        """Prepares a training with the hook `StandStill`; tests/train_hooks.py must be on PYTHONPATH."""
         self.run("results/demo/train_config.py")
         text = (self.folder / "results" / "demo" / "train_config.py").read_text(encoding="utf-8")
         text = text.replace("from torch.optim", "from train_hooks import StandStill\nfrom torch.optim")
@@ -95,7 +93,7 @@ class Project:
         self.run("plan", "results/demo/train_config.py")
 
     def planned(self, *args: object) -> dict[str, int]:
-        """Returns what `snakemake -n` would run: jobs by rule, without the target rules."""
+        """Returns the number of jobs by rule in a dry run, without the target rules."""
         done = self.run("--quiet", "rules", "--dry-run", *args)
         text = done.stdout + done.stderr
         table = re.search(r"^job\s+count\n-+\s+-+\n(.*?)^total\s+\d+", text, re.M | re.S)
@@ -109,7 +107,7 @@ class Project:
 
 @pytest.fixture(scope="session")
 def warm_python(repo_root, tmp_path_factory) -> Path:
-    """A `python` whose scripts are warm; whatever else it is told to run, it hands to the real one."""
+    """A `python` that runs scripts warm and passes everything else to the real one."""
     python = tmp_path_factory.mktemp("bin") / "python"
     words = {
         "python": sys.executable,
@@ -123,10 +121,10 @@ def warm_python(repo_root, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_project(repo_root, tmp_path_factory, warm_python):
-    """Returns a function that lays out a small copy of the demo in a folder of its own."""
+    """Returns a function that creates a small copy of the demo in a new folder."""
     model = repo_root / "resources" / "tiny-mistral"
     if not (model / "config.json").is_file():
-        pytest.skip("resources/tiny-mistral is not there: run `make setup`")
+        pytest.skip("resources/tiny-mistral is missing: run `make setup`")
 
     def make(name: str = "project") -> Project:
         folder = tmp_path_factory.mktemp(name)
@@ -160,7 +158,7 @@ def make_project(repo_root, tmp_path_factory, warm_python):
 
 @pytest.fixture(scope="session")
 def finished(make_project) -> Project:
-    """A project whose main job has run to the end, as a user runs it. Tests that change it put it back."""
+    """A project whose main job has finished, run as a user does. Tests that change it restore it."""
     project = make_project("finished")
     project.plain().run()
     return project
@@ -168,7 +166,7 @@ def finished(make_project) -> Project:
 
 @pytest.fixture(scope="session")
 def tokenised(finished, tmp_path_factory):
-    """Returns a function that makes a project of the finished one's tokenised data, and of what is named below its run."""
+    """Returns a function that makes a project from the finished one's tokenised data and given run files."""
 
     def make(name: str, *files: str) -> Project:
         folder = tmp_path_factory.mktemp(name) / "project"

@@ -1,4 +1,4 @@
-"""Several runs from one entry: they share tokenised data, and one page lays them side by side."""
+"""Several runs from one entry: they share tokenised data, and one page compares them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUNS = ["demo", "mix-weights_tool_calls0", "mix-weights_plain_chat1.5"]
 
 @pytest.fixture(scope="module")
 def project(finished, tmp_path_factory):
-    """The finished project with two runs more: what is done is linked, not copied, and not changed."""
+    """The finished project with two more runs. Finished files are hard links and are not changed."""
     folder = tmp_path_factory.mktemp("several") / "project"
     shutil.copytree(finished.folder, folder, copy_function=os.link, symlinks=True)
     project = replace(finished, code=folder / "code", folder=folder)
@@ -34,7 +34,7 @@ def project(finished, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(project):
-    """The results folder, with the page."""
+    """The results folder, with the comparison page."""
     planned = project.planned("compare")
     assert {
         rule for rule in planned if "tokeni" in rule or rule in ("split_heldout", "write_data_order")

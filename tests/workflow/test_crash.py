@@ -1,4 +1,4 @@
-"""A crash in the middle costs nothing but time: the same weights come out as without it."""
+"""A crash costs only time: the weights are the same as without it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from snaketune.training.metrics_file import whole_lines
 
 
 def metrics(project) -> list[dict]:
-    """The lines of every attempt's steps."""
+    """Returns the metrics of every attempt's steps."""
     files = project.folder.glob("results/demo/checkpoints/*/metrics.jsonl")
     return [values for file in files for _, values in whole_lines(file)]
 
@@ -27,7 +27,7 @@ def losses(project):
 
 
 def test_a_training_killed_with_everything_and_then_told_to_stop(finished, tokenised, repo_root, monkeypatch):
-    """As when the power fails, and when a cluster takes its node back: then it saves, ends with code 75 and is started again."""
+    """As in a power failure, then as in a preemption: training saves, exits with 75 and is restarted."""
     project = tokenised("crash")
     results = project.folder / "results" / "demo"
     go_on = project.folder / "go_on"
@@ -67,7 +67,7 @@ def test_a_finished_training_is_not_repeated(finished):
 
 @contextmanager
 def training(project) -> Iterator[subprocess.Popen]:
-    """Runs `snakemake train` in a process group of its own; kills everything in it that is left after the block."""
+    """Runs `snakemake train` in a separate process group; kills the rest of the group after the block."""
     running = subprocess.Popen(
         project.command("train"),
         stdout=subprocess.PIPE,
@@ -85,7 +85,7 @@ def training(project) -> Iterator[subprocess.Popen]:
 
 
 def trainer_at(project, running, attempt: int, step: int) -> int:
-    """Waits for the metrics of a step, and returns the process that trains."""
+    """Waits for the metrics of a step; returns the id of the training process."""
     deadline = time.monotonic() + 600
     while [(line["attempt"], line["step"]) for line in metrics(project)[-1:]] != [(attempt, step)]:
         time.sleep(0.05)
@@ -94,7 +94,7 @@ def trainer_at(project, running, attempt: int, step: int) -> int:
 
 
 def trainer_of(project) -> int | None:
-    """The process of train_model.py, and not the shell that started it."""
+    """Returns the process id of train_model.py, not of the shell that started it."""
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = file.read_bytes().split(b"\0")

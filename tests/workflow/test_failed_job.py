@@ -1,4 +1,4 @@
-"""A job that fails: its message shows the end of its log, and the log of every attempt stays in the run's folder."""
+"""A failed job: its message shows the end of its log, and the log of every attempt is kept."""
 
 from __future__ import annotations
 

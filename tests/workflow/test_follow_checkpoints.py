@@ -1,4 +1,4 @@
-"""Checkpoints are evaluated while training goes on; killed and started again, nothing is evaluated twice."""
+"""Checkpoints are evaluated during training; after a kill and a restart, none is evaluated twice."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LAST = 8
 
 @pytest.fixture(scope="module")
 def followed(tokenised, repo_root):
-    """A project whose training was killed when its first checkpoint had been evaluated, and went on on one core.
+    """A project whose training was killed once its first checkpoint was evaluated, and resumed on one core.
 
-    It saves at even steps, so it trains step 3, whose weights alone were held, once more.
+    It saves at even steps, so step 3, of which only the weights were pinned, is trained again.
     """
     project = tokenised("followed", "evaluation/base.json")
     project.configure(
@@ -40,7 +40,7 @@ def followed(tokenised, repo_root):
 
 
 def kill_when_evaluated(project):
-    """Runs the main job, kills everything when one checkpoint has been evaluated; returns that file, bytes and time."""
+    """Runs the main job and kills it once a checkpoint is evaluated; returns {file: (bytes, mtime)}."""
     running = subprocess.Popen(
         project.command(),
         stdout=subprocess.DEVNULL,

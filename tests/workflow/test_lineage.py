@@ -1,4 +1,4 @@
-"""From a score of a real run back to the conversations, and what is no longer what the records say."""
+"""From a score of a real run back to the conversations, and files that no longer match their records."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_score_leads_back_to_the_conversations(finished, run_script):
     titles = ("evaluation, tuned model", "Hugging Face folder", "checkpoint", "pack plan", "tokenised data")
     titles += ("dataset tool_calls", "tokenised shard", "JSONL file")
     lines = tree.splitlines()
-    # The last dataset is tool_calls, so the last of each is on the way to its file.
+    # tool_calls is the last dataset, so the last match of each title leads to its file.
     places = [
         [n for n, line in enumerate(lines) if re.search(rf"(^|─ ){title} ", line)][-1] for title in titles
     ]

@@ -1,4 +1,4 @@
-"""A run by LoRA through the whole graph: what is evaluated and served is what was in memory when it was trained."""
+"""A LoRA run through the whole workflow: the evaluated and served model is the trained one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job ends with every promised file, and a change costs exactly what it must."""
+"""The main job makes every promised file, and a change reruns only the necessary jobs."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_naming_a_target_redoes_only_what_it_needs(finished):
         finished.configure(turbomind={"dtype": "bfloat16"})
         assert finished.planned("results/demo/hf") == {}
         assert finished.planned("results/demo/turbomind") == {"convert_hf_to_turbomind": 1}
-        # The tuned model is evaluated behind the gate, the base needs none.
+        # The tuned model is evaluated after the gate; the base model has none.
         gate = {"convert_hf_to_turbomind": 1, "encode_prompts": 1, "check_parity": 1}
         assert finished.planned("results/demo/evaluation/tuned.json") == gate | {"evaluate_model": 1}
         assert finished.planned("results/demo/evaluation/base.json") == {}
@@ -178,7 +178,7 @@ def test_runs_whose_tokenised_bytes_differ_have_files_of_their_own(finished):
     }
     with kept(finished.config_file):
         finished.configure(runs={"demo": {}, **others})
-        # Both dataset folders are small: one job does them.
+        # Both dataset folders are small, so one job tokenises them.
         assert finished.planned("tokenize") == {rule: len(others) for rule in TOKENIZE}
 
 
@@ -202,7 +202,7 @@ def test_editing_one_file_redoes_this_file_alone(finished):
         ]
     finished.run("tokenize")
     assert bins[0].stat().st_mtime_ns == before[0]
-    # The bytes are the old ones again, so nothing that follows has to be done.
+    # The bytes are the original ones, so no later job is due.
     assert "train_model" not in finished.planned()
 
 
@@ -230,7 +230,7 @@ def test_a_mistake_in_the_config_stops_before_any_job(finished, sections, words)
 
 
 def test_what_the_run_took_was_planned(finished):
-    """Memory within 15% of the peak that the kernel counted; tokens are those of the mean row."""
+    """Memory is within 15% of the kernel's peak; tokens are those of the mean packed sequence."""
     results = finished.folder / "results"
     plan, train = (
         json.loads((results / "demo" / name).read_text()) for name in ("run_plan.json", "train.json")

@@ -1,4 +1,4 @@
-"""`snakemake preflight` on the finished main job: it passes, and what it expects on the disk is what came to lie there."""
+"""`snakemake preflight` on the finished main job: it passes, and its disk forecast matches the files."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Bad lines and odd names through the whole workflow: every line is somewhere, once."""
+"""Bad lines and odd names through the whole workflow: every line ends up in exactly one place."""
 
 from __future__ import annotations
 
 import json
 
 GOOD = '[{"role": "user", "content": "hi %d"}, {"role": "assistant", "content": "yes"}]'
-# Braces are refused: Snakemake fills them. A line break is too much for its log files.
+# No braces, which Snakemake would fill in, and no line break, which its log files cannot have.
 ODD = "a b; 'c' \"d\" $(e) `f` ü 数据 #%&*[x].v2"
 
 

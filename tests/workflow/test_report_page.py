@@ -1,4 +1,4 @@
-"""The report of a real run in a real browser: what a reader sees is what the JSON files say."""
+"""The report of a real run in a real browser: the page shows the figures of the JSON files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from snaketune.reporting.tool_call_tables import comparison_rows
 
 @pytest.fixture(scope="module")
 def page(finished, tmp_path_factory):
-    """(browser that shows the report, folder of the run)."""
+    """(browser with the report open, folder of the run)."""
     run = finished.folder / "results" / "demo"
     with open_browser(tmp_path_factory.mktemp("browser") / "profile") as browser:
         browser.look(1200)
@@ -77,7 +77,7 @@ def test_other_figures_are_those_of_the_json(page):
 
 
 def test_the_planned_memory_is_within_15_percent_of_what_the_training_took(page):
-    """The peak of the process with most, as the kernel counted it (VmHWM), which each step's metrics hold."""
+    """The peak is the kernel's (VmHWM), of the largest process, from the metrics of each step."""
     browser, run = page
     (chosen,) = [row for row in read_json(run / "run_plan.json")["memory"] if row["chosen"]]
     (metrics,) = run.glob("checkpoints/*/metrics.jsonl")
@@ -119,7 +119,7 @@ def test_two_languages_and_a_phone(page):
         assert browser.evaluate("document.documentElement.scrollWidth") <= 390
         colours = browser.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, colours[4:-1].split(","))) < 200) == dark
-    # Datasets of longer names stand in the places of answers.
+    # The names of datasets beside answers can be longer.
     where = "document.querySelector('.example .who')"
     short = browser.evaluate(f"{where}.textContent")
     browser.evaluate(f"{where}.textContent = 'a_dataset_of_a_long_name/'.repeat(9)")

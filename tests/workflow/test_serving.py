@@ -1,4 +1,4 @@
-"""`snakemake serve` on a finished run: the card and the commands say what the run's own files say."""
+"""`snakemake serve` on a finished run: the model card and the commands match the run's files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from snaketune.common.files import sha256_file, sha256_json
 
 @pytest.fixture(scope="module")
 def served(finished):
-    """(folder of the run, model card, serve.txt); what `snakemake serve` made is removed again."""
+    """(folder of the run, model card, serve.txt). Removes the files of `snakemake serve` afterwards."""
     run = finished.folder / "results" / "demo"
     before = set(finished.folder.rglob("*"))
     done = finished.run("serve")

@@ -1,4 +1,4 @@
-"""Runs with different chat templates share no tokenizer, and every stage is told the run's template."""
+"""Runs with different chat templates share no tokenizer, and every stage gets the run's template."""
 
 from __future__ import annotations
 

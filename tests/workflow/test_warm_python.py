@@ -1,4 +1,4 @@
-"""The `python` of warm jobs is to its caller what the script would be: it ends as the script does, and not without it."""
+"""The `python` of warm jobs behaves like the script: both exit alike, and the script dies with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from warm import PARENT
 
 @pytest.fixture
 def start(warm_python, tmp_path):
-    """Starts a script of the lines given with that `python`."""
+    """Returns a function that starts a script of the given lines with the warm `python`."""
     assert PARENT.address.exists()
 
     def run(*lines: str) -> subprocess.Popen:
@@ -52,5 +52,5 @@ def test_the_script_dies_with_it(start):
     process.wait()
     deadline = time.monotonic() + 30
     while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < deadline, "the script runs on"
+        assert time.monotonic() < deadline, "the script is still running"
         time.sleep(0.02)

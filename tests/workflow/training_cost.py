@@ -1,4 +1,4 @@
-"""What a training cost, from the files that the pages take it from."""
+"""The cost of a training, from the files that the pages use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from snaketune.common.files import read_json
 
 
 def core_hours(run: Path) -> float:
-    """Core-hours of a training of one attempt: its own count or Snakemake's, which misses what ends between two looks.
+    """Returns the core-hours of a training of one attempt, by its own count or Snakemake's.
+
+    Snakemake's count misses processes that end between two samples, so the larger of the two is used.
 
     Args:
         run: Folder of the run, in its results folder.
