@@ -15,7 +15,7 @@ RECALLS = {0: 1.0, 10: 0.25, 20: 0.75, 30: 0.75, 40: 0.5}  # the base model is n
 
 @pytest.fixture
 def run(tmp_path):
-    """A run folder with evaluations of steps 10 to 40 and of the base model; each loss is 1 lower than the last."""
+    """A run folder with evaluations of the base model and steps 10 to 40; the loss falls by 1 each time."""
     same = {"heldout_sha256": "1", "tokenizer_sha256": "2", "template": "t", "mask": "m"}
     same |= {"control_tokens": "literal", "max_length": 9}
     train = {"run_folder": f"checkpoints/{IDENTITY}", "steps": 40, "identity": IDENTITY * 5}

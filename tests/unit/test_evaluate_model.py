@@ -45,10 +45,11 @@ def setting(tmp_path_factory, tiny_tokenizer_dir, tiny_model_dir, write_processe
 
 
 def _reference(model_dir, tokenizer, conversations) -> tuple[float, int]:
-    """Returns (sum of losses, count), one conversation at a time, with transformers labels and independent mask rules.
+    """Returns (sum of losses, count), one conversation at a time, with transformers' labels and its own mask.
 
-    The text and end of a turn are trained on if it is the assistant's (a tool call is attached to the preceding
-    assistant turn). The ids come from whole pieces, which the byte-level tokenizer splits at special tokens.
+    The text and end of a turn are trained on if it is the assistant's (a tool call is attached to the
+    preceding assistant turn). The ids come from whole pieces, which the byte-level tokenizer splits at
+    special tokens.
     """
     from transformers import AutoModelForCausalLM
 

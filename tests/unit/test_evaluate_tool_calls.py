@@ -42,7 +42,7 @@ def losses_of(model, ids):
 
 
 def by_hand(tokenizer, messages):
-    """Returns (ids, role of each id or None), encoded piece by piece; the tokenizer splits at control tokens."""
+    """Returns (ids, role of each id or None), encoded piece by piece and split at control tokens."""
     ids, roles = [tokenizer.bos_token_id], [None]
 
     def add(text, role):
@@ -157,7 +157,7 @@ def greedy(model, tokenizer, prompt, limit):
 
 
 def command(setting, heldout):
-    """The script, and what it is asked about."""
+    """Returns the script and its arguments."""
     tokenizer_dir, _, hf, _ = setting
     words = ("--model", hf, "--tokenizer-path", tokenizer_dir, "--heldout-dir", heldout)
     return "evaluate_tool_calls.py", *words

@@ -42,7 +42,8 @@ def test_the_states_are_those_of_the_zero_paper():
 @pytest.mark.parametrize(
     ("shape", "row_tokens", "checkpointing", "measured_mib"),
     [
-        # Demo: peak reported by the kernel. SmolLM2-135M: max_rss of a benchmark file. Both ZeRO-2, one process.
+        # Demo: peak reported by the kernel. SmolLM2-135M: max_rss of a benchmark file. Both ZeRO-2, one
+        # process.
         (Shape(8_503_936, 8_503_936, 2, 128, 128, 64, 256, 32064), 512, True, 956),
         (Shape(134_517_312, 134_517_312, 30, 576, 576, 192, 1536, 49216), 512, False, 4272),
     ],

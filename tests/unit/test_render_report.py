@@ -208,7 +208,7 @@ def test_the_page_says_what_the_files_say(parts, inputs_of):
 
 
 def test_the_held_out_losses_have_intervals_on_the_same_draws(parts, inputs_of):
-    """Every conversation improves by 2.25 nats per token, so the change is certain although the losses are not."""
+    """Every conversation improves by 2.25 nats per token: the change is certain, the losses are not."""
     losses = {"base": (2.5, 4.5), "tuned": (0.25, 2.25)}
     for label, each in losses.items():
         parts[label]["conversations"] = {EVIL: [[100 * loss, 100] for loss in each], "empty": []}

@@ -18,7 +18,7 @@ from snaketune.reporting.run_comparison import compare
 
 @pytest.fixture
 def run(tmp_path):
-    """Returns a function that writes a run: its evaluation has `samples` conversations of dataset a and four of b."""
+    """Returns a function that writes a run whose evaluation has `samples` conversations of a and four of b."""
     return partial(write_run, tmp_path)
 
 

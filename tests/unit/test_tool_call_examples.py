@@ -6,7 +6,7 @@ from snaketune.reporting.tool_call_report import choose_examples
 
 
 def points(called: list[bool]) -> list[dict]:
-    """Ten call points and ten text points of two datasets; the first three of each dataset share a question."""
+    """Ten call and ten text points of two datasets; the first three of each dataset share a question."""
     return [
         {
             "kind": kind,

@@ -95,8 +95,9 @@ def test_an_oracle_that_replays_the_reference_is_right_everywhere(setting):
     ]
     for place, (point, text) in enumerate(zip(points, texts, strict=True)):
         if text[: len(point.prompt)] != point.prompt:
-            # This tokenizer splits the two line breaks of llama3's prefix differently before text than at the end. No
-            # model can continue the prompt as trained, so the oracle returns the answer encoded by itself.
+            # This tokenizer splits the two line breaks of llama3's prefix differently before text than at the
+            # end. No model can continue the prompt as trained, so the oracle returns the answer encoded by
+            # itself.
             assert tokenizer.template.name == "llama3"
             turn = point.conversation.turns[point.answer.turn]
             bos, *answer = reference_ids(tokenizer, encoder, [turn._replace(prefix="")])

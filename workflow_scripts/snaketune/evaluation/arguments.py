@@ -14,7 +14,7 @@ from snaketune.settings.command_line import add_settings
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, script: str) -> None:
-    """Adds arguments for the model, its tokenizer, the held-out conversations, the output file and the script's settings."""
+    """Adds the model, its tokenizer, the held-out folder, the output file and the script's settings."""
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
     parser.add_argument("--tokenizer-path", required=True, help="folder of the extended tokenizer")
     parser.add_argument(
@@ -61,7 +61,7 @@ def model_sha256(args: argparse.Namespace) -> str | None:
 
 
 def load_model(args: argparse.Namespace, tokenizer: ExtendedTokenizer):
-    """Loads the model given on the command line, in eval mode. Imports torch and transformers, which takes seconds."""
+    """Loads the given model in eval mode. Importing torch and transformers takes seconds."""
     from snaketune.evaluation.models import load_for_evaluation
 
     return load_for_evaluation(

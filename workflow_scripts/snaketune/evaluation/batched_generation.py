@@ -1,9 +1,10 @@
 """Greedy answers to many prompts at once, with a key-value cache.
 
-Prompts are prefilled one at a time: without padding, attention is plainly causal, and a prompt reuses the cache of
-the prefix that it shares with the previous prompt, such as the earlier turns of a conversation. They then join a
-right-aligned batch. Padding is masked and not counted in the positions, so each row gets the tokens that it would get
-alone. A finished row makes room for the next prompt, so a long answer does not hold up others.
+Prompts are prefilled one at a time: without padding, attention is plainly causal, and a prompt reuses the
+cache of the prefix that it shares with the previous prompt, such as the earlier turns of a conversation. They
+then join a right-aligned batch. Padding is masked and not counted in the positions, so each row gets the
+tokens that it would get alone. A finished row makes room for the next prompt, so a long answer does not hold
+up others.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class Answer:
 def entry_order(prompts: Sequence[Sequence[int]]) -> list[int]:
     """Returns the indices of the prompts in the most efficient order.
 
-    Prompts that share at least half of their ids form a family and are adjacent. The family with the longest prompt
-    comes first, so that running out of memory shows early. Prompts of similar length, which need little padding, end
-    up in the same batch.
+    Prompts that share at least half of their ids form a family and are adjacent. The family with the longest
+    prompt comes first, so that running out of memory shows early. Prompts of similar length, which need
+    little padding, end up in the same batch.
     """
     families: list[list[int]] = []
     for place in sorted(range(len(prompts)), key=lambda place: list(prompts[place])):
@@ -72,8 +73,8 @@ def generate_batched(
         stop_ids: An answer ends at the first of these.
         max_new_tokens: Maximum ids of an answer; longer ones are cut.
         suppress: Ids that are never chosen.
-        batch_tokens: Maximum ids of a padded batch, answers included; bounds the cache. A longer prompt is answered
-            alone.
+        batch_tokens: Maximum ids of a padded batch, answers included; bounds the cache. A longer prompt is
+            answered alone.
         max_rows: Maximum prompts in a batch.
         on_answer: Called with the index of a prompt and its answer as soon as the answer is complete.
     """
@@ -206,7 +207,7 @@ class _Batch:
         self._positions = self._positions + 1
 
     def _enter(self, prompt: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Returns the keys and values of each layer, (heads, ids, dim), for all ids of a prompt except the last."""
+        """Returns each layer's keys and values, (heads, ids, dim), for a prompt without its last id."""
         shared = min(_shared(self._entered, prompt), len(prompt) - 1)
         self._entry.crop(shared - len(self._entered))
         self._entered = prompt

@@ -1,8 +1,9 @@
 """Parses the tool calls of an answer in the format of the chat template.
 
-Control tokens count only as tokens: text that spells out `<|action_start|>` is text. So the parser reads the ids, not
-the decoded answer. The template defines the prefix and suffix of a call: `<|action_start|><|plugin|>` and
-`<|action_end|>` in `internlm2_chat`, possibly ordinary text in other templates.
+Control tokens count only as tokens: text that spells out `<|action_start|>` is text. So the parser reads the
+ids, not the decoded answer. The template defines the prefix and suffix of a call:
+`<|action_start|><|plugin|>` and `<|action_end|>` in `internlm2_chat`, possibly ordinary text in other
+templates.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Call:
     """A tool call.
 
     Attributes:
-        tool: The name given by its control tokens, such as `plugin` or `interpreter`; None if the template writes no
-            name.
+        tool: The name given by its control tokens, such as `plugin` or `interpreter`; None if the template
+            writes no name.
         body: The call itself, JSON or code.
         problem: The error in the tokens around it; None if there is none.
     """

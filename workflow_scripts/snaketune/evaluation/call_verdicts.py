@@ -1,4 +1,4 @@
-"""Judges an answer: whether it calls a tool, whether the call is well formed, and whether it matches the reference.
+"""Judges an answer: whether it calls a tool, and whether the call is valid and matches the reference.
 
 Nothing that a model writes is executed: JSON and code are only parsed.
 """
@@ -29,7 +29,8 @@ class Offered:
 
     Attributes:
         tools: Name -> JSON schema of the arguments, or None without one.
-        known: False if the conversation does not list its tools in a format we can read; every name is then accepted.
+        known: False if the conversation does not list its tools in a format we can read; every name is then
+            accepted.
         interpreter: True if code can be run; None if the conversation does not say.
     """
 
@@ -41,8 +42,9 @@ class Offered:
 def offered_tools(messages: Sequence[Mapping[str, Any]], before: int) -> Offered:
     """Returns the tools that the system messages named `plugin` and `interpreter` offer before a message.
 
-    `plugin` holds a JSON list of `{"name", "parameters"}` (or of `{"type": "function", "function": {...}}`). If a
-    conversation calls a tool other than the interpreter and has no `plugin` message, its tools are unknown.
+    `plugin` holds a JSON list of `{"name", "parameters"}` (or of `{"type": "function", "function": {...}}`).
+    If a conversation calls a tool other than the interpreter and has no `plugin` message, its tools are
+    unknown.
 
     Args:
         messages: The whole conversation.
@@ -119,10 +121,10 @@ def verdicts(
         stopped: True if the answer ended with the right token within the limit.
 
     Returns:
-        Always `called` and `stopped`. If the answer calls: `failed` (the first of `STAGES` that a call fails, or None)
-        and `problem`. If the reference calls: `reference_failed`; `exact`, True if JSON or code and the control tokens
-        around it are the same; `name`, True if the tools are the same; `argument_f1` (None for code). Calls are
-        compared with the reference's by position.
+        Always `called` and `stopped`. If the answer calls: `failed` (the first of `STAGES` that a call fails,
+        or None) and `problem`. If the reference calls: `reference_failed`; `exact`, True if JSON or code and
+        the control tokens around it are the same; `name`, True if the tools are the same; `argument_f1` (None
+        for code). Calls are compared with the reference's by position.
     """
     judged = [judge_call(call, offered) for call in calls]
     result: dict[str, Any] = {"called": bool(calls), "stopped": stopped}

@@ -77,7 +77,9 @@ def read_conversations(
 
 
 def answer_turns(messages: list[Mapping[str, Any]], template: ChatTemplate) -> list[AnswerTurn]:
-    """Returns the turns of the assistant: an assistant message or a part of its turn, and the parts attached to it.
+    """Returns the turns of the assistant.
+
+    A turn is an assistant message, or a part of an assistant turn, with the parts attached to it.
 
     Args:
         messages: A conversation in the format.

@@ -21,10 +21,12 @@ def generate(
     max_new_tokens: int,
     show_progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Returns one greedy answer per prompt, up to the end of the turn, the base's end token, or `max_new_tokens`.
+    """Returns one greedy answer per prompt.
 
-    BOS is suppressed: in packed sequences the end of a document learns to predict the BOS of the next one, so a weak
-    model would generate it after every line break.
+    An answer ends at the end of the turn, at the base's end token, or after `max_new_tokens`.
+
+    BOS is suppressed: in packed sequences the end of a document learns to predict the BOS of the next one, so
+    a weak model would generate it after every line break.
 
     Args:
         model: A transformers causal language model in eval mode.

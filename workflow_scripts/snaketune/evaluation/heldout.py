@@ -43,7 +43,7 @@ class Sample:
 
 
 class HeldoutLine(NamedTuple):
-    """A line of a held-out file: its dataset, file, number from 1, and bytes without surrounding white space."""
+    """A line of a held-out file: dataset, file, number from 1, and bytes without surrounding white space."""
 
     dataset: str
     path: Path
@@ -84,8 +84,8 @@ def read_lines(folder: Path, max_samples: int | None = None) -> list[HeldoutLine
 
     Args:
         folder: Held-out conversations, `<dataset>/processed/<any>/<file>.jsonl`.
-        max_samples: Maximum lines per dataset. Those with the smallest SHA-256 are kept, so that the choice depends
-            neither on the order of the lines nor on other lines.
+        max_samples: Maximum lines per dataset. Those with the smallest SHA-256 are kept, so that the choice
+            depends neither on the order of the lines nor on other lines.
 
     Raises:
         UserError: There are none.
@@ -166,9 +166,10 @@ def load_heldout(
 
 
 def batches_by_length(samples: list[Sample], batch_tokens: int) -> list[list[Sample]]:
-    """Groups samples of similar length. A batch, padded to its longest sample, holds at most `batch_tokens` ids.
+    """Groups samples of similar length into batches of at most `batch_tokens` ids, padding included.
 
-    Longest first, so that running out of memory shows at once. A sample longer than `batch_tokens` is its own batch.
+    Longest first, so that running out of memory shows at once. A sample longer than `batch_tokens` is its own
+    batch.
     """
     batches: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda sample: -len(sample.ids)):

@@ -15,7 +15,8 @@ _CODES = {
     "kr": "ko",
 }
 _SCRIPTS = {"CJK": "zh", "HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko"}
-# A Chinese text about "USD" and "Python" is still Chinese: a Han character carries as much as several letters.
+# A Chinese text about "USD" and "Python" is still Chinese: a Han character carries as much as several
+# letters.
 _HAN_SHARE = 0.15
 _KANA_SHARE = 0.05
 
@@ -23,9 +24,9 @@ _KANA_SHARE = 0.05
 def language_of(dataset: str, text: str) -> str:
     """Returns a language code, or a script's name if the script does not identify the language.
 
-    Uses the last part of the dataset's name that is a language code (`glaive_toolcall_zh`, `chat-cn`), else the script
-    of the text: Han is `zh`, kana `ja`, Hangul `ko`. Any other script is shared by many languages, so its name is
-    returned in lower case (`latin`, `cyrillic`). A text without letters is `other`.
+    Uses the last part of the dataset's name that is a language code (`glaive_toolcall_zh`, `chat-cn`), else
+    the script of the text: Han is `zh`, kana `ja`, Hangul `ko`. Any other script is shared by many languages,
+    so its name is returned in lower case (`latin`, `cyrillic`). A text without letters is `other`.
 
     Args:
         dataset: Name of the dataset folder.

@@ -1,7 +1,7 @@
 """Loss by role of the assistant's tokens, and loss on plain text, which measures forgetting.
 
-Roles of the trained tokens: `assistant` (text), `thought`, `call` (a tool call with its control tokens) and `code` (an
-interpreter call). The end of a turn has the role of the message that it ends.
+Roles of the trained tokens: `assistant` (text), `thought`, `call` (a tool call with its control tokens) and
+`code` (an interpreter call). The end of a turn has the role of the message that it ends.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def role_of(message: dict[str, Any]) -> str | None:
 def token_roles(conversation: Conversation, ids: Sequence[int], exact: BatchEncoder) -> list[str]:
     """Returns the role of each id of a conversation; ids outside assistant messages are `unclear`.
 
-    The exact mask locates messages in the text. So the conversation is encoded once per role, with a loss on that
-    role's messages only; the ids that come out as trained belong to the role.
+    The exact mask locates messages in the text. So the conversation is encoded once per role, with a loss on
+    that role's messages only; the ids that come out as trained belong to the role.
 
     Args:
         conversation: The conversation.
@@ -79,7 +79,8 @@ def conversation_losses(
         batch_tokens: Maximum ids of a padded batch.
 
     Returns:
-        [{"conversation", "dataset", "language", "roles": {role: [sum of nats, tokens]}}]; role "all" is their sum.
+        [{"conversation", "dataset", "language", "roles": {role: [sum of nats, tokens]}}]; role "all" is their
+        sum.
     """
     samples, roles = [], {}
     for place, conversation in enumerate(conversations):

@@ -87,7 +87,7 @@ def add_losses(sums: dict[str, float], model, batch: list[Sample], pad_id: int) 
 
 
 def summarise(sums: dict[str, float], samples: list[Sample]) -> dict[str, Any]:
-    """Returns the result of `score`, without `conversations`, from the loss sums by dataset and their samples."""
+    """Returns the result of `score`, without `conversations`, from the loss sums by dataset."""
     by_dataset = {
         name: _result(total, [sample for sample in samples if sample.dataset == name])
         for name, total in sums.items()

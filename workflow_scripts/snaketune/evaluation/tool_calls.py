@@ -1,7 +1,7 @@
 """Tests tool calling: the model answers greedily at turns of held-out conversations, given everything before.
 
-A point is an assistant turn with a loss in training. Its prompt is the ids that training would see before it. If the
-reference calls a tool, the answer should be that call; otherwise it should not call.
+A point is an assistant turn with a loss in training. Its prompt is the ids that training would see before it.
+If the reference calls a tool, the answer should be that call; otherwise it should not call.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def choose_points(
 ) -> tuple[list[Point], dict[str, dict[str, int]]]:
     """Chooses points, half of which call a tool; if one kind has too few, the other fills in.
 
-    Points with the smallest SHA-256 of line and position come first, so that the choice depends neither on the order
-    of the files nor on other lines.
+    Points with the smallest SHA-256 of line and position come first, so that the choice depends neither on
+    the order of the files nor on other lines.
 
     Args:
         conversations: Held-out conversations.
@@ -121,7 +121,8 @@ def answer_points(
         batch_tokens: Maximum ids of a padded batch, answers included.
 
     Returns:
-        Per point: its location, the reference, the prediction, and the verdicts (see `call_verdicts.verdicts`).
+        Per point: its location, the reference, the prediction, and the verdicts (see
+        `call_verdicts.verdicts`).
     """
     from snaketune.evaluation.batched_generation import generate_batched
 

@@ -1,7 +1,7 @@
 """Hooks that evaluate the model during training: held-out loss, and answers to fixed prompts.
 
-They do not affect training: they leave the random state unchanged, compute no gradients, and restore training mode.
-When a run resumes, both files are cut back to the step it resumes from, like its metrics.
+They do not affect training: they leave the random state unchanged, compute no gradients, and restore training
+mode. When a run resumes, both files are cut back to the step it resumes from, like its metrics.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ class HeldoutLossHook(_EverySteps):
     def _batches(self, runner) -> Iterator[tuple[list[Sample], bool]]:
         """Yields this rank's batches, each with True if it counts.
 
-        With ZeRO-3 each forward pass gathers weights, so all ranks need equally many; the extra batches do not count.
+        With ZeRO-3 each forward pass gathers weights, so all ranks need equally many; the extra batches do
+        not count.
         """
         batches = batches_by_length(self.samples, self.batch_tokens)
         for start in range(0, len(batches), runner.world_size):
@@ -153,7 +154,8 @@ class HeldoutLossHook(_EverySteps):
 class GenerateHook(_EverySteps):
     """Writes greedy answers to fixed prompts to generations.jsonl, like XTuner's EvaluateChatHook.
 
-    Only rank 0 generates. With ZeRO-3 all ranks generate the same answers, slowly: each token gathers all weights.
+    Only rank 0 generates. With ZeRO-3 all ranks generate the same answers, slowly: each token gathers all
+    weights.
 
     Args:
         interval: Optimizer steps between generations; 0 turns them off.
@@ -199,7 +201,7 @@ class GenerateHook(_EverySteps):
 
 @contextmanager
 def _evaluating(engine) -> Iterator:
-    """Puts the model in eval mode; restores training mode, generation settings and the random state at exit."""
+    """Yields the model in eval mode; then restores training mode, generation settings and random state."""
     model = engine.module.llm
     settings = model.generation_config
     devices = [engine.device] if torch.device(engine.device).type == "cuda" else []

@@ -23,7 +23,7 @@ def check_versions(lock: Path) -> Check:
 
 
 def check_other_versions(name: str, python: str, locks: list[Path]) -> Check:
-    """Compares the packages of another interpreter, such as the TurboMind converter's, with its lock files."""
+    """Compares the packages of another interpreter (TurboMind's converter) with its lock files."""
     pins = {package: version for lock in locks for package, version in read_pins(lock).items()}
     program = (
         "import importlib.metadata, json, platform; "

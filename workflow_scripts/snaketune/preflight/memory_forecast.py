@@ -1,9 +1,9 @@
 """Forecasts the memory of a training process from the shape of the model and the ZeRO stage.
 
-Sharding follows Rajbhandari et al. 2020 (arXiv 1910.02054, section 5): stage 1 shards the optimizer states, stage 2 also
-the gradients, stage 3 also the weights. Added to that are DeepSpeed's buckets, the activations (with checkpointing, the
-input of each layer plus the activations of the layer being recomputed) and a chunk of logits. CUDA's context and
-allocator fragmentation were not measured; `GPU_FIXED` is an estimate of both.
+Sharding follows Rajbhandari et al. 2020 (arXiv 1910.02054, section 5): stage 1 shards the optimizer states,
+stage 2 also the gradients, stage 3 also the weights. Added to that are DeepSpeed's buckets, the activations
+(with checkpointing, the input of each layer plus the activations of the layer being recomputed) and a chunk
+of logits. CUDA's context and allocator fragmentation were not measured; `GPU_FIXED` is an estimate of both.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 MIB = 2**20
-# A training process with a model of a few bytes takes 485 MiB after one step (torch 2.13, transformers 5.23, DeepSpeed
-# 0.19.8). The rest was fitted to the peaks of three CPU runs with 8.5 and 134 million parameters.
+# A training process with a model of a few bytes takes 485 MiB after one step (torch 2.13, transformers 5.23,
+# DeepSpeed 0.19.8). The rest was fitted to the peaks of three CPU runs with 8.5 and 134 million parameters.
 CPU_FIXED = 590 * MIB
 GPU_FIXED = 2048 * MIB
 # Elements, as in `snaketune.training.deepspeed_strategy.deepspeed_settings`.

@@ -15,9 +15,10 @@ _REPEATS = 5
 
 
 def check_all_reduce(patience: float = 90) -> Check:
-    """Sums 64 MiB of fp32 over the ranks five times, with NCCL on GPUs or gloo on CPUs, and times the fastest.
+    """Sums 64 MiB of fp32 over the ranks five times, with NCCL on GPUs or gloo on CPUs; times the fastest.
 
-    The bandwidth counts the bytes that each rank sends and receives, 2 (n - 1) / n of the total, as in NVIDIA's nccl-tests.
+    The bandwidth counts the bytes that each rank sends and receives, 2 (n - 1) / n of the total, as in
+    NVIDIA's nccl-tests.
 
     Args:
         patience: Seconds to wait for the other ranks.
@@ -74,7 +75,9 @@ def check_all_reduce(patience: float = 90) -> Check:
 
 
 def check_shared_files(nonce: dict, answers: Sequence[dict]) -> Check:
-    """Checks, on the host that wrote the nonce, that every rank has read it. Their answers prove the reverse direction.
+    """Checks, on the host that wrote the nonce, that every rank has read it.
+
+    The answers prove that this host also reads files of the ranks.
 
     Args:
         nonce: `nonce` and `host`, as written.

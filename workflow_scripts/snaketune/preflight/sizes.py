@@ -1,4 +1,4 @@
-"""Compares the disk space that the runs need, computed from their models' configurations, with the free space."""
+"""Compares the disk space that runs need, from their models' configurations, with the free space."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def run_bytes(run: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check_disk(results: Path, runs: Sequence[Mapping[str, Any]], jsonl_bytes: int) -> Check:
-    """Compares the bytes that all runs write with the free disk space. Does not subtract files that already exist.
+    """Compares the bytes that all runs write with the free disk space.
+
+    Does not subtract files that already exist.
 
     Args:
         results: An existing folder on the disk.

@@ -1,7 +1,7 @@
 """The tree behind a result: each record lists its sources, down to the JSONL files and the base model.
 
-All facts come from the manifests that the stages write. Only the locations of files are derived from names; see
-`rules/common.smk` for the naming scheme.
+All facts come from the manifests that the stages write. Only the locations of files are derived from names;
+see `rules/common.smk` for the naming scheme.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def lineage(path: Path) -> Record:
             return _comparison(results)
     raise UserError(
         f"{path} is not a result of the workflow",
-        expected="a file below <results_dir>/<run>/ or <results_dir>/compare/, or a tokenizer, manifest or pack plan below <results_dir>/shared/",
+        expected="a file below <results_dir>/<run>/ or <results_dir>/compare/, "
+        "or a tokenizer, manifest or pack plan below <results_dir>/shared/",
     )
 
 

@@ -90,7 +90,7 @@ class RunRecords:
 
     @cache  # noqa: B019
     def model(self, folder: Path) -> Record:
-        """Returns the record of a model converted from a checkpoint that is now gone; the last checkpoint's model is `hf`."""
+        """Returns the record of a model whose checkpoint was removed; the last checkpoint's model is `hf`."""
         if folder.name == names.HF:
             return self.hf()
         title = f"Hugging Face folder of {folder.name}"
@@ -210,7 +210,7 @@ class RunRecords:
         return record
 
     def _resolve(self, path: str) -> Path:
-        """Resolves a path of the config. They are relative to the working directory, by default the parent of the results."""
+        """Resolves a config path: relative to the workflow's folder, by default the parent of the results."""
         return Path(os.path.normpath(self.results.parent / path))
 
 

@@ -19,7 +19,7 @@ class Mismatch(NamedTuple):
 
 
 def tree_lines(record: Record) -> Iterator[str]:
-    """Yields the tree as text: one line per record and one per fact. A repeated record is expanded only once."""
+    """Yields the tree as text, one line per record or fact. A repeated record is expanded only once."""
     yield from _lines(record, "", "", set())
 
 

@@ -1,9 +1,9 @@
 """Confidence intervals by resampling conversations.
 
-Points of one conversation are not independent, so whole conversations are drawn, with replacement and as many as there
-are, and every figure is recomputed from the draw. The interval spans the 2.5th to the 97.5th percentile (the percentile
-bootstrap of Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). The difference of two models
-uses the same draws for both, so the difficulty that they share cancels out.
+Points of one conversation are not independent, so whole conversations are drawn, with replacement and as many
+as there are, and every figure is recomputed from the draw. The interval spans the 2.5th to the 97.5th
+percentile (the percentile bootstrap of Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter
+13). The difference of two models uses the same draws for both, so the difficulty that they share cancels out.
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ class Ratios:
 
 
 def loss_ratios(conversations: Mapping[str, list], name: str | None) -> Ratios:
-    """Returns the held-out loss as a ratio; `conversations` and dataset names as in `snaketune.evaluation.scoring.score`."""
+    """Returns the held-out loss as a ratio.
+
+    Args:
+        conversations: As in the result of `snaketune.evaluation.scoring.score`.
+        name: A dataset; None for all conversations.
+    """
     own = [each for key in sorted(conversations) if name in (None, key) for each in conversations[key]]
     columns = np.array(own, dtype=np.float64).reshape(-1, 2)
     return Ratios(("loss",), columns[:, :1], columns[:, 1:])
@@ -80,7 +85,7 @@ def compared(
 
 
 def _drawn(ratios: Ratios, replicates: int, seed: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Returns the figures (figures,), the figures of each draw (replicates, figures), and the number of conversations."""
+    """Returns figures (figures,), those of each draw (replicates, figures), and the conversation count."""
     conversations = len(ratios.above)
     value = _ratio(ratios.above.sum(axis=0), ratios.below.sum(axis=0))
     generator = np.random.default_rng(seed)

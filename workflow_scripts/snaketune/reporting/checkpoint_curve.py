@@ -36,17 +36,19 @@ def checkpoint_curve(
         base: Files of evaluate_model.py, and optionally evaluate_tool_calls.py, for the base model: step 0.
         tuned: The same files for the tuned model.
         evaluations: The same files for the checkpoints in between, in any order; each label is `iter_<step>`.
-        metric: `loss` (held-out, nats per token) or a figure of `tool_call_tables.summarize` for all conversations.
+        metric: `loss` (held-out, nats per token) or a figure of `tool_call_tables.summarize` for all
+            conversations.
         tuned_model: Hugging Face folder of the tuned model.
 
     Returns:
-        {"format", "metric", "identity", "points", "best"}. A point has `step`, `model` (path relative to the run's
-        evaluations; None for the base model), `figures` ({metric: {value, low, high}} with 95% intervals) and `files`
-        (SHA-256 of its source files). `best` is the step, model and value of the best trained point; the earliest
-        wins ties.
+        {"format", "metric", "identity", "points", "best"}. A point has `step`, `model` (path relative to the
+        run's evaluations; None for the base model), `figures` ({metric: {value, low, high}} with 95%
+        intervals) and `files` (SHA-256 of its source files). `best` is the step, model and value of the best
+        trained point; the earliest wins ties.
 
     Raises:
-        UserError: The evaluations are not of this run, use different conversations, or do not have the metric.
+        UserError: The evaluations are not of this run, use different conversations, or do not have the
+            metric.
     """
     train, identity = run.train, run.run_folder.name
     folder = run.path(names.EVALUATIONS)
@@ -87,7 +89,7 @@ def link_best(curve: dict[str, Any], folder: Path, link: Path) -> None:
             f"the best checkpoint by {curve['metric']} is step {best['step']}, whose model was removed",
             found=f"no {target}",
             expected="the model of the best checkpoint by the metric set during training",
-            fix="restore evaluate.best_metric; to change it after training, train with evaluate.keep_models: all",
+            fix="restore evaluate.best_metric; to change it later, train with evaluate.keep_models: all",
         )
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
@@ -107,8 +109,8 @@ def remove_others(curve: dict[str, Any], folder: Path) -> None:
 def remove_held(run_folder: Path) -> None:
     """Removes checkpoints that are still pinned after all requested evaluations are done.
 
-    They are left over from earlier settings of `evaluate.checkpoints` in the same training. Records are removed first:
-    a step with a record counts as evaluated, or ready for evaluation.
+    They are left over from earlier settings of `evaluate.checkpoints` in the same training. Records are
+    removed first: a step with a record counts as evaluated, or ready for evaluation.
     """
     for checkpoint in run_folder.glob("held/iter_*.pth"):
         checkpoint.with_suffix(".json").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The cost of a run, from the workflow's benchmark files, and the packages that differ from the environment lock."""
+"""The cost of a run, from the workflow's benchmark files, and its packages against the environment lock."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def read_cost(
     """Returns the cost of each stage, the total first.
 
     Args:
-        benchmarks: Folder with `<stage>/<name>.tsv`, `<stage>/<name>.<label>.tsv` or `<stage>/<name>/....tsv`, written
-            by Snakemake: seconds, MB of memory, processor seconds.
+        benchmarks: Folder with `<stage>/<name>.tsv`, `<stage>/<name>.<label>.tsv` or
+            `<stage>/<name>/....tsv`, written by Snakemake: seconds, MB of memory, processor seconds.
         names: Names of the run and of its shared data and tokenizer.
-        attempts: Cost of each training attempt: `seconds`, `core_seconds`, `ranks`. The benchmark file covers only the
-            last attempt, or a later job that found the training finished.
+        attempts: Cost of each training attempt: `seconds`, `core_seconds`, `ranks`. The benchmark file covers
+            only the last attempt, or a later job that found the training finished.
         on_gpus: True if each rank had a GPU.
 
     Returns:
-        Mappings with `stage` (None: all), `jobs`, `seconds`, `core_hours` (processor time used), `gpu_hours` and
-        `memory_mb` (maximum over the jobs). A job too short to be sampled adds only its time.
+        Mappings with `stage` (None: all), `jobs`, `seconds`, `core_hours` (processor time used), `gpu_hours`
+        and `memory_mb` (maximum over the jobs). A job too short to be sampled adds only its time.
     """
     own = {f"{name}{label}.tsv" for name in names for label in _LABELS}
     stages: dict[str, list[dict[str, str]]] = {}
@@ -63,7 +63,8 @@ def locked_packages(lock: Path) -> list[dict[str, Any]]:
     """Returns each package of a pip lock file with its installed version.
 
     Returns:
-        Mappings with `name`, `locked`, `installed` (None: not installed) and `same` (ignoring a local part such as +cpu).
+        Mappings with `name`, `locked`, `installed` (None: not installed) and `same` (ignoring a local part
+        such as +cpu).
     """
     pins = read_pins(lock)
     installed = installed_versions(pins)
@@ -86,7 +87,7 @@ def _attempt_costs(run: RunFiles) -> list[dict[str, float]]:
 
 
 def _count_attempts(row: dict[str, Any], attempts: Sequence[Mapping[str, float]], on_gpus: bool) -> None:
-    """Adds all attempts to the training row. The last one counts as in its benchmark file, if that is more."""
+    """Adds all attempts to the training row. The last counts as in its benchmark file, if that is more."""
     *earlier, last = attempts
     seconds = [each["seconds"] for each in earlier] + [max(last["seconds"], row["seconds"])]
     core_hours = [each["core_seconds"] / 3600 for each in earlier]

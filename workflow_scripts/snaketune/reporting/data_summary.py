@@ -53,7 +53,8 @@ def data_summary(datasets: list[Dataset]) -> dict[str, Any]:
 
     Returns:
         rows: One mapping for all datasets, with `name` None, and one per dataset.
-        histograms: (name, length histogram) of all datasets together and, if there are several, of the largest.
+        histograms: (name, length histogram) of all datasets together and, if there are several, of the
+            largest.
         longest: Mappings with `dataset`, `source`, `line`, `bin`, `sample` and `tokens`, longest first.
         reasons: (reason, number) of bad lines, most common first.
         quarantine_files: A list of (path, bad lines), and the number of files left out.

@@ -18,15 +18,15 @@ _TOKENS = 1500
 
 
 def mask_samples(datasets: list[Dataset], tokenizer_path: Path) -> list[dict[str, Any]]:
-    """Returns one sample of each of the largest datasets: the one in its first file closest to the median length.
+    """Returns a sample of each of the largest datasets: in its first file, the closest to the median length.
 
     Args:
         datasets: The tokenised datasets; their `.bin` files are read.
         tokenizer_path: Folder of the extended tokenizer they were made with.
 
     Returns:
-        Mappings with `dataset`, `bin`, `number`, `tokens`, `trained` (number of trained tokens), `shown` (number of
-        tokens shown) and `pieces`: (trained, special, text) from the start of the sample.
+        Mappings with `dataset`, `bin`, `number`, `tokens`, `trained` (number of trained tokens), `shown`
+        (number of tokens shown) and `pieces`: (trained, special, text) from the start of the sample.
 
     Raises:
         UserError: The files were made with a different tokenizer.

@@ -1,4 +1,4 @@
-"""The report's plots as inline SVG. Colours come from the page's CSS, so one drawing serves light and dark mode."""
+"""The report's plots as inline SVG. Colours come from the page's CSS, for both light and dark mode."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def loss_curve(metrics: list[dict], evals: Sequence[dict] = ()) -> str:
     """Returns an `<svg>` of the training loss by step, with the learning rate below.
 
     Args:
-        metrics: One record per optimizer step, with `step`, `loss` (None if not finite), `lr` and optionally `attempt`
-            (restarts are marked where it changes).
+        metrics: One record per optimizer step, with `step`, `loss` (None if not finite), `lr` and optionally
+            `attempt` (restarts are marked where it changes).
         evals: Records with `step` and `loss` of the held-out evaluations during training.
     """
     metrics = [record for record in metrics if record["loss"] is not None]

@@ -1,7 +1,7 @@
 """Renders one self-contained page about a run: its results, data, settings and cost.
 
-A section is a function here that returns the template's variables, a template of the same name, and an entry in
-`SECTIONS`. For the files of a run and their contents see `snaketune.common.run_files` and `ReportInputs`.
+A section is a function here that returns the template's variables, a template of the same name, and an entry
+in `SECTIONS`. For the files of a run and their contents see `snaketune.common.run_files` and `ReportInputs`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def training(inputs: ReportInputs) -> dict[str, Any] | None:
 
 
 def checkpoints(inputs: ReportInputs) -> dict[str, Any] | None:
-    """A table of the evaluated checkpoints, and plots of the metric that picks the best and of the held-out loss."""
+    """A table of the evaluated checkpoints, and plots of `best_metric` and the held-out loss."""
     curve = inputs.run.find(names.CHECKPOINT_CURVE)
     if curve is None:
         return None

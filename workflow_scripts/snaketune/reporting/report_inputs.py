@@ -1,4 +1,4 @@
-"""Inputs of the report's sections: the run's own files, shared files, and figures computed from several of them."""
+"""Inputs of the report's sections: the run's files, shared files, and figures computed from them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from snaketune.reporting.tool_call_report import tool_call_summary
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """A report's run and the files it shares with other runs. Files are read and figures computed on first use.
+    """A report's run and the files it shares with other runs. Reads and computes on first use.
 
     Attributes:
         run: The run's own files.
@@ -70,8 +70,9 @@ class ReportInputs:
     def heldout(self) -> list[dict[str, Any]]:
         """One row for all conversations and one per dataset; `change` is tuned minus base.
 
-        `intervals` has the bootstrap intervals of base, tuned and change. They have no bounds if an evaluation does not
-        list its conversations, as in earlier releases, or if the two cut them differently.
+        `intervals` has the bootstrap intervals of base, tuned and change. They have no bounds if an
+        evaluation does not list its conversations, as in earlier releases, or if the two cut them
+        differently.
         """
         base, tuned = self.evaluations
         rows = []

@@ -1,4 +1,4 @@
-"""The report's text in English and Chinese. The page contains both and shows one; the switch needs no script."""
+"""The report's text in English and Chinese. The page contains both; switching needs no script."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ METRICS: dict[str, Words] = {
     "control_tokens": ("calls with correct control tokens", "控制 token 正确的调用"),
     "json": ("calls whose JSON also parses", "且 JSON 可解析"),
     "tool_offered": ("calls that also name an offered tool", "且所调用的工具已提供"),
-    "well_formed": ("well-formed calls: arguments match the schema too", "格式正确的调用：且参数符合 schema"),
+    "well_formed": ("well-formed calls: arguments match the schema", "格式正确的调用：参数符合 schema"),
     "name": ("correct tool where the reference calls", "参考调用处工具正确"),
     "exact": ("calls identical to the reference", "与参考完全一致的调用"),
     "argument_f1": ("F1 of the arguments", "参数的 F1"),

@@ -1,7 +1,7 @@
 """Compares runs: figures of each with intervals, and paired differences from the first run.
 
-A difference uses the same draws of the same held-out conversations for both runs. If two runs were evaluated on
-different conversations or with different options, there is no difference, and `refused` says why.
+A difference uses the same draws of the same held-out conversations for both runs. If two runs were evaluated
+on different conversations or with different options, there is no difference, and `refused` says why.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def compare(
     Returns:
         baseline: Name of the first run.
         runs: Name, steps, tokens, epochs, digest of the weights, and `files` of each run.
-        refused: Mappings with `run`, `evaluation` (heldout or tool_calls) and `differs`, the keys that differ.
-        tables: Mappings with `kind` (heldout, calls, losses or plain_text), `scope` and `name`, as in `summarize`, and
-            `rows`: `metric` and, by run, `value` and `difference` (each with `value`, `low`, `high`, or None) and
-            `count`. Rows of heldout are datasets, None for all conversations.
+        refused: Mappings with `run`, `evaluation` (heldout or tool_calls) and `differs`, the keys that
+            differ.
+        tables: Mappings with `kind` (heldout, calls, losses or plain_text), `scope` and `name`, as in
+            `summarize`, and `rows`: `metric` and, by run, `value` and `difference` (each with `value`, `low`,
+            `high`, or None) and `count`. Rows of heldout are datasets, None for all conversations.
         settings: Mappings with `key` and `values` by run, for the settings that differ.
         cost: Mappings with `run` (None: shared) and `stages`, the rows of `read_cost`.
 

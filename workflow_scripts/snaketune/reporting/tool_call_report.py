@@ -16,7 +16,8 @@ def tool_call_summary(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict
     """Returns the template's variables for two files of evaluate_tool_calls.py.
 
     Returns:
-        calls: Groups of rows of `comparison_rows` on calls: all conversations first, then each dataset and language.
+        calls: Groups of rows of `comparison_rows` on calls: all conversations first, then each dataset and
+            language.
         losses: The same for the loss by role, each row with `base_perplexity` and `tuned_perplexity`.
         plain_text: The row on plain text; None if it was not measured.
         examples: Points with `base` and `tuned` answers; see `choose_examples`.
@@ -50,9 +51,9 @@ def _groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def choose_examples(base: list[dict[str, Any]], tuned: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Chooses points to show, half of which call a tool. Points where the models behaved differently come first.
+    """Chooses points to show, half of which call a tool.
 
-    Datasets take turns; repeated questions come last.
+    Points where the models behaved differently come first. Datasets take turns; repeated questions come last.
     """
     asked, shown = Counter(), Counter()
     ranked = []

@@ -1,7 +1,8 @@
 """Figures of a tool call evaluation, with intervals: by dataset and language, and base against tuned.
 
-Points that call a tool and points that do not are sampled at different rates (half and half). A figure over both
-weights each point by the number of points it represents, so that precision is that of the whole held-out data.
+Points that call a tool and points that do not are sampled at different rates (half and half). A figure over
+both weights each point by the number of points it represents, so that precision is that of the whole held-out
+data.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from snaketune.common.cli import UserError
 from snaketune.evaluation.call_verdicts import STAGES
 from snaketune.reporting.bootstrap import Interval, Ratios, compared, intervals
 
-# (verdicts of a point, True if its reference calls) -> (numerator, denominator); a denominator of 0 skips the point.
+# (verdicts of a point, True if its reference calls) -> (numerator, denominator); a denominator of 0 skips the
+# point.
 _Ratio = Callable[[Mapping[str, Any], bool], tuple[float, float]]
 
 
@@ -61,9 +63,10 @@ def summarize(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         result: Output of evaluate_tool_calls.py, at least `selection`, `points`, `losses` and `plain_text`.
 
     Returns:
-        [{"scope", "name", "metric", "count", "conversations", "value", "low", "high"}]: `scope` is all, dataset or
-        language, and `name` names it; `metric` is one of `METRICS`, `loss.<role>` or `loss.plain_text` (nats per
-        token); `count` is the number of points, or of tokens, behind the figure. A value of None is undefined.
+        [{"scope", "name", "metric", "count", "conversations", "value", "low", "high"}]: `scope` is all,
+        dataset or language, and `name` names it; `metric` is one of `METRICS`, `loss.<role>` or
+        `loss.plain_text` (nats per token); `count` is the number of points, or of tokens, behind the figure.
+        A value of None is undefined.
     """
     return [
         {**_head(scope, ratios, counts, place), **interval._asdict()}
@@ -80,8 +83,9 @@ def comparison_rows(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[d
         tuned: The same for the tuned model.
 
     Returns:
-        As `summarize` (`count` is the tuned model's), with `base`, `tuned` and `difference`, each an `Interval`, in
-        place of value, low and high. The difference is tuned - base on the same draws of conversations.
+        As `summarize` (`count` is the tuned model's), with `base`, `tuned` and `difference`, each an
+        `Interval`, in place of value, low and high. The difference is tuned - base on the same draws of
+        conversations.
 
     Raises:
         UserError: The two cover different points.
@@ -142,7 +146,7 @@ _Entries = dict[Scope, dict[str, list[tuple[str, float, float, int]]]]
 
 
 def _evidence(result: Mapping[str, Any]) -> dict[tuple[int, Scope], tuple[Ratios, np.ndarray]]:
-    """Returns, by kind and scope, each conversation's contribution to each figure, and each figure's count."""
+    """Returns, by kind and scope, each conversation's share in each figure, and each figure's count."""
     all_entries = (_point_entries(result), _loss_entries(result), _plain_text_entries(result))
     return {
         (kind, scope): _ratios(conversations)
