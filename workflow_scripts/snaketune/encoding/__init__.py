@@ -1,1 +1,1 @@
-"""From text to token ids and what is trained on. No torch."""
+"""Encodes text as token ids and marks the trained ones. Does not import torch."""

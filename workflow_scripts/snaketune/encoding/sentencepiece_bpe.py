@@ -1,4 +1,4 @@
-"""Builds a tokenizer.json from a SentencePiece BPE `tokenizer.model`, without sentencepiece, protobuf or transformers.
+"""Builds a tokenizer.json from a SentencePiece BPE `tokenizer.model`, without sentencepiece or transformers.
 
 The result equals transformers 4.48's `LlamaTokenizerFast` for the same file with `legacy: true`, the tokenizer of
 XTuner 0.2.0 runs: a "▁" before each stretch of text between special tokens, spaces replaced by "▁", no pre-tokenizer,
