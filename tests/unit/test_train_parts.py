@@ -144,10 +144,10 @@ def test_keys_that_a_config_leaves_out_have_one_default(config_path, monkeypatch
     }
     assert config.values["strategy"].keys() == {"type", "offload", "zero3_init"}
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    told = runner_config(config, config_path.parent)
-    assert (told.strategy.zero_stage, told.strategy.sequence_parallel, told.strategy.dtype) == (2, 1, "auto")
-    assert (told.train_cfg.max_epochs, told.train_cfg.max_steps) == (1, None)
-    assert told.default_hooks.checkpoint.interval == 500
+    made = runner_config(config, config_path.parent)
+    assert (made.strategy.zero_stage, made.strategy.sequence_parallel, made.strategy.dtype) == (2, 1, "auto")
+    assert (made.train_cfg.max_epochs, made.train_cfg.max_steps) == (1, None)
+    assert made.default_hooks.checkpoint.interval == 500
     assert load_config(config_path, zero_stage=0).zero_stage == 0
     with pytest.raises(AttributeError):
         config.zero_stage = 3
