@@ -1,4 +1,4 @@
-"""Patches of Snakemake 9.27 and its Slurm plugin 2.8. No rules here; included after all rules.
+"""Patches Snakemake 9.27 and its Slurm plugin 2.8 (included after all rules). No rules here.
 
 - A failed job's message shows only the last lines of its logs, and names the copy that is kept (`keep_log`).
 - The threads of submitted jobs are not capped at the cores of the submitting host (`cores: all` of profiles/default).

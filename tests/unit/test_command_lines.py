@@ -141,7 +141,7 @@ def library_defaults() -> set[tuple[str, object, str]]:
 
 
 def test_the_library_states_no_default_of_a_setting():
-    """It reads them from the schema. A parameter that names a setting may still be off, absent or one by default."""
+    """It reads them from the schema. A parameter named as a setting can default only to off, absent or 1."""
     flags_of_all = [flag for script in WITH_SETTINGS for flag in script_flags(script)]
     settings = {name for flag in flags_of_all for name in (flag.dest, flag.key.rpartition(".")[2])}
     stated = [each for each in library_defaults() if each[0] in settings and each[1] not in NEUTRAL]
