@@ -16,7 +16,8 @@ def converter_python() -> str:
 def extend_tokenizer(base: Path, folder: Path, template: str = "internlm2_chat"):
     """Writes the tokenizer of `base`, extended with a chat template's control tokens, to `folder` and loads it."""
     from snaketune.chat_format.template_file import load_template
-    from snaketune.encoding.tokenizer import extend, load_tokenizer, save_tokenizer
+    from snaketune.encoding.extend_tokenizer import extend, save_tokenizer
+    from snaketune.encoding.tokenizer import load_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     text = (base / "tokenizer.json").read_text(encoding="utf-8")

@@ -40,7 +40,7 @@ def main() -> None:
     add_settings(parser, "choose_checkpoint")
     args = parser.parse_args()
 
-    from snaketune.reporting.checkpoint_curve import checkpoint_curve, link_best, remove_held, remove_others
+    from snaketune.reporting.checkpoint_curve import checkpoint_curve, link_best, remove_others, remove_pinned
 
     given = {names.TRAIN: args.train_manifest, names.EVALUATIONS: args.output.parent}
     files = RunFiles(args.train_manifest.parent, given=given)
@@ -49,7 +49,7 @@ def main() -> None:
     write_json(args.output, curve)
     if args.keep == "best":
         remove_others(curve, args.output.parent)
-    remove_held(files.run_folder)
+    remove_pinned(files.run_folder)
     best = curve["best"]
     print(f"best by {args.metric}: step {best['step']}, {best['value']:.4f}; linked as {args.best}")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from snaketune.common.cli import run
 from snaketune.common.fingerprints import FingerprintCache
-from snaketune.packing.data_check import bin_digests
 from snaketune.packing.planner import make_plan
 from snaketune.settings.command_line import add_settings
+from snaketune.tokenized.bin_digests import bin_digests
 from snaketune.tokenized.compatibility import UNKNOWN, made_with
 from snaketune.tokenized.data_order import find_train_folder, list_train_files, read_data_order
 

@@ -75,7 +75,7 @@ def test_nothing_there(tmp_path):
     touch(tmp_path, "processed/sft_chat/x.jsonl")
     # XTuner names this dataset "processed". So do we: it does match the layout.
     assert list(find_datasets(tmp_path)) == ["processed"]
-    with pytest.raises(UserError, match="holds no dataset"):
+    with pytest.raises(UserError, match="has no dataset"):
         find_datasets(tmp_path / "processed" / "sft_chat")
 
 

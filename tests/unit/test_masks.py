@@ -321,7 +321,7 @@ def test_the_run_reports_what_it_counted(tmp_path, run_script):
         "  mask exact: 1 messages straddle a boundary, 5 tokens differ from compat; "
         "1 messages hold a control token (literal)"
     )
-    with pytest.raises(UserError, match=r"f\.jsonl:2: \[0\]\.content(.|\n)*<\|im_start\|>"):
+    with pytest.raises(UserError, match=r"f\.jsonl:2: invalid \[0\]\.content(.|\n)*<\|im_start\|>"):
         tokenize_datasets(
             tmp_path / "in", tmp_path / "out", tokenizer, TokenizeOptions(control_tokens="error")
         )

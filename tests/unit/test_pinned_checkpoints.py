@@ -12,7 +12,7 @@ import torch
 from snaketune.checkpoints.checkpoint_folders import is_whole
 from snaketune.checkpoints.pinned import PINNED, PinPolicy
 from snaketune.common.files import read_json, write_json
-from snaketune.reporting.checkpoint_curve import remove_held
+from snaketune.reporting.checkpoint_curve import remove_pinned
 from snaketune.training.checkpoint_hook import CheckpointHook
 from snaketune.training.early_stop import StopRequest
 
@@ -61,13 +61,13 @@ def evaluated(run_folder):
     return run_folder
 
 
-def test_a_step_that_is_trained_again_is_not_held_again(evaluated, tmp_path):
+def test_a_step_that_is_trained_again_is_not_pinned_again(evaluated, tmp_path):
     assert PinPolicy(3, tmp_path / "training.json").open(evaluated, 2, TOTAL) == {9}
     assert names(evaluated) == ["iter_3.json", "iter_6.json"]
     assert read_json(tmp_path / "training.json")["steps"] == [3, 6, 9]
 
 
-def test_the_hook_leaves_a_step_that_was_held_alone(evaluated):
+def test_the_hook_leaves_a_step_that_was_pinned_alone(evaluated):
     """Saving would fail, because there is no DeepSpeed engine."""
     model = torch.nn.Linear(2, 2)
     runner = SimpleNamespace(
@@ -99,7 +99,7 @@ def test_a_kill_before_the_record_is_made_good(run_folder, kind):
     assert read_json(run_folder / PINNED / "identity.json") == read_json(run_folder / "identity.json")
 
 
-def test_what_is_not_whole_counts_as_not_held(run_folder):
+def test_what_is_not_whole_counts_as_not_pinned(run_folder):
     for step in (3, 6, 9):
         save(run_folder / PINNED, step)
         (run_folder / PINNED / f"iter_{step}.pth" / "weights.pt").write_bytes(WEIGHTS[:-1])
@@ -117,9 +117,9 @@ def test_what_is_trained_and_gone_is_not_promised(run_folder, tmp_path):
     assert PinPolicy().open(run_folder, 7, TOTAL) == set()
 
 
-def test_what_other_settings_held_is_removed_at_the_end(evaluated, tmp_path):
+def test_what_other_settings_pinned_is_removed_at_the_end(evaluated, tmp_path):
     save(evaluated, 10)
     PinPolicy(10).open(evaluated, 10, TOTAL)
-    remove_held(evaluated)
+    remove_pinned(evaluated)
     assert names(evaluated) == ["iter_3.json", "iter_6.json"]
     assert is_whole(evaluated / "iter_10.pth"), "hard links: training keeps its own copy"

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from snaketune.training.early_stop import EXIT_GO_ON
+from snaketune.training.early_stop import EXIT_RESUME
 from snaketune.training.run_lock import LOCK, STALE, LockTaken, RunLock, is_alive, read_owner, wait_until_free
 
 HOLD = "import sys, time; from pathlib import Path; from snaketune.training.run_lock import RunLock; lock = RunLock(Path(sys.argv[1]))"
@@ -51,7 +51,7 @@ def test_one_trainer_at_a_time_and_the_next_after_a_kill(tmp_path, holder):
 def test_waiting_ends_with_the_other_trainer_or_with_the_time(tmp_path, holder, capfd):
     with pytest.raises(SystemExit) as ended:
         wait_until_free(tmp_path, time.time())
-    assert ended.value.code == EXIT_GO_ON
+    assert ended.value.code == EXIT_RESUME
     killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {holder.pid}"])
     assert wait_until_free(tmp_path, float("inf"))
     killer.wait()

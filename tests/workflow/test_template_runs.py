@@ -17,7 +17,9 @@ def value_of(flag, command):
 def test_each_template_has_its_own_tokenizer(make_project):
     project = make_project("templates")
     own = project.folder / "own.yaml"
-    shutil.copy(project.code / "workflow_scripts" / "snaketune" / "chat_format" / "templates" / "chatml.yaml", own)
+    shutil.copy(
+        project.code / "workflow_scripts" / "snaketune" / "chat_format" / "templates" / "chatml.yaml", own
+    )
     runs = {
         "compat": {"tokenize": {"mask": "compat"}},
         "internlm2": {"tokenize": EXACT},

@@ -46,7 +46,7 @@ def find_datasets(processed_dir: str | os.PathLike) -> dict[str, list[Path]]:
             else "move the JSONL files into this layout"
         )
         raise UserError(
-            f"{root} holds no dataset", found="no JSONL file in this layout", expected=_LAYOUT, fix=hint
+            f"{root} has no dataset", found="no JSONL file in this layout", expected=_LAYOUT, fix=hint
         )
     return datasets
 

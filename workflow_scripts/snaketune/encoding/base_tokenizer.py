@@ -10,17 +10,11 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from snaketune.chat_format.chat_template import ChatTemplate
-from snaketune.chat_format.template_file import load_template
+from snaketune.chat_format.template_file import TEMPLATE_FILE, load_template
 from snaketune.common.cli import UserError
+from snaketune.encoding.extend_tokenizer import extend, save_tokenizer
 from snaketune.encoding.sentencepiece_bpe import build_tokenizer_json
-from snaketune.encoding.tokenizer import (
-    TEMPLATE_FILE,
-    ExtendedTokenizer,
-    extend,
-    parse_tokenizer,
-    save_tokenizer,
-    template_record,
-)
+from snaketune.encoding.tokenizer import ExtendedTokenizer, parse_tokenizer, template_record
 from snaketune.settings.schema import default_of
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

@@ -26,7 +26,7 @@ def encode_prompt(
         signed = encode_conversation(prompt, tokenizer, encoding, max_length)
     except MessageError as error:
         raise UserError(
-            f"{where}: {error.field}", found=error.found, expected=error.expected, fix=error.fix
+            f"{where}: invalid {error.field}", found=error.found, expected=error.expected, fix=error.fix
         ) from None
     prefix = tokenizer.tokenizer.encode(tokenizer.template.generation_prompt, add_special_tokens=False).ids
     return [abs(i) for i in signed] + prefix

@@ -93,7 +93,8 @@ def check_tokenizer(run: Mapping[str, Any]) -> Check:
     """
     from snaketune.chat_format.template_file import load_template
     from snaketune.encoding.base_tokenizer import read_base
-    from snaketune.encoding.tokenizer import extend, load_tokenizer
+    from snaketune.encoding.extend_tokenizer import extend
+    from snaketune.encoding.tokenizer import load_tokenizer
     from snaketune.models.vocabulary_rows import read_vocabulary
     from snaketune.preflight.sizes import embedding_rows
 

@@ -106,7 +106,7 @@ def remove_others(curve: dict[str, Any], folder: Path) -> None:
             shutil.rmtree(folder / point["model"], ignore_errors=True)
 
 
-def remove_held(run_folder: Path) -> None:
+def remove_pinned(run_folder: Path) -> None:
     """Removes checkpoints that are still pinned after all requested evaluations are done.
 
     They are left over from earlier settings of `evaluate.checkpoints` in the same training. Records are

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from snaketune.chat_format.template_file import TEMPLATE_FILE
 from snaketune.common.cli import UserError
-from snaketune.encoding.tokenizer import TEMPLATE_FILE, template_record
+from snaketune.encoding.tokenizer import template_record
 from snaketune.tokenized.layout import (
     dataset_of,
     manifest_path,

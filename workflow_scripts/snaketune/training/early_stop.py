@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-EXIT_GO_ON = 75  # EX_TEMPFAIL of sysexits.h: saved; start again to resume
+EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: saved; start again to resume
 STARTED = "SNAKETUNE_STARTED"  # environment: when the job began, in seconds since 1970
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

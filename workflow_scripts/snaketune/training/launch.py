@@ -22,7 +22,7 @@ from datetime import datetime
 from multiprocessing.process import BaseProcess
 
 from snaketune.common.cli import UserError
-from snaketune.training.early_stop import EXIT_GO_ON
+from snaketune.training.early_stop import EXIT_RESUME
 from snaketune.training.run_lock import ask_slurm
 
 # Count GPUs with NVML, which creates no CUDA context: a context would not survive the fork.
@@ -148,7 +148,7 @@ def run_ranks(
             ranks.append(_fork(command, environment))
         while len(interrupts) < 2:
             codes = [rank.exitcode for rank in ranks]
-            bad = [(number, code) for number, code in enumerate(codes) if code not in (None, 0, EXIT_GO_ON)]
+            bad = [(number, code) for number, code in enumerate(codes) if code not in (None, 0, EXIT_RESUME)]
             if bad:
                 wait_all(ranks, patience=2.0)  # the others may still print an error
                 # If a rank was killed, that is the cause of the other failures.

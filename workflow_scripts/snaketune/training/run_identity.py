@@ -13,8 +13,9 @@ from snaketune.common.cli import UserError
 from snaketune.common.files import sha256_json
 from snaketune.common.fingerprints import FingerprintCache
 from snaketune.models.device import resolve_dtype, training_device
-from snaketune.packing.data_check import bin_digests, refuse_other_data
+from snaketune.packing.data_check import refuse_other_data
 from snaketune.packing.pack_plan import read_plan_manifest
+from snaketune.tokenized.bin_digests import bin_digests
 from snaketune.tokenized.compatibility import made_with, refuse_other_template, refuse_other_tokenizer
 from snaketune.tokenized.data_order import list_train_files, read_data_order
 from snaketune.training.train_config import TrainConfig

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from snaketune.common.files import read_json, write_json
-from snaketune.training.early_stop import EXIT_GO_ON
+from snaketune.training.early_stop import EXIT_RESUME
 
 LOCK = "lock.json"
 BEAT = 10.0  # seconds between heartbeats
@@ -161,7 +161,7 @@ def wait_until_free(folder: Path, deadline: float) -> bool:
                 "It is still running, but the time limit or --lock-wait is over; start again to wait.",
                 flush=True,
             )
-            raise SystemExit(EXIT_GO_ON)
+            raise SystemExit(EXIT_RESUME)
         time.sleep(2)
     return waited
 

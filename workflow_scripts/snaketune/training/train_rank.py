@@ -18,7 +18,7 @@ from snaketune.common.cli import UserError
 from snaketune.common.result_paths import METRICS
 from snaketune.training.crash_guard import begin_attempt, check_guard, clear_guard, record_crash
 from snaketune.training.deepspeed_strategy import DeepSpeedStrategy, init_process_group  # noqa: F401 (before any other mmengine strategy)
-from snaketune.training.early_stop import EXIT_GO_ON, StopRequest
+from snaketune.training.early_stop import EXIT_RESUME, StopRequest
 from snaketune.training.metrics_file import cut_metrics
 from snaketune.training.run_lock import LockTaken, RunLock
 from snaketune.training.run_state import (
@@ -54,7 +54,7 @@ def train_rank(
         pins: Which checkpoints to pin for evaluation.
 
     Returns:
-        0 if the run is finished, EXIT_GO_ON if it was saved to be resumed later.
+        0 if the run is finished, EXIT_RESUME if it was saved to be resumed later.
 
     Raises:
         UserError: The user has to fix something. Only one rank per host raises it; the others raise
@@ -106,7 +106,7 @@ def _train_rank(
             lock.release()
     distributed.barrier()
     distributed.destroy_process_group()  # otherwise a process sometimes aborts at exit
-    return 0 if finished else EXIT_GO_ON
+    return 0 if finished else EXIT_RESUME
 
 
 def _agree_on_state(config, config_path, work_dir, runs_dir, ignore_guard) -> tuple[RunState, RunLock | None]:
@@ -142,7 +142,7 @@ def _agree_on_state(config, config_path, work_dir, runs_dir, ignore_guard) -> tu
                 lock.release()
             raise error
         if answer[0] in ("failed", "taken"):
-            raise SystemExit(EXIT_GO_ON if answer[0] == "taken" else 2)
+            raise SystemExit(EXIT_RESUME if answer[0] == "taken" else 2)
         corrupt = answer[0].checkpoint
         if answer[0].finished or _is_intact_together(corrupt):
             break
