@@ -65,7 +65,7 @@ def write_checkpoint(folder: Path, shapes: OrderedDict, stage: int) -> Path:
     """Writes `iter_1.pth` and its train.json; returns the path of train.json."""
     import torch
 
-    from snaketune.checkpoints.checkpoint_folders import read_state_dict
+    from snaketune.checkpoints.checkpoint_content import read_state_dict
     from snaketune.checkpoints.weights_digest import weights_digest
     from snaketune.common.files import write_json
 

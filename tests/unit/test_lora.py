@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from export_models import extend_tokenizer, write_base, write_lora_checkpoint
-from snaketune.checkpoints.checkpoint_folders import read_state_dict
+from snaketune.checkpoints.checkpoint_content import read_state_dict
 from snaketune.common.cli import UserError
 from snaketune.export import lora_merge
 from snaketune.export.hf_tensors import empty_model

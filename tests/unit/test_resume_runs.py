@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import tiny_run
-from snaketune.checkpoints.checkpoint_folders import list_checkpoints, read_state_dict
+from snaketune.checkpoints.checkpoint_content import read_state_dict
+from snaketune.checkpoints.checkpoint_folders import list_checkpoints
 from tiny_run import curve, metrics, train, weights_sha256
 
 pytestmark = pytest.mark.slow

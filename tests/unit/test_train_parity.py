@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 import parity_ranks as parity
-from snaketune.checkpoints.checkpoint_folders import read_state_dict
+from snaketune.checkpoints.checkpoint_content import read_state_dict
 from warm import PARENT
 
 pytestmark = pytest.mark.slow

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from export_models import train_config
+from snaketune.checkpoints.checkpoint_content import read_state_dict
 from snaketune.checkpoints.checkpoint_folders import (
     is_intact,
     is_whole,
     list_checkpoints,
     newest_whole_checkpoint,
     prune_checkpoints,
-    read_state_dict,
     remove_leftovers,
     set_aside,
 )
@@ -310,7 +310,7 @@ def test_random_state_comes_back(tmp_path):
 
     import numpy as np
 
-    from snaketune.checkpoints.checkpoint_folders import load_random_state, random_state
+    from snaketune.checkpoints.checkpoint_content import load_random_state, random_state
 
     torch.save(random_state(), tmp_path / "random_state_rank_0.pt")
     first = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())

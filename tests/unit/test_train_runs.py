@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from snaketune.checkpoints.checkpoint_folders import newest_whole_checkpoint, read_state_dict
+from snaketune.checkpoints.checkpoint_content import read_state_dict
+from snaketune.checkpoints.checkpoint_folders import newest_whole_checkpoint
 from snaketune.packing.packed_sequences import PackedSequences
 from snaketune.packing.planner import make_plan
 from snaketune.tokenized.data_order import read_data_order

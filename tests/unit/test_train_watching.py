@@ -145,7 +145,7 @@ def test_what_is_written(world, watched_lora):
 def test_checkpoint_of_lora_is_small_and_its_model_is_the_one_in_memory(
     world, watched_lora, tiny_model_dir, run_script, repo_root
 ):
-    from snaketune.checkpoints.checkpoint_folders import read_state_dict
+    from snaketune.checkpoints.checkpoint_content import read_state_dict
     from snaketune.encoding.chat_encoding import ChatEncoding
     from snaketune.encoding.tokenizer import load_tokenizer
     from snaketune.evaluation.heldout import load_heldout
@@ -199,7 +199,7 @@ def test_checkpoint_of_lora_is_small_and_its_model_is_the_one_in_memory(
 
 def test_a_model_in_shards_watched_killed_and_resumed(train, plain_lora):
     """In ZeRO-3 all ranks gather weights in every forward pass; the results must equal those of ZeRO-2."""
-    from snaketune.checkpoints.checkpoint_folders import read_state_dict
+    from snaketune.checkpoints.checkpoint_content import read_state_dict
 
     flags = (*LORA, *HOOKS, "--zero-stage", 3)
     train("lora3", *flags, code=1, TEST_KILL="5:1")

@@ -44,7 +44,8 @@ def open_checkpoint(pth: Path) -> tuple[Path, dict[str, Any], StoredTensors]:
     Raises:
         UserError: No checkpoint was found, it is corrupt, or it was named explicitly and has just been removed.
     """
-    from snaketune.checkpoints.checkpoint_folders import is_whole, read_state_dict
+    from snaketune.checkpoints.checkpoint_content import read_state_dict
+    from snaketune.checkpoints.checkpoint_folders import is_whole
 
     while True:
         checkpoint, record = find_checkpoint(pth)

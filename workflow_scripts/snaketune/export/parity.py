@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from snaketune.checkpoints.checkpoint_folders import read_state_dict
+from snaketune.checkpoints.checkpoint_content import read_state_dict
 from snaketune.checkpoints.safetensors_files import open_safetensors
 from snaketune.common.cli import UserError
 from snaketune.encoding.chat_encoding import ChatEncoding

@@ -9,7 +9,8 @@ from pathlib import Path
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 
-from snaketune.checkpoints.checkpoint_folders import prune_checkpoints, remove_leftovers, write_checkpoint
+from snaketune.checkpoints.checkpoint_content import write_checkpoint
+from snaketune.checkpoints.checkpoint_folders import prune_checkpoints, remove_leftovers
 from snaketune.checkpoints.pinned import pin
 from snaketune.common.cli import UserError
 from snaketune.common.result_paths import PINNED

@@ -12,13 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snaketune.checkpoints.checkpoint_folders import (
-    is_last,
-    is_resumable,
-    list_checkpoints,
-    read_state_dict,
-    remove_leftovers,
-)
+from snaketune.checkpoints.checkpoint_content import read_state_dict
+from snaketune.checkpoints.checkpoint_folders import is_last, is_resumable, list_checkpoints, remove_leftovers
 from snaketune.checkpoints.weights_digest import weights_digest
 from snaketune.common.cli import UserError
 from snaketune.common.files import read_json, sha256_file, sha256_json, write_bytes, write_json

@@ -11,7 +11,7 @@ from mmengine.runner.base_loop import BaseLoop
 from torch import distributed
 from torch.utils.data import DataLoader
 
-from snaketune.checkpoints.checkpoint_folders import load_random_state
+from snaketune.checkpoints.checkpoint_content import load_random_state
 from snaketune.checkpoints.pinned import PinPolicy
 from snaketune.checkpoints.universal import remove_universal
 from snaketune.common.cli import UserError
