@@ -58,10 +58,11 @@ class WarmParent:
 
     Args:
         libraries: Modules that it imports. For `module:function`, it also calls the function.
+        python: Its interpreter.
     """
 
-    def __init__(self, libraries: Sequence[str]):
-        self._libraries = libraries
+    def __init__(self, libraries: Sequence[str], python: str = sys.executable):
+        self._libraries, self._python = libraries, python
         self._process: subprocess.Popen | None = None
         self._folder: tempfile.TemporaryDirectory | None = None
 
@@ -69,7 +70,7 @@ class WarmParent:
         """Starts the parent if it is not running, and returns the path where it will create its socket."""
         if self._process is None:
             self._folder = tempfile.TemporaryDirectory(prefix="warm-")  # a short path, for the socket
-            command = [sys.executable, __file__, f"{self._folder.name}/socket", *self._libraries]
+            command = [self._python, __file__, f"{self._folder.name}/socket", *self._libraries]
             own = {"PYTHONPATH": f"{SCRIPTS}:{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
             self._process = subprocess.Popen(command, env={**os.environ, **own}, stdin=subprocess.DEVNULL)
         return Path(self._folder.name, "socket")
@@ -90,7 +91,7 @@ class WarmParent:
         """Starts a script.
 
         Args:
-            args: Its path and arguments; or `-m`, a module, and its arguments.
+            args: Its path and arguments; or `-m`, a module, and its arguments; or `-c`, a program, and its arguments.
             options: `env`, `cwd` and `start_new_session` as in `subprocess.Popen`. `stdin`, `stdout` and
                 `stderr` are file descriptors. `executable` becomes the script's `sys.executable`.
         """
@@ -198,7 +199,7 @@ def become(asked: dict, files: list[int]) -> None:
     os.environ.update(asked["env"])
     sys.executable = asked["executable"] or sys.executable
     script, *arguments = asked["args"]
-    home = os.getcwd() if script == "-m" else os.path.dirname(os.path.abspath(script))
+    home = os.getcwd() if script in ("-m", "-c") else os.path.dirname(os.path.abspath(script))
     paths = [path for path in asked["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [home, *paths, *(path for path in sys.path if path not in (*before, str(REPO / "tests")))]
     if Path(home) != SCRIPTS:  # another checkout, which imports its own modules
@@ -212,7 +213,10 @@ def become(asked: dict, files: list[int]) -> None:
         numpy.random.seed()
         threads = asked["env"].get("OMP_NUM_THREADS", "")
         torch.set_num_threads(int(threads) if threads.isdecimal() else len(os.sched_getaffinity(0)))
-    if script == "-m":
+    if script == "-c":
+        sys.argv = ["-c", *arguments[1:]]
+        exec(arguments[0], {"__name__": "__main__"})
+    elif script == "-m":
         sys.argv = arguments
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:

@@ -98,7 +98,8 @@ def start(
 def main() -> None:
     """Runs the script, and ends the same way."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _HANDED_ON)
-    script = start(*sys.argv[1:2], sys.argv[2:], stdin=0)
+    executable = os.environ.pop("WARM_EXECUTABLE", None)  # of the script, so that what it starts is warm too
+    script = start(*sys.argv[1:2], sys.argv[2:], stdin=0, executable=executable)
 
     def hand_on(number: int, _) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -234,7 +234,7 @@ def test_the_memory_of_parquet_does_not_grow_with_the_file(tmp_path):
             capture_output=True,
             text=True,
             check=True,
-            env=os.environ | {"PYTHONPATH": str(Path(ingesting.__file__).parent.parent)},
+            env=os.environ | {"PYTHONPATH": str(Path(ingesting.__file__).parents[2])},
         )
         peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] < 1.1 * peaks[0]

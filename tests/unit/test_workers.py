@@ -60,7 +60,7 @@ def die(number):
 
 
 def test_a_killed_worker_is_an_error():
-    with pytest.raises(RuntimeError, match="worker ended"), WorkerPool(die, 2) as pool:
+    with pytest.raises(RuntimeError, match="worker died"), WorkerPool(die, 2) as pool:
         list(pool.map((number,) for number in range(5)))
 
 
