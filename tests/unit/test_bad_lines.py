@@ -137,6 +137,7 @@ def test_a_line_of_50_mb(tmp_path):
     assert raw_line(quarantined(tmp_path)[0]) == data.split(b"\n")[1]
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_line_of_50_mb(tmp_path, repo_root):
     script = repo_root / "workflow_scripts" / "tokenize_dataset.py"
     program = (

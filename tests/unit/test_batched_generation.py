@@ -9,6 +9,8 @@ import torch
 
 from snaketune.evaluation.batched_generation import generate_batched
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=["llama", "sliding_window"])
 def model(request, tiny_model_dir):

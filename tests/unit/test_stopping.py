@@ -151,6 +151,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_only_misses_another_names_no_cause(tmp_path, repo_root):
     own = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     own["PYTHONPATH"] = str(repo_root / "workflow_scripts")

@@ -113,6 +113,7 @@ def test_jinja_gives_the_ids_of_training(kind, template, messages):
 
 
 @pytest.mark.parametrize(("template", "mask"), MASKED)
+@pytest.mark.slow
 def test_jinja_gives_the_ids_of_training_on_real_data(template, mask, shared_data, tmp_path):
     from transformers import AutoTokenizer
 

@@ -131,6 +131,7 @@ def test_parts_give_the_bytes_of_one_job(tmp_path, processed, tokenizer, options
         assert totals["quarantined"] == len(bad) == 30
 
 
+@pytest.mark.slow
 def test_the_valid_copy_counts_over_the_whole_file(tmp_path, tokenizer):
     line = next(random_lines(1, words=2))
     write_dataset(tmp_path / "in", "d", [line] * 50_150)

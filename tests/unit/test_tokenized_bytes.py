@@ -23,6 +23,8 @@ from snaketune.encoding.chat_encoding import ChatEncoding
 from snaketune.tokenized.block_tokenizer import TokenizeOptions
 from snaketune.tokenized.tokenizing import tokenize_datasets
 
+pytestmark = pytest.mark.slow
+
 
 def encoder_of(tokenizer):
     return lambda text: tokenizer.tokenizer.encode(text, add_special_tokens=False).ids

@@ -231,6 +231,7 @@ def test_slurm_environment():
         slurm_environment(variables)
 
 
+@pytest.mark.slow
 def test_ranks_end_together(tmp_path, repo_root):
     script, launcher = tmp_path / "rank.py", repo_root / "tests" / "ranks.py"
     script.write_text(
