@@ -190,6 +190,6 @@ class SlurmProject:
                 continue
             if f"results/{run}/train_config.py" in words:  # the launcher, srun, its tasks, and the ranks
                 parents.add(parent)
-                if words[0] != "srun":
+                if Path(words[0]).name != "srun":  # srun starts a process that starts no other, too
                     found.add(int(folder.name))
         return sorted(found - parents)
