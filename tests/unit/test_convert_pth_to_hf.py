@@ -276,7 +276,8 @@ def _seal_checkpoint(run, step):
 
 def test_the_newest_checkpoint_of_a_training_that_goes_on(tmp_path, monkeypatch):
     """If training removes a checkpoint while it is opened, the next one is used. One removed later stays readable."""
-    from snaketune.checkpoints import checkpoint_folders as checkpoints
+    from snaketune.checkpoints import checkpoint_content
+    from snaketune.checkpoints.checkpoint_folders import is_intact, prune_checkpoints
     from snaketune.export.checkpoint_source import find_run, open_checkpoint
 
     run = tmp_path / "results" / "checkpoints" / "0a1b2c"
@@ -285,22 +286,21 @@ def test_the_newest_checkpoint_of_a_training_that_goes_on(tmp_path, monkeypatch)
     assert find_run(tmp_path / "results") == find_run(run) == (run / "train_config.py", run)
     with pytest.raises(UserError, match="is not a run"):
         find_run(tmp_path)
-    intact = checkpoints.is_intact
 
     def save_and_prune(pth, *rest):
-        result = intact(pth, *rest)
-        monkeypatch.setattr(checkpoints, "is_intact", intact)
+        result = is_intact(pth, *rest)
+        monkeypatch.setattr(checkpoint_content, "is_intact", is_intact)
         _seal_checkpoint(run, 4)
-        checkpoints.prune_checkpoints(run, 1)
+        prune_checkpoints(run, 1)
         return result
 
-    monkeypatch.setattr(checkpoints, "is_intact", save_and_prune)
+    monkeypatch.setattr(checkpoint_content, "is_intact", save_and_prune)
     checkpoint, _, state = open_checkpoint(run)
     assert checkpoint.name == "iter_4.pth"
     _seal_checkpoint(run, 6)
-    checkpoints.prune_checkpoints(run, 1)
+    prune_checkpoints(run, 1)
     assert not checkpoint.exists() and torch.equal(state["w"], torch.full((4,), 4.0))
-    monkeypatch.setattr(checkpoints, "is_intact", lambda pth: checkpoints.shutil.rmtree(pth) or True)
+    monkeypatch.setattr(checkpoint_content, "is_intact", lambda pth: shutil.rmtree(pth) or True)
     with pytest.raises(UserError, match="was removed while it was being read"):
         open_checkpoint(run / "iter_6.pth")
 
