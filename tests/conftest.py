@@ -9,12 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from warm import PARENT, SNAKEMAKE
 
 REPO = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Hypothesis tries the same examples in every run; `--hypothesis-profile=explore` looks for new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("explore")
+settings.load_profile("same")
 # Several suites share the cores: threads of one process that wait for each other would make some tests ten
 # times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -210,7 +210,7 @@ def test_an_answer_ends_at_the_end_of_the_turn(setting):
     ("line", "message"),
     [
         ("{not json", r"a\.jsonl:2 is not JSON"),
-        ('[{"role": "robot", "content": "x"}]', r"(?s)a\.jsonl:2: \[0\]\.role.*robot"),
+        ('[{"role": "robot", "content": "x"}]', r"(?s)a\.jsonl:2: invalid \[0\]\.role.*robot"),
     ],
 )
 def test_bad_lines_are_named(setting, tmp_path, line, message):

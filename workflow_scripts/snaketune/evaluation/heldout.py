@@ -123,7 +123,7 @@ def parse_line(line: HeldoutLine, encoder: BatchEncoder) -> tuple[list[dict], li
         refuse_half_characters(turns)
     except MessageError as error:
         raise UserError(
-            f"{where}: {error.field}", found=error.found, expected=error.expected, fix=error.fix
+            f"{where}: invalid {error.field}", found=error.found, expected=error.expected, fix=error.fix
         ) from None
     return messages, turns
 
