@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from warm import PARENT, SNAKEMAKE
+from warm import PARENT, WarmParent
 
 REPO = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -125,8 +125,8 @@ def write_processed():
 @pytest.fixture(scope="session", autouse=True)
 def _end_the_warm_parents():
     yield
-    PARENT.close()
-    SNAKEMAKE.close()
+    for parent in WarmParent.started:
+        parent.close()
 
 
 @pytest.fixture(scope="session")

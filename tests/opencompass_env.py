@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-import shlex
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -30,9 +28,8 @@ def opencompass_python() -> str:
 def _parent() -> tuple[WarmParent, Path, tempfile.TemporaryDirectory]:
     """Returns the parent of warm commands, and their `sys.executable`, so that the processes they start are warm too."""
     parent, folder = WarmParent(_LIBRARIES, opencompass_python()), tempfile.TemporaryDirectory()
-    client = [sys.executable, "-I", "-S", REPO / "tests" / "warm_client.py", parent.launch()]
     python = Path(folder.name, "python")
-    python.write_text(f'#!/bin/sh\nWARM_EXECUTABLE="$0" exec {shlex.join(map(str, client))} "$@"\n')
+    python.write_text(f'#!/bin/sh\nWARM_EXECUTABLE="$0" exec {parent.client_command()} "$@"\n')
     python.chmod(0o755)
     return parent, python, folder
 

@@ -45,9 +45,8 @@ def start(suite: str, folder: Path, arguments: list[str]) -> subprocess.Popen:
 def give_way() -> None:
     """Lowers the priority of this process and its session."""
     os.nice(10)
-    with contextlib.suppress(
-        OSError
-    ):  # Linux may share the cores between sessions, whatever their processes' niceness
+    # Linux may share the cores between sessions, whatever their processes' niceness.
+    with contextlib.suppress(OSError):
         Path("/proc/self/autogroup").write_text("10")
 
 

@@ -19,6 +19,7 @@ import json
 import os
 import runpy
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import ClassVar
 
 from snaketune.training.launch import die_with_parent
 from warm_client import WarmProcess, start
@@ -61,6 +63,8 @@ class WarmParent:
         python: Its interpreter.
     """
 
+    started: ClassVar[list[WarmParent]] = []
+
     def __init__(self, libraries: Sequence[str], python: str = sys.executable):
         self._libraries, self._python = libraries, python
         self._process: subprocess.Popen | None = None
@@ -73,7 +77,13 @@ class WarmParent:
             command = [self._python, __file__, f"{self._folder.name}/socket", *self._libraries]
             own = {"PYTHONPATH": f"{SCRIPTS}:{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
             self._process = subprocess.Popen(command, env={**os.environ, **own}, stdin=subprocess.DEVNULL)
+            self.started.append(self)
         return Path(self._folder.name, "socket")
+
+    def client_command(self) -> str:
+        """Returns the shell command that runs a script of this parent, followed by the script and its arguments."""
+        client = [sys.executable, "-I", "-S", REPO / "tests" / "warm_client.py", self.launch()]
+        return shlex.join(map(str, client))
 
     @property
     def address(self) -> Path:

@@ -269,7 +269,7 @@ def test_any_bytes(tmp_path_factory, data, name, compressed):
         totals = ingest([folder / name], folder / "out", "d", IngestOptions("auto", **SET_ASIDE))["totals"]
     except UserError as error:
         # In a JSONL file, a broken row does not affect the others. In other files, the rest is unknown.
-        assert name in str(error) and ("jsonl" not in name or data.startswith(MAGIC))
+        assert name in str(error) and ("jsonl" not in name or (data.startswith(MAGIC) and not compressed))
         return
     lines = len(written(folder, "x"))
     quarantine = folder / "out" / "d" / "quarantine" / "x.quarantine.jsonl"

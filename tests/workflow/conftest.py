@@ -22,7 +22,7 @@ from warm import PARENT, SNAKEMAKE
 
 _WARM_PYTHON = """#!/bin/sh
 case "$1" in
-    *.py) exec {python} -I -S {client} {address} "$@" ;;
+    *.py) exec {client} "$@" ;;
 esac
 exec {python} "$@"
 """
@@ -106,15 +106,10 @@ class Project:
 
 
 @pytest.fixture(scope="session")
-def warm_python(repo_root, tmp_path_factory) -> Path:
+def warm_python(tmp_path_factory) -> Path:
     """A `python` that runs scripts warm and passes everything else to the real one."""
     python = tmp_path_factory.mktemp("bin") / "python"
-    words = {
-        "python": sys.executable,
-        "client": repo_root / "tests" / "warm_client.py",
-        "address": PARENT.launch(),
-    }
-    python.write_text(_WARM_PYTHON.format_map({name: shlex.quote(str(word)) for name, word in words.items()}))
+    python.write_text(_WARM_PYTHON.format(python=shlex.quote(sys.executable), client=PARENT.client_command()))
     python.chmod(0o755)
     return python
 

@@ -12,16 +12,13 @@ from tokenizers import Tokenizer
 
 from snaketune.chat_format.chat_template import ChatTemplate
 from snaketune.chat_format.jinja_template import jinja_template
-from snaketune.chat_format.template_file import TEMPLATE_FILE, load_template
+from snaketune.chat_format.template_file import TEMPLATE_FILE
 from snaketune.common.cli import UserError
 from snaketune.common.files import write_json, write_text
 from snaketune.encoding.tokenizer import ExtendedTokenizer, parse_tokenizer, special_tokens, tokens_of
-from snaketune.settings.schema import default_of
 
 
-def extend(
-    text: str, folder: str | os.PathLike, template: ChatTemplate | None = None
-) -> tuple[str, ExtendedTokenizer]:
+def extend(text: str, folder: str | os.PathLike, template: ChatTemplate) -> tuple[str, ExtendedTokenizer]:
     """Adds the missing control tokens of a chat template to a tokenizer.json.
 
     Existing tokens keep their ids. Missing ones become special tokens with the next ids, in the template's order, as
@@ -30,12 +27,11 @@ def extend(
     Args:
         text: The text of the base's tokenizer.json.
         folder: The folder with its tokenizer_config.json.
-        template: The chat template. The default is InternLM2's.
+        template: The chat template.
 
     Returns:
         The text of the new tokenizer.json, and its tokenizer.
     """
-    template = template or load_template(default_of("tokenize.template"))
     wanted = tokens_of(template)
     path = Path(folder) / "tokenizer.json"
     data, present = _read_entries(text, path)
