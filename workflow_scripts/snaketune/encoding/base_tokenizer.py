@@ -33,7 +33,7 @@ _FOREIGN = ("tokenizer.model", "added_tokens.json", "chat_template.jinja", "conf
 def open_tokenizer(
     base: str | os.PathLike,
     save_dir: str | os.PathLike | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = default_of("model.trust_remote_code"),
     template: ChatTemplate | str | None = None,
 ) -> ExtendedTokenizer:
     """Extends a base tokenizer with the chat tokens that it lacks.
@@ -96,7 +96,9 @@ def _refuse_saved_template(folder: Path, template: ChatTemplate) -> None:
         )
 
 
-def read_base(base: str | os.PathLike, trust_remote_code: bool = False) -> tuple[str, Path]:
+def read_base(
+    base: str | os.PathLike, trust_remote_code: bool = default_of("model.trust_remote_code")
+) -> tuple[str, Path]:
     """Returns the text of the base's tokenizer.json (built if necessary) and the folder of its configuration.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from snaketune.common.cli import UserError
 from snaketune.encoding.tokenizer import ExtendedTokenizer
+from snaketune.settings.schema import default_of
 
 
 def load_for_evaluation(
@@ -12,9 +13,9 @@ def load_for_evaluation(
     tokenizer: ExtendedTokenizer,
     *,
     base: bool = False,
-    dtype: str = "auto",
-    attention: str = "auto",
-    trust_remote_code: bool = False,
+    dtype: str = default_of("train.dtype"),
+    attention: str = default_of("train.attention"),
+    trust_remote_code: bool = default_of("model.trust_remote_code"),
 ):
     """Loads a causal language model in eval mode, on a GPU if available.
 

@@ -29,9 +29,9 @@ def convert(
     pth: Path,
     dst: Path,
     *,
-    dtype: str = "auto",
+    dtype: str = default_of("hf.dtype"),
     max_shard_size: str = default_of("hf.max_shard_size"),
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = default_of("model.trust_remote_code"),
     lora: str = default_of("hf.lora"),
     padded_vocab: str = default_of("hf.padded_vocab"),
 ) -> dict[str, Any]:

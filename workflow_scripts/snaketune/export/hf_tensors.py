@@ -9,12 +9,15 @@ from snaketune.checkpoints.stored_tensors import LoadedTensor, StoredTensor
 from snaketune.common.cli import UserError
 from snaketune.export.lora_merge import MergedTensor
 from snaketune.export.weight_shards import Output
+from snaketune.settings.schema import default_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def empty_model(base: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_model(
+    base: str, trust_remote_code: bool = default_of("model.trust_remote_code")
+) -> PreTrainedModel:
     """Returns a model of the base's architecture on the meta device, without memory for weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

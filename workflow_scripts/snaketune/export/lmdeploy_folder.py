@@ -14,10 +14,16 @@ from snaketune.common.files import atomic_dir, link_or_copy, read_json, write_js
 from snaketune.common.slurm import job_record
 from snaketune.export.hf_config import rope_of
 from snaketune.export.hf_folder import describe_files, require_model_folder
+from snaketune.settings.schema import default_of
 
 
 def make_serving_folder(
-    model: Path, dst: Path, *, model_name: str, tp: int = 1, session_len: int | None = None
+    model: Path,
+    dst: Path,
+    *,
+    model_name: str,
+    tp: int = default_of("turbomind.tp"),
+    session_len: int | None = None,
 ) -> dict[str, Any]:
     """Makes a folder for lmdeploy >= 0.10, with the serving command in `serve.txt`.
 

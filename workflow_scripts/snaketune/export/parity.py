@@ -24,6 +24,7 @@ from snaketune.export.lora_weights import grown_base
 from snaketune.export.reference_forward import transformers_logits, turbomind_logits
 from snaketune.export.turbomind_folder import TurboMindFolder
 from snaketune.export.turbomind_proof import compare_logits
+from snaketune.settings.schema import default_of
 from snaketune.training.train_config import TrainConfig
 
 # Forms of serving that may differ from training, and why.
@@ -52,7 +53,7 @@ def compare_models(
     hf: Path,
     turbomind: Path | None,
     prompts: list[list[int]],
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = default_of("model.trust_remote_code"),
 ) -> list[dict[str, Any]]:
     """Compares the logits of the checkpoint, the Hugging Face folder and the TurboMind files.
 
@@ -104,7 +105,10 @@ def compare_models(
 
 
 def trained_weights(
-    config: TrainConfig, checkpoint: Path, record: dict[str, Any], trust_remote_code: bool = False
+    config: TrainConfig,
+    checkpoint: Path,
+    record: dict[str, Any],
+    trust_remote_code: bool = default_of("model.trust_remote_code"),
 ) -> Mapping[str, torch.Tensor]:
     """Returns all weights of a trained model. Merges those of a LoRA run here, independently of peft.
 

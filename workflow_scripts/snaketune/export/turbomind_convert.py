@@ -36,12 +36,12 @@ def convert(
     dst_path: Path,
     *,
     chat_template: str = default_of("turbomind.chat_template"),
-    tp: int = 1,
-    dtype: str = "auto",
+    tp: int = default_of("turbomind.tp"),
+    dtype: str = default_of("turbomind.dtype"),
     model_format: str = "hf",
     group_size: int = 0,
     tokenizer_path: str | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = default_of("model.trust_remote_code"),
 ) -> dict[str, Any]:
     """Writes a TurboMind workspace and checks that its config agrees with the Hugging Face config.
 

@@ -14,13 +14,14 @@ from snaketune.common.cli import UserError
 from snaketune.models.device import resolve_dtype, training_device
 from snaketune.models.packed_attention import resolve_attention
 from snaketune.models.vocabulary_rows import find_new_tokens, grown_rows
+from snaketune.settings.schema import default_of
 
 
 def load_base_model(
     model_path: str,
     dtype: str | torch.dtype = "auto",
-    attention: str = "auto",
-    trust_remote_code: bool = False,
+    attention: str = default_of("train.attention"),
+    trust_remote_code: bool = default_of("model.trust_remote_code"),
 ) -> PreTrainedModel:
     """Loads a causal language model without a cache, with attention that separates packed documents.
 

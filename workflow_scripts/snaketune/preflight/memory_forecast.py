@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from snaketune.settings.schema import default_of
+
 MIB = 2**20
 # A training process with a model of a few bytes takes 485 MiB after one step (torch 2.13, transformers 5.23,
 # DeepSpeed 0.19.8). The rest was fitted to the peaks of three CPU runs with 8.5 and 134 million parameters.
@@ -60,7 +62,7 @@ class Shape:
 def read_shape(
     model_path: str,
     vocab_size: int | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = default_of("model.trust_remote_code"),
     lora_rank: int | None = None,
 ) -> Shape:
     """Reads the shape of a model from its config.json.
@@ -99,7 +101,7 @@ def process_memory(
     *,
     dtype_bytes: int,
     zero_stage: int,
-    offload: str = "none",
+    offload: str = default_of("train.offload"),
     ranks: int = 1,
     row_tokens: int,
     gradient_checkpointing: bool,

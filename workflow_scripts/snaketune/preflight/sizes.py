@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from snaketune.preflight.check import Check
+from snaketune.settings.schema import default_of
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Bytes of .bin per byte of JSONL. Measured: 1.6 to 1.9.
 _TOKENIZED = 2.5
 
 
-def embedding_rows(model_path: str, trust_remote_code: bool = False) -> int:
+def embedding_rows(model_path: str, trust_remote_code: bool = default_of("model.trust_remote_code")) -> int:
     """Returns the number of rows of a model's embedding."""
     from snaketune.export.hf_tensors import empty_model
 
@@ -22,7 +23,9 @@ def embedding_rows(model_path: str, trust_remote_code: bool = False) -> int:
 
 
 def count_parameters(
-    model_path: str, trust_remote_code: bool = False, lora_rank: int | None = None
+    model_path: str,
+    trust_remote_code: bool = default_of("model.trust_remote_code"),
+    lora_rank: int | None = None,
 ) -> tuple[int, int]:
     """Returns the number of all weights, tied ones counted once, and of the trained weights.
 

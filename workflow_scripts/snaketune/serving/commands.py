@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from snaketune.common.files import read_json
+from snaketune.settings.schema import default_of
 
 # From lmdeploy >= 0.14, lmdeploy/turbomind/supported_models.py. Others run on its PyTorch engine.
 TURBOMIND_ARCHITECTURES = (
@@ -36,7 +37,7 @@ def lmdeploy_command(
     folder: Path,
     name: str,
     architecture: str,
-    tp: int = 1,
+    tp: int = default_of("turbomind.tp"),
     session_len: int | None = None,
     template: str = _PARSED,
 ) -> str:
@@ -49,7 +50,9 @@ def lmdeploy_command(
     return shlex.join(words)
 
 
-def converted_command(folder: Path, name: str, chat_template: Path, tp: int = 1) -> str:
+def converted_command(
+    folder: Path, name: str, chat_template: Path, tp: int = default_of("turbomind.tp")
+) -> str:
     """Returns the lmdeploy 0.9.2.post1 command for a TurboMind workspace.
 
     Args:
@@ -67,14 +70,16 @@ def chat_template_config(name: str) -> dict[str, str | None]:
     return {"model_name": name, "meta_instruction": None}
 
 
-def vllm_command(folder: Path, name: str, tp: int = 1, template: str = _PARSED) -> str:
+def vllm_command(
+    folder: Path, name: str, tp: int = default_of("turbomind.tp"), template: str = _PARSED
+) -> str:
     """Returns the vLLM command."""
     words = ["vllm", "serve", str(folder), "--served-model-name", name, "--tensor-parallel-size", str(tp)]
     words += ["--enable-auto-tool-choice", "--tool-call-parser", "internlm"] if template == _PARSED else []
     return shlex.join(words)
 
 
-def sglang_command(folder: Path, name: str, tp: int = 1) -> str:
+def sglang_command(folder: Path, name: str, tp: int = default_of("turbomind.tp")) -> str:
     """Returns the SGLang command.
 
     It has no tool parser: that of 0.5.23 for InternLM expects a space between the two tokens that begin a call.

@@ -14,6 +14,7 @@ from snaketune.common.cli import UserError
 from snaketune.models.device import resolve_dtype, training_device
 from snaketune.models.lora import register_token_rows
 from snaketune.models.sequence_parallel import SequenceParallel
+from snaketune.settings.schema import default_of
 from snaketune.training.train_config import plain
 
 
@@ -80,8 +81,8 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         dtype: str,
         gradient_clipping: float,
         sequence_parallel: int,
-        zero3_init: bool = False,
-        offload: str = "none",
+        zero3_init: bool = default_of("train.zero3_init"),
+        offload: str = default_of("train.offload"),
         config: dict | None = None,
         **kwargs,
     ):
@@ -167,7 +168,9 @@ def _drop_empty(schedulers: list[dict], default_args: dict) -> list[dict]:
     return kept
 
 
-def deepspeed_settings(zero_stage: int, dtype: str, device: str, offload: str = "none") -> dict:
+def deepspeed_settings(
+    zero_stage: int, dtype: str, device: str, offload: str = default_of("train.offload")
+) -> dict:
     """Returns the DeepSpeed config for a ZeRO stage, dtype, device (`cpu` or `cuda`) and offload.
 
     Raises:

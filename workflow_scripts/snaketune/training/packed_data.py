@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Sampler
 
 from snaketune.packing.packed_sequences import PackedSequences
 from snaketune.packing.planner import plan_for_training
+from snaketune.settings.schema import default_of
 
 
 class PackedDataset(Dataset):
@@ -62,7 +63,7 @@ class PackedSampler(Sampler):
         seed: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
-        sequence_parallel: int = 1,
+        sequence_parallel: int = default_of("train.sequence_parallel"),
     ):
         running = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = rank if rank is not None else torch.distributed.get_rank() if running else 0

@@ -27,7 +27,10 @@ def count_trained_tokens(labels: torch.Tensor) -> int:
 
 
 def step_loss_weights(
-    trained_tokens: Sequence[int], normalisation: str, device: torch.device, sequence_parallel: int = 1
+    trained_tokens: Sequence[int],
+    normalisation: str,
+    device: torch.device,
+    sequence_parallel: int = default_of("train.sequence_parallel"),
 ) -> list[float]:
     """Returns the weight of each of this rank's micro-batches in the loss of the step.
 
