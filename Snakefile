@@ -25,6 +25,7 @@ include: "rules/functions/train.smk"
 include: "rules/functions/convert.smk"
 include: "rules/functions/evaluate.smk"
 include: "rules/preflight.smk"
+include: "rules/prove_architecture.smk"
 include: "rules/extend_tokenizer.smk"
 include: "rules/tokenize_dataset.smk"
 include: "rules/write_data_order.smk"
@@ -63,6 +64,7 @@ localrules:
     serve,
     report,
     compare,
+    prove_architecture,
     extend_tokenizer,
     write_data_order,
     render_train_config,

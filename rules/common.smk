@@ -3,6 +3,7 @@
 PATHS (wildcards in braces; all below `results_dir`). The scripts use the same names, from
 workflow_scripts/snaketune/common/result_paths.py.
 
+    shared/models/{model}/architecture.json                the proof that the base's architecture trains correctly
     shared/tokenizer/{tokenizer}/                          base tokenizer plus the chat tokens
     shared/data/{data}/heldout/<dataset>/processed/...     held-out lines, in the ftdp layout
     shared/data/{data}/heldout/<dataset>.json              manifest of a dataset's held-out lines
@@ -44,7 +45,7 @@ workflow_scripts/snaketune/common/result_paths.py.
                                                            <UTC time>-<job>.log of every attempt (undeclared)
     benchmarks/<rule>/...
 
-{tokenizer}, {data} and {pack} combine a readable name with a digest of the settings that determine the content, so runs
+{model}, {tokenizer}, {data} and {pack} combine a readable name with a digest of the settings that determine the content, so runs
 with equal settings share these files. A stage's rule, script, log and benchmark have the same name.
 """
 
@@ -87,6 +88,7 @@ RUNS = SETTINGS.runs
 COMPARED = SETTINGS.compared
 RESULTS = SETTINGS.results_dir.rstrip("/")
 
+ARCHITECTURE = f"{RESULTS}/{result_paths.ARCHITECTURE}"
 TOKENIZER = f"{RESULTS}/{result_paths.TOKENIZER}"
 DATA = f"{RESULTS}/{result_paths.DATA}"
 HELDOUT_PART = f"{DATA}/heldout_parts/{{part}}.json"
@@ -252,6 +254,25 @@ def pack_key(run):
     return readable_key(f"{spec['mode']}-{spec['max_length']}", spec)
 
 
+def model_spec(run):
+    """Returns everything that decides whether a base's architecture trains correctly."""
+    settings = RUNS[run]
+    source = settings["model"]["path"] or settings["model"]["hub"]
+    config = Path(source) / "config.json"
+    return {
+        "source": source,
+        "config_sha256": FINGERPRINTS.file(config) if config.is_file() else None,
+        "options": flags(**options_of("prove_architecture", settings, "model", "packing", "train")),
+    }
+
+
+def model_key(run):
+    spec = model_spec(run)
+    return readable_key(spec["source"], spec)
+
+
+# A run with its own training config is checked when it starts.
+MODELS = {model_key(run): model_spec(run) for run in RUNS if RUNS[run]["train"]["config"] is None}
 TOKENIZERS = {tokenizer_key(run): base_tokenizer(run) for run in RUNS}
 DATA_SPECS = {data_key(run): data_spec(run) for run in RUNS}
 PACK_SPECS = {pack_key(run): pack_spec(run) for run in RUNS}
@@ -261,6 +282,7 @@ BAD_LINES = {data_key(run): {key: RUNS[run]["tokenize"][key] for key in BAD_LINE
 
 
 wildcard_constraints:
+    model="|".join(map(re.escape, MODELS)),
     tokenizer="|".join(map(re.escape, TOKENIZERS)),
     data="|".join(map(re.escape, DATA_SPECS)),
     pack="|".join(map(re.escape, PACK_SPECS)),

@@ -9,6 +9,7 @@ rule plan_run:
         config=RUN_CONFIG,
         plan=path_of(PACK_PLAN),
         tokenizer=path_of(TOKENIZER),
+        architecture=proofs_of(lambda wildcards: [wildcards.run]),
     output:
         RUN_PLAN,
     log:

@@ -8,6 +8,8 @@ Every `snakemake preflight` checks again: its files are temporary.
 
 
 rule begin_preflight:
+    input:
+        architecture=proofs_of(lambda wildcards: RUNS),
     output:
         temp(f"{PREFLIGHT}/nonce.json"),
     log:

@@ -17,6 +17,7 @@ rule train_model:
         data=path_of(TOKENIZED),
         watched=watched_inputs,
         preflight=preflight_gate,
+        architecture=proofs_of(lambda wildcards: [wildcards.run]),
     output:
         manifest=TRAIN_MANIFEST,
         started=TRAINING,

@@ -46,6 +46,8 @@ class Rows(Dataset):
     Documents have 1 to 30 tokens. The share of trained tokens in a packed sequence ranges from none to all.
     """
 
+    mode = "xtuner"
+
     def __init__(self, count: int = 28):
         self.plan = self
         rng = np.random.RandomState(5)

@@ -11,6 +11,28 @@ def path_of(pattern):
     return fill
 
 
+def proofs_of(chosen):
+    """Returns an input function: the proofs of the base models of chosen runs, for rules that must not start before.
+
+    `chosen` maps wildcards to runs. Results from before there were proofs are left as they are.
+    """
+
+    def proofs(wildcards):
+        if not OLD_RESULTS:
+            keys = {model_key(run): None for run in chosen(wildcards) if RUNS[run]["train"]["config"] is None}
+            return [ancient(ARCHITECTURE.format(model=key)) for key in keys]
+        return []
+
+    return proofs
+
+
+# Results whose jobs ran without a proof. A new input would run them all again.
+OLD_RESULTS = (
+    not Path(f"{RESULTS}/{result_paths.MODELS}").is_dir()
+    and Path(f"{RESULTS}/{result_paths.SHARED}/tokenizer").is_dir()
+)
+
+
 def folder_digest(folder, patterns):
     """Returns a digest of the files of a folder that define a model or tokenizer. Returns a hub name unchanged."""
     if not Path(folder).is_dir():

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from snaketune.common.cli import UserError
-from snaketune.models.packed_attention import PACKED_SDPA, packing_kwargs
+from snaketune.models.packed_attention import PACKED, packing_kwargs
 from snaketune.training.packed_data import packed_collate
 from snaketune.training.supervised_finetune import SupervisedFinetune
 from tensor_sizes import TensorSizes
@@ -52,7 +52,7 @@ def sixteen_documents() -> dict:
 def test_nothing_as_large_as_a_mask_is_made(checkpointing, window):
     row = sixteen_documents()
     assert len(row["input_ids"]) == TOKENS and len(row["cumulative_len"]) == DOCUMENTS + 1
-    model = SupervisedFinetune(small_model(PACKED_SDPA, window), gradient_checkpointing=checkpointing).train()
+    model = SupervisedFinetune(small_model(PACKED, window), gradient_checkpointing=checkpointing).train()
     with TensorSizes() as sizes:
         model(**packed_collate([row]))["loss"].backward()
     # The largest are those of the MLP and the chunk of logits: nothing grows with the square of the length.
@@ -62,7 +62,7 @@ def test_nothing_as_large_as_a_mask_is_made(checkpointing, window):
 
 
 def test_one_document_of_the_whole_row_makes_no_mask_either():
-    model = SupervisedFinetune(small_model(PACKED_SDPA)).train()
+    model = SupervisedFinetune(small_model(PACKED)).train()
     with TensorSizes() as sizes:
         model(**packed_collate([packed([TOKENS])]))["loss"].backward()
     assert sizes.largest <= TOKENS * 64
@@ -85,7 +85,7 @@ LENGTHS = (5, 1, 17, 9, 32)
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("attention", [PACKED_SDPA, "sdpa", "eager"])
+@pytest.mark.parametrize("attention", [PACKED, "sdpa", "eager"])
 def test_documents_do_not_see_each_other(attention, window, checkpointing):
     """Logits and gradients of a packed sequence equal those of its documents alone."""
     row = packed(LENGTHS)
@@ -203,7 +203,7 @@ def test_documents_do_not_see_each_other_under_dropout():
     outputs = []
     for each in (row, changed):
         data = packed_collate([each])["data"]
-        model = small_model(PACKED_SDPA).train()
+        model = small_model(PACKED).train()
         model.model.layers[0].self_attn.attention_dropout = 0.5
         torch.manual_seed(0)
         documents = packing_kwargs(data["cumulative_len"])

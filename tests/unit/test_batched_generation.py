@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 def model(request, tiny_model_dir):
     """The tiny random Llama, and a random Mistral with a small sliding window."""
     from snaketune.models.base_model import load_base_model
-    from snaketune.models.packed_attention import PACKED_SDPA
+    from snaketune.models.packed_attention import PACKED
 
     if request.param == "llama":
         return load_base_model(str(tiny_model_dir), "float32").eval()
@@ -32,7 +32,7 @@ def model(request, tiny_model_dir):
         num_key_value_heads=2,
         head_dim=8,
         sliding_window=6,
-        attn_implementation=PACKED_SDPA,
+        attn_implementation=PACKED,
     )
     return MistralForCausalLM(config).eval()
 

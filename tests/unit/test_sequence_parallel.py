@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, Qwen3NextConfig
 
 from snaketune.common.cli import UserError
-from snaketune.models.packed_attention import PACKED_SDPA
+from snaketune.models.packed_attention import PACKED
 from snaketune.models.sequence_parallel import SequenceParallel
 from snaketune.training.packed_data import packed_collate
 
@@ -58,15 +58,15 @@ def test_stretches_make_the_row(lengths):
 @pytest.mark.parametrize(
     ("config", "attention", "said"),
     [
-        (llama(num_attention_heads=9, num_key_value_heads=3), PACKED_SDPA, "9 heads, 3 KV heads"),
-        (llama(num_attention_heads=12, num_key_value_heads=3), PACKED_SDPA, "12 heads, 3 KV heads"),
+        (llama(num_attention_heads=9, num_key_value_heads=3), PACKED, "9 heads, 3 KV heads"),
+        (llama(num_attention_heads=12, num_key_value_heads=3), PACKED, "12 heads, 3 KV heads"),
         (llama(num_attention_heads=4), "eager", "attention eager"),
         (
             llama(num_attention_heads=4, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
-            PACKED_SDPA,
+            PACKED,
             "rope_type dynamic",
         ),
-        (Qwen3NextConfig(), PACKED_SDPA, "layers of type linear_attention"),
+        (Qwen3NextConfig(), PACKED, "layers of type linear_attention"),
     ],
 )
 def test_models_that_cannot_be_shared_are_refused(config, attention, said):

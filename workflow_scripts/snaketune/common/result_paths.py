@@ -6,6 +6,8 @@ run's files by them. Words in braces are Snakemake wildcards: fill them in with 
 
 # Below the results folder.
 SHARED = "shared"
+MODELS = f"{SHARED}/models"
+ARCHITECTURE = f"{MODELS}/{{model}}/architecture.json"
 TOKENIZER = f"{SHARED}/tokenizer/{{tokenizer}}"
 DATA = f"{SHARED}/data/{{data}}"
 TOKENIZED = f"{DATA}/tokenized.json"

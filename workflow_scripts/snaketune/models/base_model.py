@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from snaketune.common.cli import UserError
 from snaketune.models.device import resolve_dtype, training_device
-from snaketune.models.packed_attention import resolve_attention
+from snaketune.models.document_masks import WITH_MASKS, note_documents
+from snaketune.models.packed_attention import PACKED, resolve_attention
 from snaketune.models.vocabulary_rows import find_new_tokens, grown_rows
 from snaketune.settings.schema import default_of
 
 
 def load_base_model(
     model_path: str,
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype = default_of("train.dtype"),  # noqa: B008 (a constant)
     attention: str = default_of("train.attention"),
     trust_remote_code: bool = default_of("model.trust_remote_code"),
 ) -> PreTrainedModel:
@@ -37,15 +38,78 @@ def load_base_model(
     if Path(model_path).is_absolute() or model_path.startswith("."):
         _check_folder(Path(model_path))
     device = training_device()
-    model = AutoModelForCausalLM.from_pretrained(
-        model_path,
-        dtype=resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype,
-        attn_implementation=resolve_attention(attention, device),
-        trust_remote_code=trust_remote_code,
+    return fit_attention(
+        attention,
+        device,
+        lambda name: AutoModelForCausalLM.from_pretrained(
+            model_path,
+            dtype=resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype,
+            attn_implementation=name,
+            trust_remote_code=trust_remote_code,
+        ),
     )
+
+
+def read_model_config(model_path: str, trust_remote_code: bool) -> PretrainedConfig:
+    """Returns the config of a local folder or a hub model.
+
+    Raises:
+        UserError: A path that looks local has no model, or its config is not readable.
+    """
+    if Path(model_path).is_absolute() or model_path.startswith("."):
+        _check_folder(Path(model_path))
+    try:
+        return AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(
+            f"the config of {model_path} is not readable",
+            found=str(error).strip().splitlines()[0][:300],
+            expected="an architecture that transformers knows",
+            fix="correct model.path or model.hub; set model.trust_remote_code if you trust the model's own code",
+        ) from None
+
+
+def fit_attention(attention: str, device: str, load: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
+    """Loads a model with an attention that separates packed documents.
+
+    Args:
+        attention: As in `load_base_model`. For `auto`, an architecture that does not support the first choice gets the
+            next: flash attention on a GPU, one document at a time, `eager`.
+        device: `cpu` or `cuda`.
+        load: Loads the model with an attention that transformers knows.
+    """
+    names = [resolve_attention(attention, device)]
+    if attention == "auto":
+        names += [name for name in (PACKED, "eager") if name not in names]
+    for name in names:
+        try:
+            model = load(name)
+        except (
+            ValueError,
+            ImportError,
+            KeyError,
+        ):  # transformers' refusals of an attention, by kind of model
+            if name == names[-1]:
+                raise
+            continue
+        own = not (model._supports_attention_backend or model._supports_sdpa)
+        if not (
+            own and name == PACKED and attention == "auto"
+        ):  # else its layers compute attention themselves
+            break
+    if attention == "auto" and name.startswith("flash") and _needs_packed(model):
+        model.set_attn_implementation(PACKED)
     # With a cache, transformers 5 does not detect packed documents, and they would attend to each other.
     model.config.use_cache = False
+    if model.config._attn_implementation in WITH_MASKS:
+        note_documents(model)
     return model
+
+
+def _needs_packed(model: PreTrainedModel) -> bool:
+    """True if the model attends within chunks or with sinks, which flash attention 2 cannot do."""
+    chunks = getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    return bool(chunks) or any(hasattr(module, "sinks") for module in model.modules())
 
 
 def _check_folder(folder: Path) -> None:

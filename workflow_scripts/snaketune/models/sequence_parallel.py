@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from snaketune.common.cli import UserError
-from snaketune.models.packed_attention import PACKED_SDPA
+from snaketune.models.packed_attention import PACKED
 from snaketune.tokenized.bin_reader import IGNORE_INDEX
 
 
@@ -144,7 +144,7 @@ def _check_model(config: PretrainedConfig, attention: str, size: int) -> None:
             f"rope_type {rope}, which depends on the length of a rank's input",
             "another rope_type",
         )
-    elif attention != PACKED_SDPA and "flash" not in attention:
+    elif attention != PACKED and "flash" not in attention:
         found, expected = f"attention {attention}", "sdpa or flash_attention_2"
     else:
         return

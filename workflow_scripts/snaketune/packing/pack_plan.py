@@ -25,7 +25,7 @@ from snaketune.common.cli import UserError
 from snaketune.common.files import atomic_path, read_json, sha256_json, write_json
 from snaketune.packing.plan_format import PLAN_ARRAYS, PLAN_FORMAT
 
-MODES = ("best_fit", "xtuner")
+MODES = ("best_fit", "single", "xtuner")
 SEED = 1024  # XTuner's
 PLAN = "plan.json"
 
@@ -59,7 +59,7 @@ class PackPlan:
     """A plan, in memory or mapped from its folder.
 
     Attributes:
-        mode: best_fit or xtuner.
+        mode: best_fit, single or xtuner.
         seed: Seed of the packing and of the row order.
         max_length: Tokens of a full row.
         train_folder: Folder that file names are relative to.
@@ -103,7 +103,7 @@ class PackPlan:
     def entries_per_epoch(self, world_size: int) -> int:
         """Returns how many rows of an epoch are trained on.
 
-        In mode best_fit, all of them. In mode xtuner, the largest multiple of `world_size`, as in XTuner.
+        All of them, but in mode xtuner the largest multiple of `world_size`, as in XTuner.
         """
         return len(self) // world_size * world_size if self.mode == "xtuner" else len(self)
 

@@ -44,9 +44,9 @@ class PackedSequences:
         Returns:
             `input_ids`, `labels` and `position_ids`: int64 arrays (tokens,), with at most `max_length`
             tokens; `cumulative_len`: int64 array (documents + 1,), the boundaries of the documents in the
-            row, from 0. Labels are -100 at tokens that are not trained on. In mode best_fit, so is the first
-            label of each document, which nothing in the row can predict. Mode xtuner keeps XTuner's labels,
-            where the last token of a document predicts the first token of the next.
+            row, from 0. Labels are -100 at tokens that are not trained on. So is the first label of
+            each document, which nothing in the row can predict. Mode xtuner keeps XTuner's labels, where the
+            last token of a document predicts the first token of the next.
 
         Raises:
             UserError: A line differs from the one that the plan was made from.
@@ -58,7 +58,7 @@ class PackedSequences:
         ids, labels = (np.concatenate(column) for column in zip(*documents, strict=True))
         sizes = np.array([each.stop - each.start for each in slices], dtype=np.int64)
         boundaries = np.concatenate([[0], np.cumsum(sizes)])
-        if self.plan.mode == "best_fit":
+        if self.plan.mode != "xtuner":
             labels[boundaries[:-1]] = IGNORE_INDEX
         return {
             "input_ids": ids,

@@ -5,6 +5,8 @@
   and drops the rest at the end of the file.
 * `best_fit` packs the documents of all files together (snaketune/packing/best_fit.py). It cuts only documents
   longer than a row, and drops none.
+* `single` gives each document a row of its own, for models that cannot keep documents apart. It cuts as best_fit
+  does.
 
 With weights, documents of a dataset are seen more or less often per epoch (snaketune/packing/mixture.py).
 Each copy is packed like a separate document.
@@ -86,9 +88,9 @@ def make_plan(
     Args:
         train_folder: `.../chatml_llamav13_32k/train`.
         names: The files, relative to `train_folder`, as a data order lists them. Their order decides the row
-            numbers in mode xtuner. Mode best_fit sorts them by name instead.
+            numbers in mode xtuner. The other modes sort them by name instead.
         max_length: Tokens of a full row.
-        mode: best_fit or xtuner.
+        mode: best_fit, single or xtuner.
         seed: Seed of the packing and of the row order.
         epochs: Number of epochs whose row order is stored.
         min_length: Documents with fewer tokens are left out, and counted.
@@ -102,7 +104,7 @@ def make_plan(
         UserError: A file is missing or broken, an argument or a weight is invalid, or no row can be filled.
     """
     if mode not in MODES:
-        raise UserError("invalid packing mode", found=mode, expected=" or ".join(MODES))
+        raise UserError("invalid packing mode", found=mode, expected=", ".join(MODES))
     for name, value, least in (("max_length", max_length, 2), ("seed", seed, 0), ("epochs", epochs, 0)):
         if value < least:
             raise UserError(f"invalid {name}", found=value, expected=f"{least} or more")
@@ -111,7 +113,7 @@ def make_plan(
         {"name": name, "bin_sha256": digest}
         for name, digest in zip(names, bin_sha256 or [None] * len(names), strict=True)
     ]
-    if mode == "best_fit":
+    if mode != "xtuner":
         files.sort(key=lambda file: file["name"])
     check_weights(weights, {dataset_of(name) for name in names}, mode)
     weights = own_weights(weights)
@@ -132,8 +134,7 @@ def make_plan(
             found=f"{len(files)} .bin files with {len(documents.length)} documents",
             fix="check the data folder and the data order",
         )
-    make = _best_fit if mode == "best_fit" else _xtuner
-    slices = make(documents.chosen(kept), max_length, seed)
+    slices = _MAKERS[mode](documents.chosen(kept), max_length, seed)
     slices = slices._replace(document=kept[slices.document])
     if len(slices.rows) < 2:
         raise _no_row(train_folder, files, max_length)
@@ -232,14 +233,30 @@ def _best_fit(documents: Documents, max_length: int, seed: int) -> Slices:
     # Shuffled, so that among documents of equal length, neighbours in a file do not end up in one row.
     order = np.arange(len(documents.length))
     np.random.RandomState(seed).shuffle(order)
-    counts = -(-documents.length[order] // max_length)
-    document = np.repeat(order, counts)
-    start = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * max_length
-    stop = np.minimum(start + max_length, documents.length[document])
+    document, start, stop = _pieces(documents, order, max_length)
     by_length = np.argsort(start - stop, kind="stable")
     row = assign_rows((stop - start)[by_length], max_length)
     by_row = by_length[np.argsort(row, kind="stable")]
     return Slices(document[by_row], start[by_row], stop[by_row], join_rows(np.bincount(row)))
+
+
+def _single(documents: Documents, max_length: int, seed: int) -> Slices:
+    """Gives each document a row, or several if it is longer than a row. Only the order of rows uses the seed."""
+    document, start, stop = _pieces(documents, np.arange(len(documents.length)), max_length)
+    return Slices(document, start, stop, join_rows(np.ones(len(document), dtype=np.int64)))
+
+
+def _pieces(
+    documents: Documents, order: np.ndarray, max_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts documents every `max_length` tokens. Returns document, start and stop of the pieces, in this order."""
+    counts = -(-documents.length[order] // max_length)
+    document = np.repeat(order, counts)
+    start = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * max_length
+    return document, start, np.minimum(start + max_length, documents.length[document])
+
+
+_MAKERS = {"best_fit": _best_fit, "single": _single, "xtuner": _xtuner}
 
 
 def _records(documents: Documents, slices: Slices) -> np.ndarray:

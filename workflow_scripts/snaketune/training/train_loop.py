@@ -17,6 +17,7 @@ from snaketune.checkpoints.universal import remove_universal
 from snaketune.common.cli import UserError
 from snaketune.settings.schema import default_of
 from snaketune.training.early_stop import StopRequest
+from snaketune.training.isolation_check import require_isolated_documents
 from snaketune.training.nonfinite_steps import SkippedSteps, replace_zero_0_step
 from snaketune.training.packed_data import PackedSampler, read_ahead
 from snaketune.training.supervised_finetune import count_trained_tokens, step_loss_weights
@@ -115,6 +116,8 @@ class TrainLoop(BaseLoop):
         replace_zero_0_step(engine)
         runner.call_hook("before_train")
         runner.call_hook("before_train_epoch")
+        if self.sampler.plan.mode != "single":
+            require_isolated_documents(engine.module.llm)
         stream = self._micro_batches()
         if runner.random_state_folder is not None:
             load_random_state(runner.random_state_folder, runner.rank)

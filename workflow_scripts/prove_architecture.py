@@ -1,0 +1,60 @@
+"""Proves that a base model's architecture trains correctly with these settings, or says which settings would.
+
+Needs the base's config.json, not its weights, and takes seconds on one CPU core: it checks a small model of the same
+architecture with random weights. Each document of a packed sequence must get the logits, loss and gradients that it gets
+alone in plain attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from snaketune.common.cli import run
+from snaketune.common.files import write_json
+from snaketune.settings.command_line import add_settings
+
+
+def main() -> None:
+    """Parses the command line, runs the checks, and prints and writes what they found."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", help="folder with the base's config.json, or a hub name")
+    parser.add_argument("--output", type=Path, help="write the findings to this JSON file")
+    add_settings(parser, "prove_architecture")
+    args = parser.parse_args()
+
+    from transformers.utils import logging
+
+    from snaketune.models.base_model import read_model_config
+    from snaketune.preflight.architecture_proof import TrainingOptions, prove
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    lora = {key: getattr(args, f"lora_{key}") for key in ("rank", "alpha", "dropout", "target_modules")}
+    lora["alpha"] = lora["alpha"] or 2 * (lora["rank"] or 0)
+    lora["target_modules"] = lora["target_modules"] or "auto"
+    options = TrainingOptions(
+        attention=args.attention,
+        packing=args.packing_mode,
+        max_length=args.max_length,
+        gradient_checkpointing=args.gradient_checkpointing,
+        lora=lora if lora["rank"] else None,
+        trust_remote_code=args.trust_remote_code,
+    )
+    proof = prove(read_model_config(args.model, args.trust_remote_code), options)
+    if args.output:
+        write_json(args.output, proof)
+    twin = proof["twin"]
+    print(
+        f"{proof['model_type']}, attention {proof['attention']}: a model with {twin['layers']} layers and "
+        f"{twin['weights']:,} random weights"
+    )
+    for check in proof["checks"]:
+        print(f"  {check['difference']:8.1e}  (at most {check['bound']:g})  {check['name']}")
+    print(f"{proof['seconds']} s, {proof['peak_bytes'] / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    run(main)

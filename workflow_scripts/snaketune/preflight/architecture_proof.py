@@ -1,0 +1,481 @@
+"""Proves, on a twin without the base's weights, that a base's architecture trains correctly in packed sequences.
+
+Each document of a packed sequence must get the logits, loss and gradients that it gets alone with transformers' plain
+attention. What cannot be proved is refused here, in seconds on one CPU core, instead of trained wrongly.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from snaketune.common.cli import UserError
+from snaketune.models.base_model import fit_attention
+from snaketune.models.isolation import BOUND_32, LENGTHS, Row, logits_of, random_row
+from snaketune.models.lora import add_lora
+from snaketune.models.twin import (
+    TRAINED_LENGTH,
+    VOCABULARY,
+    build,
+    layer_list,
+    make_twin,
+    rope_parameters,
+    trained_length,
+)
+from snaketune.tokenized.bin_reader import IGNORE_INDEX
+from snaketune.training.supervised_finetune import SupervisedFinetune
+
+_SEEDS = (0, 1)  # a router may choose between two equal experts by rounding: one of two twins has to be right
+_BESIDE_LONG = (
+    45,
+    TRAINED_LENGTH + 26,
+    TRAINED_LENGTH + 6,
+)  # two documents are longer than the trained length
+_GRADIENT_BOUND = 1e-3
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The settings of a training that decide whether an architecture trains correctly.
+
+    Attributes:
+        attention: `train.attention`.
+        packing: `packing.mode`.
+        max_length: Tokens of a packed sequence.
+        gradient_checkpointing: `train.gradient_checkpointing`.
+        lora: `train.lora`, or None.
+        trust_remote_code: Runs Python code that comes with the base.
+    """
+
+    attention: str
+    packing: str
+    max_length: int
+    gradient_checkpointing: bool
+    lora: Mapping[str, Any] | None = None
+    trust_remote_code: bool = field(kw_only=True)
+
+
+def prove(config: PretrainedConfig, options: TrainingOptions) -> dict[str, Any]:
+    """Runs all checks on twins of a base.
+
+    Args:
+        config: The base's config.
+        options: The training's settings.
+
+    Returns:
+        {"format", "model_type", "attention", "layers", "twin": {"layers", "weights"}, "checks": [{"name", "difference",
+        "bound"}], "lora", "seconds", "peak_bytes"}; a difference is relative.
+
+    Raises:
+        UserError: A check fails, or the architecture cannot be run. Names the layers and a setting that works.
+    """
+    started = time.perf_counter()
+    for number, seed in enumerate(_SEEDS):
+        reference = make_twin(
+            config,
+            longest=options.max_length,
+            trust_remote_code=options.trust_remote_code,
+            seed=seed,
+        )
+        try:
+            report = _prove(config, reference, options)
+        except UserError:
+            if number + 1 == len(_SEEDS):
+                raise
+            continue
+        return {
+            "format": 1,
+            "model_type": config.model_type,
+            **report,
+            "twin": {
+                "layers": reference.config.get_text_config().num_hidden_layers,
+                "weights": sum(each.numel() for each in reference.parameters()),
+            },
+            "seconds": round(time.perf_counter() - started, 2),
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+    raise AssertionError("no seed")
+
+
+def _prove(config: PretrainedConfig, reference: PreTrainedModel, options: TrainingOptions) -> dict[str, Any]:
+    model = _trained_twin(reference, options)
+    rows = _rows(config, options)
+    checks = [_check_causal(reference)]
+    checks += [
+        _check_isolation(config, model, reference, rows, options),
+        _check_gradients(model, reference, rows[-1], options),
+        _check_saved(reference),
+    ]
+    lora = None
+    if options.lora is not None:
+        checks.append(_check_merge(reference, options))
+    return {"attention": model.config._attn_implementation, "checks": checks, "lora": lora}
+
+
+def _rows(config: PretrainedConfig, options: TrainingOptions) -> list[Row]:
+    lengths = [LENGTHS]
+    if _length_dependent(config) and options.max_length > _rope_limit(config):
+        lengths.append(_BESIDE_LONG)
+    return [random_row(VOCABULARY, each) for each in lengths]
+
+
+def _length_dependent(config: PretrainedConfig) -> str | None:
+    """Returns the type of a rope whose frequencies depend on the length of the input, else None."""
+    kinds = {each.get("rope_type") for each in rope_parameters(config.get_text_config().to_dict())}
+    return next(iter(kinds & {"dynamic", "longrope"}), None)
+
+
+def _rope_limit(config: PretrainedConfig) -> int:
+    text = config.get_text_config()
+    return min(trained_length(each, text) for each in rope_parameters(text.to_dict()))
+
+
+def _trained_twin(reference: PreTrainedModel, options: TrainingOptions) -> PreTrainedModel:
+    """Returns the reference with the attention of the training."""
+    model = fit_attention(
+        options.attention,
+        "cpu",
+        lambda name: build(copy.deepcopy(reference.config), name, options.trust_remote_code),
+    )
+    model.load_state_dict(reference.state_dict())
+    return model.eval()
+
+
+def _alone(reference: PreTrainedModel, row: Row) -> torch.Tensor:
+    """Returns the logits of each document of a row, computed by a model that has seen nothing else."""
+    return torch.cat([logits_of(copy.deepcopy(reference), each) for each in row.documents()])
+
+
+def _together(model: PreTrainedModel, row: Row, options: TrainingOptions) -> torch.Tensor:
+    """Returns the logits of a row as the training computes them."""
+    rows = row.documents() if options.packing == "single" else [row]
+    return torch.cat([logits_of(model, each) for each in rows])
+
+
+@torch.no_grad()
+def _check_causal(reference: PreTrainedModel) -> dict[str, Any]:
+    row = random_row(VOCABULARY, LENGTHS[:1])
+    half = LENGTHS[0] // 2
+    ids = row.ids.clone()
+    ids[:, half:] ^= 1
+    before, after = (logits_of(reference, Row(each, row.boundaries))[:half] for each in (row.ids, ids))
+    difference = ((after - before).abs().max() / before.std()).item()
+    if difference > BOUND_32:
+        raise UserError(
+            f"{reference.config.model_type} is not a causal language model: tokens see later tokens",
+            found=f"logits move by {difference:.2g} of their standard deviation when a later token changes",
+            expected="a model that predicts the next token from earlier ones",
+            fix="choose another base model",
+        )
+    return _passed("a token does not see later ones", difference, BOUND_32)
+
+
+@torch.no_grad()
+def _check_isolation(
+    config: PretrainedConfig,
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    rows: Sequence[Row],
+    options: TrainingOptions,
+) -> dict[str, Any]:
+    worst = 0.0
+    for row in rows:
+        try:
+            alone, together = _alone(reference, row), _together(model, row, options)
+        except Exception as error:  # whatever the model's own code raises
+            raise _cannot_run(config, model, options, error) from error
+        difference = ((together - alone).abs().max() / alone.std()).item()
+        if not difference <= BOUND_32:
+            raise _not_alone(config, model, row, difference, options)
+        worst = max(worst, difference)
+    return _passed(
+        "each document of a packed sequence = the document alone, in plain attention", worst, BOUND_32
+    )
+
+
+def _cannot_run(
+    config: PretrainedConfig, model: PreTrainedModel, options: TrainingOptions, error: Exception
+) -> UserError:
+    text = str(error).strip().splitlines()
+    return UserError(
+        f"{config.model_type} cannot be trained with packed sequences",
+        found=f"{type(error).__name__}: {text[0][:200] if text else ''} (attention {model.config._attn_implementation})",
+        expected="a forward pass over several documents",
+        fix=_alternatives(config, options),
+    )
+
+
+def _not_alone(
+    config: PretrainedConfig, model: PreTrainedModel, row: Row, difference: float, options: TrainingOptions
+) -> UserError:
+    rope = _length_dependent(config)
+    if rope and max(each.ids.shape[1] for each in row.documents()) > TRAINED_LENGTH:
+        limit = _rope_limit(config)
+        fix = f"set train.max_length to at most {limit}"
+        if options.packing != "single" and rope == "longrope":
+            fix += ", or packing.mode: single"
+        return UserError(
+            f"rope_type {rope} takes its frequencies from the longest document of a packed sequence",
+            found=f"train.max_length {options.max_length}; the base was trained on {limit} positions",
+            expected=f"no document longer than {limit} tokens beside shorter ones",
+            fix=fix,
+        )
+    layers = leaking_layers(model, row) if len(row.boundaries) > 2 else []
+    return UserError(
+        f"documents of a packed sequence see each other in {config.model_type}"
+        if layers
+        else f"attention {model.config._attn_implementation} does not compute {config.model_type} correctly",
+        found=f"{', '.join(layers) + ': ' if layers else ''}logits differ by {difference:.2g} of their standard deviation "
+        f"from those of the documents alone",
+        expected=f"at most {BOUND_32:g}",
+        fix=_alternatives(config, options),
+    )
+
+
+def _alternatives(config: PretrainedConfig, options: TrainingOptions) -> str:
+    """Returns the settings under which this architecture trains correctly, as found by trying them."""
+    tried: list[tuple[str, dict[str, Any]]] = [
+        ("train.attention: auto", {"attention": "auto"}),
+        ("train.attention: eager", {"attention": "eager"}),
+        ("packing.mode: single (each document is a packed sequence of its own)", {"packing": "single"}),
+        (
+            "packing.mode: single and train.attention: eager",
+            {"packing": "single", "attention": "eager"},
+        ),
+    ]
+    for words, change in tried:
+        other = TrainingOptions(**{**vars(options), "lora": None, **change})
+        if other == TrainingOptions(**{**vars(options), "lora": None}):
+            continue
+        if _works(config, other):
+            return f"set {words}"
+    return "choose another base model"
+
+
+def _works(config: PretrainedConfig, options: TrainingOptions) -> bool:
+    reference = make_twin(
+        config,
+        longest=options.max_length,
+        trust_remote_code=options.trust_remote_code,
+    )
+    try:
+        model = _trained_twin(reference, options)
+        with torch.no_grad():
+            return all(
+                ((_together(model, row, options) - _alone(reference, row)).abs().max() <= BOUND_32)
+                for row in _rows(config, options)
+            )
+    except Exception:  # whatever the model's own code raises
+        return False
+
+
+@torch.no_grad()
+def leaking_layers(model: PreTrainedModel, row: Row) -> list[str]:
+    """Returns the layers through which the first document changes the others: "MambaMixer in layers 0-3 and 5".
+
+    Each layer is tested by itself: it gets the other documents' inputs from before the change.
+    """
+    found = layer_list(model)
+    if found is None:
+        return []
+    stop = row.boundaries[1]
+    inputs: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+
+    def record(layer, args, kwargs, output):
+        inputs.append(_hidden(args, kwargs).clone())
+        outputs.append(_first(output).clone())
+
+    _run_with_hooks(model, row, found[1], after=record)
+    moved = []
+
+    def restore(layer, args, kwargs):
+        hidden, before = _hidden(args, kwargs), inputs[len(moved)]
+        hidden = torch.cat([hidden[:, :stop], before[:, stop:]], dim=1)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def compare(layer, args, kwargs, output):
+        before = outputs[len(moved)]
+        change = (_first(output) - before)[:, stop:].abs().max() / before.std()
+        moved.append(change.item() > BOUND_32)
+
+    _run_with_hooks(model, row.with_other_document(0), found[1], before=restore, after=compare)
+    mixers = [_mixer(layer) for layer in found[1]]
+    leaking = [(mixers[number], number) for number, each in enumerate(moved) if each]
+    return [
+        f"{name} in {_layer_numbers([number for each, number in leaking if each == name])}"
+        for name in dict.fromkeys(name for name, _ in leaking)
+    ]
+
+
+def _run_with_hooks(
+    model: PreTrainedModel,
+    row: Row,
+    layers: Sequence[torch.nn.Module],
+    before: Callable | None = None,
+    after: Callable | None = None,
+) -> None:
+    handles = []
+    for layer in layers:
+        if before:
+            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        if after:
+            handles.append(layer.register_forward_hook(after, with_kwargs=True))
+    try:
+        logits_of(model, row)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _mixer(layer: torch.nn.Module) -> str:
+    """Returns the classes of a layer's parts in which tokens can see each other."""
+    aside = re.compile(
+        r"(MLP|Norm|Dropout|SparseMoeBlock|MoE|Moe|Experts|Linear|Identity|FeedForward|Gate|Router|Activation)$"
+    )
+    names = [type(each).__name__ for each in layer.children()]
+    return (
+        " and ".join(dict.fromkeys(name for name in names if not aside.search(name))) or type(layer).__name__
+    )
+
+
+def _layer_numbers(numbers: Sequence[int]) -> str:
+    return ("layer " if len(numbers) == 1 else "layers ") + ", ".join(map(str, numbers))
+
+
+def _check_gradients(
+    model: PreTrainedModel, reference: PreTrainedModel, row: Row, options: TrainingOptions
+) -> dict[str, Any]:
+    """Compares loss and gradients as training computes them with those of documents alone in plain attention."""
+    expected_loss = _loss_alone(reference, row)
+    trained = SupervisedFinetune(model, gradient_checkpointing=options.gradient_checkpointing).train()
+    rows = row.documents() if options.packing == "single" else [row]
+    targets = row.ids.shape[1] - (len(row.boundaries) - 1)
+    loss = 0.0
+    for each in rows:
+        labels = each.ids.clone()
+        labels[:, each.boundaries[:-1]] = IGNORE_INDEX
+        inputs = each.inputs()
+        data = {
+            "input_ids": each.ids,
+            "labels": labels,
+            "position_ids": inputs["position_ids"],
+            "cumulative_len": torch.tensor(each.boundaries),
+            "loss_weight": 1 / targets,
+        }
+        part = trained(data)["loss"]
+        part.backward()
+        loss += part.item()
+    difference = abs(loss - expected_loss) / abs(expected_loss)
+    ours, theirs = dict(model.named_parameters()), dict(reference.named_parameters())
+    total = torch.stack([each.grad.norm() for each in theirs.values() if each.grad is not None]).norm()
+    worst, worst_name = 0.0, ""
+    for name, parameter in theirs.items():
+        mine = ours[name].grad
+        if parameter.grad is None and mine is None:
+            continue
+        zero = torch.zeros(())
+        apart = (
+            (zero if mine is None else mine) - (zero if parameter.grad is None else parameter.grad)
+        ).norm() / total
+        if apart > worst:
+            worst, worst_name = apart.item(), name
+    model.zero_grad()
+    reference.zero_grad()
+    model.eval()
+    if not max(difference, worst) <= _GRADIENT_BOUND:
+        raise UserError(
+            f"the gradients of {model.config.model_type} in a packed sequence differ from those of its documents",
+            found=f"loss {loss:.6f} instead of {expected_loss:.6f}; {worst_name}: {worst:.2g} of all gradients' norm",
+            expected=f"at most {_GRADIENT_BOUND:g}",
+            fix=_alternatives(model.config, options),
+        )
+    return _passed(
+        "loss and gradients as training computes them = those of the documents alone",
+        max(difference, worst),
+        _GRADIENT_BOUND,
+    )
+
+
+def _loss_alone(reference: PreTrainedModel, row: Row) -> float:
+    """Returns the mean loss over documents, each alone, and leaves the gradients in the reference."""
+    reference.train()
+    documents = row.documents()
+    targets = sum(each.ids.shape[1] - 1 for each in documents)
+    total = 0.0
+    for each in documents:
+        loss = cross_entropy(logits_of(reference, each)[:-1], each.ids[0, 1:], reduction="sum") / targets
+        loss.backward()
+        total += loss.item()
+    reference.eval()
+    return total
+
+
+@torch.no_grad()
+def _check_saved(reference: PreTrainedModel) -> dict[str, Any]:
+    """Compares a model with itself, saved and loaded."""
+    row = random_row(VOCABULARY, LENGTHS[:1])
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            Path(folder), attn_implementation=reference.config._attn_implementation, dtype=torch.float32
+        )
+    expected = logits_of(reference, row)
+    difference = ((logits_of(loaded.eval(), row) - expected).abs().max() / expected.std()).item()
+    if not difference <= BOUND_32:
+        raise UserError(
+            f"{reference.config.model_type} is not the same model when it is saved and loaded",
+            found=f"logits differ by {difference:.2g} of their standard deviation",
+            expected=f"at most {BOUND_32:g}",
+            fix="choose another base model, or another version of transformers",
+        )
+    return _passed("saved and loaded = in memory", difference, BOUND_32)
+
+
+def _check_merge(reference: PreTrainedModel, options: TrainingOptions) -> dict[str, Any]:
+    """Compares a model with LoRA to itself with the adapters merged."""
+    model = _trained_twin(reference, options)
+    adapted = add_lora(model, {**options.lora, "dropout": 0.0}, new_ids=[])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        row = random_row(VOCABULARY, LENGTHS[:1])
+        before = logits_of(reference, row)
+        expected = logits_of(model, row)
+        merged = logits_of(adapted.merge_and_unload(), row)
+    moved = ((expected - before).abs().max() / before.std()).item()
+    difference = ((merged - expected).abs().max() / expected.std()).item()
+    if moved <= BOUND_32 or not difference <= BOUND_32:
+        raise UserError(
+            f"LoRA does not fit {model.config.model_type}",
+            found=f"adapters change the logits by {moved:.2g}, and merging them by {difference:.2g} of their standard "
+            "deviation",
+            expected=f"a change, and at most {BOUND_32:g} by merging",
+            fix="set train.lora to null, or name other layers in train.lora.target_modules",
+        )
+    return _passed("LoRA merged = LoRA beside the weights", difference, BOUND_32)
+
+
+def _passed(name: str, difference: float, bound: float) -> dict[str, Any]:
+    return {"name": name, "difference": float(f"{difference:.2g}"), "bound": bound}
