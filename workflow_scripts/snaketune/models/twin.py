@@ -297,12 +297,9 @@ def rope_parameters(text: dict[str, Any]) -> list[dict[str, Any]]:
 
 def trained_length(parameters: dict[str, Any], config: PretrainedConfig) -> int | None:
     """Returns the length in tokens beyond which a dynamic or longrope rope changes its frequencies."""
-    original = parameters.get("original_max_position_embeddings")
-    return (
-        original
-        or getattr(config, "original_max_position_embeddings", None)
-        or config.max_position_embeddings
-    )
+    names = ("original_max_position_embeddings", "max_position_embeddings")
+    found = [parameters.get(names[0]), *(getattr(config, name, None) for name in names)]
+    return next((each for each in found if each), None)
 
 
 def _randomise(model: PreTrainedModel, seed: int) -> None:

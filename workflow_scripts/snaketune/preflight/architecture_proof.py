@@ -94,6 +94,8 @@ def prove(config: PretrainedConfig, options: TrainingOptions) -> dict[str, Any]:
             if number + 1 == len(_SEEDS):
                 raise
             continue
+        except Exception as error:  # whatever the model's own code raises
+            raise _cannot_run(config, options, error) from error
         return {
             "format": 1,
             "model_type": config.model_type,
@@ -191,10 +193,7 @@ def _check_isolation(
 ) -> dict[str, Any]:
     worst = 0.0
     for row in rows:
-        try:
-            alone, together = _alone(reference, row), _together(model, row, options)
-        except Exception as error:  # whatever the model's own code raises
-            raise _cannot_run(config, model, options, error) from error
+        alone, together = _alone(reference, row), _together(model, row, options)
         difference = ((together - alone).abs().max() / alone.std()).item()
         if not difference <= BOUND_32:
             raise _not_alone(config, model, row, difference, options)
@@ -204,14 +203,13 @@ def _check_isolation(
     )
 
 
-def _cannot_run(
-    config: PretrainedConfig, model: PreTrainedModel, options: TrainingOptions, error: Exception
-) -> UserError:
+def _cannot_run(config: PretrainedConfig, options: TrainingOptions, error: Exception) -> UserError:
     text = str(error).strip().splitlines()
     return UserError(
-        f"{config.model_type} cannot be trained with packed sequences",
-        found=f"{type(error).__name__}: {text[0][:200] if text else ''} (attention {model.config._attn_implementation})",
-        expected="a forward pass over several documents",
+        f"{config.model_type} cannot be trained with train.attention: {options.attention} and packing.mode: "
+        f"{options.packing}",
+        found=f"{type(error).__name__}: {text[0][:200] if text else ''}",
+        expected="a model that runs on packed sequences",
         fix=_alternatives(config, options),
     )
 
@@ -344,7 +342,7 @@ def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _mixer(layer: torch.nn.Module) -> str:
