@@ -46,7 +46,12 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 
 
 def options(**changed) -> TrainingOptions:
-    settings = {"attention": "auto", "packing": "best_fit", "max_length": 32768, "gradient_checkpointing": True}
+    settings = {
+        "attention": "auto",
+        "packing": "best_fit",
+        "max_length": 32768,
+        "gradient_checkpointing": True,
+    }
     return TrainingOptions(**{**settings, **changed}, trust_remote_code=False)
 
 
@@ -74,7 +79,9 @@ def test_a_kind_of_layer_that_trains_correctly(config, attention):
 
 REFUSED = [
     pytest.param(Mamba2Config(), {}, "Mamba2Mixer in layers 0, 1", "packing.mode: single", id="mamba"),
-    pytest.param(JambaConfig(), {}, "JambaMambaMixer in layers 0, 1, 2, 3:", "packing.mode: single", id="hybrid"),
+    pytest.param(
+        JambaConfig(), {}, "JambaMambaMixer in layers 0, 1, 2, 3:", "packing.mode: single", id="hybrid"
+    ),
     pytest.param(
         Lfm2Config(full_attn_idxs=[2], num_hidden_layers=3),
         {},
@@ -115,7 +122,11 @@ REFUSED = [
     ),
     pytest.param(BertConfig(), {}, "tokens see later tokens", "choose another base model", id="encoder"),
     pytest.param(
-        BloomConfig(), {"attention": "sdpa"}, "BloomAttention in layers", "train.attention: auto", id="attention"
+        BloomConfig(),
+        {"attention": "sdpa"},
+        "BloomAttention in layers",
+        "train.attention: auto",
+        id="attention",
     ),
 ]
 

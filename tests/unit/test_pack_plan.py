@@ -173,8 +173,9 @@ def test_the_better_way_counts():
     longest=st.sampled_from([1, 5, 40]),
     max_length=st.sampled_from([2, 7, 16, 64]),
     min_length=st.sampled_from([0, 3]),
+    mode=st.sampled_from(["best_fit", "single"]),
 )
-def test_best_fit_rows(tmp_path_factory, seed, counts, longest, max_length, min_length):
+def test_rows_of_our_modes(tmp_path_factory, seed, counts, longest, max_length, min_length, mode):
     """Every token is in the rows exactly once, no document that fits a row is cut, and no row is too long."""
     rng = random.Random(seed)
     files = [random_samples(rng, count, longest) for count in counts]
@@ -188,14 +189,15 @@ def test_best_fit_rows(tmp_path_factory, seed, counts, longest, max_length, min_
     }
     if not kept:
         with pytest.raises(UserError, match="no documents to pack"):
-            make_plan(folder / "train", names, max_length, min_length=min_length)
+            make_plan(folder / "train", names, max_length, mode, min_length=min_length)
         return
-    plan = make_plan(folder / "train", names, max_length, min_length=min_length)
+    plan = make_plan(folder / "train", names, max_length, mode, min_length=min_length)
     rows = PackedSequences(plan)
     seen = Counter()
     cut = set()
     for number in range(len(rows)):
         row, at = as_lists(rows[number]), 0
+        assert mode == "best_fit" or len(plan.row(number)) == 1
         assert 0 < len(row["input_ids"]) <= max_length
         for each in plan.row(number):
             document = (plan.files[each.file]["name"], each.sample)
@@ -286,6 +288,8 @@ def test_data_order(tmp_path):
         for mode in ("best_fit", "xtuner")
     )
     assert same[0] == same[1] and other[0] != other[1]
+    alone = [make_plan(tmp_path / "train", order, 16, "single").sha256() for order in (names, names[::-1])]
+    assert alone[0] == alone[1]
     assert make_plan(tmp_path / "train", names, 16, seed=7, bin_sha256=digests).sha256() != same[0]
     assert make_plan(tmp_path / "train", names, 16, bin_sha256=["d" * 64, *digests[1:]]).sha256() != same[0]
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from snaketune.common.cli import UserError
 from snaketune.models.base_model import fit_attention
-from snaketune.models.isolation import BOUND_32, LENGTHS, Row, logits_of, random_row
+from snaketune.models.isolation import BOUND, LENGTHS, Row, logits_of, random_row
 from snaketune.models.lora import add_lora
 from snaketune.models.twin import (
     TRAINED_LENGTH,
@@ -173,14 +173,14 @@ def _check_causal(reference: PreTrainedModel) -> dict[str, Any]:
     ids[:, half:] ^= 1
     before, after = (logits_of(reference, Row(each, row.boundaries))[:half] for each in (row.ids, ids))
     difference = ((after - before).abs().max() / before.std()).item()
-    if difference > BOUND_32:
+    if difference > BOUND:
         raise UserError(
             f"{reference.config.model_type} is not a causal language model: tokens see later tokens",
             found=f"logits move by {difference:.2g} of their standard deviation when a later token changes",
             expected="a model that predicts the next token from earlier ones",
             fix="choose another base model",
         )
-    return _passed("a token does not see later ones", difference, BOUND_32)
+    return _passed("a token does not see later ones", difference, BOUND)
 
 
 @torch.no_grad()
@@ -195,11 +195,11 @@ def _check_isolation(
     for row in rows:
         alone, together = _alone(reference, row), _together(model, row, options)
         difference = ((together - alone).abs().max() / alone.std()).item()
-        if not difference <= BOUND_32:
+        if not difference <= BOUND:
             raise _not_alone(config, model, row, difference, options)
         worst = max(worst, difference)
     return _passed(
-        "each document of a packed sequence = the document alone, in plain attention", worst, BOUND_32
+        "each document of a packed sequence = the document alone, in plain attention", worst, BOUND
     )
 
 
@@ -236,7 +236,7 @@ def _not_alone(
         else f"attention {model.config._attn_implementation} does not compute {config.model_type} correctly",
         found=f"{', '.join(layers) + ': ' if layers else ''}logits differ by {difference:.2g} of their standard deviation "
         f"from those of the documents alone",
-        expected=f"at most {BOUND_32:g}",
+        expected=f"at most {BOUND:g}",
         fix=_alternatives(config, options),
     )
 
@@ -271,7 +271,7 @@ def _works(config: PretrainedConfig, options: TrainingOptions) -> bool:
         model = _trained_twin(reference, options)
         with torch.no_grad():
             return all(
-                ((_together(model, row, options) - _alone(reference, row)).abs().max() <= BOUND_32)
+                ((_together(model, row, options) - _alone(reference, row)).abs().max() <= BOUND)
                 for row in _rows(config, options)
             )
     except Exception:  # whatever the model's own code raises
@@ -306,7 +306,7 @@ def leaking_layers(model: PreTrainedModel, row: Row) -> list[str]:
     def compare(layer, args, kwargs, output):
         before = outputs[len(moved)]
         change = (_first(output) - before)[:, stop:].abs().max() / before.std()
-        moved.append(change.item() > BOUND_32)
+        moved.append(change.item() > BOUND)
 
     _run_with_hooks(model, row.with_other_document(0), found[1], before=restore, after=compare)
     mixers = [_mixer(layer) for layer in found[1]]
@@ -439,14 +439,14 @@ def _check_saved(reference: PreTrainedModel) -> dict[str, Any]:
         )
     expected = logits_of(reference, row)
     difference = ((logits_of(loaded.eval(), row) - expected).abs().max() / expected.std()).item()
-    if not difference <= BOUND_32:
+    if not difference <= BOUND:
         raise UserError(
             f"{reference.config.model_type} is not the same model when it is saved and loaded",
             found=f"logits differ by {difference:.2g} of their standard deviation",
-            expected=f"at most {BOUND_32:g}",
+            expected=f"at most {BOUND:g}",
             fix="choose another base model, or another version of transformers",
         )
-    return _passed("saved and loaded = in memory", difference, BOUND_32)
+    return _passed("saved and loaded = in memory", difference, BOUND)
 
 
 def _check_merge(reference: PreTrainedModel, options: TrainingOptions) -> dict[str, Any]:
@@ -464,15 +464,15 @@ def _check_merge(reference: PreTrainedModel, options: TrainingOptions) -> dict[s
         merged = logits_of(adapted.merge_and_unload(), row)
     moved = ((expected - before).abs().max() / before.std()).item()
     difference = ((merged - expected).abs().max() / expected.std()).item()
-    if moved <= BOUND_32 or not difference <= BOUND_32:
+    if moved <= BOUND or not difference <= BOUND:
         raise UserError(
             f"LoRA does not fit {model.config.model_type}",
             found=f"adapters change the logits by {moved:.2g}, and merging them by {difference:.2g} of their standard "
             "deviation",
-            expected=f"a change, and at most {BOUND_32:g} by merging",
+            expected=f"a change, and at most {BOUND:g} by merging",
             fix="set train.lora to null, or name other layers in train.lora.target_modules",
         )
-    return _passed("LoRA merged = LoRA beside the weights", difference, BOUND_32)
+    return _passed("LoRA merged = LoRA beside the weights", difference, BOUND)
 
 
 def _passed(name: str, difference: float, bound: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from snaketune.common.cli import UserError
-from snaketune.models.isolation import BOUND_16, BOUND_32, leak, random_row
+from snaketune.models.isolation import LEAK_16, LEAK_32, leak, random_row
 
 _TRIES = 3  # with 16 bits, a router may choose other experts because of rounding
 
@@ -28,7 +28,7 @@ def require_isolated_documents(model: torch.nn.Module) -> None:
         UserError: Logits of one document change when another one changes.
     """
     exact = next(model.parameters()).dtype == torch.float32
-    bound = BOUND_32 if exact else BOUND_16
+    bound = LEAK_32 if exact else LEAK_16
     vocabulary = model.config.get_text_config().vocab_size
     with _evaluating(model):
         for seed in range(_TRIES):
