@@ -47,6 +47,7 @@ class Rows(Dataset):
     """
 
     mode = "xtuner"
+    slice_lengths = np.array([30])
 
     def __init__(self, count: int = 28):
         self.plan = self

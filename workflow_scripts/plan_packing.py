@@ -91,6 +91,11 @@ def main() -> None:
         f"  rows     {totals['rows']:,} ({least}) of up to {args.max_length:,} tokens, {waste['tokens']:,} unused ({waste['share']:.3%})"
     )
     print(f"  cut      {cut['documents']:,} documents, into {cut['pieces']:,} slices")
+    if severed := cut["tokens_without_beginning"]:
+        print(
+            f"warning: {severed:,} tokens ({severed / totals['packed_tokens']:.1%}) are trained without the beginning of their"
+            f" document; a conversation should not be longer than --max-length (data.max_tokens cuts it instead)"
+        )
     print(f"  dropped  {'; '.join(lost) or 'nothing'}")
     for name, each in totals.get("mixture", {}).items():
         seen, out = each["seen"], each["left_out"]

@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the forecast to this JSON file")
     args = parser.parse_args()
 
+    from snaketune.export.hf_tensors import empty_model
+    from snaketune.models.positions import read_positions
     from snaketune.preflight.memory_forecast import read_shape
     from snaketune.preflight.run_forecast import make_run_plan, measured_speed
 
@@ -42,6 +44,7 @@ def main() -> None:
         read_shape(
             model["path"] or model["hub"], vocab_size, model["trust_remote_code"], lora and lora["rank"]
         ),
+        read_positions(empty_model(model["path"] or model["hub"], model["trust_remote_code"])),
         gpus=args.gpus,
         device_gib=args.memory_gib,
         tokens_per_second=args.tokens_per_second or (measured_speed(args.metrics) if args.metrics else None),
@@ -53,6 +56,17 @@ def main() -> None:
     print(
         f"{plan['rows']:,} rows per epoch, {plan['steps']:,} steps, {plan['epochs']} epochs, {plan['tokens']:,} tokens"
     )
+    documents = plan["documents"]
+    if documents["beyond_positions"]:
+        print(
+            f"warning: {documents['beyond_positions']:,} documents are longer than the {documents['positions']:,} positions that"
+            f" the base was made for (the longest has {documents['longest']:,} tokens)"
+        )
+    if documents["beyond_window"]:
+        print(
+            f"{documents['beyond_window']:,} documents are longer than the {documents['window']:,} tokens that layers with a"
+            " window see"
+        )
     if plan["hours"] is not None:
         print(
             f"{plan['hours']:,.2f} hours, {plan['gpu_hours']:,.2f} GPU-hours at {plan['tokens_per_second']:,.0f} tokens/s"

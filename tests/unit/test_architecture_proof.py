@@ -200,3 +200,25 @@ def test_an_argument_that_attention_does_not_know_is_an_error():
     with pytest.raises(TypeError, match="argument position_bias"):
         packed_attention.packed_attention(torch.nn.Module(), *parts, None, position_bias=torch.zeros(1))
     packed_attention.packed_attention(torch.nn.Module(), *parts, None, position_bias=None)
+
+
+@pytest.mark.parametrize("config", [Gemma2Config(), GptOssConfig(), Llama4TextConfig(), MistralConfig()])
+@pytest.mark.parametrize("padding", [0, 5])
+@torch.no_grad()
+def test_a_batch_and_a_cache_give_what_plain_attention_gives(config, padding):
+    """Evaluation runs padded batches, and answers one token at a time."""
+    twin = make_twin(config, longest=32768, trust_remote_code=False)
+    model = fit_attention(
+        "auto", "cpu", lambda name: build(twin.config, name, trust_remote_code=False)
+    ).eval()
+    model.load_state_dict(twin.state_dict())
+    ids = random_row(VOCABULARY, (80,)).ids.view(2, 40)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    both = [each(ids, **given, use_cache=False).logits[mask.bool()] for each in (model, twin)]
+    torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
+    row = ids[:1]
+    cached = model(row[:, :-1], use_cache=True)
+    last = model(row[:, -1:], past_key_values=cached.past_key_values, use_cache=True).logits[0, -1]
+    torch.testing.assert_close(last, twin(row, use_cache=False).logits[0, -1], rtol=1e-4, atol=1e-4)

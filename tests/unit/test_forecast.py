@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from pack_samples import write_bin
 
 from snaketune.common.cli import UserError
+from snaketune.models.positions import Positions, read_positions
 from snaketune.packing.pack_plan import open_plan
 from snaketune.packing.planner import make_plan
 from snaketune.preflight.memory_forecast import MIB, Shape, process_memory
@@ -79,6 +82,9 @@ def test_offloading_moves_bytes_to_the_host():
     assert whole["device"] > optimizer["device"] > everything["device"]
 
 
+POSITIONS = Positions(limit=50, learned=False, window=25)
+
+
 def test_steps_hours_and_what_fits(tmp_path):
     folder = tmp_path / "train"
     write_bin(folder / "cn" / "d" / "a.bin", [[1] * 60, [2] * 30, [3] * 20] * 20)
@@ -100,7 +106,7 @@ def test_steps_hours_and_what_fits(tmp_path):
     }
     shape = Shape(7_000_000_000, 7_000_000_000, 32, 4096, 4096, 1024, 14336, 32064)
     options = {"gpus": 8, "device_gib": 40, "tokens_per_second": 100.0}
-    plan = make_run_plan({"train": train}, tmp_path / "plan", shape, **options)
+    plan = make_run_plan({"train": train}, tmp_path / "plan", shape, POSITIONS, **options)
     # Each of four pairs of GPUs reads two packed sequences per step.
     assert plan["steps"] == 3 * rows // 8 and plan["ranks"] == 8
     assert plan["tokens"] == round(20 * 110 / rows * plan["steps"] * 8)
@@ -112,5 +118,37 @@ def test_steps_hours_and_what_fits(tmp_path):
     assert (0, "none") not in fits, "stage 0 cannot train in bfloat16"
     assert not fits[1, "none"] and fits[3, "none"] and fits[3, "all"]
     assert [row["zero_stage"] for row in plan["memory"] if row["chosen"]] == [2]
+    assert plan["documents"] == {
+        "longest": 60,
+        "positions": 50,
+        "beyond_positions": 20,
+        "window": 25,
+        "beyond_window": 40,
+    }
+    learned = dataclasses.replace(POSITIONS, learned=True)
+    with pytest.raises(UserError, match=r"learned positions\n.*60 tokens\n.*at most 50\n"):
+        make_run_plan({"train": train}, tmp_path / "plan", shape, learned, **options)
     with pytest.raises(UserError, match="does not fill one optimizer step"):
-        make_run_plan({"train": train | {"global_batch": 10**6}}, tmp_path / "plan", shape, **options)
+        make_run_plan(
+            {"train": train | {"global_batch": 10**6}}, tmp_path / "plan", shape, POSITIONS, **options
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("GPT2", {"n_positions": 128}, (128, True, None)),
+        ("OPT", {"max_position_embeddings": 128}, (128, True, None)),
+        ("Llama", {"max_position_embeddings": 128}, (128, False, None)),
+        ("Mistral", {"sliding_window": 64, "max_position_embeddings": 128}, (128, False, 64)),
+        ("Qwen2", {"sliding_window": 64, "use_sliding_window": False}, (32768, False, None)),
+    ],
+)
+def test_the_lengths_that_a_base_was_made_for(name, settings, expected):
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        config = getattr(transformers, f"{name}Config")(num_hidden_layers=1, **settings)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert dataclasses.astuple(read_positions(model)) == expected

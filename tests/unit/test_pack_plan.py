@@ -109,7 +109,7 @@ def test_what_xtuner_itself_gave(tmp_path):
     ]
     # Of the five documents, one is cut between the rows, and one is past the end.
     totals = rows.plan.totals
-    assert totals["cut"] == {"documents": 1, "pieces": 2}
+    assert totals["cut"] == {"documents": 1, "pieces": 2, "tokens_without_beginning": 1}
     assert totals["dropped"]["end_of_file"] == {"documents": 1, "tokens": 2}
 
 

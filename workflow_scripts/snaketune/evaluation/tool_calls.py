@@ -124,14 +124,14 @@ def answer_points(
         Per point: its location, the reference, the prediction, and the verdicts (see
         `call_verdicts.verdicts`).
     """
-    from snaketune.evaluation.batched_generation import generate_batched
+    from snaketune.evaluation.answering import generate_answers
 
     reader = CallReader(tokenizer)
     end = tokenizer.end_of_turn_id
     stop_ids = {end, tokenizer.eos_token_id} - {None}
     suppress = {tokenizer.bos_token_id} - {None} - stop_ids if tokenizer.template.bos else set()
     progress = Progress("points", len(points))
-    answers = generate_batched(
+    answers = generate_answers(
         model,
         [point.prompt for point in points],
         stop_ids,

@@ -203,6 +203,9 @@ def packed_attention(
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
             )
+        if attention_mask is None and tokens > 1 and is_causal is not False:
+            attention_mask = torch.ones(tokens, key.shape[2], dtype=torch.bool, device=query.device)
+            attention_mask = attention_mask.tril(key.shape[2] - tokens)[None, None]
         return compute(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
     if is_causal is False and attention_mask is None:
         raise TypeError("packed attention does not support is_causal=False without a mask")
@@ -305,7 +308,9 @@ class _Attention:
         scores = torch.tanh(scores / self.softcap) * self.softcap
         if visible is not None:
             hides = visible.dtype == torch.bool
-            scores = scores.masked_fill(~visible, float("-inf")) if hides else scores + visible
+            scores = (
+                scores.masked_fill(~visible, torch.finfo(scores.dtype).min) if hides else scores + visible
+            )
         if self.sinks is not None:
             sink = self.sinks.view(1, -1, 1, 1).to(scores).expand(*scores.shape[:3], 1)
             scores = torch.cat([scores, sink], dim=-1)

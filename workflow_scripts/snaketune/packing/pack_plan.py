@@ -92,6 +92,11 @@ class PackPlan:
         """Returns the number of rows in an epoch."""
         return len(self.rows) - 1
 
+    @property
+    def slice_lengths(self) -> np.ndarray:
+        """Tokens of each slice: an int array (slices,)."""
+        return self.slices["stop"] - self.slices["start"]
+
     def row(self, number: int) -> list[Slice]:
         """Returns the slices of a row, in order."""
         return [Slice(*record) for record in self.slices[self.rows[number] : self.rows[number + 1]].tolist()]

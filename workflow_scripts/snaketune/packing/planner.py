@@ -295,7 +295,12 @@ def _count(
         "rows": rows,
         "least_rows": -(-int(sizes.sum()) // max_length),
         "waste": {"tokens": waste, "share": waste / (rows * max_length)},
-        "cut": {"documents": len(np.unique(slices.document[cut])), "pieces": int(cut.sum())},
+        "cut": {
+            "documents": len(np.unique(slices.document[cut])),
+            "pieces": int(cut.sum()),
+            # They are trained without the beginning of their document, so without its question.
+            "tokens_without_beginning": int(sizes[slices.start > 0].sum()),
+        },
         "dropped": {
             reason: {"documents": int(which.sum()), "tokens": int(tokens.sum())}
             for reason, (which, tokens) in reasons.items()

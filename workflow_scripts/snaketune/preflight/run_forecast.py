@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from snaketune.common.cli import UserError
+from snaketune.models.positions import Positions
 from snaketune.packing.pack_plan import open_plan
 from snaketune.preflight.memory_forecast import SETTINGS, Shape, process_memory
 from snaketune.preflight.sizes import BYTES, checkpoint_bytes
@@ -19,6 +22,7 @@ def make_run_plan(
     config: Mapping[str, Any],
     pack_plan: Path,
     shape: Shape,
+    positions: Positions,
     *,
     gpus: int,
     device_gib: float,
@@ -30,17 +34,20 @@ def make_run_plan(
         config: The run's settings.
         pack_plan: Folder of the pack plan, which has every length.
         shape: Shape of the model.
+        positions: The lengths that the base was made for.
         gpus: Number of GPUs, with one process each; 0 for CPU processes, `train.processes` or one.
         device_gib: Memory of a GPU, or the memory available to a CPU process.
         tokens_per_second: Total of all processes; None if unknown, then hours are None.
 
     Raises:
-        UserError: The data does not fill an optimizer step.
+        UserError: The data does not fill an optimizer step, or documents are longer than learned positions.
     """
     train = config["train"]
     ranks = gpus or train["processes"] or 1
     readers = ranks // train["sequence_parallel"]
     plan = open_plan(pack_plan)
+    lengths = plan.slice_lengths
+    positions.require(int(lengths.max()))
     rows = plan.entries_per_epoch(readers)
     batch = train["global_batch"] or train["accumulative_counts"] * readers
     steps = train["max_steps"] or int(train["max_epochs"] * rows) // batch
@@ -88,6 +95,13 @@ def make_run_plan(
         "device_gib": device_gib,
         "parameters": shape.parameters,
         "trained_parameters": shape.trained,
+        "documents": {
+            "longest": int(lengths.max()),
+            "positions": positions.limit,
+            "beyond_positions": int((lengths > (positions.limit or np.inf)).sum()),
+            "window": positions.window,
+            "beyond_window": int((lengths > (positions.window or np.inf)).sum()),
+        },
         "rows": rows,
         "steps": steps,
         "tokens": tokens,

@@ -15,6 +15,7 @@ from snaketune.checkpoints.checkpoint_content import load_random_state
 from snaketune.checkpoints.pinned import PinPolicy
 from snaketune.checkpoints.universal import remove_universal
 from snaketune.common.cli import UserError
+from snaketune.models.positions import read_positions
 from snaketune.settings.schema import default_of
 from snaketune.training.early_stop import StopRequest
 from snaketune.training.isolation_check import require_isolated_documents
@@ -116,8 +117,10 @@ class TrainLoop(BaseLoop):
         replace_zero_0_step(engine)
         runner.call_hook("before_train")
         runner.call_hook("before_train_epoch")
-        if self.sampler.plan.mode != "single":
-            require_isolated_documents(engine.module.llm)
+        plan, model = self.sampler.plan, engine.module.llm
+        read_positions(model).require(int(plan.slice_lengths.max()))
+        if plan.mode != "single":
+            require_isolated_documents(model)
         stream = self._micro_batches()
         if runner.random_state_folder is not None:
             load_random_state(runner.random_state_folder, runner.rank)
