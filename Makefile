@@ -31,7 +31,7 @@ GRAPH_STYLE := -e '/label = "all"/d' -e '/-> 0$$/d' \
 	-e 's/node\[.*/node[shape=box, style="rounded,filled", fillcolor="\#e8f1fb", color="\#3b6ea8", fontname="Helvetica", fontsize=12];/' \
 	-e 's/edge\[.*/edge[color="\#7a8da3", arrowsize=0.7];/' -e 's/, color = "[^"]*", style="[^"]*"//'
 
-.PHONY: help setup setup-opencompass demo demo-real test test-quick test-slurm slurm-up slurm-down slurm-programs browser lint docs lock clean check-python
+.PHONY: help setup setup-opencompass demo demo-real test test-quick test-slurm slurm-up slurm-down slurm-programs browser lint docs docs-models lock clean check-python
 
 help:
 	@echo "make demo                       set up, then fine-tune, convert and evaluate the demo in config.yaml"
@@ -147,6 +147,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
+
+docs-models: $(VENV)/.dev
+	$(BIN)/python workflow_scripts/render_models_docs.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python workflow_scripts/render_config_docs.py

@@ -91,7 +91,13 @@ def _answer(arguments: argparse.Namespace) -> int:
     Returns 1 if the all-reduce failed. The launcher then ends the other ranks, which might wait forever.
     """
     from snaketune.preflight.check import attempt
-    from snaketune.preflight.checks import check_gpus, check_other_versions, check_tokenizer, check_versions
+    from snaketune.preflight.checks import (
+        check_gpus,
+        check_other_versions,
+        check_positions,
+        check_tokenizer,
+        check_versions,
+    )
     from snaketune.preflight.ranks import check_all_reduce
     from snaketune.preflight.sizes import check_disk
 
@@ -121,8 +127,10 @@ def _answer(arguments: argparse.Namespace) -> int:
             )
         folder, runs = arguments.folder, [_resolved(each) for each in settings["runs"]]
         checks.append(attempt("disk", lambda: check_disk(folder, runs, settings["jsonl_bytes"])))
-        for each in _by_tokenizer(runs):
+        for each in _alike(runs, "model", "tokenizer", "template", "extended"):
             checks.append(attempt(f"tokenizer of {each['run']}", lambda each=each: check_tokenizer(each)))
+        for each in _alike(runs, "model", "longest"):
+            checks.append(attempt(f"positions of {each['run']}", lambda each=each: check_positions(each)))
     path = arguments.folder / ANSWERS / f"rank_{rank}.json"
     for last in (False, True):
         if last:
@@ -131,11 +139,11 @@ def _answer(arguments: argparse.Namespace) -> int:
     return 0 if checks[-1].passed else 1
 
 
-def _by_tokenizer(runs: list[dict]) -> list[dict]:
-    """Returns one run for each model and tokenizer. Its name counts the other runs that share them."""
+def _alike(runs: list[dict], *names: str) -> list[dict]:
+    """Returns one run for each combination of these settings. Its name counts the other runs that share them."""
     groups: dict[tuple, list[dict]] = {}
     for each in runs:
-        key = tuple(each[name] for name in ("model", "tokenizer", "template", "extended"))
+        key = tuple(each[name] for name in names)
         groups.setdefault(key, []).append(each)
     more = {key: f" and {len(group) - 1} more" if len(group) > 1 else "" for key, group in groups.items()}
     return [{**group[0], "run": group[0]["run"] + more[key]} for key, group in groups.items()]

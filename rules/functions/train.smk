@@ -120,6 +120,7 @@ def preflight_settings(wildcards):
                 "extended": TOKENIZER.format(tokenizer=tokenizer_key(run)),
                 "hf_dtype": settings["hf"]["dtype"],
                 "turbomind": settings["turbomind"]["enabled"],
+                "longest": min(train["max_length"], settings["data"]["max_tokens"]),
                 "lora_rank": train["lora"] and train["lora"]["rank"],
                 **{
                     key: train[key]

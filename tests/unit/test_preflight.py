@@ -30,7 +30,7 @@ def settings(tiny_model_dir, tmp_path):
         "save_optimizer": True,
         "save_total_limit": 2,
     }
-    run |= {"processes": None, "turbomind": True, "lora_rank": None}
+    run |= {"processes": None, "turbomind": True, "lora_rank": None, "longest": 2048}
     return {"runs": [run], "jsonl_bytes": 1000, "turbomind_python": None}
 
 
@@ -50,7 +50,9 @@ def test_everything_that_can_be_wrong_on_one_machine_is_told(
     greedy = {**good, "run": "greedy", "save_total_limit": 10**9}
     small = shutil.copytree(tiny_model_dir, tmp_path / "small")
     config = json.loads((small / "config.json").read_text())
-    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    (small / "config.json").write_text(
+        json.dumps({**config, "vocab_size": 300, "max_position_embeddings": 1024})
+    )
     foreign = {**good, "run": "foreign", "model": str(small)}
     swapped = shutil.copytree(tiny_model_dir, tmp_path / "swapped")
     tokenizer = json.loads((swapped / "tokenizer.json").read_text())
@@ -78,11 +80,13 @@ def test_everything_that_can_be_wrong_on_one_machine_is_told(
     assert checks["TurboMind's packages"]["fix"] == "make setup"
     assert "lower train.save_total_limit" in checks["disk"]["fix"]
     assert "embedding rows" in checks["tokenizer of foreign"]["found"]
+    assert "the base was made for only 1,024: snakemake plan" in checks["positions of foreign"]["found"]
+    assert "the base was made for 4,096" in checks["positions of demo and 3 more"]["found"]
     assert "2 tokens" in checks["tokenizer of other"]["found"]
     assert "made from a different base" in checks["tokenizer of made"]["found"]
     assert "GB/s" in checks["all-reduce"]["found"]
     assert not (folder / "passed.json").exists()
-    assert "6 of 10 checks failed" in done.stdout and "to do" in done.stdout
+    assert "6 of 12 checks failed" in done.stdout and "to do" in done.stdout
     assert done.stdout == (folder / "report.txt").read_text()
     again = run_script("preflight.py", "report", "--folder", folder, check=False)
     assert again.returncode == 2 and "preflight.py begin" in again.stderr, "each report needs its own begin"

@@ -85,6 +85,32 @@ def check_gpus(processes: int | None) -> Check:
     return Check("GPUs", True, found)
 
 
+def check_positions(run: Mapping[str, Any]) -> Check:
+    """Compares the longest documents that a run allows with the lengths that its base was made for.
+
+    Passes, since the conversations may be shorter: `snakemake plan` counts the longer ones.
+
+    Args:
+        run: `run`, `model`, `trust_remote_code` and `longest`, the most tokens of a document.
+    """
+    from snaketune.export.hf_tensors import empty_model
+    from snaketune.models.positions import read_positions
+
+    positions = read_positions(empty_model(run["model"], run["trust_remote_code"]))
+    longest, found = run["longest"], [f"documents of up to {run['longest']:,} tokens"]
+    if positions.limit is None:
+        found.append("no limit in the base's config")
+    elif longest <= positions.limit:
+        found.append(f"the base was made for {positions.limit:,}")
+    elif positions.learned:
+        found.append(f"the base has learned {positions.limit:,} positions: training refuses longer documents")
+    else:
+        found.append(f"the base was made for only {positions.limit:,}: snakemake plan counts the longer ones")
+    if positions.window and longest > positions.window:
+        found.append(f"layers with a window see {positions.window:,}")
+    return Check(f"positions of {run['run']}", True, "; ".join(found))
+
+
 def check_tokenizer(run: Mapping[str, Any]) -> Check:
     """Compares the base tokenizer with the model, and with the extended tokenizer if it exists.
 
