@@ -5,10 +5,6 @@ OUTPUT          shared/tokenizer/{tokenizer}/: tokenizer.json with the chat temp
 
 
 rule extend_tokenizer:
-    input:
-        architecture=proofs_of(
-            lambda wildcards: [run for run in RUNS if tokenizer_key(run) == wildcards.tokenizer]
-        ),
     output:
         directory(TOKENIZER),
     log:

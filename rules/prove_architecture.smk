@@ -2,7 +2,8 @@
 REQUIRED INPUT  the config of the base model
 OUTPUT          shared/models/{model}/architecture.json: the checks that the architecture passed
 
-Everything else waits for it: an architecture that would train wrongly is refused before anything is paid for.
+Everything else waits for it (rules/keep_back_jobs.smk): an architecture that would train wrongly is refused before
+anything is paid for.
 """
 
 
@@ -13,7 +14,6 @@ rule prove_architecture:
         f"{LOGS}/prove_architecture/{{model}}.log",
     benchmark:
         f"{BENCHMARKS}/prove_architecture/{{model}}.tsv"
-    priority: 100
     retries: 0  # the result would be the same
     conda:
         "../envs/snaketune.yaml"

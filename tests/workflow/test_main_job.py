@@ -125,6 +125,7 @@ def test_another_packing_costs_its_plan_and_what_follows(finished, sections):
     with kept(finished.config_file):
         finished.configure(**sections)
         assert finished.planned() == AFTER_TRAINING | {
+            "prove_architecture": 1,
             "plan_packing": 1,
             "plan_run": 1,
             "render_train_config": 1,

@@ -19,6 +19,7 @@ def test_preflight_passes_and_looks_again_each_time(finished):
         "GPUs",
         "disk",
         "tokenizer of demo",
+        "positions of demo",
         "all-reduce",
     } == set(checks)
     assert "<|im_start|> 32005; 32,006 ids" in checks["tokenizer of demo"]["found"]
