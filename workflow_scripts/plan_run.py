@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the forecast to this JSON file")
     args = parser.parse_args()
 
+    from snaketune.export.turbomind_limits import check_run
     from snaketune.preflight.memory_forecast import read_shape
     from snaketune.preflight.run_forecast import make_run_plan, measured_speed
 
@@ -36,12 +37,14 @@ def main() -> None:
     vocab_size = (
         read_json(args.tokenizer_path / "manifest.json")["vocab_size"] if args.tokenizer_path else None
     )
+    shape = read_shape(
+        model["path"] or model["hub"], vocab_size, model["trust_remote_code"], lora and lora["rank"]
+    )
+    check_run(args.config.parent.name, config)  # Snakemake could not check a hub model before this
     plan = make_run_plan(
         config,
         args.plan,
-        read_shape(
-            model["path"] or model["hub"], vocab_size, model["trust_remote_code"], lora and lora["rank"]
-        ),
+        shape,
         gpus=args.gpus,
         device_gib=args.memory_gib,
         tokens_per_second=args.tokens_per_second or (measured_speed(args.metrics) if args.metrics else None),
