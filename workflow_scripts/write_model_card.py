@@ -74,8 +74,10 @@ def serving_text(args: argparse.Namespace, files: RunFiles, commands) -> str:
     if args.turbomind:
         chat_template = args.commands.with_name("lmdeploy_chat_template.json")
         write_json(chat_template, commands.chat_template_config(args.chat_template))
-        parts["lmdeploy 0.9.2.post1"] = commands.converted_command(
-            args.turbomind, served, chat_template, tp, turbomind.get("session_len")
+        length = turbomind.get("session_len")
+        limit = f" (TurboMind has no sliding window, so contexts end at the model's: {length} tokens)"
+        parts["lmdeploy 0.9.2.post1" + limit * bool(turbomind.get("sliding_window"))] = (
+            commands.converted_command(args.turbomind, served, chat_template, tp, length)
         )
     if args.direct:
         parts["lmdeploy 0.10 and later"] = (args.direct / "serve.txt").read_text(encoding="utf-8").strip()
