@@ -37,18 +37,17 @@ def main() -> None:
     vocab_size = (
         read_json(args.tokenizer_path / "manifest.json")["vocab_size"] if args.tokenizer_path else None
     )
-    shape = read_shape(
-        model["path"] or model["hub"], vocab_size, model["trust_remote_code"], lora and lora["rank"]
-    )
-    check_run(args.config.parent.name, config)  # Snakemake could not check a hub model before this
     plan = make_run_plan(
         config,
         args.plan,
-        shape,
+        read_shape(
+            model["path"] or model["hub"], vocab_size, model["trust_remote_code"], lora and lora["rank"]
+        ),
         gpus=args.gpus,
         device_gib=args.memory_gib,
         tokens_per_second=args.tokens_per_second or (measured_speed(args.metrics) if args.metrics else None),
     )
+    check_run(args.config.parent.name, config)  # a hub model's config is on this machine only now
     if args.output:
         write_json(args.output, plan)
     where = f"{plan['gpus']} GPUs" if plan["gpus"] else f"{plan['ranks']} CPU process(es)"
