@@ -73,6 +73,7 @@ from snaketune.chat_files.processed_layout import find_datasets
 from snaketune.packing.plan_format import PLAN_ARRAYS, PLAN_FORMAT, check_weights, own_weights
 from snaketune.tokenized.job_parts import MEGABYTE, TOKENIZED_FORMAT, file_sizes, split_datasets, split_parts
 from snaketune.chat_format.template_file import template_path
+from snaketune.export.turbomind_limits import check_run
 from snaketune.tokenized.layout import TEMPLATE_FOLDER
 from snaketune.settings.command_line import flags, options_of
 from snaketune.settings.load import load_settings
@@ -170,6 +171,13 @@ if CONVERTED and not USES_CONDA:
             f"  found:    {SETTINGS.environments['turbomind_python']}\n"
             "  to fix:   run `make setup`, or set turbomind.mode: direct or turbomind.enabled: false"
         )
+
+# What lmdeploy cannot serve is known from the base's config.json, so no run trains for it in vain.
+try:
+    for name, run in RUNS.items():
+        check_run(name, run)
+except UserError as error:
+    raise WorkflowError(str(error)) from None
 
 if any(run["opencompass"]["enabled"] for run in RUNS.values()) and not USES_CONDA:
     if not Path(OPENCOMPASS_PYTHON).is_file():

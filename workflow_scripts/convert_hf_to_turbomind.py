@@ -49,6 +49,7 @@ def main() -> None:
         chat_template=args.chat_template,
         tp=args.tp,
         dtype=args.dtype,
+        session_len=args.session_len,
         model_format=args.model_format,
         group_size=args.group_size,
         tokenizer_path=args.tokenizer_path,
@@ -56,8 +57,14 @@ def main() -> None:
     )
     print(
         f"wrote {args.dst_path}: {manifest['architecture']}, {manifest['dtype']}, tp {manifest['tp']}, "
-        f"rope base {manifest['rope_theta']:g}, {len(manifest['files'])} files"
+        f"rope base {manifest['rope_theta']:g}, contexts of up to {manifest['session_len']} tokens, "
+        f"{len(manifest['files'])} files"
     )
+    if manifest["sliding_window"]:
+        print(
+            f"the model has a sliding window of {manifest['sliding_window']} tokens. TurboMind has none, so it serves "
+            "only contexts that fit into one window, where both compute the same"
+        )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="Hugging Face folder")
     parser.add_argument("dst", type=Path, help="folder to write; replaced if it exists")
     add_settings(parser, "link_serving_folder")
-    parser.add_argument("--session-len", type=int, help="maximum context length (default: the model's)")
     args = parser.parse_args()
 
     from snaketune.export.lmdeploy_folder import make_serving_folder
@@ -31,6 +30,7 @@ def main() -> None:
     print(
         f"wrote {args.dst}: {manifest['architecture']} (trained as {manifest['trained_architecture']}), "
         f"{manifest['dtype']}, {len(manifest['files'])} files"
+        + (f", contexts of up to {manifest['session_len']} tokens" if manifest["session_len"] else "")
     )
 
 

@@ -29,6 +29,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from snaketune.export.hf_tensors import empty_model
+    from snaketune.export.turbomind_limits import check_run
     from snaketune.models.positions import read_positions
     from snaketune.preflight.memory_forecast import read_shape
     from snaketune.preflight.run_forecast import make_run_plan, measured_speed
@@ -49,6 +50,7 @@ def main() -> None:
         device_gib=args.memory_gib,
         tokens_per_second=args.tokens_per_second or (measured_speed(args.metrics) if args.metrics else None),
     )
+    check_run(args.config.parent.name, config)  # a hub model's config is on this machine only now
     if args.output:
         write_json(args.output, plan)
     where = f"{plan['gpus']} GPUs" if plan["gpus"] else f"{plan['ranks']} CPU process(es)"

@@ -10,6 +10,7 @@ from snaketune.common import result_paths as names
 from snaketune.common.cli import run
 from snaketune.common.files import read_json, write_json, write_text
 from snaketune.common.run_files import RunFiles
+from snaketune.serving.lmdeploy_engines import session_length
 from snaketune.settings.command_line import add_settings
 
 
@@ -73,11 +74,16 @@ def serving_text(args: argparse.Namespace, files: RunFiles, commands) -> str:
     if args.turbomind:
         chat_template = args.commands.with_name("lmdeploy_chat_template.json")
         write_json(chat_template, commands.chat_template_config(args.chat_template))
-        parts["lmdeploy 0.9.2.post1"] = commands.converted_command(args.turbomind, served, chat_template, tp)
+        length = turbomind.get("session_len")
+        limit = f" (TurboMind has no sliding window, so contexts end at the model's: {length} tokens)"
+        parts["lmdeploy 0.9.2.post1" + limit * bool(turbomind.get("sliding_window"))] = (
+            commands.converted_command(args.turbomind, served, chat_template, tp, length)
+        )
     if args.direct:
         parts["lmdeploy 0.10 and later"] = (args.direct / "serve.txt").read_text(encoding="utf-8").strip()
     else:
-        newer = commands.lmdeploy_command(args.hf, served, hf["architecture"], tp, template=template)
+        length = session_length(read_json(args.hf / "config.json"), None)
+        newer = commands.lmdeploy_command(args.hf, served, hf["architecture"], tp, length, template)
         parts["lmdeploy 0.10 and later"] = newer
     parts["vLLM"] = commands.vllm_command(args.hf, served, tp, template)
     parts["SGLang (no parser for these tool calls: they stay in the text of an answer)"] = (

@@ -143,15 +143,62 @@ def test_the_manifest_and_config_say_what_was_written(workspace, hf):
     assert (dst / "tokenizer.json").read_bytes() == (hf[0] / "tokenizer.json").read_bytes()
 
 
-def test_two_gpus_bfloat16_and_what_is_refused(hf, tmp_path):
-    folder, weights, _ = hf
+@pytest.fixture
+def variant(hf, tmp_path):
+    """Returns a function that copies the Hugging Face folder with other settings; None drops one."""
 
-    def variant(name: str, **changes) -> str:
-        copy = shutil.copytree(folder, tmp_path / name)
+    def make(name: str, **changes) -> str:
+        copy = shutil.copytree(hf[0], tmp_path / name)
         config = {**read_json(copy / "config.json"), **changes}
         write_json(copy / "config.json", {key: value for key, value in config.items() if value is not None})
         return str(copy)
 
+    return make
+
+
+def test_settings_that_lmdeploy_does_not_read_are_written_for_it(hf, variant, tmp_path):
+    """The engine computes with config.yaml: rope in the spelling of transformers 5, a head size left out, a window."""
+    import yaml
+
+    folder, _, _ = hf
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 54321.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 512,
+    }
+    rope |= {"mscale": 2.0, "mscale_all_dim": 0.5}
+    variants = {
+        "new": variant("new", rope_theta=None, rope_scaling=None),
+        "no head size": variant("no_head_size", head_dim=None),
+        "window": variant("window", sliding_window=64),
+        "shorter": str(folder),
+        "yarn": variant("yarn", rope_theta=None, rope_scaling=None, rope_parameters=rope),
+    }
+    options = {"shorter": {"session_len": 100}}
+    jobs = [
+        {"hf": hf_folder, "dst": str(tmp_path / f"{name}.tm"), "options": options.get(name, {})}
+        for name, hf_folder in variants.items()
+    ]
+    assert run_driver(jobs) == ["done"] * len(jobs)
+    models, ropes, manifests = {}, {}, {}
+    for name in variants:
+        config = yaml.safe_load((tmp_path / f"{name}.tm/triton_models/weights/config.yaml").read_text())
+        models[name], ropes[name] = config["model_config"], config["attention_config"]["rope_param"]
+        manifests[name] = read_json(tmp_path / f"{name}.tm" / "manifest.json")
+    assert ropes["new"]["base"] == 54321.0
+    assert models["no head size"]["size_per_head"] == 64
+    lengths = {name: model["session_len"] for name, model in models.items()}
+    assert lengths == {"new": 512, "no head size": 512, "window": 64, "shorter": 100, "yarn": 512}
+    assert lengths == {name: manifest["session_len"] for name, manifest in manifests.items()}
+    assert manifests["window"]["sliding_window"] == 64
+    # lmdeploy alone would write 512 / 512 and 1 + 0.1 log 4.
+    assert ropes["yarn"]["factor"] == 4.0
+    assert ropes["yarn"]["attention_factor"] == pytest.approx((1 + 0.2 * np.log(4)) / (1 + 0.05 * np.log(4)))
+
+
+def test_two_gpus_bfloat16_and_what_is_refused(hf, variant, tmp_path):
+    folder, weights, _ = hf
     overflow = variant("overflow")
     from safetensors.torch import save_file
 
@@ -160,20 +207,29 @@ def test_two_gpus_bfloat16_and_what_is_refused(hf, tmp_path):
     (tmp_path / "kept" / "old").touch()
     jobs = [
         {"hf": str(folder), "dst": str(tmp_path / "tp2"), "options": {"tp": 2, "dtype": "bfloat16"}},
-        # As saved by transformers 5: lmdeploy does not read rope_parameters and would write 10,000.
-        {"hf": variant("new", rope_theta=None), "dst": str(tmp_path / "kept")},
+        {
+            "hf": variant("window", sliding_window=64),
+            "dst": str(tmp_path / "no"),
+            "options": {"session_len": 65},
+        },
+        # Passes our own checks, but not lmdeploy's.
+        {
+            "hf": variant("old", architectures=["BaichuanForCausalLM"], num_attention_heads=40),
+            "dst": str(tmp_path / "no"),
+        },
         {"hf": variant("gpt2", architectures=["GPT2LMHeadModel"]), "dst": str(tmp_path / "no")},
         {"hf": variant("heads", head_dim=32), "dst": str(tmp_path / "no")},
         {"hf": str(folder), "dst": str(tmp_path / "no"), "options": {"tp": 4}},
         {"hf": str(folder), "dst": str(tmp_path / "no"), "options": {"chat_template": "nonsense"}},
         {"hf": variant("code", auto_map={"AutoConfig": "x.Y"}), "dst": str(tmp_path / "no")},
-        {"hf": overflow, "dst": str(tmp_path / "no")},
+        {"hf": overflow, "dst": str(tmp_path / "kept")},
         {"hf": str(tmp_path / "absent"), "dst": str(tmp_path / "no")},
     ]
     done, *errors = run_driver(jobs)
     expected = [
-        "disagree on rope theta",
-        "does not support the architecture",
+        "turbomind.session_len: 64",
+        "lmdeploy 0.9.2.post1 refuses",
+        "does not support this architecture",
         "heads of size 32",
         "tp does not fit this model",
         "unknown chat template",
@@ -185,7 +241,7 @@ def test_two_gpus_bfloat16_and_what_is_refused(hf, tmp_path):
     assert len(errors) == len(expected)
     for error, part in zip(errors, expected, strict=True):
         assert part in error
-    assert "LlamaForCausalLM" in errors[1]
+    assert "LlamaForCausalLM" in errors[2]
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["old"]
     assert not (tmp_path / "no").exists()
 

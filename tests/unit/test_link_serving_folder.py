@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
 from export_models import extend_tokenizer, write_base, write_checkpoint
-from snaketune.common.files import read_json, sha256_file
-from snaketune.export.lmdeploy_folder import as_llama
+from snaketune.common.cli import UserError
+from snaketune.common.files import read_json, sha256_file, write_json
+from snaketune.export.lmdeploy_folder import make_serving_folder
+from snaketune.serving.lmdeploy_engines import as_llama
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +58,34 @@ def test_a_window_stays_a_mistral_and_runs_on_the_other_engine():
     config = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4096}
     assert as_llama(config) == config
     assert "--backend pytorch" in lmdeploy_command("served", "mine", "MistralForCausalLM")
+    # transformers uses a window where the file names none.
+    assert (
+        as_llama({"model_type": "mistral", "architectures": ["MistralForCausalLM"]})["model_type"]
+        == "mistral"
+    )
+
+
+def test_a_window_that_turbomind_ignores_limits_the_session(hf, tmp_path):
+    """Qwen2 stays on TurboMind, which computes full attention for it."""
+    qwen = shutil.copytree(hf, tmp_path / "qwen")
+    config = read_json(qwen / "config.json") | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+    write_json(qwen / "config.json", config | window)
+    manifest = make_serving_folder(qwen, tmp_path / "served", model_name="mine")
+    assert manifest["session_len"] == 64
+    command = (tmp_path / "served" / "serve.txt").read_text()
+    assert "--backend turbomind" in command and "--session-len 64" in command
+    with pytest.raises(UserError, match=r"turbomind.session_len: 64"):
+        make_serving_folder(qwen, tmp_path / "no", model_name="mine", session_len=65)
+    assert not (tmp_path / "no").exists()
+
+
+def test_an_architecture_without_an_engine_gets_no_folder(hf, tmp_path, run_script):
+    granite = shutil.copytree(hf, tmp_path / "granite")
+    config = read_json(granite / "config.json") | {"architectures": ["GraniteForCausalLM"]}
+    write_json(granite / "config.json", config)
+    done = run_script(
+        "link_serving_folder.py", granite, tmp_path / "served", "--model-name", "mine", check=False
+    )
+    assert done.returncode == 2 and "GraniteForCausalLM" in done.stderr
+    assert not (tmp_path / "served").exists()

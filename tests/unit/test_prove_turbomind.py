@@ -38,6 +38,19 @@ INTERNLM2 = {
     "head_dim": 128,
     "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
 }
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 54321.0, "factor": 3.0}
+# With `factor` other than max_position_embeddings / original, and numbers of which lmdeploy reads none.
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 54321.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.4,
+}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 36}
 # name: (kind of model, its settings, tp, dtype)
 FAMILIES = {
     "mistral": ("mistral", {}, 1, "float16"),
@@ -57,6 +70,24 @@ FAMILIES = {
         "bfloat16",
     ),
     "qwen3": ("qwen3", {}, 1, "bfloat16"),
+    "linear rope": ("mistral", {"rope_parameters": LINEAR_ROPE}, 1, "float16"),
+    "yarn rope": ("qwen3", {"rope_parameters": YARN_ROPE}, 1, "float16"),
+    "window": ("mistral", {"sliding_window": 16}, 1, "float16"),
+    "mixtral": ("mixtral", {"num_local_experts": 5, "intermediate_size": 36}, 1, "float16"),
+    "mixtral tp 8, padded": (
+        "mixtral",
+        {
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "hidden_size": 512,
+            "num_local_experts": 3,
+            "intermediate_size": 36,
+        },
+        8,
+        "bfloat16",
+    ),
+    "qwen2 mixture tp 2": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 45}, 2, "float16"),
+    "qwen3 mixture": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True}, 1, "bfloat16"),
     "internlm2": ("internlm2", INTERNLM2, 1, "float16"),
     "internlm2 tp 2": ("internlm2", INTERNLM2, 2, "bfloat16"),
 }
@@ -100,6 +131,9 @@ def converted(tmp_path_factory, tiny_tokenizer_dir) -> dict[str, tuple[Path, Pat
                 if parameter.dim() == 1:
                     parameter.add_(0.1 * torch.randn(parameter.shape))
         save_model(model, hf, "float32")
+        if kind == "mixtral":  # as published
+            config = read_json(hf / "config.json")
+            write_json(hf / "config.json", {key: config[key] for key in config if key != "head_dim"})
         if kind == "internlm2":
             shutil.copytree(hf, hf.with_name("llama"))
             make_internlm2(hf)
@@ -250,6 +284,67 @@ def test_another_setting_is_named(copy, field, change):
     hf, turbomind = copy("mistral")
     edit_config(turbomind, change)
     assert f"{field}: " in refusal(hf, turbomind)
+
+
+@pytest.mark.parametrize(
+    "name, field, change",
+    [
+        ("window", "session_len: 16", lambda c: c["model_config"].update(session_len=512)),
+        ("linear rope", "rope_factor", lambda c: c["attention_config"]["rope_param"].update(factor=2.0)),
+        *(
+            ("yarn rope", f"rope_{name}", lambda c, name=name: c["attention_config"]["rope_param"].update({name: 3.0}))
+            for name in ("factor", "attention_factor", "beta_fast", "beta_slow", "max_position_embeddings")
+        ),
+        ("internlm2", "rope_max_position_embeddings", lambda c: c["attention_config"]["rope_param"].update(max_position_embeddings=7)),
+        ("qwen3 mixture", "normalised_experts", lambda c: c["model_config"].update(norm_topk_prob=False)),
+        ("qwen3 mixture", "experts_per_token", lambda c: c["model_config"].update(experts_per_token=1)),
+        ("qwen2 mixture tp 2", "shared_expert_gate", lambda c: c["model_config"].update(moe_shared_gate=False)),
+        ("mixtral", "routed_scale", lambda c: c["model_config"].update(routed_scale=2.0)),
+    ],
+)  # fmt: skip
+def test_another_number_of_rope_window_or_experts_is_named(copy, name, field, change):
+    hf, turbomind = copy(name)
+    edit_config(turbomind, change)
+    assert field in refusal(hf, turbomind)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("yarn rope", lambda c: c["attention_config"]["rope_param"].update(attention_factor=1.0)),
+        ("yarn rope", lambda c: c["attention_config"]["rope_param"].update(beta_slow=1.0)),
+        ("mixtral", lambda c: c["model_config"].update(norm_topk_prob=False)),
+        ("qwen3 mixture", lambda c: c["model_config"].update(experts_per_token=3)),
+    ],
+)
+def test_the_logits_alone_show_a_wrong_setting(copy, monkeypatch, name, change):
+    """Without the comparison of settings."""
+    from snaketune.export import turbomind_proof
+
+    hf, turbomind = copy(name)
+    edit_config(turbomind, change)
+    monkeypatch.setattr(turbomind_proof, "compare_config", lambda *_: {})
+    assert "different logits" in refusal(hf, turbomind)
+
+
+def test_swapped_experts_are_named(copy):
+    hf, turbomind = copy("qwen3 mixture")
+    one, other = (turbomind / WEIGHTS / f"layers.1.moe_ffn.experts.{each}.w2.0.weight" for each in (2, 4))
+    bytes_of_one = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(bytes_of_one)
+    message = refusal(hf, turbomind)
+    assert "model.layers.1.mlp.experts.2.down_proj.weight" in message
+    assert "model.layers.1.mlp.experts.4.down_proj.weight" in message and "gate_proj" not in message
+
+
+def test_another_router_is_named(copy):
+    hf, turbomind = copy("mixtral")
+    path = turbomind / WEIGHTS / "layers.0.moe_ffn.gate.weight"
+    data = np.fromfile(path, dtype=np.uint16).reshape(128, 5)
+    data[:, [0, 1]] = data[:, [1, 0]]
+    data.tofile(path)
+    assert "model.layers.0.block_sparse_moe.gate.weight" in refusal(hf, turbomind)
 
 
 def test_the_logits_alone_show_a_wrong_theta(copy, monkeypatch):

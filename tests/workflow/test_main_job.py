@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -228,6 +230,32 @@ def test_a_mistake_in_the_config_stops_before_any_job(finished, sections, words)
     assert "Traceback" not in text
     for word in words:
         assert word in text
+
+
+def test_what_turbomind_cannot_serve_stops_before_any_job(finished, tmp_path):
+    """A base with another architecture, and one with a window shorter than the wanted session."""
+    model = Path(finished.config["model"]["path"])
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    config = json.loads((model / "config.json").read_text())
+
+    def planned(turbomind: dict, **changes) -> str:
+        (base / "config.json").write_text(json.dumps(config | changes))
+        with kept(finished.config_file):
+            finished.configure(model={"path": str(base)}, turbomind=turbomind)
+            done = finished.run("--dry-run", "--quiet", "rules", check=False)
+        text = done.stdout + done.stderr
+        assert "Traceback" not in text
+        return text
+
+    other = {"architectures": ["GraniteForCausalLM"]}
+    refused = planned({}, **other)
+    assert "config: run 'demo': TurboMind" in refused and "GraniteForCausalLM" in refused
+    assert "turbomind.enabled: false" in refused and "train_model" not in refused
+    assert "train_model" in planned({"enabled": False}, **other)
+    refused = planned({"session_len": 4097}, sliding_window=4096)
+    assert "turbomind.session_len" in refused and "at most 4096" in refused and "train_model" not in refused
+    assert "train_model" in planned({}, sliding_window=4096)
 
 
 def test_what_the_run_took_was_planned(finished):

@@ -88,6 +88,7 @@ def test_the_commands_name_what_is_there_and_where_an_answer_ends(served, finish
     lines = [line for line in commands.splitlines() if line and not line.startswith("#")]
     converted, newer, vllm, sglang, terminal = lines
     assert converted.startswith("lmdeploy serve api_server results/demo/turbomind ")
+    assert f"--session-len {read(run / 'hf/config.json')['max_position_embeddings']} " in converted
     assert newer.startswith("lmdeploy serve api_server results/demo/hf ")
     assert vllm.startswith("vllm serve results/demo/hf ") and "--enable-auto-tool-choice" in vllm
     assert all("--tool-call-parser internlm" in line for line in (converted, newer, vllm))

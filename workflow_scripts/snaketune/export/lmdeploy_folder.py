@@ -14,6 +14,8 @@ from snaketune.common.files import atomic_dir, link_or_copy, read_json, write_js
 from snaketune.common.slurm import job_record
 from snaketune.export.hf_config import rope_of
 from snaketune.export.hf_folder import describe_files, require_model_folder
+from snaketune.export.turbomind_limits import check_limits
+from snaketune.serving.lmdeploy_engines import as_llama, session_length
 from snaketune.settings.schema import default_of
 
 
@@ -23,7 +25,7 @@ def make_serving_folder(
     *,
     model_name: str,
     tp: int = default_of("turbomind.tp"),
-    session_len: int | None = None,
+    session_len: int | None = default_of("turbomind.session_len"),
 ) -> dict[str, Any]:
     """Makes a folder for lmdeploy >= 0.10, with the serving command in `serve.txt`.
 
@@ -32,15 +34,22 @@ def make_serving_folder(
         dst: Folder to create; an existing one is replaced.
         model_name: Name to serve the model under.
         tp: GPUs that share the model.
-        session_len: Longest context; None uses the model's config.
+        session_len: Longest context in tokens; None leaves it to lmdeploy, or uses the model's sliding window where
+            lmdeploy's TurboMind engine would ignore it.
 
     Returns:
         The manifest, which is also written to `manifest.json` in the folder.
+
+    Raises:
+        UserError: lmdeploy cannot serve the model (`check_limits`).
     """
     from snaketune.serving.commands import lmdeploy_command
 
     config = read_json(require_model_folder(model) / "config.json")
+    settings = {"mode": "direct", "tp": tp, "session_len": session_len}
+    check_limits(config, settings, f"{model}: ", proved=False)
     written = as_llama(config)
+    session_len = session_length(written, session_len)
     with atomic_dir(dst) as folder:
         for path in sorted(model.rglob("*")):
             if path.is_file() and path.name not in ("config.json", "manifest.json"):
@@ -62,18 +71,10 @@ def make_serving_folder(
             "dtype": written["dtype"],
             "tp": tp,
             "rope_theta": rope_of(written)[0],
+            "session_len": session_len,
             "hf_weights_sha256": source.get("weights_sha256"),
             "files": describe_files(folder, same),
             **job_record(),
         }
         write_json(folder / "manifest.json", manifest)
     return manifest
-
-
-def as_llama(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the config of the equivalent Llama for a Mistral config without a sliding window; others unchanged."""
-    if config.get("model_type") != "mistral" or config.get("sliding_window") is not None:
-        return config
-    llama = {key: value for key, value in config.items() if key != "sliding_window"}
-    llama |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    return llama | {"attention_bias": False, "mlp_bias": False}

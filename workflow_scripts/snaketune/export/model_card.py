@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from snaketune.common.files import sha256_json
+from snaketune.export.turbomind_limits import base_config
 from snaketune.serving.commands import lmdeploy_command, sglang_command, vllm_command
+from snaketune.serving.lmdeploy_engines import session_length
 from snaketune.tokenized.layout import manifests_folder
 from snaketune.tokenized.manifests import list_manifests, read_manifest
 
@@ -106,8 +108,10 @@ def model_card(
         ]
     if parity is not None:
         lines += ["", "## Conversions", "", *parity_table(parity)]
+    source = {"path": base, "hub": None} if Path(base).exists() else {"path": None, "hub": base}
+    length = session_length(base_config(source) or {}, None)
     commands = [
-        lmdeploy_command(Path(folder), "tuned", hf["architecture"], template=template),
+        lmdeploy_command(Path(folder), "tuned", hf["architecture"], session_len=length, template=template),
         vllm_command(Path(folder), "tuned", template=template),
         sglang_command(Path(folder), "tuned"),
     ]

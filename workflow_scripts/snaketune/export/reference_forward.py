@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import silu
 
 from snaketune.common.cli import UserError
-from snaketune.export.turbomind_folder import TurboMindFolder
+from snaketune.export.turbomind_folder import FeedForward, Layer, TurboMindFolder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,8 +32,9 @@ def turbomind_logits(folder: TurboMindFolder, ids: torch.Tensor) -> torch.Tensor
     """
     model, attention = folder.config["model_config"], folder.config["attention_config"]
     eps, size = model["norm_eps"], folder.head_size
-    angles = torch.arange(ids.shape[1]).double()[:, None] * _frequencies(attention["rope_param"])
-    cos, sin = angles.cos().float()[:, None], angles.sin().float()[:, None]
+    frequencies, factor = _rope(attention["rope_param"])
+    angles = torch.arange(ids.shape[1]).double()[:, None] * frequencies
+    cos, sin = (factor * each.float()[:, None] for each in (angles.cos(), angles.sin()))
     ahead = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
     state = folder.embedding()[ids].float()
     for number in range(folder.layers):
@@ -48,8 +49,7 @@ def turbomind_logits(folder: TurboMindFolder, ids: torch.Tensor) -> torch.Tensor
         shares = scores.masked_fill(ahead, -torch.inf).softmax(-1)
         mixed = torch.einsum("bhqk,bkhd->bqhd", shares, v.repeat_interleave(group, 2)).flatten(2)
         state = state + _linear(mixed, layer, "o")
-        x = _rms_norm(state, layer.ffn_norm, eps)
-        state = state + (silu(x @ layer.gate.float()) * (x @ layer.up.float())) @ layer.down.float()
+        state = state + _feed_forward(folder, number, layer, _rms_norm(state, layer.ffn_norm, eps))
     return _rms_norm(state, folder.norm(), eps) @ folder.output()[:, : folder.vocab].float()
 
 
@@ -97,6 +97,32 @@ def _linear(x: torch.Tensor, layer: Any, letter: str) -> torch.Tensor:
     return result + layer.biases[letter].float() if letter in layer.biases else result
 
 
+def _feed_forward(folder: TurboMindFolder, number: int, layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Returns the output of a layer's feed-forward block, of its experts, or of both."""
+    result = torch.zeros_like(x)
+    if layer.dense is not None:
+        result = _gated(x, layer.dense)
+        if layer.shared_gate is not None:
+            result = result * (x @ layer.shared_gate.float()).sigmoid()
+    if layer.router is None:
+        return result
+    model = folder.config["model_config"]
+    shares, chosen = (x @ layer.router.float()).softmax(-1).topk(model["experts_per_token"])
+    if model["norm_topk_prob"]:
+        shares = shares / shares.sum(-1, keepdim=True)
+    for each in range(folder.experts[number]):
+        own = chosen == each
+        at = own.any(-1)
+        if at.any():
+            share = (shares * own).sum(-1, keepdim=True)[at] * model["routed_scale"]
+            result[at] += share * _gated(x[at], folder.expert(number, each))
+    return result
+
+
+def _gated(x: torch.Tensor, block: FeedForward) -> torch.Tensor:
+    return (silu(x @ block.gate.float()) * (x @ block.up.float())) @ block.down.float()
+
+
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
 
@@ -107,24 +133,36 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
-def _frequencies(rope: dict[str, Any]) -> torch.Tensor:
-    """Returns the angle per position of each pair of dimensions (size / 2,), fp64.
+def _rope(rope: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """Returns the angle per position of each pair of dimensions (size / 2,), fp64, and the factor of cos and sin.
 
-    `llama3` divides low frequencies by `factor` and interpolates between the two bounds (Llama 3.1's model card).
+    `llama3` divides low frequencies by `factor` and interpolates between the two bounds (Llama 3.1's model card). `yarn`
+    does the same along the dimensions instead of the frequencies, and scales cos and sin (arXiv 2309.00071).
     """
     plain = float(rope["base"]) ** -(torch.arange(0, rope["dim"], 2).double() / rope["dim"])
     if rope["type"] in ("default", "dynamic"):  # dynamic has no effect within the trained length
-        return plain
+        return plain, 1.0
     if rope["type"] == "linear":
-        return plain / rope["factor"]
+        return plain / rope["factor"], 1.0
     if rope["type"] == "llama3":
         turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         blend = ((turns - low) / (high - low)).clamp(0, 1)
-        return plain * (blend + (1 - blend) / rope["factor"])
+        return plain * (blend + (1 - blend) / rope["factor"]), 1.0
+    if rope["type"] == "yarn":
+        # The dimensions whose angles turn `beta_fast` and `beta_slow` times within the original length.
+        length, base = rope["max_position_embeddings"], rope["base"]
+        first, last = (
+            rope["dim"] * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+            for turns in (rope["beta_fast"], rope["beta_slow"])
+        )
+        low, high = max(math.floor(first), 0), min(math.ceil(last), rope["dim"] - 1)
+        places = torch.arange(len(plain)).double()
+        slow = ((places - low) / max(high - low, 0.001)).clamp(0, 1)
+        return plain * (1 - slow + slow / rope["factor"]), rope["attention_factor"]
     raise UserError(
         "no reference implementation for this rope type",
         found=rope["type"],
-        expected="default, linear, dynamic or llama3",
-        fix="set turbomind.proof: false, and check the served model's answers yourself",
+        expected="default, linear, dynamic, llama3 or yarn",
+        fix="set parity.enabled: false, and check the served model's answers yourself",
     )

@@ -17,8 +17,10 @@ import importlib.metadata
 import importlib.util
 import io
 import sys
+import tempfile
 import types
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ from snaketune.common.cli import UserError
 from snaketune.common.files import atomic_dir, read_json, write_json
 from snaketune.common.slurm import job_record
 from snaketune.export.hf_folder import describe_files, require_in_range, require_model_folder
-from snaketune.export.turbomind_config import WEIGHTS, head_size, shared_settings
+from snaketune.export.turbomind_config import WEIGHTS, converter_config, rope_numbers, shared_settings
+from snaketune.export.turbomind_limits import check_limits
+from snaketune.serving.lmdeploy_engines import ignored_window, longest_session
 from snaketune.settings.schema import default_of
 
 
@@ -38,6 +42,7 @@ def convert(
     chat_template: str = default_of("turbomind.chat_template"),
     tp: int = default_of("turbomind.tp"),
     dtype: str = default_of("turbomind.dtype"),
+    session_len: int | None = default_of("turbomind.session_len"),
     model_format: str = "hf",
     group_size: int = 0,
     tokenizer_path: str | None = None,
@@ -52,6 +57,7 @@ def convert(
         chat_template: One of lmdeploy's built-in templates.
         tp: GPUs that share the model, a power of two.
         dtype: float16, bfloat16 or auto (bfloat16 for a bfloat16 model, else float16).
+        session_len: Longest context in tokens; None uses the model's positions, or its sliding window if shorter.
         model_format: hf, awq, gptq or fp8.
         group_size: Group size of 4-bit weights; 0 uses the format's default.
         tokenizer_path: Another tokenizer file to copy.
@@ -61,8 +67,8 @@ def convert(
         The manifest, which is also written to `manifest.json` in the workspace.
 
     Raises:
-        UserError: lmdeploy is not installed, the architecture, template or tp is not supported, values do not fit
-            float16, or the workspace disagrees with the Hugging Face config.
+        UserError: lmdeploy is not installed or cannot convert the model (`check_limits`), the template is unknown,
+            values do not fit float16, or the workspace disagrees with the Hugging Face config.
     """
     model_path = require_model_folder(model_path)
     hf_config = read_json(model_path / "config.json")
@@ -72,15 +78,17 @@ def convert(
     from lmdeploy.model import MODELS
     from lmdeploy.turbomind.deploy import converter
 
-    _require_convertible(model_path, hf_config, chat_template, tp, set(MODELS.module_dict))
+    settings = {"mode": "convert", "tp": tp, "session_len": session_len}
+    check_limits(hf_config, settings, f"{model_path}: ", proved=False)
+    _require_template(chat_template, set(MODELS.module_dict))
     if model_format == "hf":
         _require_dtype_holds_weights(model_path, dtype, hf_config)
-    with atomic_dir(dst_path) as folder:
+    with atomic_dir(dst_path) as folder, _readable(model_path, hf_config) as readable:
         # The manifest has everything that it prints about each split tensor. Its progress bar goes to stderr.
         with contextlib.redirect_stdout(io.StringIO()):
             converter.main(
                 model_name,
-                str(model_path),
+                str(readable),
                 model_format=model_format,
                 dtype=dtype,
                 chat_template=chat_template,
@@ -89,10 +97,10 @@ def convert(
                 tp=tp,
                 group_size=group_size,
             )
-        written = _read_workspace_config(folder)
+        written = _write_own_settings(folder, hf_config, session_len)
         _require_same_model(hf_config, written)
         _require_whole(folder, written, tp)
-        manifest = _manifest(folder, model_name, model_path, written, tp)
+        manifest = _manifest(folder, model_name, model_path, written, tp, ignored_window(hf_config))
         write_json(folder / "manifest.json", manifest)
     if not gpu:
         print("converted without a GPU: the files are the same, but serving them needs one")
@@ -199,28 +207,7 @@ def _refuse_code(model_path: Path) -> None:
             )
 
 
-def _require_convertible(
-    model_path: Path, hf_config: dict, chat_template: str, tp: int, templates: set[str]
-) -> None:
-    """Raises a `UserError` if TurboMind does not support the architecture, head size, template or tp."""
-    from lmdeploy.turbomind.supported_models import SUPPORTED_ARCHS, is_supported
-
-    architecture = (hf_config.get("architectures") or ["none named"])[0]
-    if architecture not in SUPPORTED_ARCHS:
-        raise UserError(
-            f"TurboMind does not support the architecture of {model_path}",
-            found=architecture,
-            expected="one of " + ", ".join(sorted(SUPPORTED_ARCHS)),
-            fix="set turbomind.enabled: false and serve the Hugging Face folder instead",
-        )
-    size = head_size(hf_config)
-    if not is_supported(str(model_path)) or size not in (None, 64, 128):
-        raise UserError(
-            f"TurboMind cannot serve this {architecture}",
-            found=f"attention heads of size {size}",
-            expected="heads of size 64 or 128",
-            fix="serve the Hugging Face folder instead",
-        )
+def _require_template(chat_template: str, templates: set[str]) -> None:
     if chat_template not in templates:
         raise UserError(
             "unknown chat template",
@@ -228,13 +215,30 @@ def _require_convertible(
             expected="one of " + ", ".join(sorted(templates)),
             fix="use --chat-template internlm2, the format that SnakeTune trains",
         )
-    heads = hf_config.get("num_attention_heads", 0)
-    if tp < 1 or tp & (tp - 1) or heads % tp:
-        raise UserError(
-            "tp does not fit this model",
-            found=f"--tp {tp}, {heads} attention heads",
-            expected="a power of two that divides the number of heads",
-        )
+
+
+@contextlib.contextmanager
+def _readable(model_path: Path, hf_config: dict[str, Any]) -> Iterator[Path]:
+    """Yields a folder of links to the model's files, with a config.json that lmdeploy reads as transformers does.
+
+    Raises:
+        UserError: lmdeploy refuses the model.
+    """
+    from lmdeploy.turbomind.supported_models import is_supported
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for path in model_path.iterdir():
+            if path.name != "config.json":
+                (folder / path.name).symlink_to(path.resolve())
+        write_json(folder / "config.json", converter_config(hf_config))
+        if not is_supported(name):
+            raise UserError(
+                f"lmdeploy 0.9.2.post1 refuses {model_path}",
+                expected="a model that its supported_models.py accepts",
+                fix="set turbomind.enabled: false, and serve the Hugging Face folder",
+            )
+        yield folder
 
 
 def _require_dtype_holds_weights(model_path: Path, dtype: str, hf_config: dict) -> None:
@@ -249,10 +253,20 @@ def _require_dtype_holds_weights(model_path: Path, dtype: str, hf_config: dict) 
         require_in_range(name, tensor, target)
 
 
-def _read_workspace_config(folder: Path) -> dict[str, Any]:
+def _write_own_settings(folder: Path, hf_config: dict[str, Any], session_len: int | None) -> dict[str, Any]:
+    """Writes the session length and the rope's numbers to config.yaml, and returns all of it.
+
+    lmdeploy takes all positions for a session, also beyond a sliding window, and computes yarn's factor from them.
+    """
     import yaml
 
-    return yaml.safe_load((folder / WEIGHTS / "config.yaml").read_text())
+    path = folder / WEIGHTS / "config.yaml"
+    written = yaml.safe_load(path.read_text())
+    written["attention_config"]["rope_param"] |= rope_numbers(hf_config)
+    model = written["model_config"]
+    model["session_len"] = session_len or longest_session(hf_config) or model["session_len"]
+    path.write_text(yaml.safe_dump(written))
+    return written
 
 
 def _require_same_model(hf_config: dict, written: dict) -> None:
@@ -263,7 +277,7 @@ def _require_same_model(hf_config: dict, written: dict) -> None:
                 f"TurboMind's config.yaml and the Hugging Face config.json disagree on {what.replace('_', ' ')}",
                 found=found,
                 expected=expected,
-                fix="convert the checkpoint again with convert_pth_to_hf.py, which writes both spellings of the config",
+                fix="set turbomind.enabled: false, and serve the Hugging Face folder",
             )
 
 
@@ -286,7 +300,9 @@ def _require_whole(folder: Path, written: dict, tp: int) -> None:
             )
 
 
-def _manifest(folder: Path, model_name: str, model_path: Path, written: dict, tp: int) -> dict[str, Any]:
+def _manifest(
+    folder: Path, model_name: str, model_path: Path, written: dict, tp: int, window: int | None
+) -> dict[str, Any]:
     model, rope = written["model_config"], written["attention_config"]["rope_param"]
     source = model_path / "manifest.json"
     # lmdeploy copies every JSON file of the source. Its manifest and weight index do not describe this folder.
@@ -303,6 +319,7 @@ def _manifest(folder: Path, model_name: str, model_path: Path, written: dict, tp
         "rope_theta": rope["base"],
         "rope_type": rope["type"],
         "session_len": model["session_len"],
+        "sliding_window": window,
         "vocab_size": model["vocab_size"],
         "tokenizer_size": model["tokenizer_size"],
         "hf_weights_sha256": read_json(source).get("weights_sha256") if source.is_file() else None,

@@ -4,7 +4,7 @@ Written from the engine's side, without lmdeploy, so that `turbomind_proof.py` c
 A weight is stored (in, out), the transpose of a linear layer's. A file of rank r holds that rank's share: columns of
 `w_qkv`, `w1`, `w3`, `output` and the embedding, rows of `wo` and `w2`. A rank's `w_qkv` is its q heads, then its k
 heads, then its v heads. The rotary kernel rotates adjacent dimensions, so dimension i of a q or k head is stored next
-to i + size / 2.
+to i + size / 2. A mixture has a folder of `w1`, `w2` and `w3` for each expert, and a router that every rank keeps whole.
 """
 
 from __future__ import annotations
@@ -19,9 +19,19 @@ import torch
 import yaml
 
 from snaketune.common.cli import UserError
-from snaketune.export.turbomind_config import WEIGHTS
+from snaketune.export.turbomind_config import MIXTURES, WEIGHTS, dense_size
+from snaketune.serving.lmdeploy_engines import architecture_of
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A feed-forward block or one expert: `gate` and `up` (hidden, inner), `down` (inner, hidden), padding included."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,9 @@ class Layer:
     Attributes:
         q, k, v: (hidden, heads x size), q and k with rotary pairs adjacent; k and v with all copies.
         o: (heads x size, hidden).
-        gate, up: (hidden, inner); `down`: (inner, hidden), padding included.
+        dense: The feed-forward block of every token: the only one, or a mixture's shared expert; None without.
+        router: (hidden, experts), if the layer is a mixture; see `TurboMindFolder.expert`.
+        shared_gate: (hidden, 1) of the shared expert, if the model has one.
         attention_norm, ffn_norm: (hidden,).
         biases: Of q, k, v and o, if the model has them.
         q_norm, k_norm: (size,) with rotary pairs adjacent, if the model has them.
@@ -41,9 +53,9 @@ class Layer:
     k: torch.Tensor
     v: torch.Tensor
     o: torch.Tensor
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
+    dense: FeedForward | None
+    router: torch.Tensor | None
+    shared_gate: torch.Tensor | None
     attention_norm: torch.Tensor
     ffn_norm: torch.Tensor
     biases: dict[str, torch.Tensor]
@@ -75,7 +87,7 @@ class TurboMindFolder:
                 f"{folder} has quantised weights, which cannot be compared exactly",
                 found=model["weight_type"],
                 expected=" or ".join(DTYPES),
-                fix="set turbomind.proof: false for quantised models",
+                fix="set parity.enabled: false for quantised models",
             )
         self.dtype = DTYPES[model["weight_type"]]
         self.tp: int = model["attn_tp_size"]
@@ -89,7 +101,10 @@ class TurboMindFolder:
             model["vocab_size"],
             model["num_layer"],
         )
+        self.session_len: int = model["session_len"]
         self.inner_sizes: list[int] = model["inter_size"]
+        self.experts: list[int] = list(model["expert_num"]) or [0] * self.layers
+        self.expert_size: int = model["expert_inter_size"]
         self.read: set[str] = set()
 
     def layer(self, number: int) -> Layer:
@@ -101,7 +116,7 @@ class TurboMindFolder:
         prefix = f"layers.{number}"
         q, k, v = self._qkv(f"{prefix}.attention.w_qkv", "weight", self.hidden)
         size = self.heads * self.head_size
-        inner = self.inner_sizes[number]
+        inner, experts = self.inner_sizes[number], self.experts[number]
         biases = {}
         if self.weights.joinpath(f"{prefix}.attention.w_qkv.0.bias").is_file():
             rows = self._qkv(f"{prefix}.attention.w_qkv", "bias", 1)
@@ -112,15 +127,23 @@ class TurboMindFolder:
             k=k,
             v=v,
             o=self._joined(f"{prefix}.attention.wo", size, self.hidden, dim=0),
-            gate=self._joined(f"{prefix}.feed_forward.w1", self.hidden, inner, dim=1),
-            up=self._joined(f"{prefix}.feed_forward.w3", self.hidden, inner, dim=1),
-            down=self._joined(f"{prefix}.feed_forward.w2", inner, self.hidden, dim=0),
+            dense=self._feed_forward(f"{prefix}.feed_forward", inner) if inner else None,
+            router=self._file(f"{prefix}.moe_ffn.gate.weight", self.hidden, experts) if experts else None,
+            shared_gate=self._optional(f"{prefix}.moe_ffn.shared_gate.weight", self.hidden, 1),
             attention_norm=self._file(f"{prefix}.attention_norm.weight", self.hidden),
             ffn_norm=self._file(f"{prefix}.ffn_norm.weight", self.hidden),
             biases=biases,
             q_norm=self._optional(f"{prefix}.attention.q_norm", self.head_size),
             k_norm=self._optional(f"{prefix}.attention.k_norm", self.head_size),
         )
+
+    def expert(self, number: int, expert: int) -> FeedForward:
+        """Returns an expert of layer `number`; a caller that keeps one at a time needs little memory.
+
+        Raises:
+            UserError: A file is missing or its size does not match the config.
+        """
+        return self._feed_forward(f"layers.{number}.moe_ffn.experts.{expert}", self.expert_size)
 
     def embedding(self) -> torch.Tensor:
         """Returns the embedding (rows, hidden); rows past the vocabulary are padding."""
@@ -134,37 +157,36 @@ class TurboMindFolder:
         """Returns the weights of the last norm (hidden,)."""
         return self._file("norm.weight", self.hidden)
 
-    def hf_tensors(self, inner_size: int, kv_heads: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def hf_tensors(self, hf_config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields every weight with Hugging Face's name and layout, layer by layer.
 
         Args:
-            inner_size: The model's feed-forward size; the engine's may be padded to a multiple of tp.
-            kv_heads: The model's number of KV heads; with more GPUs than KV heads, the engine has copies.
+            hf_config: The parsed config.json. The engine's sizes may be padded to a multiple of tp, and with more GPUs
+                than KV heads, the engine has copies.
 
         Raises:
             UserError: Padding is not zero, or copies of a KV head differ.
         """
+        kv_heads = hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"]
+        mixture = MIXTURES.get(architecture_of(hf_config))
         yield "model.embed_tokens.weight", self._unpadded("tok_embeddings", self.embedding(), 0, self.vocab)
         for number in range(self.layers):
             layer, name = self.layer(number), f"model.layers.{number}"
             yield f"{name}.input_layernorm.weight", layer.attention_norm
-            for letter in "qkvo":
-                matrix, bias = getattr(layer, letter), layer.biases.get(letter)
-                if letter in "qk":
-                    matrix, bias = self._apart(matrix), None if bias is None else self._apart(bias)
-                if letter in "kv":
-                    matrix, bias = (self._once(f"{name} {letter}", each, kv_heads) for each in (matrix, bias))
-                yield f"{name}.self_attn.{letter}_proj.weight", matrix.T
-                if bias is not None:
-                    yield f"{name}.self_attn.{letter}_proj.bias", bias
-            for letter in "qk":
-                norm = getattr(layer, f"{letter}_norm")
-                if norm is not None:
-                    yield f"{name}.self_attn.{letter}_norm.weight", self._apart(norm)
+            yield from self._hf_attention(f"{name}.self_attn", layer, kv_heads)
             yield f"{name}.post_attention_layernorm.weight", layer.ffn_norm
-            for part, dim in (("gate", 1), ("up", 1), ("down", 0)):
-                matrix = self._unpadded(f"{name} {part}", getattr(layer, part), dim, inner_size)
-                yield f"{name}.mlp.{part}_proj.weight", matrix.T
+            if layer.dense is not None:
+                block = f"{name}.mlp" if mixture is None else f"{name}.{mixture.block}.shared_expert"
+                yield from self._hf_feed_forward(block, layer.dense, dense_size(hf_config))
+            if layer.router is None or mixture is None:
+                continue
+            block = f"{name}.{mixture.block}"
+            yield f"{block}.gate.weight", layer.router.T
+            if layer.shared_gate is not None:
+                yield f"{block}.shared_expert_gate.weight", layer.shared_gate.T
+            for each in range(self.experts[number]):
+                expert, size = self.expert(number, each), hf_config[mixture.inner_size]
+                yield from self._hf_feed_forward(f"{block}.experts.{each}", expert, size, mixture.parts)
         yield "model.norm.weight", self.norm()
         yield "lm_head.weight", self._unpadded("output", self.output(), 1, self.vocab).T
 
@@ -176,6 +198,38 @@ class TurboMindFolder:
     @property
     def _rows(self) -> int:
         return -(-self.vocab // self.tp) * self.tp
+
+    def _hf_attention(self, name: str, layer: Layer, kv_heads: int) -> Iterator[tuple[str, torch.Tensor]]:
+        for letter in "qkvo":
+            matrix, bias = getattr(layer, letter), layer.biases.get(letter)
+            if letter in "qk":
+                matrix, bias = self._apart(matrix), None if bias is None else self._apart(bias)
+            if letter in "kv":
+                matrix, bias = (self._once(f"{name} {letter}", each, kv_heads) for each in (matrix, bias))
+            yield f"{name}.{letter}_proj.weight", matrix.T
+            if bias is not None:
+                yield f"{name}.{letter}_proj.bias", bias
+        for letter in "qk":
+            norm = getattr(layer, f"{letter}_norm")
+            if norm is not None:
+                yield f"{name}.{letter}_norm.weight", self._apart(norm)
+
+    def _hf_feed_forward(
+        self,
+        name: str,
+        block: FeedForward,
+        size: int,
+        parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for part, matrix, dim in zip(parts, (block.gate, block.up, block.down), (1, 1, 0), strict=True):
+            yield f"{name}.{part}.weight", self._unpadded(f"{name} {part}", matrix, dim, size).T
+
+    def _feed_forward(self, prefix: str, inner: int) -> FeedForward:
+        return FeedForward(
+            gate=self._joined(f"{prefix}.w1", self.hidden, inner, dim=1),
+            up=self._joined(f"{prefix}.w3", self.hidden, inner, dim=1),
+            down=self._joined(f"{prefix}.w2", inner, self.hidden, dim=0),
+        )
 
     def _qkv(self, name: str, kind: str, rows: int) -> list[torch.Tensor]:
         size = self.head_size
@@ -198,8 +252,8 @@ class TurboMindFolder:
             raise UserError(f"the ranks' copies of {name}.{kind} differ", fix="convert again")
         return first
 
-    def _optional(self, name: str, size: int) -> torch.Tensor | None:
-        return self._file(name, size) if (self.weights / name).is_file() else None
+    def _optional(self, name: str, *shape: int) -> torch.Tensor | None:
+        return self._file(name, *shape) if (self.weights / name).is_file() else None
 
     def _file(self, name: str, *shape: int) -> torch.Tensor:
         path, expected = self.weights / name, 2 * int(np.prod(shape))

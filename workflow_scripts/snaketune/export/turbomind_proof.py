@@ -18,19 +18,20 @@ from snaketune.common.cli import UserError
 from snaketune.common.files import read_json
 from snaketune.common.progress import Progress
 from snaketune.export import internlm2
-from snaketune.export.hf_config import rope_of
 from snaketune.export.hf_folder import require_model_folder
+from snaketune.export.mixtures import FusedExperts
 from snaketune.export.reference_forward import transformers_logits, turbomind_logits
-from snaketune.export.turbomind_config import shared_settings
-from snaketune.export.turbomind_folder import TurboMindFolder, same_bits
-
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    internlm2.ARCHITECTURE,
+from snaketune.export.turbomind_config import (
+    MIXTURES,
+    dense_size,
+    mixture_settings,
+    padded,
+    shared_settings,
 )
+from snaketune.export.turbomind_folder import TurboMindFolder, same_bits
+from snaketune.export.turbomind_limits import PROVED_ARCHITECTURES
+from snaketune.serving.lmdeploy_engines import architecture_of
+
 # Between two fp32 evaluations of the same function that differ in the order of summation.
 LARGEST_DIFFERENCE = 1e-4
 TOKENS = 64
@@ -52,13 +53,13 @@ def prove(hf: Path, turbomind: Path, forward: bool = True) -> dict[str, Any]:
         UserError: Anything differs; names the first ten tensors or fields that do.
     """
     hf_config = read_json(require_model_folder(hf) / "config.json")
-    architecture = (hf_config.get("architectures") or ["none named"])[0]
-    if architecture not in ARCHITECTURES:
+    architecture = architecture_of(hf_config)
+    if architecture not in PROVED_ARCHITECTURES:
         raise UserError(
             "cannot prove the TurboMind layout of this architecture",
             found=architecture,
-            expected=", ".join(ARCHITECTURES),
-            fix="set turbomind.proof: false, and check the served model's answers yourself",
+            expected=", ".join(PROVED_ARCHITECTURES),
+            fix="set parity.enabled: false, and check the served model's answers yourself",
         )
     folder = TurboMindFolder(turbomind)
     weights: Mapping[str, torch.Tensor] = open_safetensors(hf)
@@ -82,11 +83,14 @@ def _compare_forward(
 ) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    ids = torch.randint(folder.vocab, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    tokens = min(TOKENS, folder.session_len)
+    ids = torch.randint(folder.vocab, (1, tokens), generator=torch.Generator().manual_seed(0))
     config = AutoConfig.for_model(**hf_config)
+    if architecture_of(hf_config) in MIXTURES:
+        weights = FusedExperts(weights, hf_config)
     expected = transformers_logits(config, weights, ids, folder.dtype)
     found = turbomind_logits(folder, ids)
-    return {"tokens": TOKENS, **compare_logits(expected, found, "TurboMind", "the Hugging Face folder")}
+    return {"tokens": tokens, **compare_logits(expected, found, "TurboMind", "the Hugging Face folder")}
 
 
 def compare_weights(weights: Mapping[str, torch.Tensor], folder: TurboMindFolder, hf_config: dict) -> int:
@@ -95,12 +99,10 @@ def compare_weights(weights: Mapping[str, torch.Tensor], folder: TurboMindFolder
     Raises:
         UserError: A tensor differs or is missing on one side.
     """
-    heads = hf_config["num_attention_heads"]
-    kv_heads = hf_config.get("num_key_value_heads") or heads
     left = {name for name in weights if not name.endswith("rotary_emb.inv_freq")}
     wrong, tensors = [], 0
     total = 2 + len(left)
-    found = folder.hf_tensors(hf_config["intermediate_size"], kv_heads)
+    found = folder.hf_tensors(hf_config)
     progress = Progress("tensors", total)
     for name, tensor in found:
         progress.add("weights", tensors=1)
@@ -130,16 +132,15 @@ def compare_config(hf_config: dict[str, Any], folder: TurboMindFolder) -> dict[s
     """
     model, attention = folder.config["model_config"], folder.config["attention_config"]
     rope = attention["rope_param"]
-    _, scaling = rope_of(hf_config)
     length = hf_config.get("max_position_embeddings", 0)
-    pairs = shared_settings(hf_config, folder.config) | {
+    pairs = shared_settings(hf_config, folder.config) | mixture_settings(hf_config, folder.config)
+    pairs |= {
         "rope_size": (folder.head_size, rope["dim"]),
         "intermediate_size": (
-            [-(-hf_config["intermediate_size"] // folder.tp) * folder.tp] * folder.layers,
+            [padded(dense_size(hf_config), folder.tp)] * folder.layers,
             folder.inner_sizes,
         ),
         "norm_eps": (hf_config["rms_norm_eps"], model["norm_eps"]),
-        "session_len": (length, model["session_len"]),
         "max_position_embeddings": (length, attention["max_position_embeddings"]),
         "softmax_scale": (
             0.0,
@@ -147,9 +148,6 @@ def compare_config(hf_config: dict[str, Any], folder: TurboMindFolder) -> dict[s
         ),  # 0: the engine's default, 1 / sqrt(head size)
         "attention_bias": (_has_bias(hf_config), bool(model["attn_bias"])),
     }
-    for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-        if name in scaling and scaling["rope_type"] in ("linear", "llama3"):
-            pairs[f"rope_{name}"] = (scaling[name], rope[name])
     wrong = [
         f"{name}: {ours} in config.json, {theirs} in config.yaml"
         for name, (ours, theirs) in pairs.items()
@@ -183,7 +181,10 @@ def compare_logits(expected: torch.Tensor, found: torch.Tensor, what: str, sourc
 
 
 def _has_bias(hf_config: dict[str, Any]) -> bool:
-    return hf_config["architectures"][0] == "Qwen2ForCausalLM" or bool(hf_config.get("attention_bias", False))
+    architecture = architecture_of(hf_config)
+    if architecture == "Qwen2MoeForCausalLM":
+        return bool(hf_config.get("qkv_bias", True))
+    return architecture == "Qwen2ForCausalLM" or bool(hf_config.get("attention_bias", False))
 
 
 def _difference(name: str, expected: torch.Tensor, found: torch.Tensor) -> list[str]:

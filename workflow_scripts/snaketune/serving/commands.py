@@ -6,20 +6,9 @@ import shlex
 from pathlib import Path
 
 from snaketune.common.files import read_json
+from snaketune.serving.lmdeploy_engines import TURBOMIND_ARCHITECTURES
 from snaketune.settings.schema import default_of
 
-# From lmdeploy >= 0.14, lmdeploy/turbomind/supported_models.py. Others run on its PyTorch engine.
-TURBOMIND_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "InternLM2ForCausalLM",
-    "InternLM3ForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen2MoeForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-    "MixtralForCausalLM",
-    "GptOssForCausalLM",
-)
 # The only shipped template whose tool calls these servers can parse.
 _PARSED = "internlm2_chat"
 
@@ -38,10 +27,19 @@ def lmdeploy_command(
     name: str,
     architecture: str,
     tp: int = default_of("turbomind.tp"),
-    session_len: int | None = None,
+    session_len: int | None = default_of("turbomind.session_len"),
     template: str = _PARSED,
 ) -> str:
-    """Returns the lmdeploy >= 0.10 command for a Hugging Face folder."""
+    """Returns the lmdeploy >= 0.10 command for a Hugging Face folder.
+
+    Args:
+        folder: The folder.
+        name: Name to serve the model under.
+        architecture: Name of the model's class.
+        tp: GPUs that share the model.
+        session_len: Longest context in tokens, from `session_length`; None leaves it to lmdeploy.
+        template: The model's chat template.
+    """
     backend = "turbomind" if architecture in TURBOMIND_ARCHITECTURES else "pytorch"
     words = ["lmdeploy", "serve", "api_server", str(folder), "--model-name", name, "--backend", backend]
     words += ["--tp", str(tp)]
@@ -51,7 +49,11 @@ def lmdeploy_command(
 
 
 def converted_command(
-    folder: Path, name: str, chat_template: Path, tp: int = default_of("turbomind.tp")
+    folder: Path,
+    name: str,
+    chat_template: Path,
+    tp: int = default_of("turbomind.tp"),
+    session_len: int | None = default_of("turbomind.session_len"),
 ) -> str:
     """Returns the lmdeploy 0.9.2.post1 command for a TurboMind workspace.
 
@@ -60,8 +62,10 @@ def converted_command(
         name: Name to serve the model under.
         chat_template: File with `chat_template_config`.
         tp: The tp of the conversion.
+        session_len: Longest context in tokens; None uses config.yaml's, which is the same.
     """
     words = ["lmdeploy", "serve", "api_server", str(folder), "--model-name", name, "--tp", str(tp)]
+    words += ["--session-len", str(session_len)] if session_len else []
     return shlex.join([*words, "--chat-template", str(chat_template), "--tool-call-parser", "internlm"])
 
 
