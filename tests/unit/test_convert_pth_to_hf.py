@@ -352,9 +352,7 @@ def test_two_rope_bases_are_refused():
         "torch_dtype": "float16",
     }
     new = portable_config(old, "bfloat16")
-    assert new["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0}
-    assert new["rope_theta"] == 500000.0 and new["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
-    assert new["dtype"] == new["torch_dtype"] == "bfloat16"
+    assert new == {**old, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
 
 
 def test_a_real_training_run_as_the_guide_converts_it(
