@@ -208,6 +208,18 @@ def test_a_config_that_only_transformers_4_misreads_stops_the_gate(worlds):
         worlds[FORGETFUL].gate()
 
 
+def test_a_kernel_of_a_gpu_is_replaced_where_the_gate_runs(worlds, tmp_path):
+    """Trained with flash attention, which has no CPU version; gemma2's caps have none in sdpa either."""
+    world = worlds["gemma2"]
+    text = world.config.read_text()
+    for attention in ("auto", "flash_attention_2"):
+        config = tmp_path / f"{attention}.py"
+        config.write_text(text.replace("'eager'", f"'{attention}'"))
+        assert config.read_text() != text
+        gate = World(world.base, config, world.checkpoint, world.hf, world.model, world.reading).gate()
+        assert all(row["relative_difference"] < 1e-5 for row in gate["logits"])
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gemma", "gpt_oss", "qwen3_moe"])
 def test_lora_runs_pass_the_gate(worlds, tmp_path, name):
     """Experts, a tied head, and a base that sdpa does not load."""

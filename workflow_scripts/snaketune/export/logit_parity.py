@@ -12,6 +12,7 @@ from snaketune.checkpoints.checkpoint_content import read_state_dict
 from snaketune.checkpoints.safetensors_files import open_safetensors
 from snaketune.common.files import read_json
 from snaketune.export.hf_convert import training_dtype
+from snaketune.export.layerwise import empty_with_buffers
 from snaketune.export.long_prompts import limits_of, long_batch, reachable_length
 from snaketune.export.lora_weights import grown_base
 from snaketune.export.model_logits import checkpoint_logits, folder_logits, prompts_batch
@@ -68,12 +69,12 @@ def compare_models(
     """
     from transformers import AutoConfig
 
-    attention = resolve_attention(attention_on("cpu", config.attention), "cpu")
-    options = {"attention": attention, "trust_remote_code": trust_remote_code}
     base, written = (
         AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         for path in (config.model_path, hf)
     )
+    attention = _attention_on_cpu(config, base, trust_remote_code)
+    options = {"attention": attention, "trust_remote_code": trust_remote_code}
     size = sum(each.shape.numel() for each in open_safetensors(hf).stored.values())
     own = [reachable_length(each, size, eager=attention == "eager") for each in (base, written)]
     theirs = (reading or {}).get("long")
@@ -107,6 +108,16 @@ def compare_models(
         tokens = batch.ids.shape[1]
         rows.append(_row("TurboMind", "Hugging Face", folder.dtype, tokens, expected, found, ours[:1]))
     return {"logits": rows, "limits": limits_of(base), "unread": unread}
+
+
+def _attention_on_cpu(config: TrainConfig, base: PretrainedConfig, trust_remote_code: bool) -> str:
+    """Returns transformers' name of the training's attention, or `eager` if a CPU or the architecture cannot run it."""
+    name = resolve_attention(attention_on("cpu", config.attention), "cpu")
+    try:
+        empty_with_buffers(base, attn_implementation=name, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError, KeyError):
+        return "eager"
+    return name
 
 
 def _row(
