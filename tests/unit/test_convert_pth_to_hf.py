@@ -351,7 +351,7 @@ def test_two_rope_bases_are_refused():
         "rope_scaling": {"type": "linear", "factor": 2.0},
         "torch_dtype": "float16",
     }
-    new = portable_config(old, "bfloat16")
+    new = portable_config({**old, "quantization_config": {"quant_method": "fp8"}}, "bfloat16")
     assert new == {**old, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
 
 

@@ -168,6 +168,15 @@ def test_the_config_is_the_bases_own(worlds, name):
     assert 2 in ends and len(ends) == 2
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_tensors_have_the_names_of_the_bases_files(worlds, name):
+    """transformers 4 finds the vision tower of Gemma 3 under no other name."""
+    from snaketune.checkpoints.safetensors_files import open_safetensors
+
+    base, hf = (set(open_safetensors(folder)) for folder in (worlds[name].base, worlds[name].hf))
+    assert hf == base
+
+
 def test_dtypes_are_those_of_the_weights_in_every_part(worlds, tmp_path):
     from safetensors.torch import load_file
 
