@@ -10,6 +10,7 @@ The tuned model is evaluated only after this gate. An unexplained difference sto
 rule encode_prompts:
     input:
         model=TURBOMIND,
+        hf=HF,
         prompts=own_prompts,
     output:
         READINGS,
@@ -19,18 +20,18 @@ rule encode_prompts:
         f"{BENCHMARKS}/encode_prompts/{{run}}.tsv"
     conda:
         "../envs/turbomind.yaml"
-    threads: 1
+    threads: 2
     resources:
-        mem_mb=lambda wildcards, attempt: 4000 * attempt,
-        runtime=30,
+        mem_mb=lambda wildcards, attempt: 8000 * attempt,
+        runtime=120,
     params:
         options=lambda wildcards: flags(
-            **options_of("encode_prompts", RUNS[wildcards.run], "evaluate", "tokenize", "turbomind")
+            **options_of("encode_prompts", RUNS[wildcards.run], "evaluate", "tokenize", "turbomind", "model")
         ),
     message:
         "Encode the fixed prompts of run {wildcards.run} as serving does"
     shell:
-        '"$TURBOMIND_PYTHON" "$SCRIPTS"/encode_prompts.py {input.model:q} --output {output:q} {params.options} 2>&1 | keep_log {log:q}'
+        '"$TURBOMIND_PYTHON" "$SCRIPTS"/encode_prompts.py {input.model:q} --hf {input.hf:q} --output {output:q} {params.options} 2>&1 | keep_log {log:q}'
 
 
 rule check_parity:

@@ -73,7 +73,7 @@ def train_config(**own) -> str:
     return render_config(settings | given, num_workers=0, log_interval=1, **own)
 
 
-def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path):
+def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path, attention: str = "auto"):
     """Writes a training config and a weights-only checkpoint of the grown base, as in training.
 
     Returns:
@@ -83,16 +83,15 @@ def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path):
 
     from snaketune.models.base_model import grow_to_tokenizer, load_base_model
 
-    model = load_base_model(str(base), "float32").eval()
+    model = load_base_model(str(base), "float32", attention).eval()
     grow_to_tokenizer(model, str(tokenizer_dir), str(base))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     run.mkdir(parents=True, exist_ok=True)
     config = run / "train_config.py"
-    config.write_text(
-        train_config(model_path=str(base), tokenizer_path=str(tokenizer_dir), train_folder="nowhere")
-    )
+    paths = {"model_path": str(base), "tokenizer_path": str(tokenizer_dir), "train_folder": "nowhere"}
+    config.write_text(train_config(**paths, attention=attention))
     checkpoint = run / "iter_7.pth"
     torch.save(
         {"state_dict": {f"llm.{name}": value for name, value in model.state_dict().items()}}, checkpoint
@@ -100,7 +99,9 @@ def write_checkpoint(base: Path, tokenizer_dir: Path, run: Path):
     return config, checkpoint, model
 
 
-def write_lora_checkpoint(base: Path, tokenizer_dir: Path, run: Path, dtype: str = "float32"):
+def write_lora_checkpoint(
+    base: Path, tokenizer_dir: Path, run: Path, dtype: str = "float32", attention: str = "auto"
+):
     """Writes a LoRA training config and a checkpoint of random trained parts.
 
     Returns:
@@ -116,7 +117,7 @@ def write_lora_checkpoint(base: Path, tokenizer_dir: Path, run: Path, dtype: str
     run.mkdir(parents=True, exist_ok=True)
     config = run / "train_config.py"
     settings = {"model_path": str(base), "tokenizer_path": str(tokenizer_dir), "train_folder": "nowhere"}
-    config.write_text(train_config(**settings, lora_rank=2, lora_alpha=3))
+    config.write_text(train_config(**settings, lora_rank=2, lora_alpha=3, attention=attention))
     write_json(run / "identity.json", {"fields": {"dtype": dtype}})
     loaded = load_config(config)
     model, new_ids = grown_base(loaded, dtype)

@@ -35,13 +35,8 @@ def main() -> None:
     from snaketune.chat_format.jinja_template import reads_openai_tools
     from snaketune.encoding.tokenizer import load_tokenizer
     from snaketune.export.checkpoint_source import find_checkpoint
-    from snaketune.export.parity import (
-        compare_ids,
-        compare_models,
-        require_agreement,
-        trained_weights,
-        training_ids,
-    )
+    from snaketune.export.logit_parity import compare_models, trained_weights
+    from snaketune.export.parity import compare_ids, require_agreement, training_ids
     from snaketune.export.prompt_readers import parity_prompts, read_with_transformers
     from snaketune.export.turbomind_proof import prove
     from snaketune.training.train_config import load_config
@@ -54,23 +49,21 @@ def main() -> None:
     readings = [read_with_transformers(args.hf, prompts)]
     if reads_openai_tools(tokenizer.template):
         readings.append(read_with_transformers(args.hf, prompts, openai=True))
-    if args.readings:
-        theirs = read_json(args.readings)
-        if theirs["prompts"] != prompts:
-            raise UserError(f"{args.readings} has different prompts", fix="run encode_prompts.py again")
-        readings += theirs["readings"]
-    ids = compare_ids(prompts, expected, readings, tokenizer)
-    state = trained_weights(config, *find_checkpoint(args.checkpoint), args.trust_remote_code)
-    try:
-        logits = compare_models(
-            config.model_path, state, args.hf, args.turbomind, expected, args.trust_remote_code
-        )
-        proof = prove(args.hf, args.turbomind, forward=False) if args.turbomind else None
-    finally:
-        print_ids(ids)
-    print_logits(logits)
-    write_json(args.output, {"format": 1, "logits": logits, "ids": ids, "turbomind": proof, **job_record()})
+    theirs = (
+        read_json(args.readings) if args.readings else {"prompts": prompts, "readings": [], "logits": None}
+    )
+    if theirs["prompts"] != prompts:
+        raise UserError(f"{args.readings} has different prompts", fix="run encode_prompts.py again")
+    ids = compare_ids(prompts, expected, readings + theirs["readings"], tokenizer)
+    print_ids(ids)
     require_agreement(ids)
+    state = trained_weights(config, *find_checkpoint(args.checkpoint), args.trust_remote_code)
+    compared = compare_models(
+        config, state, args.hf, args.turbomind, expected, theirs["logits"], args.trust_remote_code
+    )
+    print_logits(compared)
+    proof = prove(args.hf, args.turbomind, forward=False) if args.turbomind else None
+    write_json(args.output, {"format": 1, **compared, "ids": ids, "turbomind": proof, **job_record()})
     print("parity holds" + (f"; {proof['tensors']} tensors equal bit for bit" if proof else ""))
 
 
@@ -85,14 +78,18 @@ def print_ids(rows: list[dict]) -> None:
             print(f"    why: {each['why'] or 'unknown, so the gate fails'}")
 
 
-def print_logits(rows: list[dict]) -> None:
-    """Prints the differences between logits."""
-    for row in rows:
+def print_logits(compared: dict) -> None:
+    """Prints the differences between logits, and what was not compared."""
+    for row in compared["logits"]:
         print(
             f"{row['of']} against {row['against']} in {row['dtype']}: relative {row['relative_difference']:.1e}, "
             f"largest {row['largest_difference']:.1e}, top-1 agreement {row['top1_agreement']:.1%}, "
-            f"rounding itself {row['rounding_difference']:.1e}"
+            f"rounding itself {row['rounding_difference']:.1e}, up to {row['tokens']} tokens"
         )
+    for name, limit in compared["limits"].items():
+        print(f"the model computes differently beyond {limit} tokens ({name})")
+    for each in compared["unread"]:
+        print(f"logits of {each['reader']}: {each['why']}")
 
 
 if __name__ == "__main__":

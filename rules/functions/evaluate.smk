@@ -13,7 +13,9 @@ def model_options(wildcards):
 
 def evaluate_flags(wildcards):
     """Returns the flags of evaluate_model.py. Checkpoints answer no prompts."""
-    options = options_of("evaluate_model", RUNS[wildcards.run], "evaluate", "tokenize", "model")
+    options = options_of(
+        "evaluate_model", RUNS[wildcards.run], "evaluate", "tokenize", "model", "train.attention"
+    )
     if not wildcards.get("label"):
         options["prompts"] = None
     return flags(**model_options(wildcards), **options)
@@ -21,7 +23,8 @@ def evaluate_flags(wildcards):
 
 def tool_call_flags(wildcards, input):
     """Returns the flags of evaluate_tool_calls.py. Snakemake does not compare them: the function takes `input`."""
-    sections = ("tool_calls.plain_text", "tool_calls.max_tokens", "tool_calls", "tokenize", "model")
+    limits = ("tool_calls.plain_text", "tool_calls.max_tokens")
+    sections = (*limits, "tool_calls", "tokenize", "model", "train.attention")
     options = options_of("evaluate_tool_calls", RUNS[wildcards.run], *sections)
     return flags(**model_options(wildcards), **options)
 

@@ -31,7 +31,7 @@ def chain(tmp_path_factory, tiny_tokenizer_dir):
     convert(config, checkpoint, root / "hf")
     for command in (
         ("convert_hf_to_turbomind.py", "internlm2-chat-7b", root / "hf", "--dst-path", root / "turbomind"),
-        ("encode_prompts.py", root / "turbomind", "--output", root / "readings.json"),
+        ("encode_prompts.py", root / "turbomind", "--hf", root / "hf", "--output", root / "readings.json"),
     ):
         done = subprocess.run(
             [python, str(SCRIPTS / command[0]), *map(str, command[1:])],
@@ -56,9 +56,11 @@ def check(chain, run_script, output, hf=None, check=True):
 def test_an_honest_chain_passes_and_every_difference_is_listed_and_explained(chain, run_script, tmp_path):
     done = check(chain, run_script, tmp_path / "parity.json")
     gate = read_json(tmp_path / "parity.json")
-    hf, turbomind = gate["logits"]
-    assert hf["relative_difference"] < 1e-6 and turbomind["relative_difference"] < 1e-5
-    assert hf["top1_agreement"] == turbomind["top1_agreement"] == 1.0
+    hf, older, turbomind = gate["logits"]
+    assert older["of"].startswith("transformers 4.57.") and gate["unread"] == []
+    assert hf["relative_difference"] < 1e-6
+    assert max(older["relative_difference"], turbomind["relative_difference"]) < 1e-5
+    assert hf["top1_agreement"] == older["top1_agreement"] == turbomind["top1_agreement"] == 1.0
     assert hf["rounding_difference"] == 0.0 < turbomind["rounding_difference"] < 0.01
     assert gate["turbomind"]["tensors"] == len(load_file(chain / "hf/model.safetensors"))
 
@@ -88,8 +90,10 @@ def test_other_templates_pass_under_the_exact_mask(tmp_path, tiny_tokenizer_dir,
     done = run_script(*command, "--mask", "compat", check=False)
     assert done.returncode == 2 and "set tokenize.mask: exact" in done.stderr
     run_script(*command, "--mask", "exact", "--template", template)
-    (reading,) = read_json(tmp_path / "parity.json")["ids"]
+    gate = read_json(tmp_path / "parity.json")
+    (reading,) = gate["ids"]
     assert reading["equal"] == reading["prompts"] == 4
+    assert [each["reader"] for each in gate["unread"]] == ["transformers 4"]
 
 
 def test_a_weight_that_the_conversion_changed_stops_it(chain, run_script, tmp_path):

@@ -24,10 +24,8 @@ WITH_SETTINGS = [script for script in SCRIPTS if script_flags(script)]
 OTHERS = {
     ("chat", "--dtype"): "of a model that is loaded to talk to it",
     ("chat", "--max-new-tokens"): "of a conversation, not of an evaluation",
-    ("evaluate_model", "--attention"): "of the evaluation, not of the training",
     ("evaluate_model", "--batch-tokens"): "of conversations, not of answers",
     ("evaluate_model", "--dtype"): "of the evaluation, not of the training",
-    ("evaluate_tool_calls", "--attention"): "of the evaluation, not of the training",
     ("evaluate_tool_calls", "--dtype"): "of the evaluation, not of the training",
     ("build_demo_model", "--seed"): "of random weights",
     ("diff_plans", "--global-batch"): "of a plan, which knows no training",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -160,9 +161,21 @@ def test_naming_a_target_redoes_only_what_it_needs(finished):
 
 def test_the_conversions_are_proved(finished):
     parity = json.loads((finished.folder / "results/demo/parity.json").read_text())
-    assert [row["of"] for row in parity["logits"]] == ["Hugging Face", "TurboMind"]
+    assert [row["of"].split()[0] for row in parity["logits"]] == ["Hugging", "transformers", "TurboMind"]
+    assert parity["unread"] == []
     assert all(row["top1_agreement"] == 1.0 for row in parity["logits"])
     assert {row["reader"].split()[0] for row in parity["ids"]} == {"transformers", "lmdeploy"}
+
+
+def test_models_are_evaluated_with_the_attention_of_their_training(finished):
+    with kept(finished.config_file):
+        finished.configure(train={"attention": "eager"})
+        done = finished.run("--dry-run", "--printshellcmds", "evaluate")
+    commands = re.findall(
+        r"(evaluate_(?:model|tool_calls)\.py) .*( --attention \w+)", done.stdout + done.stderr
+    )
+    assert {name for name, _ in commands} == {"evaluate_model.py", "evaluate_tool_calls.py"}
+    assert {given for _, given in commands} == {" --attention eager"}
 
 
 def test_two_runs_share_their_tokenised_files(finished):

@@ -58,7 +58,7 @@ def test_the_card_has_the_figures_of_the_evaluation_and_of_the_gate(served):
         assert f"| {label} | {figures} |" in card
         assert figures not in (run / "hf" / "README.md").read_text()
     parity = read(run / "parity.json")
-    assert len(parity["logits"]) == 2 and len(parity["ids"]) == 6
+    assert len(parity["logits"]) == 3 and len(parity["ids"]) == 6
     for row in parity["logits"]:
         assert (
             f"| {row['of']} | {row['against']} | {row['dtype']} | {row['relative_difference']:.1e} |" in card

@@ -30,7 +30,6 @@ def add_model_arguments(parser: argparse.ArgumentParser, script: str) -> None:
         default="auto",
         help="auto: bfloat16 on a GPU, float32 on a CPU",
     )
-    parser.add_argument("--attention", default="auto", help="auto, sdpa, flash_attention_2 or another name")
     parser.add_argument(
         "--base-model",
         action="store_true",

@@ -25,15 +25,16 @@ def load_for_evaluation(
         tokenizer: That tokenizer, loaded.
         base: Grows the embedding to the tokenizer's size exactly as training does before its first step.
         dtype: auto (bfloat16 on a GPU, float32 on a CPU), or a torch dtype's name.
-        attention: auto, or an attention implementation of transformers.
+        attention: `train.attention`: that of the training.
         trust_remote_code: Runs Python code that comes with the model.
 
     Raises:
         UserError: The model has fewer embedding rows than the tokenizer has ids.
     """
     from snaketune.models.base_model import grow_to_tokenizer, load_base_model
-    from snaketune.models.device import training_device
+    from snaketune.models.device import attention_on, training_device
 
+    attention = attention_on(training_device(), attention)
     model = load_base_model(model_path, dtype, attention, trust_remote_code)
     if base:
         grow_to_tokenizer(model, tokenizer_path, model_path)

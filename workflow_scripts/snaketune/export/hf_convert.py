@@ -12,7 +12,8 @@ from snaketune.common.result_paths import IDENTITY
 from snaketune.common.slurm import job_record
 from snaketune.encoding.tokenizer import template_record
 from snaketune.export.checkpoint_source import open_checkpoint
-from snaketune.export.hf_folder import copy_tokenizer, describe_files, write_config, write_generation_config
+from snaketune.export.hf_config import tuned_config
+from snaketune.export.hf_folder import copy_tokenizer, describe_files, write_generation_config
 from snaketune.settings.schema import default_of
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def convert(
     """
     from snaketune.checkpoints.weights_digest import weights_digest
     from snaketune.export.hf_tensors import as_published, empty_model, plan_outputs
-    from snaketune.export.lora_weights import merged_weights
+    from snaketune.export.lora_weights import merged_weights, open_base
     from snaketune.export.model_card import model_card, tokenized_folder
     from snaketune.export.weight_shards import remove_unfinished, write_shards
     from snaketune.models.vocabulary_rows import find_new_tokens
@@ -77,14 +78,18 @@ def convert(
             weights = merged_weights(config, state, trained_in, trust_remote_code, adapter)
         model = empty_model(base, trust_remote_code)
         rows = find_new_tokens(str(tokenizer), None)[0] if padded_vocab == "trim" else None
-        outputs = as_published(model, plan_outputs(model, weights, dtype, base, rows))
-        if weights is state.stored and all(each.stored.extents for each in outputs.values()):
+        settings = _base_settings(base, "config.json")
+        is_part = settings.get("model_type") != model.config.model_type
+        planned = plan_outputs(model, weights, dtype, base, rows)
+        outputs = as_published(model, planned, () if is_part else set(open_base(base)))
+        lazy = all(each.stored.extents for each in outputs.values())
+        if weights is state.stored and lazy and outputs.keys() <= weights.keys():
             files, digest = write_shards(outputs, folder, max_shard_size, state if record else None)
         else:
             digest = weights_digest(state) if record else None
             files, _ = write_shards(outputs, folder, max_shard_size)
         _require_recorded_weights(digest, record, checkpoint)
-        write_config(model.config, type(model).__name__, folder, dtype)
+        write_json(folder / "config.json", tuned_config(settings, model, dtype))
         copy_tokenizer(tokenizer, folder)
         if trust_remote_code:
             for path in sorted(Path(base).glob("*.py")):
@@ -130,23 +135,35 @@ def training_dtype(
     return named if named != "auto" else str(next(iter(state.stored.values())).dtype).removeprefix("torch.")
 
 
-def _write_generation_config(base: str, tokenizer: Path, model, folder: Path) -> None:
-    from tokenizers import Tokenizer
+def _base_settings(base: str, name: str) -> dict[str, Any]:
+    """Returns a JSON file of the base model, a folder or a hub name; {} if it has none."""
     from transformers.utils import cached_file
 
-    path = cached_file(base, "generation_config.json", _raise_exceptions_for_missing_entries=False)
-    settings = read_json(path) if path else {}
+    path = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
+    return read_json(path) if path else {}
+
+
+def _token_of(config: Any, name: str) -> int | list[int] | None:
+    """Returns a config's token, or that of its text part: a composite config may name it in either."""
+    own = getattr(config, name, None)
+    return getattr(config.get_text_config(), name, None) if own is None else own
+
+
+def _write_generation_config(base: str, tokenizer: Path, model, folder: Path) -> None:
+    from tokenizers import Tokenizer
+
+    settings = _base_settings(base, "generation_config.json")
     vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     names = read_json(tokenizer / "tokenizer_config.json")
     saved = template_record(tokenizer)
     ends = [vocabulary.token_to_id(saved["end_of_turn"] if saved else _END_OF_TURN)]
-    for source in (settings.get("eos_token_id"), model.config.eos_token_id):
+    for source in (settings.get("eos_token_id"), _token_of(model.config, "eos_token_id")):
         ends += source if isinstance(source, list) else [source]
     pad = names.get("pad_token")
     write_generation_config(
         folder,
         settings,
-        bos_token_id=model.config.bos_token_id,
+        bos_token_id=_token_of(model.config, "bos_token_id"),
         eos_token_id=list(dict.fromkeys(end for end in ends if end is not None)),
         pad_token_id=vocabulary.token_to_id(pad) if isinstance(pad, str) else None,
     )
@@ -170,7 +187,7 @@ def _manifest(
         "format": 1,
         "checkpoint": checkpoint.name,
         "checkpoint_weights_sha256": record.get("weights_sha256"),
-        "architecture": model.config.architectures[0],
+        "architecture": type(model).__name__,
         "dtype": dtype,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "vocab_size": model.get_input_embeddings().weight.shape[0],

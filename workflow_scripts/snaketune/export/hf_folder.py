@@ -58,25 +58,8 @@ def save_model(
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)  # safetensors creates files that only their owner can read
-    _make_portable(folder, dtype)
-
-
-def write_config(config, architecture: str, folder: Path, dtype: str) -> None:
-    """Writes a `config.json` that transformers 4 and 5 read alike.
-
-    Args:
-        config: A transformers config.
-        architecture: Name of the model's class.
-        folder: An existing folder.
-        dtype: Type of the weights in this folder.
-    """
-    config.architectures = [architecture]
-    config.save_pretrained(folder)
-    _make_portable(folder, dtype)
-
-
-def _make_portable(folder: Path, dtype: str) -> None:
-    write_json(folder / "config.json", portable_config(read_json(folder / "config.json"), dtype))
+    written = read_json(folder / "config.json")
+    write_json(folder / "config.json", portable_config(written, dtype, model.config))
 
 
 def write_generation_config(folder: Path, base: dict[str, Any], **tokens: int | list[int] | None) -> None:

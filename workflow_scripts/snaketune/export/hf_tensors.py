@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
+
+import torch
 
 from snaketune.checkpoints.stored_tensors import LoadedTensor, StoredTensor
 from snaketune.common.cli import UserError
@@ -19,7 +21,6 @@ def empty_model(
     base: str, trust_remote_code: bool = default_of("model.trust_remote_code")
 ) -> PreTrainedModel:
     """Returns a model of the base's architecture on the meta device, without memory for weights."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
@@ -46,8 +47,6 @@ def plan_outputs(
     Raises:
         UserError: Names or shapes do not match the architecture.
     """
-    import torch
-
     embedding = next(name for name, value in model.named_parameters() if value is _input_weight(model))
     if embedding not in state:
         raise _mismatch(base, f"no {embedding}", "weights of this architecture")
@@ -76,26 +75,46 @@ def plan_outputs(
     return outputs
 
 
-def as_published(model: PreTrainedModel, outputs: dict[str, Output]) -> dict[str, Output]:
+def as_published(
+    model: PreTrainedModel, outputs: dict[str, Output], base: Collection[str] = ()
+) -> dict[str, Output]:
     """Converts outputs from transformers' internal names and shapes to those of published checkpoints.
 
-    They mostly differ for mixture-of-experts models only: transformers keeps all experts of a layer in one tensor. Such
-    models are read into memory.
+    Shapes differ for mixtures of experts only: transformers keeps all experts of a layer in one tensor. Such models are
+    read into memory.
+
+    Args:
+        model: The tuned model's class.
+        outputs: Outputs by their names in the model.
+        base: Names in the base model's files. transformers reads some tensors under several names (the layers of a
+            vision tower), and these tell which was published.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import revert_weight_conversion as revert
 
-    if not get_model_conversion_mapping(model, add_legacy=False):
-        return outputs
-    loaded = {name: each.load() for name, each in outputs.items()}
-    published = revert_weight_conversion(model, loaded)
-    return {name: Output(LoadedTensor(tensor), tensor.dtype) for name, tensor in published.items()}
+    changes = get_model_conversion_mapping(model, add_legacy=False)
+    if any(isinstance(change, WeightConverter) for change in changes):
+        published = revert(model, {name: each.load() for name, each in outputs.items()})
+        outputs = {name: Output(LoadedTensor(tensor), tensor.dtype) for name, tensor in published.items()}
+    elif changes:
+        numbers = revert(model, {name: torch.tensor(number) for number, name in enumerate(outputs)})
+        in_order = list(outputs.values())
+        outputs = {name: in_order[int(number)] for name, number in numbers.items()}
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    inside = model.state_dict()
+
+    def in_memory(name: str) -> str:
+        return rename_source_key(name, renamings, [], model.base_model_prefix, inside)[0]
+
+    other = {in_memory(name): name for name in base} if not outputs.keys() <= set(base) else {}
+    return {
+        name if name in base else other.get(in_memory(name), name): each for name, each in outputs.items()
+    }
 
 
 def _resize(model: PreTrainedModel, rows: int) -> None:
     if rows != _input_weight(model).shape[0]:
-        import torch
-
         with torch.device("meta"):
             model.resize_token_embeddings(rows, mean_resizing=False)
     model.tie_weights()

@@ -15,6 +15,7 @@ from snaketune.checkpoints.stored_tensors import LoadedTensor, StoredTensor, Sto
 from snaketune.export.hf_tensors import empty_model
 from snaketune.export.lora_merge import MergedTensor, merge_lora, own_tensors
 from snaketune.models.base_model import grow_to_tokenizer, load_base_model
+from snaketune.models.device import attention_on, training_device
 from snaketune.settings.schema import default_of
 from snaketune.training.train_config import TrainConfig
 
@@ -59,7 +60,8 @@ def grown_base(
     config: TrainConfig, dtype: str, trust_remote_code: bool = default_of("model.trust_remote_code")
 ) -> tuple[Any, list[int]]:
     """Returns the base model as at the start of training, and the ids of the tokens that are new to it."""
-    model = load_base_model(config.model_path, dtype, "sdpa", trust_remote_code)
+    attention = attention_on(training_device(), config.attention)
+    model = load_base_model(config.model_path, dtype, attention, trust_remote_code)
     return model, grow_to_tokenizer(model, config.tokenizer_path, config.model_path)[0]
 
 

@@ -131,6 +131,7 @@ def parity_table(parity: Mapping[str, Any]) -> list[str]:
         f"{row['top1_agreement']:.1%} |"
         for row in parity["logits"]
     ]
+    lines += [f"\nLogits of {each['reader']}: {each['why']}" for each in parity["unread"]]
     lines += ["", "| Token ids by | Equal prompts | Reason for differences |", "| --- | --- | --- |"]
     for row in parity["ids"]:
         why = "; ".join(dict.fromkeys(each["why"] or "unknown" for each in row["differences"]))

@@ -1,4 +1,4 @@
-"""Tokenises prompts as other programs do: with transformers' chat template, and with lmdeploy's own.
+"""Reads prompts as other programs do: their ids by transformers' chat template and lmdeploy's own, and their logits.
 
 Runs in the training environment (transformers 5) and the converter's (transformers 4, lmdeploy 0.9.2), and imports only
 packages that both have.
@@ -15,6 +15,10 @@ from typing import Any
 
 from snaketune.chat_files.prompts import read_prompts
 from snaketune.chat_format.chat_template import ChatTemplate
+from snaketune.checkpoints.safetensors_files import open_safetensors
+from snaketune.export.long_prompts import long_batch, reachable_length
+from snaketune.export.model_logits import folder_logits, prompts_batch, top_values
+from snaketune.settings.schema import default_of
 
 PROMPTS = Path(__file__).with_name("parity_prompts.json")
 Message = Mapping[str, Any]
@@ -49,6 +53,49 @@ def read_with_transformers(
         "reader": f"transformers {importlib.metadata.version('transformers')}" + ", OpenAI's tools" * openai,
         "form": "openai" if openai else "plain",
         "ids": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
+    }
+
+
+def read_logits(
+    folder: Path,
+    prompts: list[list[int]],
+    trust_remote_code: bool = default_of("model.trust_remote_code"),
+) -> dict[str, Any]:
+    """Returns the largest logits of prompts as this environment's transformers computes them from a folder.
+
+    Args:
+        folder: Hugging Face folder.
+        prompts: Token ids.
+        trust_remote_code: Runs Python code that comes with the model.
+
+    Returns:
+        {"reader", "unread": None, "prompts": see `top_values`, "long": the same of a prompt beyond the attention window,
+        with its "tokens", or None}, or {"reader", "unread": why this version does not load the model}
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    reader = f"transformers {importlib.metadata.version('transformers')}"
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config's checks raise anything
+        return {"reader": reader, "unread": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    if not known and not (trust_remote_code and getattr(config, "auto_map", None)):
+        return {"reader": reader, "unread": f"has no causal language model for {config.model_type}"}
+    # Its sdpa ignores a cap of the scores.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    eager = capped or not known or not AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa
+    size = sum(each.shape.numel() for each in open_safetensors(folder).stored.values())
+    length = reachable_length(config, size, eager)
+    batches = [prompts_batch(prompts), *([long_batch(prompts, length)] if length else [])]
+    short, *long = folder_logits(
+        folder, batches, attention="eager" if capped else None, trust_remote_code=trust_remote_code
+    )
+    return {
+        "reader": reader,
+        "unread": None,
+        "prompts": top_values(short),
+        "long": {"tokens": length, **top_values(long[0])} if long else None,
     }
 
 

@@ -7,19 +7,17 @@ to the workspace's dtype, so only the order of summation differs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import silu
 
 from snaketune.common.cli import UserError
+from snaketune.export.layerwise import Weights, empty_with_buffers, load_as_it_runs
 from snaketune.export.turbomind_folder import FeedForward, Layer, TurboMindFolder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-Weights = Mapping[str, torch.Tensor]
 
 
 @torch.inference_mode()
@@ -59,7 +57,7 @@ def transformers_logits(
 ) -> torch.Tensor:
     """Returns the logits (sequences, tokens, vocabulary) from transformers in fp32.
 
-    Builds the model on the meta device, and keeps each layer's weights in memory only while the layer runs.
+    Keeps each layer's weights in memory only while the layer runs.
 
     Args:
         config: The model's config.
@@ -67,28 +65,8 @@ def transformers_logits(
         ids: int64 (sequences, tokens), padded on the right.
         rounded_to: Rounds every weight to this dtype first; None keeps them unchanged.
     """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    body = model.model
-    body.rotary_emb = type(body.rotary_emb)(config)  # has buffers, no weights
-
-    def load(module: torch.nn.Module, prefix: str) -> None:
-        state = {}
-        for name in dict(module.named_parameters()):
-            source = f"{prefix}.{name}"
-            if source not in weights and source == "lm_head.weight":
-                source = "model.embed_tokens.weight"
-            tensor = weights[source]
-            state[name] = (tensor if rounded_to is None else tensor.to(rounded_to)).float()
-        module.load_state_dict(state, assign=True)
-
-    parts = {"model.embed_tokens": body.embed_tokens, "model.norm": body.norm, "lm_head": model.lm_head}
-    parts |= {f"model.layers.{number}": layer for number, layer in enumerate(body.layers)}
-    for prefix, module in parts.items():
-        module.register_forward_pre_hook(lambda module, _, prefix=prefix: load(module, prefix))
-        module.register_forward_hook(lambda module, *_: module.to("meta") and None)
+    model = empty_with_buffers(config)
+    load_as_it_runs(model, weights, rounded_to)
     return model(input_ids=ids, use_cache=False).logits
 
 

@@ -158,20 +158,27 @@ def compare_config(hf_config: dict[str, Any], folder: TurboMindFolder) -> dict[s
     return {name: theirs for name, (_, theirs) in pairs.items()}
 
 
-def compare_logits(expected: torch.Tensor, found: torch.Tensor, what: str, source: str) -> dict[str, float]:
+def compare_logits(
+    expected: torch.Tensor,
+    found: torch.Tensor,
+    what: str,
+    source: str,
+    limit: float = LARGEST_DIFFERENCE,
+    fix: str = "do not use this model: its weights or config differ",
+) -> dict[str, float]:
     """Compares two sets of logits (..., vocabulary) and returns their differences.
 
     Raises:
-        UserError: They differ by more than fp32 rounding explains.
+        UserError: They differ by more than `limit`, by default what fp32 rounding explains; advises `fix`.
     """
     expected, found = expected.double(), found.double()
     relative = ((found - expected).norm() / expected.norm()).item()
-    if not relative <= LARGEST_DIFFERENCE:
+    if not relative <= limit:
         raise UserError(
             f"{what} gives different logits than {source}",
             found=f"relative difference {relative:.2e}",
-            expected=f"at most {LARGEST_DIFFERENCE:.0e}",
-            fix="do not use this model: its weights or config differ",
+            expected=f"at most {limit:.0e}",
+            fix=fix,
         )
     return {
         "relative_difference": relative,

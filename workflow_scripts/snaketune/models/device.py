@@ -1,4 +1,4 @@
-"""Chooses the device that this host trains on, and its dtype."""
+"""Chooses the device that this host trains on, its dtype, and an attention that it can compute."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ from snaketune.common.cli import UserError
 def training_device() -> str:
     """Returns `cuda` if torch sees a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def attention_on(device: str, name: str) -> str:
+    """Returns the attention of a training for this device: a CPU computes `eager` in place of a GPU's kernel.
+
+    Args:
+        device: `cpu` or `cuda`.
+        name: `train.attention`.
+    """
+    return name if device == "cuda" or name in ("auto", "sdpa", "eager") else "eager"
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:

@@ -32,6 +32,7 @@ class TrainConfig:
         tokenizer_path: Folder of the extended tokenizer, which the model grows to fit; None leaves the model
             unchanged.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        attention: `auto`, `sdpa`, `flash_attention_2`, or any other name that transformers knows.
         lora: LoRA settings, see `snaketune.models.lora.add_lora`; None trains all parameters.
         data: Arguments of `snaketune.packing.planner.plan_for_training`.
         max_epochs: Passes over the data.
@@ -48,6 +49,7 @@ class TrainConfig:
     model_path: str
     tokenizer_path: str | None
     dtype: str
+    attention: str
     lora: dict[str, Any] | None
     data: dict[str, Any]
     max_epochs: float | None
@@ -162,6 +164,7 @@ def parse_config(config: Config, values: dict[str, Any] | None = None) -> TrainC
         model_path=model["llm"]["model_path"],
         tokenizer_path=model.get("tokenizer"),
         dtype=model["llm"].get("dtype", "auto"),
+        attention=model["llm"].get("attention", "auto"),
         lora=model.get("lora"),
         data={key: each for key, each in values["train_dataloader"]["dataset"].items() if key != "type"},
         max_epochs=loop.get("max_epochs", 1),
