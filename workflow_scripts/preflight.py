@@ -91,7 +91,13 @@ def _answer(arguments: argparse.Namespace) -> int:
     Returns 1 if the all-reduce failed. The launcher then ends the other ranks, which might wait forever.
     """
     from snaketune.preflight.check import attempt
-    from snaketune.preflight.checks import check_gpus, check_other_versions, check_tokenizer, check_versions
+    from snaketune.preflight.checks import (
+        check_dtypes,
+        check_gpus,
+        check_other_versions,
+        check_tokenizer,
+        check_versions,
+    )
     from snaketune.preflight.ranks import check_all_reduce
     from snaketune.preflight.sizes import check_disk
 
@@ -108,6 +114,7 @@ def _answer(arguments: argparse.Namespace) -> int:
     checks = [
         attempt("packages", lambda: check_versions(envs / "snaketune.txt")),
         attempt("GPUs", lambda: check_gpus(processes)),
+        attempt("dtype", lambda: check_dtypes({each["dtype"] for each in settings["runs"]})),
     ]
     if rank == 0:
         python = settings["turbomind_python"]
