@@ -37,6 +37,10 @@ CASES = {
     "sequence parallel, zero3": (2, "llama", 3, {"strategy": SHARED}),
     "tied head, zero3, 2 ranks": (2, "tied", 3, {}),
     "scaled logits, zero3, 2 ranks": (2, "cohere", 3, {}),
+    "router loss, zero1, 1 rank": (1, "mixtral", 1, {}),
+    "router loss, zero2, 2 ranks, micro_batch": (2, "mixtral", 2, {"loss_normalisation": "micro_batch"}),
+    "router loss, zero3, 2 ranks": (2, "mixtral", 3, {"gradient_checkpointing": False}),
+    **{f"experts as modules, zero{stage}, 2 ranks": (2, "module_experts", stage, {}) for stage in (0, 3)},
 }
 
 
@@ -86,7 +90,16 @@ def lr_of(step: int) -> float:
 
 def prepare(folder: Path) -> None:
     """Writes the random base models that all cases share."""
-    from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        CohereConfig,
+        CohereForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+    )
+
+    from module_experts import ModuleExpertsConfig, ModuleExpertsForCausalLM
 
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
@@ -96,6 +109,9 @@ def prepare(folder: Path) -> None:
     one_kv_head = LlamaConfig(**{**sizes, "num_key_value_heads": 1})
     LlamaForCausalLM(one_kv_head).save_pretrained(folder / "one_kv_head")
     CohereForCausalLM(CohereConfig(**sizes, logit_scale=0.3)).save_pretrained(folder / "cohere")
+    router = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    MixtralForCausalLM(MixtralConfig(**sizes, **router)).save_pretrained(folder / "mixtral")
+    ModuleExpertsForCausalLM(ModuleExpertsConfig(**sizes)).save_pretrained(folder / "module_experts")
 
 
 def make_config(folder: Path, world_size: int, model: str, stage: int, changes: dict):
@@ -119,6 +135,7 @@ def make_config(folder: Path, world_size: int, model: str, stage: int, changes: 
                     "model_path": str(folder / model),
                     "dtype": changes.get("dtype", "float32"),
                     "attention": changes.get("attention", "auto"),
+                    "trust_remote_code": True,
                 },
             },
             "train_dataloader": {

@@ -76,9 +76,11 @@ def main() -> None:
     print(
         f"checkpoints: {plan['checkpoint_gb']:,.2f} GB each, up to {plan['checkpoints_gb']:,.2f} GB at a time"
     )
+    if plan["activations_unknown"]:
+        print(f"memory is at least this, since the activations are not known: {plan['activations_unknown']}")
     print(f"{'ZeRO':>4}  {'offload':9}  {'GiB each':>9}  {'GiB host':>9}")
     for row in plan["memory"]:
-        mark = "fits" if row["fits"] else f"does not fit into {plan['device_gib']:g}"
+        mark = {True: "fits", None: "may fit"}.get(row["fits"], f"does not fit into {plan['device_gib']:g}")
         chosen = "  <- the config's" if row["chosen"] else ""
         print(
             f"{row['zero_stage']:4}  {row['offload']:9}  {row['device_gib']:9,.2f}  {row['host_gib']:9,.2f}  {mark}{chosen}"

@@ -92,6 +92,7 @@ def _answer(arguments: argparse.Namespace) -> int:
     """
     from snaketune.preflight.check import attempt
     from snaketune.preflight.checks import (
+        check_dtypes,
         check_gpus,
         check_other_versions,
         check_positions,
@@ -114,6 +115,7 @@ def _answer(arguments: argparse.Namespace) -> int:
     checks = [
         attempt("packages", lambda: check_versions(envs / "snaketune.txt")),
         attempt("GPUs", lambda: check_gpus(processes)),
+        attempt("dtype", lambda: check_dtypes({each["dtype"] for each in settings["runs"]})),
     ]
     if rank == 0:
         python = settings["turbomind_python"]

@@ -6,12 +6,13 @@ import dataclasses
 
 import pytest
 from pack_samples import write_bin
+from transformers import AutoConfig
 
 from snaketune.common.cli import UserError
 from snaketune.models.positions import Positions, read_positions
 from snaketune.packing.pack_plan import open_plan
 from snaketune.packing.planner import make_plan
-from snaketune.preflight.memory_forecast import MIB, Shape, process_memory
+from snaketune.preflight.memory_forecast import MIB, Shape, _widths, process_memory, read_shape
 from snaketune.preflight.run_forecast import make_run_plan
 
 
@@ -152,3 +153,44 @@ def test_the_lengths_that_a_base_was_made_for(name, settings, expected):
         config = getattr(transformers, f"{name}Config")(num_hidden_layers=1, **settings)
         model = transformers.AutoModelForCausalLM.from_config(config)
     assert dataclasses.astuple(read_positions(model)) == expected
+
+
+def test_of_a_model_with_recurrent_layers_the_forecast_is_a_lower_bound(tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_heads": 8,
+        "head_dim": 8,
+        "n_groups": 1,
+    }
+    config = AutoConfig.for_model("mamba2", **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba2")
+    shape = read_shape(str(tmp_path / "mamba2"))
+    assert "linear_attention" in shape.unknown and shape.parameters > 0
+    folder = tmp_path / "train"
+    write_bin(folder / "cn" / "d" / "a.bin", [[1] * 60] * 20)
+    make_plan(folder, ["cn/d/a.bin"], 64).write(tmp_path / "plan")
+    names = ("max_steps", "global_batch", "processes")
+    train = dict.fromkeys(names) | {"accumulative_counts": 1, "max_epochs": 1, "dtype": "auto"}
+    train |= {"sequence_parallel": 1, "gradient_checkpointing": True, "zero_stage": 2, "offload": "none"}
+    train |= {"save_optimizer": True, "save_total_limit": 2}
+    options = {"gpus": 0, "tokens_per_second": None}
+    for memory, fits in ((80, None), (0.01, False)):
+        plan = make_run_plan(
+            {"train": train}, tmp_path / "plan", shape, POSITIONS, device_gib=memory, **options
+        )
+        assert "linear_attention" in plan["activations_unknown"]
+        assert {row["fits"] for row in plan["memory"]} == {fits}, "only what does not fit is certain"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "query"),
+    [("gemma4_text", {"global_head_dim": 512}, 8 * 512), ("gemma3", {}, 8 * 256), ("llama", {}, 32 * 128)],
+)
+def test_the_widest_layer_is_what_counts(kind, settings, query):
+    config = AutoConfig.for_model(kind, **settings).get_text_config()
+    found, *_, unknown = _widths(config)
+    assert found == query and unknown is None

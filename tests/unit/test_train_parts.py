@@ -181,6 +181,15 @@ def test_equal_configs_keep_their_identity(config_path):
     assert sha256_json(fields) == "7da7adb1fd82ddfc186937db6a92b97ae451e86a2ebc26fa6ee275a8e49e1042"
 
 
+def test_a_setting_is_part_of_the_identity_only_if_it_is_set():
+    base = {"model_path": "m", "tokenizer_path": "t", "train_folder": "d", "lora_rank": 2}
+    text = train_config(**base)
+    lora = "lora = {'rank': 2, 'alpha': 4, 'dropout': 0.0, 'target_modules': 'auto'}"
+    assert f"\n{lora}\n" in text and "\nrouter_aux_loss = None" in text
+    changed = train_config(**base, lora_experts=False, router_aux_loss=0.0)
+    assert f"\n{lora[:-1]}, 'experts': False}}\n" in changed and "\nrouter_aux_loss = 0.0" in changed
+
+
 def test_render_script(run_script, tmp_path):
     paths = ("--model-path", "m", "--tokenizer-path", "t", "--train-folder", "d", "--data-order", "o")
     run_script(

@@ -17,6 +17,7 @@ def test_preflight_passes_and_looks_again_each_time(finished):
         "packages",
         "TurboMind's packages",
         "GPUs",
+        "dtype",
         "disk",
         "tokenizer of demo",
         "positions of demo",

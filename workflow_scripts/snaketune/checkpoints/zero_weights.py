@@ -57,7 +57,8 @@ def read_zero_state_dict(folder: Path) -> StoredTensors:
     stored = join(ranks, shapes)
     # The optimizer's parameters do not include buffers and tied weights.
     stored |= {name: stored_tensor(module[name], file) for name in model.get("buffer_names") or []}
-    stored |= {alias: stored[name] for alias, name in _pairs(model.get("shared_params"))}
+    # LoRA's frozen weights are in no checkpoint, neither under their own names nor under those of tied ones.
+    stored |= {alias: stored[name] for alias, name in _pairs(model.get("shared_params")) if name in stored}
     return StoredTensors(stored)
 
 

@@ -11,6 +11,7 @@ from snaketune.checkpoints.stored_tensors import LoadedTensor, StoredTensor
 from snaketune.common.cli import UserError
 from snaketune.export.lora_merge import MergedTensor
 from snaketune.export.weight_shards import Output
+from snaketune.models.base_model import weights_kept_in_float32
 from snaketune.settings.schema import default_of
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def plan_outputs(
     Args:
         model: From `empty_model`; its vocabulary is resized to that of the weights, or to `rows`.
         state: All weights; a tied head may be missing.
-        dtype: Type of the parameters; buffers keep theirs.
+        dtype: Type of the parameters; buffers keep theirs, and what transformers keeps in float32 is written so.
         base: Name of the base model, for messages.
         rows: Vocabulary rows to keep; None keeps all.
 
@@ -64,14 +65,14 @@ def plan_outputs(
     if absent:
         raise _mismatch(base, f"no weights for {', '.join(absent[:5])}", "weights of all parameters")
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters.keys()
+    in_float32 = set(weights_kept_in_float32(model))
     outputs = {}
     for name, value in model.state_dict().items():
         if name in state and name not in tied:
             stored = state[name]
             kept = value.shape[0] if value.shape != stored.shape else None
-            outputs[name] = Output(
-                stored, getattr(torch, dtype) if name in parameters else stored.dtype, kept
-            )
+            written = getattr(torch, dtype) if name in parameters else stored.dtype
+            outputs[name] = Output(stored, torch.float32 if name in in_float32 else written, kept)
     return outputs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -184,6 +185,29 @@ def resize_for_tokenizer(model: PreTrainedModel, vocab_size: int, new_ids: Seque
                     mean = parameter[torch.tensor(old, device=parameter.device)].float().mean(dim=0)
                     parameter[torch.tensor(fresh, device=parameter.device)] = mean.to(parameter.dtype)
     return old
+
+
+def make_constants_buffers(model: PreTrainedModel) -> None:
+    """Turns the parameters that an architecture never trains into buffers of the same names.
+
+    Some mixtures of experts have such a correction of the router's scores (Ernie 4.5, Afmoe), others have it as a
+    buffer (DeepSeek-V3). DeepSpeed saves buffers, and keeps in float32 those that transformers keeps so; of parameters
+    it does neither. (A model that was loaded in shards keeps them.)
+    """
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad and not hasattr(parameter, "ds_id"):
+                delattr(module, name)
+                module.register_buffer(name, parameter.data)
+
+
+def weights_kept_in_float32(model: PreTrainedModel) -> list[str]:
+    """Returns the names of the parameters and buffers that transformers keeps in float32 if the others are bfloat16."""
+    patterns = [
+        each.replace("*", ".*") for each in getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    ]
+    names = [name for name, value in model.state_dict(keep_vars=True).items() if value.is_floating_point()]
+    return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

@@ -34,3 +34,27 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise UserError("unknown training dtype", found=name, expected="auto, float32, bfloat16 or float16")
     return dtype
+
+
+def check_dtype(dtype: torch.dtype, device: str) -> None:
+    """Checks that this device can train in a dtype. Creates a CUDA context.
+
+    Raises:
+        UserError: A GPU computes bfloat16 only by emulation (V100, T4 and older), which takes many times as long; or
+            float16 on a CPU, which DeepSpeed does not support.
+    """
+    if device == "cpu" and dtype == torch.float16:
+        raise UserError(
+            "a CPU cannot train in float16",
+            found="dtype: float16",
+            expected="float32 or bfloat16",
+            fix="set train.dtype to float32",
+        )
+    if device != "cuda" or dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False):
+        return
+    raise UserError(
+        f"{torch.cuda.get_device_name()} cannot train in bfloat16",
+        found="dtype: auto or bfloat16",
+        expected="float16, with a loss scale, or float32",
+        fix="set train.dtype to float16 or float32",
+    )

@@ -9,18 +9,23 @@ A step's FLOPs are those that the model needs, regardless of what is recomputed 
 - 6 x layers x heads x head size x (sum over documents of tokens squared): queries with their keys, half of all pairs
   since attention is causal, at 2 x 2 FLOPs forward (scores, and the sum of values) and twice that backward. PaLM's
   12 x L x H x Q x T (Chowdhery et al. 2022, arXiv 2204.02311, appendix B) counts both halves, and one document that
-  fills the sequence. Packed documents do not attend to each other, so each counts separately. A sliding window limits
-  the keys of a query.
+  fills the sequence. Packed documents do not attend to each other, so each counts separately. Layers count by their own
+  heads; a sliding window or a chunk limits the keys of a query.
+
+The FLOPs of recurrent layers are not known here, so their models have no MFU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from snaketune.models.attention_shapes import UnknownShape, attention_shapes
 
 # Dense 16-bit matrix TFLOP/s from the data sheets (V100: float16). The first name found in the device's name counts.
 PEAK_TFLOPS = {
@@ -75,54 +80,61 @@ class ModelFlops:
     Attributes:
         per_token: FLOPs per token, without attention scores and head.
         per_trained_token: FLOPs of the head per trained token.
-        per_pair: FLOPs of a query with one key, over all layers.
-        window: Most keys per query; None if there is no limit.
+        per_pair: FLOPs of a query with one key, summed over the layers with the same (window, chunk).
     """
 
     per_token: float
     per_trained_token: float
-    per_pair: float
-    window: int | None = None
+    per_pair: Mapping[tuple[int | None, int | None], float]
 
     def step(self, document_lengths: Iterable[int], trained_tokens: int) -> float:
         """Returns the FLOPs of a forward and backward pass over documents of these lengths in tokens."""
-        tokens, pairs = 0, 0.0
+        tokens, flops = 0, self.per_trained_token * trained_tokens
         for length in document_lengths:
             tokens += length
-            pairs += self._pairs(length)
-        return self.per_token * tokens + self.per_trained_token * trained_tokens + self.per_pair * pairs
+            flops += sum(each * _pairs(length, *limits) for limits, each in self.per_pair.items())
+        return self.per_token * tokens + flops
 
-    def _pairs(self, length: int) -> float:
-        if self.window is None or length <= self.window:
-            return length * length / 2
-        return self.window * (length - self.window / 2)
+
+def _pairs(length: int, window: int | None, chunk: int | None) -> float:
+    """Returns the number of pairs of a query and a key that it sees in a document."""
+    if chunk is not None and length > chunk:
+        return length // chunk * _pairs(chunk, None, None) + _pairs(length % chunk, None, None)
+    if window is None or length <= window:
+        return length * length / 2
+    return window * (length - window / 2)
 
 
 def model_flops(model: PreTrainedModel) -> ModelFlops:
-    """Returns the FLOPs of a causal language model, from its parameters and its config."""
+    """Returns the FLOPs of a causal language model, from its parameters and its config.
+
+    Raises:
+        UnknownShape: The config does not say what some layers compute.
+    """
     config = model.config.get_text_config()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    active = getattr(config, "num_experts_per_tok", experts) / experts if experts else 1.0
     elsewhere = {id(p) for layer in (embedding, head) if layer is not None for p in layer.parameters()}
-    per_token = sum(
-        _cost(parameter) * (active if ".experts." in name else 1.0)
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in elsewhere
-    )
+    parameters = [(name, p) for name, p in model.named_parameters() if id(p) not in elsewhere]
+    has_experts = any(".experts." in name for name, _ in parameters)
+    active = _active_share(config) if has_experts else 1.0
+    per_token = sum(_cost(p) * (active if ".experts." in name else 1.0) for name, p in parameters)
     in_head = 0.0 if head is None else sum(_cost(parameter) for parameter in head.parameters())
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    per_pair = 12.0 * config.num_hidden_layers * heads * head_size
-    return ModelFlops(per_token, in_head, per_pair, _window(config))
+    per_pair: Counter = Counter()
+    for layer in attention_shapes(config):
+        per_pair[layer.window, layer.chunk] += 6.0 * (layer.query + layer.value)
+    return ModelFlops(per_token, in_head, per_pair)
+
+
+def _active_share(config: PretrainedConfig) -> float:
+    """Returns the share of a mixture's experts that a token passes through."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((value for name in names if (value := getattr(config, name, None))), None)
+    active = getattr(config, "num_experts_per_tok", None)
+    if not experts or not active:
+        raise UnknownShape("how many of its experts a token passes through is not in its config")
+    return active / experts
 
 
 def _cost(parameter: nn.Parameter) -> float:
     size = getattr(parameter, "ds_numel", parameter.numel())
     return (6.0 if parameter.requires_grad else 4.0) * size
-
-
-def _window(config) -> int | None:
-    window = getattr(config, "sliding_window", None)
-    mixed = set(getattr(config, "layer_types", None) or ()) - {"sliding_attention"}
-    return None if mixed or not getattr(config, "use_sliding_window", True) else window

@@ -128,6 +128,8 @@ def twin_config(
         ):
             if part.get(name) is not None:
                 part[name] = {"pad_token_id": 0, "bos_token_id": 1}.get(name, 2)
+        if "output_router_logits" in part:
+            part["output_router_logits"] = False  # the router's loss is not part of the proof
     values.pop("quantization_config", None)
     return type(config).from_dict(values)
 

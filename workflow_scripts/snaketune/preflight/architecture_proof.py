@@ -7,11 +7,10 @@ attention. What cannot be proved is refused here, in seconds on one CPU core, in
 from __future__ import annotations
 
 import copy
-import re
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from snaketune.common.cli import UserError
 from snaketune.models.base_model import fit_attention
 from snaketune.models.isolation import BOUND, LENGTHS, Row, logits_of, random_row
+from snaketune.models.leaking_layers import leaking_layers
 from snaketune.models.lora import add_lora
 from snaketune.models.twin import (
     TRAINED_LENGTH,
     VOCABULARY,
     build,
-    layer_list,
     make_twin,
     rope_parameters,
     trained_length,
@@ -278,88 +277,6 @@ def _works(config: PretrainedConfig, options: TrainingOptions) -> bool:
         return False
 
 
-@torch.no_grad()
-def leaking_layers(model: PreTrainedModel, row: Row) -> list[str]:
-    """Returns the layers through which the first document changes the others: "MambaMixer in layers 0-3 and 5".
-
-    Each layer is tested by itself: it gets the other documents' inputs from before the change.
-    """
-    found = layer_list(model)
-    if found is None:
-        return []
-    stop = row.boundaries[1]
-    inputs: list[torch.Tensor] = []
-    outputs: list[torch.Tensor] = []
-
-    def record(layer, args, kwargs, output):
-        inputs.append(_hidden(args, kwargs).clone())
-        outputs.append(_first(output).clone())
-
-    _run_with_hooks(model, row, found[1], after=record)
-    moved = []
-
-    def restore(layer, args, kwargs):
-        hidden, before = _hidden(args, kwargs), inputs[len(moved)]
-        hidden = torch.cat([hidden[:, :stop], before[:, stop:]], dim=1)
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-    def compare(layer, args, kwargs, output):
-        before = outputs[len(moved)]
-        change = (_first(output) - before)[:, stop:].abs().max() / before.std()
-        moved.append(change.item() > BOUND)
-
-    _run_with_hooks(model, row.with_other_document(0), found[1], before=restore, after=compare)
-    mixers = [_mixer(layer) for layer in found[1]]
-    leaking = [(mixers[number], number) for number, each in enumerate(moved) if each]
-    return [
-        f"{name} in {_layer_numbers([number for each, number in leaking if each == name])}"
-        for name in dict.fromkeys(name for name, _ in leaking)
-    ]
-
-
-def _run_with_hooks(
-    model: PreTrainedModel,
-    row: Row,
-    layers: Sequence[torch.nn.Module],
-    before: Callable | None = None,
-    after: Callable | None = None,
-) -> None:
-    handles = []
-    for layer in layers:
-        if before:
-            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-        if after:
-            handles.append(layer.register_forward_hook(after, with_kwargs=True))
-    try:
-        logits_of(model, row)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple | list) else output
-
-
-def _mixer(layer: torch.nn.Module) -> str:
-    """Returns the classes of a layer's parts in which tokens can see each other."""
-    aside = re.compile(
-        r"(MLP|Norm|Dropout|SparseMoeBlock|MoE|Moe|Experts|Linear|Identity|FeedForward|Gate|Router|Activation)$"
-    )
-    names = [type(each).__name__ for each in layer.children()]
-    return (
-        " and ".join(dict.fromkeys(name for name in names if not aside.search(name))) or type(layer).__name__
-    )
-
-
-def _layer_numbers(numbers: Sequence[int]) -> str:
-    return ("layer " if len(numbers) == 1 else "layers ") + ", ".join(map(str, numbers))
-
-
 def _check_gradients(
     model: PreTrainedModel, reference: PreTrainedModel, row: Row, options: TrainingOptions
 ) -> dict[str, Any]:
@@ -388,7 +305,7 @@ def _check_gradients(
     total = torch.stack([each.grad.norm() for each in theirs.values() if each.grad is not None]).norm()
     worst, worst_name = 0.0, ""
     for name, parameter in theirs.items():
-        mine = ours[name].grad
+        mine = ours[name].grad if name in ours else None  # some are constants, see make_constants_buffers
         if parameter.grad is None and mine is None:
             continue
         zero = torch.zeros(())

@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,17 @@ def check_gpus(processes: int | None) -> Check:
             "GPUs", False, found, f"train.processes is {processes}: request that many GPUs, or lower it"
         )
     return Check("GPUs", True, found)
+
+
+def check_dtypes(dtypes: Iterable[str]) -> Check:
+    """Checks that this device can train in the dtypes of the runs (`train.dtype`)."""
+    from snaketune.models.device import check_dtype, resolve_dtype, training_device
+
+    device = training_device()
+    resolved = {resolve_dtype(dtype, device) for dtype in dtypes}
+    for dtype in resolved:
+        check_dtype(dtype, device)
+    return Check("dtype", True, ", ".join(sorted(str(each).removeprefix("torch.") for each in resolved)))
 
 
 def check_positions(run: Mapping[str, Any]) -> Check:

@@ -9,9 +9,12 @@ of logits. CUDA's context and allocator fragmentation were not measured; `GPU_FI
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snaketune.settings.schema import default_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 MIB = 2**20
 # A training process with a model of a few bytes takes 485 MiB after one step (torch 2.13, transformers 5.23,
@@ -43,10 +46,11 @@ class Shape:
         trained: Number of parameters that are not frozen.
         layers: Number of decoder layers.
         hidden: Width of the residual stream.
-        query: Total width of the query heads.
-        key: Total width of the key heads.
-        intermediate: Width of the MLP.
+        query: Total width of the query heads, of the widest layer.
+        key: Total width of the key heads, of the widest layer.
+        intermediate: Width of the MLP, of the widest layer.
         vocabulary: Rows of the output head.
+        unknown: Why the activations are not known; then `query`, `key` and `intermediate` are 0.
     """
 
     parameters: int
@@ -57,6 +61,7 @@ class Shape:
     key: int
     intermediate: int
     vocabulary: int
+    unknown: str | None = None
 
 
 def read_shape(
@@ -82,18 +87,32 @@ def read_shape(
     rows = grown_rows(config.vocab_size, vocab_size or 0)
     matrices = 1 if config.tie_word_embeddings else 2
     grown = matrices * (rows - config.vocab_size) * config.hidden_size
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query, key, intermediate, unknown = _widths(config)
     weights, trained = count_parameters(model_path, trust_remote_code, lora_rank)
     return Shape(
         parameters=weights + grown,
         trained=trained + (grown if lora_rank is None else 0),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        query=config.num_attention_heads * size,
-        key=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * size,
-        intermediate=config.intermediate_size,
+        query=query,
+        key=key,
+        intermediate=intermediate,
         vocabulary=rows,
+        unknown=unknown,
     )
+
+
+def _widths(config: PretrainedConfig) -> tuple[int, int, int, str | None]:
+    """Returns (query, key, intermediate, None) of the widest layers; zeros and the reason if they are not known."""
+    from snaketune.models.attention_shapes import attention_shapes
+
+    try:
+        shapes = attention_shapes(config)
+        mlp = [layer.intermediate_size for layer in config.per_layer_config]
+        mlp = [max(each) if isinstance(each, list | tuple) else each for each in mlp]
+        return max(each.query for each in shapes), max(each.key for each in shapes), max(mlp), None
+    except Exception as error:  # the config of an architecture that we do not know may raise anything
+        return 0, 0, 0, str(error).splitlines()[0]
 
 
 def process_memory(
@@ -120,7 +139,8 @@ def process_memory(
         on_gpu: True for a GPU, False for a CPU.
 
     Returns:
-        `device` and `host` bytes, and `parts` of `device`. On a CPU everything is `device`.
+        `device` and `host` bytes, and `parts` of `device`. On a CPU everything is `device`. If the shape's activations
+        are not known, they are counted as the width of the residual stream alone, so the bytes are a lower bound.
     """
     own = shape.trained / ranks
     weights = dtype_bytes * shape.parameters / (ranks if zero_stage == 3 else 1)

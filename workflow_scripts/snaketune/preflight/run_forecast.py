@@ -63,7 +63,7 @@ def make_run_plan(
     dtype = train["dtype"] if train["dtype"] != "auto" else ("bfloat16" if gpus else "float32")
     memory = []
     for stage, offload in SETTINGS:
-        if (offload != "none" and not gpus) or (stage == 0 and dtype == "bfloat16"):
+        if (offload != "none" and not gpus) or (stage == 0 and dtype != "float32"):
             continue
         need = process_memory(
             shape,
@@ -75,13 +75,15 @@ def make_run_plan(
             gradient_checkpointing=train["gradient_checkpointing"],
             on_gpu=bool(gpus),
         )
+        fits = need["device"] <= device_gib * GIB
         memory.append(
             {
                 "zero_stage": stage,
                 "offload": offload,
                 "device_gib": round(need["device"] / GIB, 3),
                 "host_gib": round(need["host"] * ranks / GIB, 3),
-                "fits": need["device"] <= device_gib * GIB,
+                # Of a lower bound, only that it does not fit is certain.
+                "fits": None if shape.unknown and fits else fits,
                 "chosen": (stage, offload) == (train["zero_stage"], train["offload"]),
                 "parts": need["parts"],
             }
@@ -112,6 +114,7 @@ def make_run_plan(
         "checkpoint_gb": round(checkpoint / 1e9, 3),
         # While one is written, the kept ones still exist.
         "checkpoints_gb": round(checkpoint * (train["save_total_limit"] + 1) / 1e9, 3),
+        "activations_unknown": shape.unknown,
         "memory": memory,
     }
 

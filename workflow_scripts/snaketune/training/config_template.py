@@ -73,12 +73,14 @@ def _lora(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     targets = settings["lora_target_modules"]
     if rank is None:
         return None
-    return {
+    lora = {
         "rank": rank,
         "alpha": 2 * rank if alpha is None else alpha,
         "dropout": settings["lora_dropout"],
         "target_modules": "auto" if targets in (None, ["auto"]) else targets,
     }
+    experts = settings["lora_experts"]
+    return lora if experts is None else {**lora, "experts": experts}
 
 
 _FROM_PLAN = {
@@ -146,7 +148,7 @@ batch_size = 1  # packed sequences; must be 1: raise max_length or accumulative_
 heldout_dir = $heldout_dir
 log_interval = $log_interval  # optimizer steps between progress lines
 
-# LoRA: None trains all parameters; otherwise dict(rank, alpha, dropout, target_modules).
+# LoRA: None trains all parameters; otherwise dict(rank, alpha, dropout, target_modules, experts).
 lora = $lora
 
 # The settings in docs/config.md. Settings that are empty there are None here.
@@ -165,6 +167,7 @@ model = dict(
     gradient_checkpointing=gradient_checkpointing,
     lora=lora,
     cross_entropy=cross_entropy,
+    router_aux_loss=router_aux_loss,
     llm=dict(
         type=load_base_model,
         model_path=pretrained_model_name_or_path,

@@ -11,10 +11,11 @@ from types import ModuleType
 import torch
 
 from snaketune.common.cli import UserError
-from snaketune.models.device import resolve_dtype, training_device
+from snaketune.models.device import check_dtype, resolve_dtype, training_device
 from snaketune.models.lora import register_token_rows
 from snaketune.models.sequence_parallel import SequenceParallel
 from snaketune.settings.schema import default_of
+from snaketune.training.expert_modules import use_experts_together
 from snaketune.training.train_config import plain
 
 
@@ -43,6 +44,7 @@ prepare_deepspeed()
 import deepspeed  # noqa: E402
 from mmengine._strategy.deepspeed import DeepSpeedStrategy as _MMEngineDeepSpeedStrategy  # noqa: E402
 from mmengine.optim import LinearLR  # noqa: E402
+from torch import distributed  # noqa: E402
 
 
 def init_process_group() -> None:
@@ -86,7 +88,9 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         config: dict | None = None,
         **kwargs,
     ):
-        settings = deepspeed_settings(zero_stage, dtype, training_device(), offload)
+        device = training_device()
+        check_dtype(resolve_dtype(dtype, device), device)
+        settings = deepspeed_settings(zero_stage, dtype, device, offload)
         # DeepSpeed writes its settings into checkpoints, which we read with weights_only: use plain values
         # only.
         for key, value in plain(config or {}).items():
@@ -112,8 +116,16 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         return model
 
     def _wrap_model(self, model):
+        if self.sequence_parallel.size > 1 and model.router_aux_loss:
+            raise UserError(
+                "the router's auxiliary loss cannot be computed by ranks that share a packed sequence",
+                found=f"sequence_parallel = {self.sequence_parallel.size}",
+                fix="set sequence_parallel to 1, or router_aux_loss to 0",
+            )
         self.sequence_parallel.attach(model.llm)
-        if self.config["zero_optimization"]["stage"] == 3 and _has_frozen(model):
+        stage = self.config["zero_optimization"]["stage"]
+        use_experts_together(model, stage, distributed.get_world_size())
+        if stage == 3 and _has_frozen(model):
             register_token_rows(model)
         wrapper = super()._wrap_model(model)
         # ZeRO-3 does not move the module to the device, but the preprocessor, which moves batches, has to be
@@ -178,10 +190,10 @@ def deepspeed_settings(
     """
     on_gpu = device == "cuda"
     resolved = resolve_dtype(dtype, device)
-    if zero_stage == 0 and resolved == torch.bfloat16:
+    if zero_stage == 0 and resolved != torch.float32:
         raise UserError(
-            "zero_stage 0 cannot train in bfloat16",
-            found="stage 0 keeps no fp32 copy of the weights, so small updates would be rounded away",
+            f"zero_stage 0 cannot train in {str(resolved).removeprefix('torch.')}",
+            found="stage 0 saves no fp32 copy of the weights, so small updates would be rounded away",
             expected="zero_stage 1, 2 or 3, or dtype float32",
             fix="set zero_stage to 1, which costs nothing extra on one rank",
         )

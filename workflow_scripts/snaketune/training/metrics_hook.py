@@ -17,7 +17,8 @@ from torch import distributed
 
 from snaketune.common.files import read_json, write_json
 from snaketune.common.result_paths import ATTEMPTS, METRICS
-from snaketune.models.flops import model_flops, peak_tflops
+from snaketune.models.attention_shapes import UnknownShape
+from snaketune.models.flops import ModelFlops, model_flops, peak_tflops
 from snaketune.training.early_stop import STARTED
 from snaketune.training.launch import core_seconds
 from snaketune.training.progress_line import ProgressLine
@@ -52,6 +53,10 @@ class MetricsHook(Hook):
             sequence.
         loss: Loss of the step over all ranks, in nats per trained token; null if not finite. `skipped` is
             true if the step changed no weights.
+        aux_loss: Of a mixture of experts, the router's auxiliary loss without its coefficient, if it is added.
+        expert_load: Of a mixture of experts, for each of its layers, the load of the expert with the fewest tokens and
+            of that with the most (1 is an even share), and the entropy of the shares (1 is even). `expert_load_min`
+            and `expert_load_max` are the extremes over the layers, `expert_load_entropy` is their mean.
         lr, grad_norm: Learning rate used in this step; L2 norm of the gradient before clipping.
         tokens, trained_tokens, trained_share: Totals over all ranks, and the share of tokens that are trained
             on.
@@ -60,7 +65,8 @@ class MetricsHook(Hook):
         tokens_per_second, tokens_per_second_per_device: Each rank counts as a device: a GPU, or a process on
             CPUs.
         tflops_per_device: FLOP of the model per second and device, in 10^12, see `snaketune.models.flops`.
-        mfu: `tflops_per_device` as a share of the device's peak; null if the peak is unknown.
+        mfu: `tflops_per_device` as a share of the device's peak; null if the peak is unknown. Both are null
+            for a model whose arithmetic is not known; the log says why.
         gpu_memory_mib, cpu_memory_mib: Peak so far, on the rank with the highest.
         eta_seconds: Estimated time left, from the last 20 steps.
 
@@ -81,7 +87,7 @@ class MetricsHook(Hook):
     def before_train(self, runner) -> None:
         """Opens the files. `train_rank` has already cut metrics.jsonl back to the step to resume from."""
         model = runner.model.model.module.llm
-        self.flops = model_flops(model)
+        self.flops = _flops(model)
         if self.peak_tflops is None and torch.cuda.is_available():
             self.peak_tflops = peak_tflops(torch.cuda.get_device_name(), model.dtype)
         taken = torch.tensor(core_seconds(), dtype=torch.float64, device=runner.model.model.device)
@@ -106,10 +112,17 @@ class MetricsHook(Hook):
         seconds = time.perf_counter() - outputs["started"]
         device = outputs["loss"].device
         own = [outputs["tokens"], outputs["trained_tokens"], outputs.get("data_seconds", 0.0)]
-        own.append(self.flops.step(outputs["document_lengths"], outputs["trained_tokens"]))
+        lengths, trained = outputs["document_lengths"], outputs["trained_tokens"]
+        own.append(self.flops.step(lengths, trained) if self.flops else 0.0)
         own.append(core_seconds())
-        sums = torch.tensor([0.0, *own], dtype=torch.float64, device=device)
+        load = runner.model.model.module.expert_load
+        counts = load.take(device) if load.layers else torch.empty(0, device=device)
+        sums = torch.cat(
+            [torch.tensor([0.0, 0.0, *own], dtype=torch.float64, device=device), counts.double()]
+        )
         sums[0] = outputs["loss"]
+        if outputs["aux_loss"] is not None:
+            sums[1] = outputs["aux_loss"]
         gpu = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
         peaks = torch.tensor([gpu, _peak_memory_mib()], dtype=torch.float64, device=device)
         distributed.all_reduce(sums)
@@ -117,33 +130,38 @@ class MetricsHook(Hook):
         norm = runner.model.get_global_grad_norm()  # all ranks compute it together
         if not is_main_process():
             return
-        loss, tokens, trained, waited, flops, self.core_seconds = sums.tolist()
+        loss, aux_loss, tokens, trained, waited, flops, self.core_seconds = sums[:7].tolist()
         gpu, cpu = peaks.tolist()
         ranks, step = runner.world_size, batch_idx + 1
         self.recent.append(seconds)
-        tflops = flops / ranks / seconds / 1e12
+        tflops = flops / ranks / seconds / 1e12 if self.flops else None
         values = {
             "loss": _finite(loss),
+            **({} if outputs["aux_loss"] is None else {"aux_loss": _finite(aux_loss)}),
             "lr": runner.optim_wrapper.param_groups[0]["lr"],
             "grad_norm": None if norm is None else _finite(float(norm)),
             "trained_share": round(trained / tokens, 6),
             "tokens_per_second": round(tokens / seconds, 1),
             "tokens_per_second_per_device": round(tokens / seconds / ranks, 1),
-            "tflops_per_device": float(f"{tflops:.4g}"),
-            "mfu": round(tflops / self.peak_tflops, 4) if self.peak_tflops else None,
+            "tflops_per_device": float(f"{tflops:.4g}") if self.flops else None,
+            "mfu": round(tflops / self.peak_tflops, 4) if self.flops and self.peak_tflops else None,
             "data_share": round(waited / ranks / seconds, 5),
             "seconds": round(seconds, 4),
             **({"gpu_memory_mib": round(gpu)} if device.type == "cuda" else {}),
             "cpu_memory_mib": round(cpu),
             "eta_seconds": round(sum(self.recent) / len(self.recent) * (runner.max_iters - step), 1),
         }
-        counts = {"tokens": int(tokens), "trained_tokens": int(trained)}
+        layers = load.describe(sums[7:]) if load.layers else []
+        values |= _loads(layers)
+        totals = {"tokens": int(tokens), "trained_tokens": int(trained)}
         if outputs.get("skipped"):
-            counts["skipped"] = True
+            totals["skipped"] = True
         epoch = round(step / runner.train_loop.steps_per_epoch, 6)
         start = {"attempt": self.attempt, "world_size": ranks}
         start["sequence_parallel"] = runner.strategy.sequence_parallel.size
-        line = {"step": step, "epoch": epoch, **start, **values, **counts}
+        line = {"step": step, "epoch": epoch, **start, **values, **totals}
+        if layers:
+            line["expert_load"] = [[round(each, 4) for each in layer] for layer in layers]
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         if time.monotonic() - self.noted > _COST_EVERY:
@@ -185,15 +203,44 @@ def _describe(values: Mapping[str, float | None]) -> str:
     memory = values.get("gpu_memory_mib", values["cpu_memory_mib"]) / 1024
     parts = [
         f"loss {loss if loss == '-' else format(loss, '.4f')}",
+        f"aux_loss {values['aux_loss']:.4f}" if values.get("aux_loss") is not None else "",
         f"lr {values['lr']:.3e}",
         f"grad_norm {norm if norm == '-' else format(norm, '.3f')}",
         f"trained {values['trained_share']:.0%}",
         f"{rate:,.0f} tok/s" + (f" ({each:,.0f} per device)" if each != rate else ""),
-        f"{values['tflops_per_device']:.3g} TFLOP/s" if values["mfu"] is None else f"MFU {values['mfu']:.1%}",
+        _describe_speed(values["tflops_per_device"], values["mfu"]),
         f"data {values['data_share']:.1%}",
         f"{memory:.1f} GiB",
     ]
-    return "  ".join(parts)
+    return "  ".join(part for part in parts if part)
+
+
+def _loads(layers: Sequence[tuple[float, float, float]]) -> dict[str, float]:
+    if not layers:
+        return {}
+    least, most, entropies = zip(*layers, strict=True)
+    return {
+        "expert_load_min": round(min(least), 4),
+        "expert_load_max": round(max(most), 4),
+        "expert_load_entropy": round(sum(entropies) / len(entropies), 4),
+    }
+
+
+def _describe_speed(tflops: float | None, mfu: float | None) -> str:
+    if tflops is None:
+        return ""
+    return f"{tflops:.3g} TFLOP/s" if mfu is None else f"MFU {mfu:.1%}"
+
+
+def _flops(model) -> ModelFlops | None:
+    """Returns the FLOPs of a model; None if they are not known. A metric never ends a training."""
+    try:
+        return model_flops(model)
+    except Exception as error:  # the config of an architecture that we do not know may raise anything
+        reason = str(error) if isinstance(error, UnknownShape) else f"{type(error).__name__}: {error}"
+        if is_main_process():
+            print(f"No TFLOP/s and MFU for {type(model).__name__}: {reason}", flush=True)
+        return None
 
 
 def _finite(value: float) -> float | None:

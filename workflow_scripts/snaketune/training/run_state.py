@@ -19,6 +19,7 @@ from snaketune.common.cli import UserError
 from snaketune.common.files import read_json, sha256_file, sha256_json, write_bytes, write_json
 from snaketune.common.fingerprints import FingerprintCache
 from snaketune.common.result_paths import FINISHED, IDENTITY, METRICS, TRAIN_CONFIG
+from snaketune.models.lora import adapted_in
 from snaketune.packing.planner import plan_for_training
 from snaketune.training.run_identity import differences, run_identity
 from snaketune.training.run_lock import STALE, LockTaken, RunLock
@@ -151,6 +152,8 @@ def open_run_folder(state: RunState, config_path: Path) -> RunLock:
 def record_finished_run(state: RunState, config: TrainConfig, config_path: Path) -> None:
     """Writes finished.json from the last checkpoint and the metrics. Reading the weights verifies them."""
     checkpoint = list_checkpoints(state.folder)[-1]
+    weights = read_state_dict(checkpoint)
+    lora = {} if config.lora is None else {"lora_adapts": adapted_in(weights)}
     lines = [json.loads(line) for line in (state.folder / METRICS).read_text(encoding="utf-8").splitlines()]
     write_json(
         state.folder / FINISHED,
@@ -158,7 +161,7 @@ def record_finished_run(state: RunState, config: TrainConfig, config_path: Path)
             "format": 1,
             "identity": state.identity,
             "checkpoint": checkpoint.name,
-            "weights_sha256": weights_digest(read_state_dict(checkpoint)),
+            "weights_sha256": weights_digest(weights),
             "steps": lines[-1]["step"],
             "epochs": lines[-1]["epoch"],
             "tokens": sum(line["tokens"] for line in lines),
@@ -166,6 +169,7 @@ def record_finished_run(state: RunState, config: TrainConfig, config_path: Path)
             "final_loss": lines[-1]["loss"],
             "world_size": state.world_size,
             "global_batch": state.fields["global_batch"],
+            **lora,
             "zero_stage": config.zero_stage,
             "dtype": state.fields["dtype"],
             "plan_sha256": state.fields.get("plan"),

@@ -18,10 +18,15 @@ from snaketune.common.cli import UserError
 from snaketune.models.positions import read_positions
 from snaketune.settings.schema import default_of
 from snaketune.training.early_stop import StopRequest
+from snaketune.training.first_forward import refuse_unsupported
 from snaketune.training.isolation_check import require_isolated_documents
 from snaketune.training.nonfinite_steps import SkippedSteps, replace_zero_0_step
 from snaketune.training.packed_data import PackedSampler, read_ahead
-from snaketune.training.supervised_finetune import count_trained_tokens, step_loss_weights
+from snaketune.training.supervised_finetune import (
+    count_trained_tokens,
+    step_loss_weights,
+    step_row_weights,
+)
 
 
 class TrainLoop(BaseLoop):
@@ -120,7 +125,8 @@ class TrainLoop(BaseLoop):
         plan, model = self.sampler.plan, engine.module.llm
         read_positions(model).require(int(plan.slice_lengths.max()))
         if plan.mode != "single":
-            require_isolated_documents(model)
+            with refuse_unsupported(model):
+                require_isolated_documents(model)
         stream = self._micro_batches()
         if runner.random_state_folder is not None:
             load_random_state(runner.random_state_folder, runner.rank)
@@ -147,6 +153,8 @@ class TrainLoop(BaseLoop):
             loss: This rank's contribution to the loss of the step, a float64 scalar tensor. The loss of the
                 step is the sum over the ranks, see
                 `snaketune.training.supervised_finetune.step_loss_weights`.
+            aux_loss: The same for the router's loss, see `step_row_weights`, without its coefficient; None if there
+                is none.
             tokens, trained_tokens: Totals of this rank's packed sequences. Among ranks that share them, only
                 the first counts them.
             micro_batch_losses: Contribution of each micro-batch to `loss`, times the number of micro-batches
@@ -158,18 +166,30 @@ class TrainLoop(BaseLoop):
         trained_tokens = [count_trained_tokens(row["labels"]) for row in rows]
         shared = self.sequence_parallel
         weights = step_loss_weights(trained_tokens, self.loss_normalisation, runner.model.device, shared.size)
+        model = runner.model.model.module
+        row_weights = [0.0] * len(rows)
+        if model.router_aux_loss:
+            row_tokens = [row["labels"].numel() for row in rows]
+            row_weights = step_row_weights(row_tokens, self.loss_normalisation, runner.model.device)
         # DeepSpeed divides gradients by micro-batches x ranks. Undo it: our weights already normalise them.
         divisor = self.accumulative_counts * runner.world_size
-        losses = []
-        for batch, row, weight in zip(batches, rows, weights, strict=True):
-            data = {**shared.stretch(row), "loss_weight": weight * divisor}
+        losses, aux_losses = [], []
+        for batch, row, weight, row_weight in zip(batches, rows, weights, row_weights, strict=True):
+            data = {
+                **shared.stretch(row),
+                "loss_weight": weight * divisor,
+                "aux_weight": row_weight * divisor,
+            }
             outputs = runner.model.train_step({**batch, "data": data}, optim_wrapper=runner.optim_wrapper)
             losses.append(outputs["loss"].detach())
+            if model.router_aux_loss:
+                aux_losses.append(outputs["aux_loss"].detach() / model.router_aux_loss)
         if shared.rank > 0:
             rows, trained_tokens = [], []
         boundaries = [row["cumulative_len"] for row in rows]
         return {
             "loss": torch.stack(losses).double().sum() / divisor,
+            "aux_loss": torch.stack(aux_losses).double().sum() / divisor if aux_losses else None,
             "micro_batch_losses": losses,
             "tokens": sum(row["labels"].numel() for row in rows),
             "trained_tokens": sum(trained_tokens),
