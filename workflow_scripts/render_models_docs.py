@@ -22,6 +22,12 @@ def main() -> None:
     parser.add_argument(
         "--processes", type=int, default=2, help="families that run side by side (default: 2)"
     )
+    parser.add_argument(
+        "--python-4",
+        type=Path,
+        default=REPO / ".venv-turbomind" / "bin" / "python",
+        help="a Python with transformers 4.57",
+    )
     parser.add_argument("--families", nargs="+", help="print these model types instead of writing the pages")
     args = parser.parse_args()
 
@@ -31,7 +37,7 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    families = describe_families(args.families, args.processes)
+    families = describe_families(args.families, args.processes, args.python_4)
     if args.families:
         print(table(families, "en"))
         return
@@ -64,26 +70,34 @@ def table(families: list, language: str) -> str:
     """Returns the Markdown table, and a line that lists the families that are not causal."""
     words = {
         "en": {
-            "head": "| Family | Packed training | LoRA | TurboMind | lmdeploy >= 0.10 | vLLM 0.33 |",
+            "head": "| Family | Packed training | LoRA | `hf/` in transformers 4.57 | TurboMind | lmdeploy >= 0.10 | vLLM 0.33 |",
             "packed": "yes, `{}`",
             "single": "`single`, `{}`: {}",
             "refused": "refused: {}",
             "yes": "yes",
             "no": "no",
+            "equal": "equal logits",
+            "unknown": "unknown to it",
+            "different": "**differs**",
+            None: "",
             "aside": "Not causal language models, so refused: {}.",
         },
         "zh": {
-            "head": "| 家族 | 打包训练 | LoRA | TurboMind | lmdeploy >= 0.10 | vLLM 0.33 |",
+            "head": "| 家族 | 打包训练 | LoRA | transformers 4.57 读取 `hf/` | TurboMind | lmdeploy >= 0.10 | vLLM 0.33 |",
             "packed": "是，`{}`",
             "single": "`single`，`{}`：{}",
             "refused": "拒绝：{}",
             "yes": "是",
             "no": "否",
+            "equal": "logits 相同",
+            "unknown": "不认识",
+            "different": "**不同**",
+            None: "",
             "aside": "不是因果语言模型，因此被拒绝：{}。",
         },
     }[language]
     known = set(read_json(VLLM)["architectures"])
-    lines = [words["head"], "| --- | --- | --- | --- | --- | --- |"]
+    lines = [words["head"], "| --- | --- | --- | --- | --- | --- | --- |"]
     aside = []
     for each in families:
         if each.reason == "tokens see later tokens":
@@ -99,7 +113,7 @@ def table(families: list, language: str) -> str:
         vllm = f"`{each.architecture}`" if each.architecture in known else words["no"]
         flags = [words["yes"] if flag else words["no"] for flag in (each.lora, each.turbomind)]
         lines.append(
-            f"| {each.name} | {packed} | {flags[0]} | {flags[1]} | {each.direct or words['no']} | {vllm} |"
+            f"| {each.name} | {packed} | {flags[0]} | {words[each.transformers_4]} | {flags[1]} | {each.direct or words['no']} | {vllm} |"
         )
     text = "\n".join(lines) + "\n"
     return text + (f"\n{words['aside'].format(', '.join(aside))}\n" if aside else "")

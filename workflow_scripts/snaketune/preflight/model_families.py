@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import multiprocessing
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from snaketune.common.cli import UserError
@@ -40,6 +45,8 @@ class Family:
         packing: `best_fit`, or `single` if only a document alone is right; None if nothing is.
         reason: Why packed training is refused, or None.
         lora: True if LoRA trains and merges.
+        transformers_4: `equal` if the exported folder gives the same logits in transformers 4.57, `unknown` if that does
+            not know the family, else `different`; None if it was not tried.
         turbomind: True if TurboMind's converter and our proof cover it, by its default config.
         direct: The lmdeploy engine that serves the folder directly, or None.
     """
@@ -50,31 +57,101 @@ class Family:
     packing: str | None
     reason: str | None
     lora: bool
+    transformers_4: str | None
     turbomind: bool
     direct: str | None
 
 
-def describe_families(names: Sequence[str] | None = None, processes: int = 2) -> list[Family]:
+def describe_families(
+    names: Sequence[str] | None = None, processes: int = 2, python_4: Path | None = None
+) -> list[Family]:
     """Returns a description of each family, in processes that each look at one.
 
     Args:
         names: Model types; None for all.
         processes: Processes side by side.
+        python_4: A Python with transformers 4.57; None leaves that out.
     """
+    import torch
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    import snaketune.preflight.architecture_proof  # noqa: F401 (once for all processes)
+
+    torch.set_num_threads(1)
     names = names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     progress = Progress("families", len(names))
     found = []
-    with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
-        for family in pool.imap(describe_family, names):
-            found.append(family)
-            progress.add(family.name, families=1)
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        describe = functools.partial(describe_family, folder=Path(folder))
+        with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
+            for family in pool.imap(describe, names):
+                found.append(family)
+                progress.add(family.name, families=1)
+        read = _read_in_4(python_4, Path(folder)) if python_4 else {}
+    return [dataclasses.replace(each, transformers_4=read.get(each.name)) for each in found]
 
 
-def describe_family(name: str) -> Family:
-    """Returns the description of one family, by its default config or a published one."""
+def _read_in_4(python: Path, folder: Path) -> dict[str, str]:
+    """Returns how transformers 4 reads each exported twin below a folder."""
+    done = subprocess.run(
+        [python, "-c", _READER, folder], capture_output=True, text=True, check=True, timeout=3600
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# Runs in an environment without this package's dependencies.
+_READER = """
+import json, sys, warnings
+from pathlib import Path
+warnings.filterwarnings("ignore")
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, logging
+logging.set_verbosity_error()
+found = {}
+for expected in sorted(Path(sys.argv[1]).glob("*/expected.safetensors")):
+    stored = load_file(expected)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            expected.parent, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        with torch.no_grad():
+            logits = model(input_ids=stored["ids"], use_cache=False).logits[0]
+        difference = ((logits - stored["logits"]).abs().max() / stored["logits"].std()).item()
+        found[expected.parent.name] = "equal" if difference < 1e-3 else "different"
+    except Exception as error:
+        unknown = "does not recognize this architecture" in str(error) or isinstance(error, KeyError)
+        found[expected.parent.name] = "unknown" if unknown else f"{type(error).__name__}: {error}".splitlines()[0][:120]
+print(json.dumps(found))
+"""
+
+
+def _export(config, name: str, folder: Path) -> None:
+    """Writes a twin as a Hugging Face folder, with the logits that it should give."""
+    import torch
+    from safetensors.torch import save_file
+
+    from snaketune.export.hf_folder import save_model
+    from snaketune.models.isolation import random_row
+    from snaketune.models.twin import VOCABULARY, make_twin
+
+    twin = make_twin(config, longest=0, trust_remote_code=False)
+    target = folder / name
+    target.mkdir()
+    save_model(twin, target, "float32")
+    ids = random_row(VOCABULARY, (45,)).ids
+    with torch.no_grad():
+        logits = twin(ids, use_cache=False).logits[0].contiguous()
+    save_file({"ids": ids, "logits": logits}, target / "expected.safetensors")
+
+
+def describe_family(name: str, folder: Path) -> Family:
+    """Returns the description of one family, by its default config or a published one.
+
+    Args:
+        name: `model_type` in config.json.
+        folder: A twin is exported to a folder of the family's name below it.
+    """
     import torch
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -91,7 +168,7 @@ def describe_family(name: str) -> Family:
     try:
         config = CONFIG_MAPPING[name](**_PUBLISHED.get(name, {}))
     except Exception as error:  # whatever the family's own code raises
-        return Family(name, architecture, None, None, _first_line(error), False, False, None)
+        return Family(name, architecture, None, None, _first_line(error), False, None, False, None)
     for change in changes:
         tried = dataclasses.replace(options, **change)
         try:
@@ -105,6 +182,10 @@ def describe_family(name: str) -> Family:
             lora = True
         except UserError:
             pass
+        try:
+            _export(config, name, folder)
+        except Exception as error:  # the table then has no entry
+            print(f"{name} was not exported: {_first_line(error)}", flush=True)
         break
     values = {**config.to_dict(), "architectures": [architecture]}
     return Family(
@@ -114,6 +195,7 @@ def describe_family(name: str) -> Family:
         packing,
         reason,
         lora,
+        None,
         _fits(values, "convert"),
         _engine(architecture) if _fits(values, "direct") else None,
     )
