@@ -32,15 +32,15 @@ def main() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    lora = {key: getattr(args, f"lora_{key}") for key in ("rank", "alpha", "dropout", "target_modules")}
-    lora["alpha"] = lora["alpha"] or 2 * (lora["rank"] or 0)
-    lora["target_modules"] = lora["target_modules"] or "auto"
+    given = {key.removeprefix("lora_"): value for key, value in vars(args).items() if key.startswith("lora_")}
+    lora = {key: value for key, value in given.items() if value is not None}
+    lora.setdefault("alpha", 2 * lora.get("rank", 0))
     options = TrainingOptions(
         attention=args.attention,
         packing=args.packing_mode,
         max_length=args.max_length,
         gradient_checkpointing=args.gradient_checkpointing,
-        lora=lora if lora["rank"] else None,
+        lora=lora if "rank" in lora else None,
         trust_remote_code=args.trust_remote_code,
     )
     proof = prove(read_model_config(args.model, args.trust_remote_code), options)
@@ -53,6 +53,8 @@ def main() -> None:
     )
     for check in proof["checks"]:
         print(f"  {check['difference']:8.1e}  (at most {check['bound']:g})  {check['name']}")
+    if proof["lora"]:
+        print(f"in that model, {proof['lora']}")
     print(f"{proof['seconds']} s, {proof['peak_bytes'] / 2**30:.2f} GiB")
 
 

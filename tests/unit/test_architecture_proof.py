@@ -161,9 +161,16 @@ def test_sinks_in_both_attentions(attention):
 
 
 def test_lora_is_merged_on_dense_layers_and_experts():
-    for config in (LlamaConfig(), Qwen3MoeConfig()):
-        checks = prove(config, options(lora={"rank": 4, "alpha": 8, "dropout": 0.1}))["checks"]
-        assert checks[-1]["name"] == "LoRA merged = LoRA beside the weights"
+    for config, dropout in ((LlamaConfig(), 0.1), (Qwen3MoeConfig(), 0.0)):
+        proof = prove(config, options(lora={"rank": 4, "alpha": 8, "dropout": dropout}))
+        assert proof["checks"][-1]["name"] == "LoRA merged = LoRA beside the weights"
+        assert "adapted: " in proof["lora"] and "self_attn.q_proj (2)" in proof["lora"]
+
+
+def test_adapters_that_the_model_passes_by_are_refused():
+    """Jamba reads the weight of a projection without calling the layer, so its adapter has no effect until it is merged."""
+    with pytest.raises(UserError, match=r"LoRA does not fit jamba\n.*merging them by [\d.]+ of"):
+        prove(JambaConfig(), options(packing="single", lora={"rank": 4, "alpha": 8, "dropout": 0.0}))
 
 
 def test_a_twin_has_every_kind_of_layer_and_crosses_every_limit():

@@ -23,7 +23,7 @@ from snaketune.common.cli import UserError
 from snaketune.models.base_model import fit_attention
 from snaketune.models.isolation import BOUND, LENGTHS, Row, logits_of, random_row
 from snaketune.models.leaking_layers import leaking_layers
-from snaketune.models.lora import add_lora
+from snaketune.models.lora import add_lora, describe_lora
 from snaketune.models.twin import (
     TRAINED_LENGTH,
     VOCABULARY,
@@ -120,7 +120,8 @@ def _prove(config: PretrainedConfig, reference: PreTrainedModel, options: Traini
     ]
     lora = None
     if options.lora is not None:
-        checks.append(_check_merge(reference, options))
+        check, lora = _check_merge(reference, options)
+        checks.append(check)
     return {"attention": model.config._attn_implementation, "checks": checks, "lora": lora}
 
 
@@ -366,11 +367,13 @@ def _check_saved(reference: PreTrainedModel) -> dict[str, Any]:
     return _passed("saved and loaded = in memory", difference, BOUND)
 
 
-def _check_merge(reference: PreTrainedModel, options: TrainingOptions) -> dict[str, Any]:
-    """Compares a model with LoRA to itself with the adapters merged."""
+def _check_merge(reference: PreTrainedModel, options: TrainingOptions) -> tuple[dict[str, Any], str]:
+    """Compares a model with LoRA to itself with the adapters merged. Also returns which layers are adapted, in words."""
     model = _trained_twin(reference, options)
-    adapted = add_lora(model, {**options.lora, "dropout": 0.0}, new_ids=[])
+    adapted = add_lora(model, options.lora, new_ids=[])
+    words = describe_lora(model)
     generator = torch.Generator().manual_seed(0)
+    model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -389,7 +392,7 @@ def _check_merge(reference: PreTrainedModel, options: TrainingOptions) -> dict[s
             expected=f"a change, and at most {BOUND:g} by merging",
             fix="set train.lora to null, or name other layers in train.lora.target_modules",
         )
-    return _passed("LoRA merged = LoRA beside the weights", difference, BOUND)
+    return _passed("LoRA merged = LoRA beside the weights", difference, BOUND), words
 
 
 def _passed(name: str, difference: float, bound: float) -> dict[str, Any]:
