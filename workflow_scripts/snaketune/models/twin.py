@@ -6,6 +6,7 @@ cut too, so that rows of a hundred tokens cross them. Its weights are random, an
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterator
@@ -24,12 +25,15 @@ _EXPERTS = 8
 _LARGEST = 250_000_000  # weights of a twin; 1 GB
 _CUTS = ("everything", "sizes", "widths", "layers")
 _STATE = 16
+_CAP = 1.0  # of scores and logits, which then reach it
 
 _LAYERS = re.compile(r"^(num_hidden_layers|n_layers?|num_layers|decoder_layers|encoder_layers|num_blocks)$")
 _HEADS = re.compile(
     r"(?<!d_)(?<!dim_)(heads?|n_groups|ngroups|num_query_groups|o_groups|num_attention_heads_per_layer)$"
 )
-_HEAD_SIZES = re.compile(r"(head_dim|dim_head|d_head|headdim|head_size|kv_channels|rotary_dim)$")
+_HEAD_SIZES = re.compile(
+    r"(head_dim|dim_head|d_head|headdim|head_size|kv_channels|rotary_dim|query_pre_attn_scalar)$"
+)
 _WIDTHS = re.compile(
     r"(hidden_size|intermediate_size|d_model|n_embd|ffn_dim|ffn_hidden_size|dim_ff|lora_rank|lru_width|d_ssm|embed_dim"
     r"|emb_dim|n_inner|dff|d_inner|dt_rank|time_step_rank|laurel_rank|embedding_dim|embedding_size|intermediate_size_mlp"
@@ -148,6 +152,7 @@ def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 def build(config: PretrainedConfig, attention: str, trust_remote_code: bool) -> PreTrainedModel:
     """Returns a model in fp32 with the random weights that its own code draws."""
+    config = copy.deepcopy(config)  # else models would share the attention that is stored in it
     return AutoModelForCausalLM.from_config(
         config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=trust_remote_code
     )
@@ -235,6 +240,10 @@ def _integers(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
 def _cut(name: str, value: Any, by_heads: int, by_size: int, cut: str) -> Any:
     if isinstance(value, float) and _RANDOM.search(name):
         return 0.0
+    if isinstance(value, float) and "softcap" in name:
+        return min(value, _CAP)
+    if isinstance(value, float) and name == "attention_multiplier":
+        return value * by_size
     if isinstance(value, list) and value and isinstance(value[0], int) and not isinstance(value[0], bool):
         if _HEADS.search(name) or _WIDTHS.search(name):
             return [_cut(name, each, by_heads, by_size, cut) for each in value]

@@ -148,7 +148,7 @@ def _trained_twin(reference: PreTrainedModel, options: TrainingOptions) -> PreTr
     model = fit_attention(
         options.attention,
         "cpu",
-        lambda name: build(copy.deepcopy(reference.config), name, options.trust_remote_code),
+        lambda name: build(reference.config, name, options.trust_remote_code),
     )
     model.load_state_dict(reference.state_dict())
     return model.eval()
