@@ -128,6 +128,7 @@ COMPARE_PAGE = f"{RESULTS}/{result_paths.COMPARE_PAGE}"
 COMPARE_FIGURES = f"{RESULTS}/{result_paths.COMPARE_FIGURES}"
 LOGS = f"{RESULTS}/logs"
 RUN_LOGS = f"{RUN}/{result_paths.LOGS}"
+REFUSED = f"{RUN}/{result_paths.REFUSED}"
 BENCHMARKS = f"{RESULTS}/benchmarks"
 
 # Cores of this machine that training leaves free for evaluating its checkpoints.
