@@ -21,7 +21,7 @@ from snaketune.settings.schema import default_of
 
 def load_base_model(
     model_path: str,
-    dtype: str | torch.dtype = default_of("train.dtype"),
+    dtype: str | torch.dtype = default_of("train.dtype"),  # noqa: B008 (a string)
     attention: str = default_of("train.attention"),
     trust_remote_code: bool = default_of("model.trust_remote_code"),
 ) -> PreTrainedModel:
