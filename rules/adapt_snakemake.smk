@@ -1,6 +1,8 @@
 """Patches Snakemake 9.27 and its Slurm plugin 2.8 (included after all rules). No rules here.
 
 - A failed job's message shows only the last lines of its logs, and names the copy that is kept (`keep_log`).
+- A training that was refused (exit code 2: the user has to change something) is not tried again. Snakemake does not see
+  exit codes, and on Slurm only that a job failed, so train_model.py leaves a file.
 - The threads of submitted jobs are not capped at the cores of the submitting host (`cores: all` of profiles/default).
 - Slurm is queried for all job states at least every `seconds-between-status-checks`. The plugin waits 10 seconds longer
   each time until a job ends, up to 180.
@@ -11,9 +13,11 @@ The scheduler's patch is in rules/keep_back_jobs.smk, with the jobs that need it
 checks the Snakemake functions that the patches rely on.
 """
 
+import os
 import sys
 
 import snakemake.logging
+from snakemake.jobs import Job
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 
 SHOWN_LINES = 20
@@ -33,6 +37,19 @@ def show_last_lines(logs):
         yield from (f"    {line}" for line in shown)
 
 
+def unless_refused(times):
+    """Wraps the getter of Snakemake's `Job.restart_times`: 0 for a training that was refused."""
+
+    def restart_times(job):
+        marker = Path(REFUSED.format(**job.wildcards_dict)) if job.rule.name == "train_model" else None
+        # Listing the folder asks the file server; looking for one file may get an old answer.
+        if marker and marker.parent.is_dir() and marker.name in os.listdir(marker.parent):
+            return 0
+        return times(job)
+
+    return restart_times
+
+
 def end_when_preempted(query):
     """Wraps the plugin's status query: turns squeue's PREEMPTED into CANCELLED, which counts as failed."""
 
@@ -46,6 +63,7 @@ def end_when_preempted(query):
 
 
 snakemake.logging.show_logs = show_last_lines
+Job.restart_times = property(unless_refused(Job.restart_times.fget))
 
 if workflow.is_main_process and workflow.resource_settings.nodes is not None:
     workflow.global_resources["_cores"] = sys.maxsize

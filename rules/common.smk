@@ -43,6 +43,7 @@ workflow_scripts/snaketune/common/result_paths.py.
     compare/report.html    compare/comparison.json         the comparison of runs, and its figures as JSON
     {run}/logs/<rule>.log    logs/<rule>/...               log of a rule's last attempt; a folder of the same name keeps
                                                            <UTC time>-<job>.log of every attempt (undeclared)
+    {run}/logs/train_model.refused                         why the last attempt at training was refused (undeclared)
     benchmarks/<rule>/...
 
 {model}, {tokenizer}, {data} and {pack} combine a readable name with a digest of the settings that determine the content, so runs
@@ -131,6 +132,7 @@ COMPARE_PAGE = f"{RESULTS}/{result_paths.COMPARE_PAGE}"
 COMPARE_FIGURES = f"{RESULTS}/{result_paths.COMPARE_FIGURES}"
 LOGS = f"{RESULTS}/logs"
 RUN_LOGS = f"{RUN}/{result_paths.LOGS}"
+REFUSED = f"{RUN}/{result_paths.REFUSED}"
 BENCHMARKS = f"{RESULTS}/benchmarks"
 
 # Cores of this machine that training leaves free for evaluating its checkpoints.

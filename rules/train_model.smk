@@ -25,7 +25,8 @@ rule train_model:
         f"{RUN_LOGS}/train_model.log",
     benchmark:
         f"{BENCHMARKS}/train_model/{{run}}.tsv"
-    # An attempt resumes where the last one stopped (time limit, preemption); a guard refuses attempts without progress.
+    # An attempt resumes where the last one stopped (time limit, preemption); a guard refuses attempts without progress,
+    # and what is refused is not tried again (rules/adapt_snakemake.smk).
     # A Slurm job reads this file again and must not retry the rule itself.
     retries: 10 if workflow.is_main_process else 0
     conda:

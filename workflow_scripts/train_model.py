@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from snaketune.common.cli import UserError, run
-from snaketune.common.result_paths import METRICS
+from snaketune.common.result_paths import METRICS, REFUSED
 from snaketune.settings.command_line import add_settings
 
 
@@ -112,8 +112,23 @@ def count_processes(asked: str, gpus: int | None) -> int:
 
 
 def main() -> int | None:
-    """Trains as one rank, or starts the ranks."""
+    """Trains, and tells the workflow if the training is refused."""
     arguments = parse_arguments()
+    if arguments.manifest is None:
+        return train(arguments)
+    from snaketune.training.refusal import run_marking_refusal
+
+    marker = arguments.manifest.parent / REFUSED
+    if arguments.launcher in (
+        "none",
+        "srun",
+    ):  # the user may have changed what the last attempt was refused for
+        marker.unlink(missing_ok=True)
+    return run_marking_refusal(marker, lambda: train(arguments))
+
+
+def train(arguments: argparse.Namespace) -> int | None:
+    """Trains as one rank, or starts the ranks."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import sft
     from snaketune.training import launch

@@ -14,6 +14,7 @@ import snakemake.api  # first: its modules import each other
 import snakemake.logging
 import snakemake.workflow
 import snakemake_executor_plugin_slurm as slurm_plugin
+from snakemake.jobs import Job
 from snakemake.resources import Resources
 from snakemake.scheduling.job_scheduler import JobScheduler
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
@@ -44,6 +45,18 @@ RELIANCES = {
         "e5ad1c0aab5e",
         ADAPT,
         "it looks up show_logs in its module when a job fails",
+    ),
+    "restart_times": Reliance(
+        Job.restart_times.fget,
+        "deb703b85c55",
+        ADAPT,
+        "unless_refused wraps it: the number of times that a failed job is started again",
+    ),
+    "_handle_error": Reliance(
+        JobScheduler._handle_error,
+        "255b52a98a34",
+        ADAPT,
+        "it asks restart_times after a job has failed",
     ),
     "job_selector": Reliance(
         JobScheduler.job_selector,
@@ -97,7 +110,7 @@ def test_the_functions_that_patches_rely_on_are_those_they_were_written_for(name
         f"{reliance.function.__module__}.{reliance.function.__qualname__} changed ({versions()}).\n"
         f"Check rules/{reliance.file}, which relies on it: {reliance.reason}.\n"
         f"Read the new function ({inspect.getsourcefile(reliance.function)}), adapt the patch or drop it, run "
-        "tests/workflow/test_failed_job.py, tests/workflow/test_follow_checkpoints.py and tests/slurm, then update the "
+        "tests/workflow/test_failed_job.py, tests/workflow/test_refused_training.py, tests/workflow/test_follow_checkpoints.py and tests/slurm, then update the "
         f"digest: {found}"
     )
 

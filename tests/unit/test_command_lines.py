@@ -173,7 +173,7 @@ def another(rule: dict) -> object:
             )
         }
     if kind == "boolean":
-        return not rule["default"]
+        return not rule.get("default")
     if kind in ("integer", "number"):
         value = 0.5 if "exclusiveMaximum" in rule or "maximum" in rule else 12
         return value if kind == "number" else int(value)

@@ -14,6 +14,7 @@ from snaketune.packing.pack_plan import open_plan
 from snaketune.packing.planner import make_plan
 from snaketune.preflight.memory_forecast import MIB, Shape, _widths, process_memory, read_shape
 from snaketune.preflight.run_forecast import make_run_plan
+from snaketune.preflight.sizes import count_parameters
 
 
 def states(shape, stage, ranks, offload="none"):
@@ -194,3 +195,19 @@ def test_the_widest_layer_is_what_counts(kind, settings, query):
     config = AutoConfig.for_model(kind, **settings).get_text_config()
     found, *_, unknown = _widths(config)
     assert found == query and unknown is None
+
+
+def test_lora_counts_the_experts_that_it_adapts(tmp_path):
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    AutoConfig.for_model("mixtral", **sizes).save_pretrained(tmp_path)
+    rank = 2
+    attention = (32 + 32) * 2 + (32 + 16) * 2
+    experts = 4 * (2 * (32 + 96) + (48 + 32)) + (32 + 4)  # gate and up in one at twice the rank, down, router
+    assert count_parameters(str(tmp_path), lora_rank=rank)[1] == 2 * rank * (attention + experts)

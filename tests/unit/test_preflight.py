@@ -86,7 +86,7 @@ def test_everything_that_can_be_wrong_on_one_machine_is_told(
     assert "made from a different base" in checks["tokenizer of made"]["found"]
     assert "GB/s" in checks["all-reduce"]["found"]
     assert not (folder / "passed.json").exists()
-    assert "6 of 12 checks failed" in done.stdout and "to do" in done.stdout
+    assert "6 of 13 checks failed" in done.stdout and "to do" in done.stdout
     assert done.stdout == (folder / "report.txt").read_text()
     again = run_script("preflight.py", "report", "--folder", folder, check=False)
     assert again.returncode == 2 and "preflight.py begin" in again.stderr, "each report needs its own begin"

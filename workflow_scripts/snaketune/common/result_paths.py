@@ -47,6 +47,7 @@ MODEL_CARD = "model_card.md"
 SERVE = "serve.txt"
 REPORT = "report.html"
 LOGS = "logs"
+REFUSED = f"{LOGS}/train_model.refused"  # while it exists, another attempt at training would be refused too
 
 # In a run folder, which training writes and resumes.
 IDENTITY = "identity.json"

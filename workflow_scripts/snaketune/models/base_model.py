@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from snaketune.settings.schema import default_of
 
 def load_base_model(
     model_path: str,
-    dtype: str | torch.dtype = default_of("train.dtype"),  # noqa: B008 (a constant)
+    dtype: str | torch.dtype = default_of("train.dtype"),  # noqa: B008 (a string)
     attention: str = default_of("train.attention"),
     trust_remote_code: bool = default_of("model.trust_remote_code"),
 ) -> PreTrainedModel:
@@ -191,14 +192,21 @@ def make_constants_buffers(model: PreTrainedModel) -> None:
     """Turns the parameters that an architecture never trains into buffers of the same names.
 
     Some mixtures of experts have such a correction of the router's scores (Ernie 4.5, Afmoe), others have it as a
-    buffer (DeepSeek-V3). DeepSpeed saves buffers, and keeps in float32 those that transformers keeps so; of parameters
-    it does neither. (A model that was loaded in shards keeps them.)
+    buffer (DeepSeek-V3). transformers makes all parameters trainable when it loads them, so weight decay would shrink
+    it. DeepSpeed saves buffers, and keeps in float32 those that transformers keeps so. (A model that was loaded in
+    shards keeps its parameters.)
     """
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if not parameter.requires_grad and not hasattr(parameter, "ds_id"):
-                delattr(module, name)
-                module.register_buffer(name, parameter.data)
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        as_defined = type(model)._from_config(copy.deepcopy(model.config))
+    for name, parameter in as_defined.named_parameters():
+        if not parameter.requires_grad:
+            owner, _, own_name = name.rpartition(".")
+            module = model.get_submodule(owner)
+            value = getattr(module, own_name).data
+            delattr(module, own_name)
+            module.register_buffer(own_name, value)
 
 
 def weights_kept_in_float32(model: PreTrainedModel) -> list[str]:

@@ -168,7 +168,7 @@ def lora_config(model: PreTrainedModel, lora: Mapping[str, Any], new_ids: Sequen
 
 
 def _experts(model: PreTrainedModel, lora: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns peft's settings for the experts."""
+    """Returns peft's settings for the experts. Gate and up projection in one get twice the rank, as peft itself does."""
     if not lora.get("experts"):
         return {}
     names = {
@@ -185,7 +185,12 @@ def _experts(model: PreTrainedModel, lora: Mapping[str, Any]) -> dict[str, Any]:
             expected="a mixture of experts",
             fix="remove train.lora.experts",
         )
-    return {"target_parameters": sorted(names)}
+    fused = r".*\.gate_up_proj"
+    return {
+        "target_parameters": sorted(names),
+        "rank_pattern": {fused: 2 * lora["rank"]},
+        "alpha_pattern": {fused: 2 * lora["alpha"]},
+    }
 
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:

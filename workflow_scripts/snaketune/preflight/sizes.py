@@ -29,19 +29,17 @@ def count_parameters(
 ) -> tuple[int, int]:
     """Returns the number of all weights, tied ones counted once, and of the trained weights.
 
-    For LoRA, assumes adapters on every linear layer and neglects the rows of new tokens.
+    For LoRA, counts the adapters of the default `target_modules` and neglects the rows of new tokens.
     """
-    from torch import nn
-
     from snaketune.export.hf_tensors import empty_model
+    from snaketune.models.lora import add_lora, trained_share
 
     model = empty_model(model_path, trust_remote_code)
     weights = sum(parameter.numel() for parameter in model.parameters())
     if lora_rank is None:
         return weights, weights
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    layers = [layer for layer in layers if layer is not model.get_output_embeddings()]
-    return weights, lora_rank * sum(layer.in_features + layer.out_features for layer in layers)
+    add_lora(model, {"rank": lora_rank, "alpha": lora_rank}, [])
+    return weights, trained_share(model)[0]
 
 
 def checkpoint_bytes(trained: int, dtype: str, zero_stage: int, save_optimizer: bool) -> int:
