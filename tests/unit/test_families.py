@@ -154,6 +154,26 @@ def test_the_references_give_the_logits_of_the_trained_model(worlds, name):
         )
 
 
+@pytest.mark.parametrize("name", ["gemma", "mixtral"])
+def test_one_layer_at_a_time_is_in_memory(worlds, name):
+    from transformers import AutoConfig
+
+    from snaketune.checkpoints.checkpoint_content import read_state_dict
+    from snaketune.export.layerwise import empty_with_buffers, load_as_it_runs
+
+    model, held = empty_with_buffers(AutoConfig.from_pretrained(worlds[name].hf)), []
+    parts = [model.model.embed_tokens, *model.model.layers, model.lm_head]
+    sizes = [sum(each.numel() for each in part.parameters()) for part in parts]
+    load_as_it_runs(model, read_state_dict(worlds[name].checkpoint))
+    for part in parts:
+        part.register_forward_hook(
+            lambda *_: held.append(sum(each.numel() for each in model.parameters() if not each.is_meta))
+        )
+    model(input_ids=torch.tensor(PROMPTS[:1]), use_cache=False)
+    norm = model.model.norm.weight.numel()
+    assert held == [size + norm for size in sizes]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_config_is_the_bases_own(worlds, name):
     world = worlds[name]

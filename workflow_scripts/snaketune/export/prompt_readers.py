@@ -72,19 +72,23 @@ def read_logits(
         {"reader", "unread": None, "prompts": see `top_values`, "long": the same of a prompt beyond the attention window,
         with its "tokens", or None}, or {"reader", "unread": why this version does not load the model}
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     reader = f"transformers {importlib.metadata.version('transformers')}"
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a config's checks raise anything
-        return {"reader": reader, "unread": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    known = type(config) in AutoModelForCausalLM._model_mapping
-    if not known and not (trust_remote_code and getattr(config, "auto_map", None)):
-        return {"reader": reader, "unread": f"has no causal language model for {config.model_type}"}
+        logits = _logits(folder, prompts, trust_remote_code)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines() or [""]
+        return {"reader": reader, "unread": f"{type(error).__name__}: {reason[0][:300]}"}
+    return {"reader": reader, "unread": None, **logits}
+
+
+def _logits(folder: Path, prompts: list[list[int]], trust_remote_code: bool) -> dict[str, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # Its sdpa ignores a cap of the scores.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    eager = capped or not known or not AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa
+    known = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    eager = capped or not getattr(known, "_supports_sdpa", False)
     size = sum(each.shape.numel() for each in open_safetensors(folder).stored.values())
     length = reachable_length(config, size, eager)
     batches = [prompts_batch(prompts), *([long_batch(prompts, length)] if length else [])]
@@ -92,8 +96,6 @@ def read_logits(
         folder, batches, attention="eager" if capped else None, trust_remote_code=trust_remote_code
     )
     return {
-        "reader": reader,
-        "unread": None,
         "prompts": top_values(short),
         "long": {"tokens": length, **top_values(long[0])} if long else None,
     }
