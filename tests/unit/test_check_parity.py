@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from environments import REPO
@@ -76,6 +77,19 @@ def test_an_honest_chain_passes_and_every_difference_is_listed_and_explained(cha
     assert [each["prompt"] for each in calls["differences"]] == [3]
     assert "line break" in calls["differences"][0]["why"]
     assert "parity holds" in done.stdout and "why: lmdeploy" in done.stdout
+
+
+def test_tokens_beyond_a_session_of_turbomind_are_not_compared(chain, run_script, tmp_path):
+    """The engine never sees them, and beyond a sliding window it would compute something else."""
+    copy = shutil.copytree(chain, tmp_path / "chain")
+    path = copy / "turbomind" / "triton_models" / "weights" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["model_config"]["session_len"] = 20
+    path.write_text(yaml.safe_dump(config))
+    check(copy, run_script, tmp_path / "parity.json")
+    hf, _, turbomind = read_json(tmp_path / "parity.json")["logits"]
+    assert hf["tokens"] > turbomind["tokens"] == 20
+    assert turbomind["relative_difference"] < 1e-5 and turbomind["rounding_difference"] > 0
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama3", "mistral_instruct"])

@@ -324,7 +324,8 @@ def test_the_logits_alone_show_a_wrong_setting(copy, monkeypatch, name, change):
     hf, turbomind = copy(name)
     edit_config(turbomind, change)
     monkeypatch.setattr(turbomind_proof, "compare_config", lambda *_: {})
-    assert "different logits" in refusal(hf, turbomind)
+    message = refusal(hf, turbomind)
+    assert "different logits" in message or "chooses other experts" in message
 
 
 def test_swapped_experts_are_named(copy):
@@ -336,6 +337,34 @@ def test_swapped_experts_are_named(copy):
     message = refusal(hf, turbomind)
     assert "model.layers.1.mlp.experts.2.down_proj.weight" in message
     assert "model.layers.1.mlp.experts.4.down_proj.weight" in message and "gate_proj" not in message
+
+
+def test_a_router_that_clearly_chooses_others_is_told(converted):
+    from snaketune.export.reference_forward import turbomind_logits
+    from snaketune.export.turbomind_folder import TurboMindFolder
+
+    folder = TurboMindFolder(converted["mixtral"][1])
+    ids = torch.arange(20)[None] * 7
+    routes = [torch.tensor([0, 1]).expand(1, 20, 2)] * folder.layers
+    with pytest.raises(UserError, match="router of layer 0 chooses other experts"):
+        turbomind_logits(folder, ids, routes)
+
+
+def test_between_equal_experts_the_other_models_choice_is_followed(copy):
+    """There rounding decides, so the choice says nothing about the weights."""
+    from snaketune.export.reference_forward import turbomind_logits
+    from snaketune.export.turbomind_folder import TurboMindFolder
+
+    _, turbomind = copy("mixtral")
+    for path in (turbomind / WEIGHTS).glob("*.moe_ffn.gate.weight"):
+        path.write_bytes(bytes(path.stat().st_size))
+    folder = TurboMindFolder(turbomind)
+    ids = torch.arange(20)[None] * 7
+    one, other = (
+        turbomind_logits(folder, ids, [torch.tensor(pair).expand(1, 20, 2)] * folder.layers)
+        for pair in ([0, 1], [2, 3])
+    )
+    assert not torch.allclose(one, other, rtol=0.1)
 
 
 def test_another_router_is_named(copy):

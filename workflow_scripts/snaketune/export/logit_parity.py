@@ -15,8 +15,8 @@ from snaketune.export.hf_convert import training_dtype
 from snaketune.export.layerwise import empty_with_buffers
 from snaketune.export.long_prompts import limits_of, long_batch, reachable_length
 from snaketune.export.lora_weights import grown_base
-from snaketune.export.model_logits import checkpoint_logits, folder_logits, prompts_batch
-from snaketune.export.reference_forward import turbomind_logits
+from snaketune.export.model_logits import Batch, checkpoint_logits, folder_logits, prompts_batch
+from snaketune.export.reference_forward import recorded_routes, turbomind_logits
 from snaketune.export.turbomind_folder import TurboMindFolder
 from snaketune.export.turbomind_proof import LARGEST_DIFFERENCE, compare_logits
 from snaketune.models.device import attention_on
@@ -85,7 +85,8 @@ def compare_models(
     exact = rounded = checkpoint_logits(config.model_path, state, batches, **options)
     if any(kind.is_floating_point and kind != dtype for kind in _dtypes(state)):
         rounded = checkpoint_logits(config.model_path, state, batches, rounded_to=dtype, **options)
-    ours = folder_logits(hf, batches, **options)
+    with recorded_routes() as routes:
+        ours = folder_logits(hf, batches, **options)
     # The folder may lack vocabulary rows without a token.
     rounded, exact = ([each[:, : ours[0].shape[-1]] for each in logits] for logits in (rounded, exact))
     longest = batches[-1].ids.shape[1]
@@ -100,13 +101,11 @@ def compare_models(
         tokens = max(batches[0].ids.shape[1], theirs["tokens"] if theirs else 0)
         rows.append(_older_row(reading["reader"], dtype, tokens, compared, base))
     if turbomind is not None:
-        folder, (batch, *_) = TurboMindFolder(turbomind), batches
-        expected = ours[:1]
+        folder, expected = TurboMindFolder(turbomind), ours[0]
         if folder.dtype != dtype:
-            expected = folder_logits(hf, [batch], rounded_to=folder.dtype, **options)
-        found = [turbomind_logits(folder, batch.ids)[batch.wanted]]
-        tokens = batch.ids.shape[1]
-        rows.append(_row("TurboMind", "Hugging Face", folder.dtype, tokens, expected, found, ours[:1]))
+            with recorded_routes() as routes:
+                (expected,) = folder_logits(hf, batches[:1], rounded_to=folder.dtype, **options)
+        rows.append(_turbomind_row(folder, batches[0], routes, expected, ours[0]))
     return {"logits": rows, "limits": limits_of(base), "unread": unread}
 
 
@@ -136,6 +135,23 @@ def _row(
     name = str(dtype).removeprefix("torch.")
     row = {"of": of, "against": against, "dtype": name, "tokens": tokens}
     return {**row, **differences, "rounding_difference": rounding}
+
+
+def _turbomind_row(
+    folder: TurboMindFolder,
+    batch: Batch,
+    routes: Sequence[torch.Tensor],
+    expected: torch.Tensor,
+    unrounded: torch.Tensor,
+) -> dict[str, Any]:
+    """Compares the tokens that fit into a session; the engine never sees later ones."""
+    length = min(batch.ids.shape[1], folder.session_len)
+    served = (torch.arange(batch.ids.shape[1]) < length).expand_as(batch.wanted)[batch.wanted]
+    # Those of longer batches come after this one's.
+    routes = [route.unflatten(0, batch.ids.shape)[:, :length] for route in routes[: folder.layers]]
+    found = turbomind_logits(folder, batch.ids[:, :length], routes)[batch.wanted[:, :length]]
+    rows = [expected[served]], [found], [unrounded[served]]
+    return _row("TurboMind", "Hugging Face", folder.dtype, length, *rows)
 
 
 def _older_row(

@@ -6,7 +6,9 @@ to the workspace's dtype, so only the order of summation differs.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,14 +21,23 @@ from snaketune.export.turbomind_folder import FeedForward, Layer, TurboMindFolde
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_TIE = 1e-3  # difference of probability below which rounding may decide between experts
+
 
 @torch.inference_mode()
-def turbomind_logits(folder: TurboMindFolder, ids: torch.Tensor) -> torch.Tensor:
+def turbomind_logits(
+    folder: TurboMindFolder, ids: torch.Tensor, routes: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
     """Returns the logits (sequences, tokens, vocabulary) of a workspace in fp32.
 
     Args:
         folder: The workspace.
         ids: int64 (sequences, tokens). Attention is causal, so padding on the right does not change earlier tokens.
+        routes: Each layer's experts (sequences, tokens, experts per token) in the model that this one is compared with,
+            from `recorded_routes`; empty without.
+
+    Raises:
+        UserError: The workspace's router would choose clearly other experts.
     """
     model, attention = folder.config["model_config"], folder.config["attention_config"]
     eps, size = model["norm_eps"], folder.head_size
@@ -47,7 +58,8 @@ def turbomind_logits(folder: TurboMindFolder, ids: torch.Tensor) -> torch.Tensor
         shares = scores.masked_fill(ahead, -torch.inf).softmax(-1)
         mixed = torch.einsum("bhqk,bkhd->bqhd", shares, v.repeat_interleave(group, 2)).flatten(2)
         state = state + _linear(mixed, layer, "o")
-        state = state + _feed_forward(folder, number, layer, _rms_norm(state, layer.ffn_norm, eps))
+        x, route = _rms_norm(state, layer.ffn_norm, eps), routes[number] if len(routes) else None
+        state = state + _feed_forward(folder, number, layer, x, route)
     return _rms_norm(state, folder.norm(), eps) @ folder.output()[:, : folder.vocab].float()
 
 
@@ -75,7 +87,29 @@ def _linear(x: torch.Tensor, layer: Any, letter: str) -> torch.Tensor:
     return result + layer.biases[letter].float() if letter in layer.biases else result
 
 
-def _feed_forward(folder: TurboMindFolder, number: int, layer: Layer, x: torch.Tensor) -> torch.Tensor:
+@contextlib.contextmanager
+def recorded_routes() -> Iterator[list[torch.Tensor]]:
+    """Yields a list that gets the experts (tokens, experts per token) that each router of transformers chooses.
+
+    Two experts may have nearly the same probability. Rounding then decides, differently in another order of summation,
+    and all later layers differ. So models are compared with the same experts.
+    """
+    routes: list[torch.Tensor] = []
+
+    def record(module: torch.nn.Module, _: Any, output: Any) -> None:
+        if type(module).__name__.endswith("TopKRouter") and isinstance(output, tuple) and len(output) == 3:
+            routes.append(output[2])
+
+    hook = torch.nn.modules.module.register_module_forward_hook(record)
+    try:
+        yield routes
+    finally:
+        hook.remove()
+
+
+def _feed_forward(
+    folder: TurboMindFolder, number: int, layer: Layer, x: torch.Tensor, route: torch.Tensor | None
+) -> torch.Tensor:
     """Returns the output of a layer's feed-forward block, of its experts, or of both."""
     result = torch.zeros_like(x)
     if layer.dense is not None:
@@ -85,7 +119,18 @@ def _feed_forward(folder: TurboMindFolder, number: int, layer: Layer, x: torch.T
     if layer.router is None:
         return result
     model = folder.config["model_config"]
-    shares, chosen = (x @ layer.router.float()).softmax(-1).topk(model["experts_per_token"])
+    probabilities = (x @ layer.router.float()).softmax(-1)
+    shares, chosen = probabilities.topk(model["experts_per_token"])
+    if route is not None and route.shape == chosen.shape:
+        missed = (shares.sum(-1) - probabilities.gather(-1, route).sum(-1)).max().item()
+        if missed > _TIE:
+            raise UserError(
+                f"TurboMind's router of layer {number} chooses other experts than the Hugging Face folder's",
+                found=f"experts with {missed:.1e} more probability",
+                expected=f"at most {_TIE:.0e}, between nearly equal ones",
+                fix="do not use this model: its weights or config differ",
+            )
+        shares, chosen = probabilities.gather(-1, route), route
     if model["norm_topk_prob"]:
         shares = shares / shares.sum(-1, keepdim=True)
     for each in range(folder.experts[number]):

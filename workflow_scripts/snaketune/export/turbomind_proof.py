@@ -20,7 +20,7 @@ from snaketune.common.progress import Progress
 from snaketune.export import internlm2
 from snaketune.export.hf_folder import require_model_folder
 from snaketune.export.mixtures import FusedExperts
-from snaketune.export.reference_forward import transformers_logits, turbomind_logits
+from snaketune.export.reference_forward import recorded_routes, transformers_logits, turbomind_logits
 from snaketune.export.turbomind_config import (
     MIXTURES,
     dense_size,
@@ -88,8 +88,9 @@ def _compare_forward(
     config = AutoConfig.for_model(**hf_config)
     if architecture_of(hf_config) in MIXTURES:
         weights = FusedExperts(weights, hf_config)
-    expected = transformers_logits(config, weights, ids, folder.dtype)
-    found = turbomind_logits(folder, ids)
+    with recorded_routes() as routes:
+        expected = transformers_logits(config, weights, ids, folder.dtype)
+    found = turbomind_logits(folder, ids, [route.unflatten(0, ids.shape) for route in routes])
     return {"tokens": tokens, **compare_logits(expected, found, "TurboMind", "the Hugging Face folder")}
 
 
