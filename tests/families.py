@@ -185,13 +185,39 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "pad_token_id": 0,
         },
     ),
+    "llama4_text": (
+        "Llama4ForCausalLM",
+        {
+            **_ROPE,
+            "model_type": "llama4_text",
+            "head_dim": 16,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 96,
+            "attention_chunk_size": 200,
+            "no_rope_layers": [1, 0],
+            "pad_token_id": 0,
+        },
+    ),
+    "gemma4_text": (  # transformers 4.57 does not know it
+        "Gemma4ForCausalLM",
+        {
+            "model_type": "gemma4_text",
+            "num_hidden_layers": 6,
+            "head_dim": 16,
+            "global_head_dim": 16,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 480,
+            "num_kv_shared_layers": 0,
+            "sliding_window": 200,
+        },
+    ),
     "ministral3": (  # transformers 4.57 does not know it
         "Ministral3ForCausalLM",
         {"model_type": "ministral3", "head_dim": 16},
     ),
 }
-# Trained with `train.attention: eager`: sdpa has no cap of the scores, and no sinks.
-EAGER = ("gemma2", "gpt_oss")
+# Trained with `train.attention: eager`: sdpa has no cap of the scores, no sinks and no chunks.
+EAGER = ("gemma2", "gpt_oss", "llama4_text")
 
 
 def write_family(folder: Path, tokenizer_dir: Path, name: str) -> Path:

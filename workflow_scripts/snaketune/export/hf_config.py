@@ -23,6 +23,8 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 _NOT_OURS = ("_name_or_path", "_model_name_or_path", "quantization_config")
 _LONGROPE = {"rope_type", "short_factor", "long_factor", "original_max_position_embeddings"}
 _OWN_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
+# Tables of the vocabulary besides the embedding and the head, which transformers resizes with them (Gemma 3n and 4).
+_OTHER_TABLES = ("vocab_size_per_layer_input",)
 # Settings of a composite config that its text part does not repeat.
 _SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
@@ -75,10 +77,11 @@ def tuned_config(base: dict[str, Any], model: PreTrainedModel, dtype: str) -> di
     config["architectures"] = [type(model).__name__]
     if "auto_map" in config:
         config["auto_map"] = model.config.auto_map  # of a hub model: with the name of its repository
-    rows = model.get_input_embeddings().weight.shape[0]
-    text = _text_part(config, model.config)
-    for part in (text, *([config] if "vocab_size" in config else [])):
-        part["vocab_size"] = rows
+    text, grown = _text_part(config, model.config), model.config.get_text_config().to_dict()
+    sizes = {key: grown[key] for key in ("vocab_size", *_OTHER_TABLES) if key in grown}
+    text |= sizes
+    if "vocab_size" in config:
+        config["vocab_size"] = sizes["vocab_size"]
     return portable_config(config, dtype, model.config)
 
 

@@ -6,6 +6,7 @@ Makes no assumption about an architecture but this: its layers are in `ModuleLis
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,17 @@ def empty_with_buffers(config: Any, **options: Any) -> Any:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
     model.tie_weights()  # the context makes a parameter of its own of each name
+    _drop_memory(model)  # of parameters that the model has put in place in another way
     return model.eval()
+
+
+def _drop_memory(model: nn.Module) -> None:
+    empty: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                made = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+                module._parameters[leaf] = empty.setdefault(id(parameter), made)
 
 
 def load_as_it_runs(model: nn.Module, weights: Weights, rounded_to: torch.dtype | None = None) -> None:
@@ -82,13 +93,18 @@ def load_as_it_runs(model: nn.Module, weights: Weights, rounded_to: torch.dtype 
         for name in names:
             left.pop(name, None)
 
-        def before(module: nn.Module, *_: Any, names: list[str] = names) -> None:
-            if any(parameter.is_meta for parameter in module.parameters()):
+        def before(_: Any, __: Any, part: nn.Module, names: list[str] = names) -> None:
+            if any(parameter.is_meta for parameter in part.parameters()):
                 load_unit(names)
 
-        # A model may also call the parts of a layer itself.
-        for module in unit.modules():
-            module.register_forward_pre_hook(before)
+        # A model may also call the parts of a layer itself, or ask before all else where its embedding is.
+        for part in unit.modules():
+            part.register_forward_pre_hook(partial(before, part=part))
+        if unit is model.get_input_embeddings():
+            places = prefix.split(".")
+            for end in range(len(places)):
+                above = model.get_submodule(".".join(places[:end]))
+                above.register_forward_pre_hook(partial(before, part=unit))
     load_unit(list(left))
     loaded.clear()
 

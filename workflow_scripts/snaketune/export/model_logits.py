@@ -129,8 +129,9 @@ def checkpoint_logits(
     name = next(name for name, module in model.named_modules() if module is embedding)
     rows = weights[f"{name}.weight"].shape[0]
     if rows != embedding.weight.shape[0]:
-        config.get_text_config().vocab_size = rows
-        model = empty_with_buffers(config, **options)
+        with torch.device("meta"):
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        model = empty_with_buffers(model.config, **options)
     load_as_it_runs(model, weights, rounded_to)
     return [logits_at(model, batch) for batch in batches]
 
