@@ -199,7 +199,7 @@ def make_constants_buffers(model: PreTrainedModel) -> None:
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        as_defined = type(model)._from_config(copy.deepcopy(model.config))
+        as_defined = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
     for name, parameter in as_defined.named_parameters():
         if not parameter.requires_grad:
             owner, _, own_name = name.rpartition(".")
