@@ -35,10 +35,10 @@ def main() -> None:
     from snaketune.chat_format.jinja_template import reads_openai_tools
     from snaketune.encoding.tokenizer import load_tokenizer
     from snaketune.export.checkpoint_source import find_checkpoint
-    from snaketune.export.logit_parity import compare_models, trained_weights
-    from snaketune.export.parity import compare_ids, require_agreement, training_ids
-    from snaketune.export.prompt_readers import parity_prompts, read_with_transformers
-    from snaketune.export.turbomind_proof import prove
+    from snaketune.parity.id_parity import compare_ids, require_agreement, training_ids
+    from snaketune.parity.logit_parity import compare_models, trained_weights
+    from snaketune.parity.prompt_readers import parity_prompts, read_with_transformers
+    from snaketune.parity.turbomind_proof import prove
     from snaketune.training.train_config import load_config
 
     config = load_config(args.config)

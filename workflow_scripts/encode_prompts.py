@@ -29,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from snaketune.chat_format.template_file import load_template
-    from snaketune.export.prompt_readers import (
+    from snaketune.parity.prompt_readers import (
         parity_prompts,
         read_logits,
         read_with_lmdeploy,

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
 
-    from snaketune.export.turbomind_proof import prove
+    from snaketune.parity.turbomind_proof import prove
 
     proof = prove(args.hf, args.turbomind)
     if args.output:

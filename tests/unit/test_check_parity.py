@@ -150,8 +150,8 @@ def test_prompts_in_a_batch_do_not_see_each_other(chain):
     from transformers import AutoConfig
 
     from snaketune.checkpoints.safetensors_files import open_safetensors
-    from snaketune.export.reference_forward import transformers_logits, turbomind_logits
     from snaketune.export.turbomind_folder import TurboMindFolder
+    from snaketune.parity.reference_forward import transformers_logits, turbomind_logits
 
     ids = torch.randint(3, 500, (2, 12), generator=torch.Generator().manual_seed(3))
     ids[1, 7:] = 0
@@ -163,7 +163,7 @@ def test_prompts_in_a_batch_do_not_see_each_other(chain):
 
 def test_a_bos_that_begins_turns_is_known_to_be_taken_away(tiny_tokenizer_dir, tmp_path):
     """SmolLM2's BOS is `<|im_start|>`: training's ids start with two of them, lmdeploy's with one."""
-    from snaketune.export.parity import compare_ids, require_agreement
+    from snaketune.parity.id_parity import compare_ids, require_agreement
 
     tokenizer = extend_tokenizer(tiny_tokenizer_dir, tmp_path / "tokenizer")
     prompts, expected = [[{"role": "user", "content": "Hello"}]], [[5, 5, 9, 10]]

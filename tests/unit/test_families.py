@@ -39,8 +39,8 @@ READ_IN_4 = f"""
 import json, sys
 sys.path.insert(0, {str(REPO / "workflow_scripts")!r})
 from pathlib import Path
-from snaketune.export.model_logits import folder_logits, prompts_batch, top_values
-from snaketune.export.prompt_readers import read_logits
+from snaketune.parity.model_logits import folder_logits, prompts_batch, top_values
+from snaketune.parity.prompt_readers import read_logits
 prompts, result = json.loads(sys.argv[1]), {{}}
 for name in sys.argv[2:]:
     result[name] = read_logits(Path(name), prompts)
@@ -65,7 +65,7 @@ class World:
 
     def gate(self, hf: Path | None = None, reading: dict | None = None, checkpoint: Path | None = None):
         """Returns the logits' part of the gate."""
-        from snaketune.export.logit_parity import compare_models, trained_weights
+        from snaketune.parity.logit_parity import compare_models, trained_weights
         from snaketune.training.train_config import load_config
 
         config = load_config(self.config)
@@ -136,7 +136,7 @@ def test_checkpoint_and_folder_agree_in_both_lines_of_transformers(worlds, name)
 def test_the_references_give_the_logits_of_the_trained_model(worlds, name):
     """The model in memory; a checkpoint in an empty model; the folder in memory, and with its weights on disk."""
     from snaketune.checkpoints.checkpoint_content import read_state_dict
-    from snaketune.export.model_logits import checkpoint_logits, folder_logits, prompts_batch
+    from snaketune.parity.model_logits import checkpoint_logits, folder_logits, prompts_batch
 
     world = worlds[name]
     attention = world.model.config._attn_implementation
@@ -161,7 +161,7 @@ def test_one_layer_at_a_time_is_in_memory(worlds, name):
     from transformers import AutoConfig
 
     from snaketune.checkpoints.checkpoint_content import read_state_dict
-    from snaketune.export.layerwise import empty_with_buffers, load_as_it_runs
+    from snaketune.parity.layerwise import empty_with_buffers, load_as_it_runs
 
     model, held = empty_with_buffers(AutoConfig.from_pretrained(worlds[name].hf)), []
     parts = [model.model.embed_tokens, *model.model.layers, model.lm_head]

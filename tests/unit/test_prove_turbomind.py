@@ -17,7 +17,7 @@ from export_models import converter_python, write_base
 from snaketune.common.cli import UserError
 from snaketune.common.files import read_json, write_json
 from snaketune.export.hf_folder import save_model
-from snaketune.export.turbomind_proof import prove
+from snaketune.parity.turbomind_proof import prove
 
 pytestmark = pytest.mark.slow
 
@@ -212,8 +212,8 @@ def test_what_lmdeploy_writes_is_proved(converted, name):
 def test_internlm2_computes_what_the_llama_of_its_parts_computes(converted):
     from transformers import AutoModelForCausalLM
 
-    from snaketune.export.reference_forward import turbomind_logits
     from snaketune.export.turbomind_folder import TurboMindFolder
+    from snaketune.parity.reference_forward import turbomind_logits
 
     hf, turbomind = converted["internlm2"]
     ids = torch.arange(40)[None] * 7
@@ -319,7 +319,7 @@ def test_another_number_of_rope_window_or_experts_is_named(copy, name, field, ch
 )
 def test_the_logits_alone_show_a_wrong_setting(copy, monkeypatch, name, change):
     """Without the comparison of settings."""
-    from snaketune.export import turbomind_proof
+    from snaketune.parity import turbomind_proof
 
     hf, turbomind = copy(name)
     edit_config(turbomind, change)
@@ -340,8 +340,8 @@ def test_swapped_experts_are_named(copy):
 
 
 def test_a_router_that_clearly_chooses_others_is_told(converted):
-    from snaketune.export.reference_forward import turbomind_logits
     from snaketune.export.turbomind_folder import TurboMindFolder
+    from snaketune.parity.reference_forward import turbomind_logits
 
     folder = TurboMindFolder(converted["mixtral"][1])
     ids = torch.arange(20)[None] * 7
@@ -352,8 +352,8 @@ def test_a_router_that_clearly_chooses_others_is_told(converted):
 
 def test_between_equal_experts_the_other_models_choice_is_followed(copy):
     """There rounding decides, so the choice says nothing about the weights."""
-    from snaketune.export.reference_forward import turbomind_logits
     from snaketune.export.turbomind_folder import TurboMindFolder
+    from snaketune.parity.reference_forward import turbomind_logits
 
     _, turbomind = copy("mixtral")
     for path in (turbomind / WEIGHTS).glob("*.moe_ffn.gate.weight"):
@@ -378,7 +378,7 @@ def test_another_router_is_named(copy):
 
 def test_the_logits_alone_show_a_wrong_theta(copy, monkeypatch):
     """Without the comparison of settings."""
-    from snaketune.export import turbomind_proof
+    from snaketune.parity import turbomind_proof
 
     hf, turbomind = copy("mistral")
     edit_config(turbomind, lambda c: c["attention_config"]["rope_param"].update(base=10000.0))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from snaketune.export.model_logits import Batch
+from snaketune.parity.model_logits import Batch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -15,8 +15,8 @@ import torch
 from torch.nn.functional import silu
 
 from snaketune.common.cli import UserError
-from snaketune.export.layerwise import Weights, empty_with_buffers, load_as_it_runs
 from snaketune.export.turbomind_folder import FeedForward, Layer, TurboMindFolder
+from snaketune.parity.layerwise import Weights, empty_with_buffers, load_as_it_runs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -19,8 +19,6 @@ from snaketune.common.files import read_json
 from snaketune.common.progress import Progress
 from snaketune.export import internlm2
 from snaketune.export.hf_folder import require_model_folder
-from snaketune.export.mixtures import FusedExperts
-from snaketune.export.reference_forward import recorded_routes, transformers_logits, turbomind_logits
 from snaketune.export.turbomind_config import (
     MIXTURES,
     dense_size,
@@ -30,6 +28,8 @@ from snaketune.export.turbomind_config import (
 )
 from snaketune.export.turbomind_folder import TurboMindFolder, same_bits
 from snaketune.export.turbomind_limits import PROVED_ARCHITECTURES
+from snaketune.parity.mixtures import FusedExperts
+from snaketune.parity.reference_forward import recorded_routes, transformers_logits, turbomind_logits
 from snaketune.serving.lmdeploy_engines import architecture_of
 
 # Between two fp32 evaluations of the same function that differ in the order of summation.

@@ -16,8 +16,8 @@ from typing import Any
 from snaketune.chat_files.prompts import read_prompts
 from snaketune.chat_format.chat_template import ChatTemplate
 from snaketune.checkpoints.safetensors_files import open_safetensors
-from snaketune.export.long_prompts import long_batch, reachable_length
-from snaketune.export.model_logits import folder_logits, prompts_batch, top_values
+from snaketune.parity.long_prompts import long_batch, reachable_length
+from snaketune.parity.model_logits import folder_logits, prompts_batch, top_values
 from snaketune.settings.schema import default_of
 
 PROMPTS = Path(__file__).with_name("parity_prompts.json")

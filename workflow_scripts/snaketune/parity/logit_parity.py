@@ -12,16 +12,16 @@ from snaketune.checkpoints.checkpoint_content import read_state_dict
 from snaketune.checkpoints.safetensors_files import open_safetensors
 from snaketune.common.files import read_json
 from snaketune.export.hf_convert import training_dtype
-from snaketune.export.layerwise import empty_with_buffers
-from snaketune.export.long_prompts import limits_of, long_batch, reachable_length
 from snaketune.export.lora_weights import grown_base
-from snaketune.export.model_logits import Batch, checkpoint_logits, folder_logits, prompts_batch
-from snaketune.export.reference_forward import recorded_routes, turbomind_logits
 from snaketune.export.turbomind_folder import TurboMindFolder
-from snaketune.export.turbomind_proof import LARGEST_DIFFERENCE, compare_logits
 from snaketune.models.device import attention_on
 from snaketune.models.lora import ADAPTER, add_lora
 from snaketune.models.packed_attention import resolve_attention
+from snaketune.parity.layerwise import empty_with_buffers
+from snaketune.parity.long_prompts import limits_of, long_batch, reachable_length
+from snaketune.parity.model_logits import Batch, checkpoint_logits, folder_logits, prompts_batch
+from snaketune.parity.reference_forward import recorded_routes, turbomind_logits
+from snaketune.parity.turbomind_proof import LARGEST_DIFFERENCE, compare_logits
 from snaketune.settings.schema import default_of
 from snaketune.training.train_config import TrainConfig
 

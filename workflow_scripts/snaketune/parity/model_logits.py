@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from snaketune.checkpoints.safetensors_files import open_safetensors
-from snaketune.export.layerwise import Weights, empty_with_buffers, load_as_it_runs
+from snaketune.parity.layerwise import Weights, empty_with_buffers, load_as_it_runs
 from snaketune.settings.schema import default_of
 
 _SPARE = 2 << 30  # bytes for activations and logits
