@@ -243,3 +243,20 @@ def test_a_newcomer_is_told_ten_keys(readme):
     rows = re.findall(r"^ +\| `([\w.]+)` \|", prose(REPO / readme), re.M)
     assert len(rows) == 10 and all(key_of(row) for row in rows)
     assert rows[:2] == ["model.path", "data.processed_dir"]
+
+
+@pytest.mark.parametrize(
+    ("readme", "page"), [("README.md", "docs/models.md"), ("README.zh-CN.md", "docs/zh_cn/models.md")]
+)
+def test_the_readme_counts_the_families_of_the_table(readme, page):
+    table = (REPO / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [\w-]+ \| (`single`|yes, |refused: |是，|拒绝：)", table, re.M)
+    packed = sum(row in ("yes, ", "是，") for row in rows)
+    counts = [len(rows), packed, rows.count("`single`"), len(rows) - packed - rows.count("`single`")]
+    text = (REPO / readme).read_text(encoding="utf-8")
+    told = re.search(
+        r"(\d+)( families| 个因果).*?(\d+)( train in| 个可打包).*?(\d+)( with one| 个须逐).*?(\d+)( are| 个被)",
+        text,
+        re.S,
+    )
+    assert [int(told[number]) for number in (1, 3, 5, 7)] == counts

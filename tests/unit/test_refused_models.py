@@ -26,7 +26,7 @@ def test_an_error_of_the_models_own_code_is_a_message_with_the_traceback_in_the_
     }
     settings |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "moe_intermediate_size": 16}
     config = AutoConfig.for_model("qwen3_next", **SIZES, **settings, num_experts_per_tok=1)
-    model = SupervisedFinetune(AutoModelForCausalLM.from_config(config, attn_implementation="packed_sdpa"))
+    model = SupervisedFinetune(AutoModelForCausalLM.from_config(config, attn_implementation="packed"))
     with pytest.raises(
         UserError, match=r"(?s)Qwen3NextForCausalLM cannot be trained.*its own code fails"
     ) as caught:

@@ -35,7 +35,7 @@ ASKS = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}
 def make_model(kind: str, **settings):
     torch.manual_seed(3)
     config = AutoConfig.for_model(kind, **SIZES, **KINDS[kind], num_experts_per_tok=ACTIVE, **settings)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="packed_sdpa")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".gate." in name or ".router." in name:

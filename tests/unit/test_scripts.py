@@ -22,7 +22,9 @@ def test_help_describes_the_script_and_every_flag(name, run_script):
         assert "  " in lines[i].strip() or lines[i + 1].startswith("          "), lines[i]
 
 
-@pytest.mark.parametrize("name", [n for n in SCRIPTS if n not in ("render_config_docs.py", "render_models_docs.py")])
+@pytest.mark.parametrize(
+    "name", [n for n in SCRIPTS if n not in ("render_config_docs.py", "render_models_docs.py")]
+)
 def test_a_missing_argument_is_told_without_a_traceback(name, run_script):
     done = run_script(name, check=False)
     assert done.returncode == 2

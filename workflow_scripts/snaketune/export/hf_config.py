@@ -22,6 +22,8 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 # Settings of the base's stored weights or its place, which do not apply to the tuned model's folder.
 _NOT_OURS = ("_name_or_path", "_model_name_or_path", "quantization_config")
 _LONGROPE = {"rope_type", "short_factor", "long_factor", "original_max_position_embeddings"}
+# transformers 4 knows no other family whose rope differs by layer type; of those, transformers 5 misreads the old names.
+_GEMMA_3 = ("gemma3_text", "gemma3n_text")
 _OWN_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
 # Tables of the vocabulary besides the embedding and the head, which transformers resizes with them (Gemma 3n and 4).
 _OTHER_TABLES = ("vocab_size_per_layer_input",)
@@ -140,7 +142,8 @@ def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     older: dict[str, Any] = {}
     if any(isinstance(value, dict) for value in parameters.values()):
         local, scaled = rope_of({"rope_parameters": parameters.get("sliding_attention")})
-        if len(parameters) > 2 or local is None or scaled:
+        known = config.get("model_type") in _GEMMA_3
+        if not known or len(parameters) > 2 or local is None or scaled:
             return {}
         older["rope_local_base_freq"] = local
         base, scaling = rope_of({"rope_parameters": parameters.get("full_attention")})

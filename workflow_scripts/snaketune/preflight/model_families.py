@@ -165,6 +165,7 @@ def describe_family(name: str, folder: Path) -> Family:
     lora = False
     options = TrainingOptions("auto", "best_fit", _LONGEST, True, trust_remote_code=False)
     changes = [{}, {"attention": "eager"}, {"packing": "single"}, {"attention": "eager", "packing": "single"}]
+    changes.append({"gradient_checkpointing": False})
     try:
         config = CONFIG_MAPPING[name](**_PUBLISHED.get(name, {}))
     except Exception as error:  # whatever the family's own code raises
@@ -177,6 +178,7 @@ def describe_family(name: str, folder: Path) -> Family:
             reason = reason or _reason(error)
             continue
         packing = tried.packing
+        attention += "" if tried.gradient_checkpointing else ", train.gradient_checkpointing: false"
         try:
             prove(config, dataclasses.replace(tried, lora=_LORA))
             lora = True
