@@ -113,7 +113,7 @@ def table(families: list, language: str) -> str:
         vllm = f"`{each.architecture}`" if each.architecture in known else words["no"]
         flags = [words["yes"] if flag else words["no"] for flag in (each.lora, each.turbomind)]
         lines.append(
-            f"| {each.name} | {packed} | {flags[0]} | {words[each.transformers_4]} | {flags[1]} | {each.direct or words['no']} | {vllm} |"
+            f"| {each.name} | {packed} | {flags[0]} | {words.get(each.transformers_4, each.transformers_4)} | {flags[1]} | {each.direct or words['no']} | {vllm} |"
         )
     text = "\n".join(lines) + "\n"
     return text + (f"\n{words['aside'].format(', '.join(aside))}\n" if aside else "")

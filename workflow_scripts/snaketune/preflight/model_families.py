@@ -121,7 +121,7 @@ for expected in sorted(Path(sys.argv[1]).glob("*/expected.safetensors")):
         found[expected.parent.name] = "equal" if difference < 1e-3 else "different"
     except Exception as error:
         unknown = "does not recognize this architecture" in str(error) or isinstance(error, KeyError)
-        found[expected.parent.name] = "unknown" if unknown else f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        found[expected.parent.name] = "unknown" if unknown else f"{type(error).__name__}: {error}".splitlines()[0][:120].replace("|", " ")
 print(json.dumps(found))
 """
 
