@@ -23,13 +23,12 @@ def is_kept_back(job, needed):
 
     `needed` are the jobs that have not ended and can still succeed.
     """
-    if job.is_group():
-        return any(each.rule.name == "prove_architecture" for each in needed)
-    if job.rule.name != "prove_architecture" and any(
-        each.rule.name == "prove_architecture" for each in needed
-    ):
-        return True
-    if job.rule.name not in AWAITED or Path(AWAITED[job.rule.name].format(**job.wildcards_dict)).is_file():
+    if job.is_group() or job.rule.name != "prove_architecture":
+        if any(each.rule.name == "prove_architecture" for each in needed):
+            return True
+    if job.is_group() or job.rule.name not in AWAITED:
+        return False
+    if Path(AWAITED[job.rule.name].format(**job.wildcards_dict)).is_file():
         return False
     return any(each.rule.name == "train_model" and each.wildcards.run == job.wildcards.run for each in needed)
 

@@ -216,7 +216,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"model_type": "ministral3", "head_dim": 16},
     ),
 }
-# Trained with `train.attention: eager`: sdpa has no cap of the scores, no sinks and no chunks.
+# Trained with `train.attention: eager`, so that the gate sees both attentions.
 EAGER = ("gemma2", "gpt_oss", "llama4_text")
 
 

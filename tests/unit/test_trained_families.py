@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pack_samples import write_bin
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -60,16 +61,11 @@ def world(tmp_path_factory, tiny_tokenizer_dir, run_script):
     tokenizer = extend_tokenizer(tiny_tokenizer_dir, folder / "tokenizer")
     rng, size = np.random.RandomState(7), rows_needed(tokenizer.tokenizer)
     file = folder / "data/chatml_llamav13_32k/train/cn/one/chat.bin"
-    file.parent.mkdir(parents=True)
-    lines, meta, offset = [], [], 0
-    for _ in range(40):
-        ids = np.append(rng.randint(3, size, rng.randint(4, 60)), size - 1 - rng.randint(6))
-        lines.append(json.dumps({"tokens": ids.tolist()}) + "\n")
-        meta.append((offset, len(ids)))
-        offset += len(lines[-1])
-    file.write_text("".join(lines))
-    with open(f"{file}.meta", "wb") as meta_file:
-        np.save(meta_file, np.array(meta, dtype=np.int64))
+    samples = [
+        np.append(rng.randint(3, size, rng.randint(4, 60)), size - 1 - rng.randint(6)).tolist()
+        for _ in range(40)
+    ]
+    write_bin(file, samples)
     data = ("--train-folder", file.parents[2], "--max-length", 64, "--output", folder / "plan")
     run_script("plan_packing.py", *data)
     for kind, settings in {kind: settings for kind, settings, *_ in CASES.values()}.items():

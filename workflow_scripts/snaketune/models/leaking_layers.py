@@ -19,8 +19,8 @@ def leaking_layers(model: PreTrainedModel, row: Row) -> list[str]:
 
     Each layer is tested by itself: it gets the other documents' inputs from before the change.
     """
-    found = layer_list(model)
-    if found is None:
+    layers = layer_list(model)
+    if layers is None:
         return []
     stop = row.boundaries[1]
     inputs: list[torch.Tensor] = []
@@ -30,7 +30,7 @@ def leaking_layers(model: PreTrainedModel, row: Row) -> list[str]:
         inputs.append(_hidden(args, kwargs).clone())
         outputs.append(_first(output).clone())
 
-    _run_with_hooks(model, row, found[1], after=record)
+    _run_with_hooks(model, row, layers, after=record)
     moved = []
 
     def restore(layer, args, kwargs):
@@ -43,8 +43,8 @@ def leaking_layers(model: PreTrainedModel, row: Row) -> list[str]:
         change = (_first(output) - before)[:, stop:].abs().max() / before.std()
         moved.append(change.item() > BOUND)
 
-    _run_with_hooks(model, row.with_other_document(0), found[1], before=restore, after=compare)
-    mixers = [_mixer(layer) for layer in found[1]]
+    _run_with_hooks(model, row.with_other_document(0), layers, before=restore, after=compare)
+    mixers = [_mixer(layer) for layer in layers]
     leaking = [(mixers[number], number) for number, each in enumerate(moved) if each]
     return [
         f"{name} in {_layer_numbers([number for each, number in leaking if each == name])}"

@@ -138,16 +138,17 @@ def twin_config(
     return type(config).from_dict(values)
 
 
-def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """Returns the name and the list of a model's decoder layers: the longest list of modules with an attention or a
-    mixer of tokens, the outermost if several are equally long."""
+def layer_list(model: nn.Module) -> nn.ModuleList | None:
+    """Returns a model's decoder layers: its longest list of modules with parts, the outermost of equally long ones."""
     lists = [
-        (name, each) for name, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each)
+        (name, each)
+        for name, each in model.named_modules()
+        if isinstance(each, nn.ModuleList)
+        and len(each)
+        and len(list(each[0].children())) > 1
+        and ".experts" not in name
     ]
-    lists = [
-        (name, each) for name, each in lists if len(list(each[0].children())) > 1 and ".experts" not in name
-    ]
-    return max(lists, key=lambda pair: (len(pair[1]), -pair[0].count(".")), default=None)
+    return max(lists, key=lambda pair: (len(pair[1]), -pair[0].count(".")), default=("", None))[1]
 
 
 def build(config: PretrainedConfig, attention: str, trust_remote_code: bool) -> PreTrainedModel:
@@ -169,7 +170,7 @@ def _layer_kinds(config: PretrainedConfig, trust_remote_code: bool) -> list[str]
     except Exception:  # some architectures compute with their weights when they are built
         return None
     found = layer_list(model)
-    return found and [_kind(layer) for layer in found[1]]
+    return found and [_kind(layer) for layer in found]
 
 
 def _kind(layer: nn.Module) -> str:

@@ -220,7 +220,6 @@ class SupervisedFinetune(BaseModel):
             return False
         row = torch.arange(2, device=device)[None]
         inputs = {"input_ids": row, "position_ids": row, "use_cache": False}
-        inputs |= packing_kwargs(torch.tensor([0, 2], device=device), 2)
         # Keep the random state: a resumed run tests this at a later step, but needs the same dropout.
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
