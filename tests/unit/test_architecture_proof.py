@@ -28,7 +28,7 @@ from transformers import (
 
 from snaketune.common.cli import UserError
 from snaketune.models import packed_attention
-from snaketune.models.base_model import fit_attention
+from snaketune.models.base_model import fit_attention, read_model_config
 from snaketune.models.isolation import leak, random_row
 from snaketune.models.twin import VOCABULARY, build, make_twin
 from snaketune.preflight.architecture_proof import TrainingOptions, prove
@@ -229,3 +229,14 @@ def test_a_batch_and_a_cache_give_what_plain_attention_gives(config, padding):
     cached = model(row[:, :-1], use_cache=True)
     last = model(row[:, -1:], past_key_values=cached.past_key_values, use_cache=True).logits[0, -1]
     torch.testing.assert_close(last, twin(row, use_cache=False).logits[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_with_code_of_its_own(tmp_path):
+    """Its code is in the base's folder, and not beside what the proof saves."""
+    from module_experts import ModuleExpertsConfig, ModuleExpertsForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 300}
+    config = ModuleExpertsConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    ModuleExpertsForCausalLM(config).save_pretrained(tmp_path)
+    own = TrainingOptions("auto", "best_fit", 32768, True, trust_remote_code=True)
+    assert prove(read_model_config(str(tmp_path), True), own)["attention"] == "packed"
