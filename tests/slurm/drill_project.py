@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -180,16 +181,18 @@ class SlurmProject:
         return next(line.split()[0] for line in said if line.split()[1:] == [f"rule_{rule}_wildcards_{run}"])
 
     def ranks(self, run: str) -> list[int]:
-        """Process ids of the ranks that train a run now: the processes of train_model.py that have started no other."""
-        found, parents = set(), set()
+        """Process ids of the ranks that train a run now: copies that a node's task of train_model.py forked of itself.
+
+        Snakemake's own process in the job and srun's two name the training config as well.
+        """
+        words, parents = {}, {}
         for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            if f"results/{run}/train_config.py" in words:  # the launcher, srun, its tasks, and the ranks
-                parents.add(parent)
-                if Path(words[0]).name != "srun":  # srun starts a process that starts no other, too
-                    found.add(int(folder.name))
-        return sorted(found - parents)
+            with suppress(OSError):
+                words[folder.name] = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                parents[folder.name] = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+        tasks = {
+            pid
+            for pid, own in words.items()
+            if f"results/{run}/train_config.py" in own and "slurm-node" in own and Path(own[0]).name != "srun"
+        }
+        return sorted(int(pid) for pid in tasks if parents.get(pid) in tasks)
