@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-STEPS, GLOBAL_BATCH, LR, CLIP, BETAS, DECAY = 9, 4, 5e-3, 0.5, (0.9, 0.95), 0.01
+STEPS, GLOBAL_BATCH, LR, CLIP, BETAS, DECAY = 6, 4, 5e-3, 0.5, (0.9, 0.95), 0.01
 VOCABULARY = 160
 SHARED = {"sequence_parallel": 2}
 # name: (world size, model, ZeRO stage, changes to the defaults)
@@ -53,7 +53,7 @@ class Rows(Dataset):
     mode = "xtuner"
     slice_lengths = np.array([30])
 
-    def __init__(self, count: int = 28):
+    def __init__(self, count: int = 16):
         self.plan = self
         rng = np.random.RandomState(5)
         self.rows = []

@@ -16,6 +16,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 TESTS = Path(__file__).resolve().parent
+sys.path.insert(
+    0, str(TESTS.parent / "workflow_scripts")
+)  # warm.py needs it, as pyproject.toml gives it to pytest
+
+import warm  # noqa: E402
+
 UNIT = sorted((TESTS / "unit").glob("test_*.py"))
 # Files of each. The unit tests take longest, so they run in two halves.
 SUITES = {
@@ -28,7 +34,7 @@ SLOWEST = 20
 FIRST = "slurm"  # its jobs have time limits, so the other suites give way to it
 
 
-def start(suite: str, folder: Path, arguments: list[str]) -> subprocess.Popen:
+def start(suite: str, folder: Path, arguments: list[str], environment: dict[str, str]) -> subprocess.Popen:
     """Starts pytest on a suite. Writes output to <folder>/<suite>.log and times to <folder>/<suite>.xml."""
     command = [sys.executable, "-m", "pytest", *map(str, SUITES[suite]), f"--junitxml={folder / suite}.xml"]
     with open(folder / f"{suite}.log", "wb") as log:
@@ -37,6 +43,7 @@ def start(suite: str, folder: Path, arguments: list[str]) -> subprocess.Popen:
             stdout=log,
             stderr=log,
             cwd=TESTS.parent,
+            env={**os.environ, **environment},
             start_new_session=True,
             preexec_fn=None if suite == FIRST else give_way,
         )
@@ -74,12 +81,13 @@ def main() -> int:
     cut = words.index("--") if "--" in words else len(words)
     suites, arguments = words[:cut] or list(SUITES), words[cut + 1 :]
     began, codes = time.monotonic(), {}
-    with tempfile.TemporaryDirectory() as temporary:
+    warm_parents = warm.share(start_new_session=True, preexec_fn=give_way)
+    with tempfile.TemporaryDirectory() as temporary, warm_parents as environment:
         folder = Path(temporary)
         running: dict[str, subprocess.Popen] = {}
         try:
             for suite in suites:
-                running[suite] = start(suite, folder, arguments)
+                running[suite] = start(suite, folder, arguments, environment)
             while len(codes) < len(suites):
                 time.sleep(0.5)
                 for suite, process in running.items():

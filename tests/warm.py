@@ -7,7 +7,8 @@ and one plain command per script, start Python themselves (`run_script(..., warm
 
 A parent is this file run as a script. It listens on a Unix socket, and each connection is one child
 (tests/warm_client.py). A child is killed when the process that requested it ends. `PARENT` is for our
-scripts, `SNAKEMAKE` for Snakemake, whose modules and paths must stay invisible to the scripts.
+scripts, `SNAKEMAKE` for Snakemake, whose modules and paths must stay invisible to the scripts. Suites that
+run at the same time share the parents (`share`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
@@ -61,22 +62,31 @@ class WarmParent:
     Args:
         libraries: Modules that it imports. For `module:function`, it also calls the function.
         python: Its interpreter.
+        shared: Environment variable with the socket of a parent that another process has started, if any.
     """
 
     started: ClassVar[list[WarmParent]] = []
 
-    def __init__(self, libraries: Sequence[str], python: str = sys.executable):
-        self._libraries, self._python = libraries, python
+    def __init__(self, libraries: Sequence[str], python: str = sys.executable, shared: str = ""):
+        self._libraries, self._python, self.shared = libraries, python, shared
         self._process: subprocess.Popen | None = None
         self._folder: tempfile.TemporaryDirectory | None = None
 
-    def launch(self) -> Path:
-        """Starts the parent if it is not running, and returns the path where it will create its socket."""
+    def launch(self, **options) -> Path:
+        """Starts the parent if it is not running, and returns the path where it will create its socket.
+
+        Args:
+            options: Further ones of `subprocess.Popen`.
+        """
+        if self.shared in os.environ:
+            return Path(os.environ[self.shared])
         if self._process is None:
             self._folder = tempfile.TemporaryDirectory(prefix="warm-")  # a short path, for the socket
             command = [self._python, __file__, f"{self._folder.name}/socket", *self._libraries]
-            own = {"PYTHONPATH": f"{SCRIPTS}:{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
-            self._process = subprocess.Popen(command, env={**os.environ, **own}, stdin=subprocess.DEVNULL)
+            own = {"PYTHONPATH": f"{SCRIPTS}:{REPO / 'tests'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            self._process = subprocess.Popen(
+                command, env={**os.environ, **own}, stdin=subprocess.DEVNULL, **options
+            )
             self.started.append(self)
         return Path(self._folder.name, "socket")
 
@@ -91,9 +101,8 @@ class WarmParent:
         path = self.launch()
         deadline = time.monotonic() + _START_SECONDS
         while not path.exists():
-            assert self._process.poll() is None and time.monotonic() < deadline, (
-                "the parent of warm scripts did not start"
-            )
+            ended = self._process is not None and self._process.poll() is not None
+            assert not ended and time.monotonic() < deadline, "the parent of warm scripts did not start"
             time.sleep(0.02)
         return path
 
@@ -136,8 +145,22 @@ class WarmParent:
             self._process = None
 
 
-PARENT = WarmParent(_LIBRARIES)
-SNAKEMAKE = WarmParent(_SNAKEMAKE)
+PARENT = WarmParent(_LIBRARIES, shared="SNAKETUNE_TEST_PARENT")
+SNAKEMAKE = WarmParent(_SNAKEMAKE, shared="SNAKETUNE_TEST_SNAKEMAKE")
+
+
+@contextlib.contextmanager
+def share(**options) -> Iterator[dict[str, str]]:
+    """Starts the parents; yields the environment in which other processes use them. Ends them at last.
+
+    Args:
+        options: As of `WarmParent.launch`.
+    """
+    try:
+        yield {parent.shared: str(parent.launch(**options)) for parent in (PARENT, SNAKEMAKE)}
+    finally:
+        PARENT.close()
+        SNAKEMAKE.close()
 
 
 def serve(address: str, libraries: Sequence[str]) -> tuple[dict, list[int]]:

@@ -44,7 +44,7 @@ class Call:
             ended = self.process.poll() is not None and not condition()
             assert not ended, f"it ended without {what}: {self.said()[-6000:]}"
             assert time.monotonic() < deadline, f"no {what} within {PATIENCE} s: {self.said()[-6000:]}"
-            time.sleep(0.1)
+            time.sleep(0.3)
 
     def end_well(self) -> None:
         """Waits for its end, which must be a good one."""

@@ -13,7 +13,7 @@ from tiny_run import metrics, train
 
 pytestmark = pytest.mark.slow
 
-STEPS = 16
+STEPS = 12
 FLAGS = ("--max-steps", STEPS, "--save-steps", 0, "--lr", 5e-3, "--global-batch", 4)
 
 

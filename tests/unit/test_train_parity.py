@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, repo_root):
-    """A folder with the finished runs of all cases, 9 steps each."""
+    """A folder with the finished runs of all cases."""
     folder = tmp_path_factory.mktemp("parity")
     parity.prepare(folder)
     tests = repo_root / "tests"

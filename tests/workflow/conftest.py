@@ -1,7 +1,7 @@
 """Runs the whole workflow once on a small copy of the demo; the tests then check what a change reruns.
 
-This run, `finished`, and every run that a test kills, stops or measures use the plain commands, with one
-process per job. In all others, Snakemake and the jobs' scripts are warm (tests/warm.py).
+Every run that a test kills, stops or measures uses the plain commands, with one process per job. In all others, Snakemake
+and the jobs' scripts are warm (tests/warm.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ exec {python} "$@"
 class Project:
     """A working folder with its own config, data and copy of the code, driven by the real `snakemake` command.
 
-    `python` is the interpreter of Snakemake, and `python` in the rules' commands.
+    `python` is `python` in the rules' commands.
     """
 
     code: Path
@@ -63,22 +63,14 @@ class Project:
         ]
 
     def run(self, *args: object, check: bool = True) -> subprocess.CompletedProcess:
-        """Runs the command to its end. Its scripts are warm unless `python` is the plain interpreter."""
-        command, options = self.command(*args), {"cwd": self.code, "timeout": 1200}
-        if self.python == Path(sys.executable):
-            done = subprocess.run(command, capture_output=True, text=True, **options)
-        else:
-            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-            options["env"] = {**os.environ, "PATH": path}
-            assert PARENT.address.exists()  # may still be importing, beside the first plain command
-            done = SNAKEMAKE.run(command[1:], executable=self.python, **options)
+        """Runs the command to its end, warm."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        options = {"cwd": self.code, "timeout": 1200, "env": {**os.environ, "PATH": path}}
+        assert PARENT.address.exists()  # waits while it is still importing
+        done = SNAKEMAKE.run(self.command(*args)[1:], executable=self.python, **options)
         if check and done.returncode != 0:
             raise AssertionError(f"snakemake failed\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
         return done
-
-    def plain(self) -> Project:
-        """Returns the same project, run by the plain command."""
-        return replace(self, python=Path(sys.executable))
 
     def stand_still(self) -> None:
         """Prepares a training with the hook `StandStill`; tests/train_hooks.py must be on PYTHONPATH."""
@@ -153,9 +145,9 @@ def make_project(repo_root, tmp_path_factory, warm_python):
 
 @pytest.fixture(scope="session")
 def finished(make_project) -> Project:
-    """A project whose main job has finished, run as a user does. Tests that change it restore it."""
+    """A project whose main job has finished. Tests that change it restore it."""
     project = make_project("finished")
-    project.plain().run()
+    project.run()
     return project
 
 
