@@ -21,7 +21,7 @@ from snaketune.models.documents import note_documents
 from snaketune.models.isolation import BOUND, logits_of, random_row
 from snaketune.models.packed_attention import PACKED
 from snaketune.models.per_document import call_per_document, run_per_document
-from snaketune.models.twin import VOCABULARY, layer_list, make_twin
+from snaketune.models.twin import layer_list, make_twin
 
 _FOUND: dict[str, frozenset[type[nn.Module]]] = {}
 
@@ -75,7 +75,7 @@ def _try(config: PretrainedConfig, remote: bool) -> frozenset[type[nn.Module]]:
             twin.set_attn_implementation(attention)
             if attention in WITH_MASKS:
                 note_documents(twin)
-            row = random_row(VOCABULARY)
+            row = random_row(twin.config.get_text_config().vocab_size)
             for layer in layer_list(twin):
                 for part in layer.children():
                     part.forward = _Trial(part, row.boundaries, found)
