@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 
 STEPS, GLOBAL_BATCH, LR, CLIP, BETAS, DECAY = 9, 4, 5e-3, 0.5, (0.9, 0.95), 0.01
 VOCABULARY = 160
+RECURRENT = ("lfm2", "mamba2", "jamba", "qwen3_next")
+LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["in_proj", "x_proj", "out_proj", "q_proj"]}
 SHARED = {"sequence_parallel": 2}
 # name: (world size, model, ZeRO stage, changes to the defaults)
 CASES = {
@@ -40,9 +42,11 @@ CASES = {
     "router loss, zero1, 1 rank": (1, "mixtral", 1, {}),
     "router loss, zero2, 2 ranks, micro_batch": (2, "mixtral", 2, {"loss_normalisation": "micro_batch"}),
     "router loss, zero3, 2 ranks": (2, "mixtral", 3, {"gradient_checkpointing": False}),
-    "recurrent, zero1, 1 rank": (1, "lfm2", 1, {}),
-    "recurrent, zero2, 2 ranks": (2, "mamba2", 2, {}),
-    **{f"{name}, zero3, 2 ranks": (2, name, 3, {}) for name in ("lfm2", "mamba2", "jamba", "qwen3_next")},
+    # Ranks whose rows have different numbers of documents.
+    **{f"{name}, zero3, 2 ranks": (2, name, 3, {}) for name in RECURRENT},
+    "lfm2, zero3_init, 2 ranks": (2, "lfm2", 3, {"strategy": {"zero3_init": True}}),
+    "lora, zero1, 1 rank": (1, "jamba", 1, {"lora": LORA}),
+    "lora, zero3, 2 ranks": (2, "jamba", 3, {"lora": LORA}),
     **{f"experts as modules, zero{stage}, 2 ranks": (2, "module_experts", stage, {}) for stage in (0, 3)},
 }
 
@@ -154,6 +158,7 @@ def make_config(folder: Path, world_size: int, model: str, stage: int, changes: 
             "model": {
                 "type": sft.SupervisedFinetune,
                 "gradient_checkpointing": changes.get("gradient_checkpointing", True),
+                "lora": changes.get("lora"),
                 "llm": {
                     "type": sft.load_base_model,
                     "model_path": str(folder / model),

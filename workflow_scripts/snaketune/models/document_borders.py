@@ -57,12 +57,9 @@ def _leaking_kinds(model: PreTrainedModel) -> frozenset[type[nn.Module]]:
 def _only_attention_mixes(layer: nn.Module) -> bool:
     """True if tokens see each other through transformers' attention functions alone, as far as a layer's code tells."""
     modules = list(layer.modules())
-    calls = any("ALL_ATTENTION_FUNCTIONS" in _names_in_forward(each) for each in modules)
+    code = [getattr(inspect.unwrap(type(each).forward), "__code__", None) for each in modules]
+    calls = any(each and "ALL_ATTENTION_FUNCTIONS" in each.co_names for each in code)
     return calls and not any(isinstance(each, nn.Conv1d) for each in modules)
-
-
-def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
-    return getattr(inspect.unwrap(type(module).forward), "__code__", _try.__code__).co_names
 
 
 @torch.no_grad()
@@ -72,7 +69,8 @@ def _try(config: PretrainedConfig, remote: bool) -> frozenset[type[nn.Module]]:
     with torch.random.fork_rng(devices=[]), _weights_in_one_piece():
         try:
             twin = make_twin(config, longest=0, trust_remote_code=remote)
-            twin.set_attn_implementation(attention)
+            if attention != twin.config._attn_implementation:
+                twin.set_attn_implementation(attention)
             if attention in WITH_MASKS:
                 note_documents(twin)
             row = random_row(twin.config.get_text_config().vocab_size)
