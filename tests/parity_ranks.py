@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 STEPS, GLOBAL_BATCH, LR, CLIP, BETAS, DECAY = 9, 4, 5e-3, 0.5, (0.9, 0.95), 0.01
 VOCABULARY = 160
-RECURRENT = ("lfm2", "mamba2", "jamba", "qwen3_next")
-LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["in_proj", "x_proj", "out_proj", "q_proj"]}
+RECURRENT = ("lfm2", "mamba2")
+LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["in_proj", "out_proj"]}
 SHARED = {"sequence_parallel": 2}
 # name: (world size, model, ZeRO stage, changes to the defaults)
 CASES = {
@@ -45,8 +45,8 @@ CASES = {
     # Ranks whose rows have different numbers of documents.
     **{f"{name}, zero3, 2 ranks": (2, name, 3, {}) for name in RECURRENT},
     "lfm2, zero3_init, 2 ranks": (2, "lfm2", 3, {"strategy": {"zero3_init": True}}),
-    "lora, zero1, 1 rank": (1, "jamba", 1, {"lora": LORA}),
-    "lora, zero3, 2 ranks": (2, "jamba", 3, {"lora": LORA}),
+    "lora, zero1, 1 rank": (1, "lfm2", 1, {"lora": LORA}),
+    "lora, zero3, 2 ranks": (2, "lfm2", 3, {"lora": LORA}),
     **{f"experts as modules, zero{stage}, 2 ranks": (2, "module_experts", stage, {}) for stage in (0, 3)},
 }
 
@@ -100,8 +100,6 @@ def prepare(folder: Path) -> None:
     from transformers import (
         CohereConfig,
         CohereForCausalLM,
-        JambaConfig,
-        JambaForCausalLM,
         Lfm2Config,
         Lfm2ForCausalLM,
         LlamaConfig,
@@ -110,8 +108,6 @@ def prepare(folder: Path) -> None:
         Mamba2ForCausalLM,
         MixtralConfig,
         MixtralForCausalLM,
-        Qwen3NextConfig,
-        Qwen3NextForCausalLM,
     )
 
     from module_experts import ModuleExpertsConfig, ModuleExpertsForCausalLM
@@ -127,19 +123,11 @@ def prepare(folder: Path) -> None:
     router = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
     MixtralForCausalLM(MixtralConfig(**sizes, **router)).save_pretrained(folder / "mixtral")
     ModuleExpertsForCausalLM(ModuleExpertsConfig(**sizes)).save_pretrained(folder / "module_experts")
-    # Layers that carry state, which run document by document: half of the layers, or all of mamba2's.
-    hybrid = {"num_experts": 2, "num_experts_per_tok": 1, "output_router_logits": False}
+    # Layers that carry state, which run document by document: one of lfm2's two, and all of mamba2's.
     conv = Lfm2Config(**sizes, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
     Lfm2ForCausalLM(conv).save_pretrained(folder / "lfm2")
     heads = {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8}
     Mamba2ForCausalLM(Mamba2Config(**sizes, **heads)).save_pretrained(folder / "mamba2")
-    mamba = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4}
-    mamba |= {"expert_layer_period": 2, "use_mamba_kernels": False}
-    JambaForCausalLM(JambaConfig(**sizes, **hybrid, **mamba)).save_pretrained(folder / "jamba")
-    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 8}
-    linear |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "moe_intermediate_size": 16}
-    linear |= {"shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]}
-    Qwen3NextForCausalLM(Qwen3NextConfig(**sizes, **hybrid, **linear)).save_pretrained(folder / "qwen3_next")
 
 
 def make_config(folder: Path, world_size: int, model: str, stage: int, changes: dict):
