@@ -17,13 +17,8 @@ from snaketune.models.twin import VOCABULARY, build, make_twin
 from snaketune.training.supervised_finetune import SupervisedFinetune
 
 LFM2 = Lfm2Config(full_attn_idxs=[1], num_hidden_layers=3)
-LENGTHS = (
-    5,
-    1,
-    30,
-    2,
-    26,
-)  # 64 tokens, as many as the twins are wide; some documents are shorter than a convolution
+# 128 tokens, as many as the twin is wide; some documents are shorter than a convolution.
+LENGTHS = (5, 1, 60, 2, 60)
 
 
 @pytest.fixture(scope="module")
