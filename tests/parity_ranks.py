@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 
 STEPS, GLOBAL_BATCH, LR, CLIP, BETAS, DECAY = 6, 4, 5e-3, 0.5, (0.9, 0.95), 0.01
 VOCABULARY = 160
+RECURRENT = ("lfm2", "mamba2")
+LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["in_proj", "out_proj"]}
 SHARED = {"sequence_parallel": 2}
 # name: (world size, model, ZeRO stage, changes to the defaults)
 CASES = {
@@ -40,7 +42,13 @@ CASES = {
     "router loss, zero1, 1 rank": (1, "mixtral", 1, {}),
     "router loss, zero2, 2 ranks, micro_batch": (2, "mixtral", 2, {"loss_normalisation": "micro_batch"}),
     "router loss, zero3, 2 ranks": (2, "mixtral", 3, {"gradient_checkpointing": False}),
+    # Ranks whose rows have different numbers of documents.
+    **{f"{name}, zero3, 2 ranks": (2, name, 3, {}) for name in RECURRENT},
+    "lora, zero1, 1 rank": (1, "lfm2", 1, {"lora": LORA}),
+    "lora, zero3, 2 ranks": (2, "lfm2", 3, {"lora": LORA}),
     **{f"experts as modules, zero{stage}, 2 ranks": (2, "module_experts", stage, {}) for stage in (0, 3)},
+    # Last: transformers goes on to load models in shards in these processes.
+    "lfm2, zero3_init, 2 ranks": (2, "lfm2", 3, {"strategy": {"zero3_init": True}}),
 }
 
 
@@ -93,8 +101,12 @@ def prepare(folder: Path) -> None:
     from transformers import (
         CohereConfig,
         CohereForCausalLM,
+        Lfm2Config,
+        Lfm2ForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
+        Mamba2Config,
+        Mamba2ForCausalLM,
         MixtralConfig,
         MixtralForCausalLM,
     )
@@ -112,6 +124,11 @@ def prepare(folder: Path) -> None:
     router = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
     MixtralForCausalLM(MixtralConfig(**sizes, **router)).save_pretrained(folder / "mixtral")
     ModuleExpertsForCausalLM(ModuleExpertsConfig(**sizes)).save_pretrained(folder / "module_experts")
+    # Layers that carry state, which run document by document: one of lfm2's two, and all of mamba2's.
+    conv = Lfm2Config(**sizes, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
+    Lfm2ForCausalLM(conv).save_pretrained(folder / "lfm2")
+    heads = {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8}
+    Mamba2ForCausalLM(Mamba2Config(**sizes, **heads)).save_pretrained(folder / "mamba2")
 
 
 def make_config(folder: Path, world_size: int, model: str, stage: int, changes: dict):
@@ -130,6 +147,7 @@ def make_config(folder: Path, world_size: int, model: str, stage: int, changes: 
             "model": {
                 "type": sft.SupervisedFinetune,
                 "gradient_checkpointing": changes.get("gradient_checkpointing", True),
+                "lora": changes.get("lora"),
                 "llm": {
                     "type": sft.load_base_model,
                     "model_path": str(folder / model),

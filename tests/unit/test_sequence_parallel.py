@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen3NextConfig
+from transformers import BambaConfig, LlamaConfig, Qwen3NextConfig
 
 from snaketune.common.cli import UserError
+from snaketune.models.base_model import fit_attention
 from snaketune.models.packed_attention import PACKED
 from snaketune.models.sequence_parallel import SequenceParallel
+from snaketune.models.twin import build
 from snaketune.training.packed_data import packed_collate
 
 
@@ -71,6 +71,20 @@ def test_stretches_make_the_row(lengths):
 )
 def test_models_that_cannot_be_shared_are_refused(config, attention, said):
     config._attn_implementation = attention
+    model = torch.nn.Module()
+    model.config = config
     with pytest.raises(UserError, match="sequence_parallel = 4 cannot be used with this model") as error:
-        place(4, 0).attach(SimpleNamespace(config=config))
+        place(4, 0).attach(model)
     assert said in str(error.value)
+
+
+def test_layers_that_carry_state_are_refused():
+    """A rank's stretch starts within a document. Bamba's config has no types of layers."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64}
+    config = BambaConfig(
+        **sizes, num_hidden_layers=2, mamba_n_heads=8, mamba_d_state=8, attn_layer_indices=[1]
+    )
+    model = fit_attention("auto", "cpu", lambda name: build(config, name, trust_remote_code=False))
+    with pytest.raises(UserError, match="sequence_parallel = 4 cannot be used with this model") as error:
+        place(4, 0).attach(model)
+    assert "BambaMixer" in str(error.value)

@@ -16,8 +16,8 @@ ROWS = 4  # of a step
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A random model with short convolutions, data, and a pack plan of each mode."""
-    from transformers import Lfm2Config, Lfm2ForCausalLM
+    """Random models, one with short convolutions and one whose attention makes a mask of its own, data and a plan."""
+    from transformers import DogeConfig, DogeForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
     folder = make_world(tmp_path_factory.mktemp("isolation"), documents=40)
     torch.manual_seed(0)
@@ -27,6 +27,9 @@ def world(tmp_path_factory):
         vocab_size=VOCABULARY, **sizes, **heads, tie_word_embeddings=False, initializer_range=0.3
     )
     Lfm2ForCausalLM(config).save_pretrained(folder / "model")
+    sizes.pop("full_attn_idxs")
+    config = DogeConfig(vocab_size=VOCABULARY, **sizes, **heads, keep_window_size=16, initializer_range=0.3)
+    DogeForCausalLM(config).save_pretrained(folder / "doge")
     return folder
 
 
@@ -35,9 +38,9 @@ def settings(*flags: object) -> tuple:
 
 
 def test_it_is_refused_before_the_first_step(world):
-    config = render(world, "packed.py", *settings())
+    config = render(world, "packed.py", *settings(), replace={str(world / "model"): str(world / "doge")})
     output = train(config, world / "packed", code=2, processes=1)
-    assert "error: documents of a packed sequence see each other in lfm2" in output
+    assert "error: documents of a packed sequence see each other in doge" in output
     assert "to fix:   set packing.mode: single" in output and "Traceback" not in output
     assert metrics(world / "packed") == []
 

@@ -109,7 +109,8 @@ def relative_l2(a: dict, b: dict) -> float:
     return math.sqrt(difference / sum(float(b[name].double().square().sum()) for name in b))
 
 
-IN_FP32 = [case for case, (*_, changes) in parity.CASES.items() if "dtype" not in changes]
+IN_FP32 = [case for case, (*_, changes) in parity.CASES.items() if not changes.keys() & {"dtype", "lora"}]
+IN_BFLOAT16 = [case for case, (*_, changes) in parity.CASES.items() if "dtype" in changes]
 
 
 @pytest.mark.parametrize("case", IN_FP32)
@@ -122,13 +123,13 @@ def test_the_steps_equal_a_plain_loop(case, folder, reference):
     np.testing.assert_allclose([line["loss"] for line in lines], losses, atol=1e-5, rtol=0)
     np.testing.assert_allclose([line.get("aux_loss", 0.0) for line in lines], aux_losses, atol=1e-5, rtol=0)
     in_memory = torch.load(folder / case / "weights.pt", weights_only=True)
-    assert relative_l2(in_memory, weights) < 2e-6
+    assert relative_l2(in_memory, weights) < (1e-5 if model in parity.RECURRENT else 2e-6)
     saved = read_state_dict(folder / case / f"iter_{parity.STEPS}.pth")
     assert saved.keys() == in_memory.keys()
     assert all(torch.equal(saved[name], in_memory[name]) for name in saved)
 
 
-@pytest.mark.parametrize("case", [case for case in parity.CASES if case not in IN_FP32])
+@pytest.mark.parametrize("case", IN_BFLOAT16)
 def test_bfloat16_follows_the_same_path(case, folder, reference):
     """bfloat16, the default on GPUs, has three digits. The checkpoint has the fp32 weights."""
     losses, _, weights = reference("llama", "token")
@@ -139,6 +140,20 @@ def test_bfloat16_follows_the_same_path(case, folder, reference):
     assert all(tensor.dtype == torch.float32 for tensor in saved.values())
     assert relative_l2(saved, weights) < 2e-2
     assert all(torch.equal(saved[name].bfloat16(), in_memory[name]) for name in in_memory)
+
+
+def test_lora_in_layers_that_run_document_by_document(folder):
+    """Two ranks in ZeRO-3, where the first layer's input has no gradient, equal one rank that holds all weights."""
+    one, two = (folder / case for case in ("lora, zero1, 1 rank", "lora, zero3, 2 ranks"))
+    losses = [
+        [json.loads(line)["loss"] for line in (case / "metrics.jsonl").read_text().splitlines()]
+        for case in (one, two)
+    ]
+    assert losses[0][-1] < losses[0][0]
+    np.testing.assert_allclose(*losses, atol=1e-5, rtol=0)
+    weights = [torch.load(case / "weights.pt", weights_only=True) for case in (one, two)]
+    assert any("conv.in_proj" in name and "lora_B" in name for name in weights[0])
+    assert relative_l2(*weights) < 1e-5
 
 
 def test_the_two_normalisations_differ(reference):

@@ -1,4 +1,4 @@
-"""A base whose documents would see each other is refused before anything else has run."""
+"""A base whose documents would not be as they are alone is refused before anything else has run."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import shutil
 
 
 def test_a_base_that_would_train_wrongly_costs_one_job(make_project, tmp_path):
-    from transformers import JambaConfig
+    from transformers import BlenderbotSmallConfig
 
     project = make_project("refused")
-    base = tmp_path / "jamba"
+    base = tmp_path / "blenderbot"
     shutil.copytree(project.config["model"]["path"], base, ignore=shutil.ignore_patterns("*.safetensors"))
-    values = JambaConfig(vocab_size=32000, architectures=["JambaForCausalLM"]).to_dict()
+    values = BlenderbotSmallConfig(vocab_size=32000, architectures=["BlenderbotSmallForCausalLM"]).to_dict()
     (base / "config.json").write_text(json.dumps(values))
     project.configure(model={"path": str(base)}, turbomind={"enabled": False})
     assert project.planned("train")["prove_architecture"] == 1
     done = project.run("train", check=False)
     output = done.stdout + done.stderr
     assert done.returncode != 0
-    assert "JambaMambaMixer in layers 0, 1, 2, 3: logits differ" in output
+    assert "does not compute blenderbot-small correctly" in output and "found:    logits differ" in output
     assert "to fix:   set packing.mode: single" in output
     started = {path.name for path in (project.folder / "results" / "logs").iterdir()}
     assert started == {"prove_architecture"}

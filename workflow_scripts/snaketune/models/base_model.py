@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from snaketune.common.cli import UserError
 from snaketune.models.device import resolve_dtype, training_device
-from snaketune.models.document_masks import WITH_MASKS, note_documents
+from snaketune.models.document_borders import keep_documents_apart
 from snaketune.models.packed_attention import PACKED, resolve_attention
 from snaketune.models.vocabulary_rows import find_new_tokens, grown_rows
 from snaketune.settings.schema import default_of
@@ -72,7 +72,7 @@ def read_model_config(model_path: str, trust_remote_code: bool) -> PretrainedCon
 
 
 def fit_attention(attention: str, device: str, load: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
-    """Loads a model with an attention that separates packed documents.
+    """Loads a model with an attention that separates packed documents, and layers that do.
 
     Args:
         attention: As in `load_base_model`. For `auto`, an architecture that does not support the first choice gets the
@@ -103,8 +103,7 @@ def fit_attention(attention: str, device: str, load: Callable[[str], PreTrainedM
         model.set_attn_implementation(PACKED)
     # With a cache, transformers 5 does not detect packed documents, and they would attend to each other.
     model.config.use_cache = False
-    if model.config._attn_implementation in WITH_MASKS:
-        note_documents(model)
+    keep_documents_apart(model)
     return model
 
 

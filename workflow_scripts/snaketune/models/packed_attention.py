@@ -28,6 +28,8 @@ from snaketune.common.cli import UserError
 
 PACKED = "packed"
 _BLOCK = 512  # queries per block, where a mask or scores have to be materialised
+# The forward arguments that give attention the boundaries of packed documents.
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # Arguments of transformers' attention calls that do not change the result of a training forward pass.
 _NO_EFFECT = {
     "cu_seq_lens_k",
@@ -86,12 +88,7 @@ def packing_kwargs(cumulative_len: torch.Tensor, longest: int | None = None) -> 
     boundaries = cumulative_len.to(torch.int32)
     if longest is None:
         longest = int((boundaries[1:] - boundaries[:-1]).max())
-    return {
-        "cu_seq_lens_q": boundaries,
-        "cu_seq_lens_k": boundaries,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    return dict(zip(PACKING_ARGUMENTS, (boundaries, boundaries, longest, longest), strict=True))
 
 
 def document_boundaries(position_ids: torch.Tensor) -> list[int]:

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from snaketune.common.cli import UserError
 from snaketune.models.packed_attention import PACKED
+from snaketune.models.per_document import run_per_document_kinds
 from snaketune.tokenized.bin_reader import IGNORE_INDEX
 
 
@@ -52,7 +53,7 @@ class SequenceParallel:
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
         config, name = model.config.get_text_config(), model.config._attn_implementation
-        _check_model(config, name, self.size)
+        _check_model(model, config, name, self.size)
         core = ALL_ATTENTION_FUNCTIONS[name]
         if not isinstance(core, _Attention):
             core = _Attention(core)
@@ -127,13 +128,16 @@ class _Attention:
         return sequence_parallel.attend(module, query, key, value, None, *args, **kwargs)
 
 
-def _check_model(config: PretrainedConfig, attention: str, size: int) -> None:
+def _check_model(model: PreTrainedModel, config: PretrainedConfig, attention: str, size: int) -> None:
     heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    recurrent = ", ".join(each.__name__ for each in run_per_document_kinds(model))
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if not heads or heads % size or (kv_heads % size and size % kv_heads):
         found, expected = f"{heads} heads, {kv_heads} KV heads", "numbers of heads divisible by it"
+    elif recurrent:
+        found, expected = recurrent, "layers in which tokens interact only through attention"
     elif kinds:
         found, expected = (
             f"layers of type {', '.join(sorted(kinds))}",

@@ -27,7 +27,11 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 128},
     "lfm2": {"full_attn_idxs": [2, 5, 8, 10, 12, 14], "num_hidden_layers": 16},
     "lfm2_moe": {
-        "layer_types": [*["conv"] * 2, "full_attention", *["conv"] * 3, "full_attention", *["conv"] * 17]
+        "num_hidden_layers": 24,
+        "layer_types": [
+            *["conv", "conv", "full_attention", "conv"] * 5,
+            *["conv", "full_attention", "conv", "conv"],
+        ],
     },
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8, "head_dim": 128},

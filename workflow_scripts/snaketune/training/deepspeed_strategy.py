@@ -15,6 +15,7 @@ from snaketune.models.device import check_dtype, resolve_dtype, training_device
 from snaketune.models.lora import register_token_rows
 from snaketune.models.sequence_parallel import SequenceParallel
 from snaketune.settings.schema import default_of
+from snaketune.training.document_modules import gather_for_all_documents
 from snaketune.training.expert_modules import use_experts_together
 from snaketune.training.train_config import plain
 
@@ -125,6 +126,8 @@ class DeepSpeedStrategy(_MMEngineDeepSpeedStrategy):
         self.sequence_parallel.attach(model.llm)
         stage = self.config["zero_optimization"]["stage"]
         use_experts_together(model, stage, distributed.get_world_size())
+        if stage == 3:
+            gather_for_all_documents(model)
         if stage == 3 and _has_frozen(model):
             register_token_rows(model)
         wrapper = super()._wrap_model(model)

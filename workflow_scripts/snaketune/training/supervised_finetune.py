@@ -21,6 +21,7 @@ from snaketune.models.base_model import (
 )
 from snaketune.models.cross_entropy import check_cross_entropy, chunked_cross_entropy, loss_in_head
 from snaketune.models.device import training_device
+from snaketune.models.documents import checkpoint_contexts
 from snaketune.models.expert_load import ExpertLoad
 from snaketune.models.lora import add_lora, describe_lora, leave_out_frozen
 from snaketune.models.packed_attention import check_attention, packing_kwargs
@@ -142,7 +143,9 @@ class SupervisedFinetune(BaseModel):
         self.expert_load = ExpertLoad(self.llm)
         if gradient_checkpointing:
             _check_checkpointing(self.llm)
-            self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.llm.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
+            )
         self._selects_logits = "logits_to_keep" in inspect.signature(self.llm.forward).parameters
         self._loss_in_head: bool | None = None  # False if the model scales or caps its logits; checked once
         self._has_run = False
