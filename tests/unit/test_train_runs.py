@@ -255,7 +255,8 @@ def test_hf_weights_of_a_zero_stage_equal_the_model_in_memory(stage, world, zero
     written = load_file(hf / "model.safetensors")
     in_memory = torch.load(folder / f"zero{stage}.pt", weights_only=True)
     assert written.keys() == in_memory.keys()
-    assert all(torch.equal(written[name], in_memory[name]) for name in written)
+    # Rows of the vocabulary without a token are not written.
+    assert all(torch.equal(value, in_memory[name][: len(value)]) for name, value in written.items())
 
 
 def test_run_folder_and_manifest(world, zero_runs):
