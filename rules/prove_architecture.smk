@@ -2,6 +2,8 @@
 REQUIRED INPUT  the config of the base model
 OUTPUT          shared/models/{model}/architecture.json: the checks that the architecture passed
 
+It also checks the limits of lmdeploy for a hub model, whose config may not be on this machine when Snakemake starts.
+
 Everything else waits for it (rules/keep_back_jobs.smk): an architecture that would train wrongly is refused before
 anything is paid for.
 """
@@ -23,7 +25,7 @@ rule prove_architecture:
         runtime=20,
     params:
         source=lambda wildcards: MODELS[wildcards.model]["source"],
-        options=lambda wildcards: MODELS[wildcards.model]["options"],
+        options=proof_flags,
     message:
         "Prove that the architecture of {params.source} trains correctly"
     shell:

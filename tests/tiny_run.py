@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pack_samples import write_bin
 from warm import PARENT
 from warm_client import WarmProcess
 
@@ -47,18 +48,12 @@ def make_world(folder: Path, hidden: int = 32, layers: int = 2, documents: int =
     train = folder / "data" / "chatml_llamav13_32k" / "train"
     rng = np.random.RandomState(7)
     for name, samples in (("one", documents), ("two", documents // 2)):
-        file = train / "cn" / name / "chat.bin"
-        file.parent.mkdir(parents=True)
-        lines, meta, offset = [], [], 0
+        made = []
         for _ in range(samples):
             ids = rng.choice(rng.randint(3, VOCABULARY, 4), rng.randint(4, 90))
             ids[1 : len(ids) // 2] *= -1
-            lines.append(json.dumps({"tokens": ids.tolist()}) + "\n")
-            meta.append((offset, len(ids)))
-            offset += len(lines[-1])
-        file.write_text("".join(lines))
-        with open(f"{file}.meta", "wb") as meta_file:
-            np.save(meta_file, np.array(meta, dtype=np.int64))
+            made.append(ids.tolist())
+        write_bin(train / "cn" / name / "chat.bin", made)
     order = folder / "data_order.txt"
     order.write_text("cn/two/chat.bin\ncn/one/chat.bin\n")
     data = ("--train-folder", train, "--data-order", order, "--max-length", 64)

@@ -47,7 +47,7 @@ def main() -> None:
     from snaketune.evaluation.scoring import score
 
     model = load_model(args, tokenizer)
-    result = score(model, samples, tokenizer.end_of_turn_id, args.batch_tokens)
+    result = score(model, samples, tokenizer.vocab_size, args.batch_tokens)
     label = label_of(args)
     write_json(
         args.output,

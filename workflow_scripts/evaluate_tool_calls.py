@@ -57,7 +57,7 @@ def main() -> None:
     model = load_model(args, tokenizer)
     label = label_of(args)
     answers = answer_points(model, points, tokenizer, args.max_new_tokens, args.batch_tokens)
-    pad_id = tokenizer.end_of_turn_id
+    vocab_size = tokenizer.vocab_size
     result = {
         "format": 1,
         "label": label,
@@ -71,8 +71,8 @@ def main() -> None:
         "max_samples": args.max_samples,
         "selection": selection,
         "points": answers,
-        "losses": conversation_losses(model, conversations, encoder, exact, args.max_length, pad_id),
-        "plain_text": plain_text_losses(model, blocks, pad_id),
+        "losses": conversation_losses(model, conversations, encoder, exact, args.max_length, vocab_size),
+        "plain_text": plain_text_losses(model, blocks, vocab_size),
         "plain_text_sha256": sha256_file(args.plain_text) if args.plain_text else None,
         "heldout_sha256": heldout_digest(args.heldout_dir),
         "tokenizer_sha256": tokenizer.sha256,

@@ -17,6 +17,8 @@ from snaketune.settings.command_line import add_settings
 from snaketune.tokenized.bin_digests import bin_digests
 from snaketune.tokenized.compatibility import UNKNOWN, made_with
 from snaketune.tokenized.data_order import find_train_folder, list_train_files, read_data_order
+from snaketune.tokenized.manifests import Manifests
+from snaketune.tokenized.stats import untrained_warning
 
 
 def parse_args() -> argparse.Namespace:
@@ -96,6 +98,11 @@ def main() -> None:
             f"warning: {severed:,} tokens ({severed / totals['packed_tokens']:.1%}) are trained without the beginning of their"
             f" document; a conversation should not be longer than --max-length (data.max_tokens cuts it instead)"
         )
+    manifests = Manifests()
+    entries = filter(None, (manifests.of(train_folder / name) for name in names))
+    for path in dict.fromkeys(entry.path for entry in entries):
+        if warning := untrained_warning(path):
+            print(warning)
     print(f"  dropped  {'; '.join(lost) or 'nothing'}")
     for name, each in totals.get("mixture", {}).items():
         seen, out = each["seen"], each["left_out"]

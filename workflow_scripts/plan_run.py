@@ -39,13 +39,13 @@ def main() -> None:
     vocab_size = (
         read_json(args.tokenizer_path / "manifest.json")["vocab_size"] if args.tokenizer_path else None
     )
+    base = empty_model(model["path"] or model["hub"], model["trust_remote_code"])
+    positions = read_positions(base)  # before it gets adapters
     plan = make_run_plan(
         config,
         args.plan,
-        read_shape(
-            model["path"] or model["hub"], vocab_size, model["trust_remote_code"], lora and lora["rank"]
-        ),
-        read_positions(empty_model(model["path"] or model["hub"], model["trust_remote_code"])),
+        read_shape(base, vocab_size, lora and lora["rank"]),
+        positions,
         gpus=args.gpus,
         device_gib=args.memory_gib,
         tokens_per_second=args.tokens_per_second or (measured_speed(args.metrics) if args.metrics else None),

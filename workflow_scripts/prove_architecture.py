@@ -8,6 +8,7 @@ alone in plain attention.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from snaketune.common.cli import run
@@ -22,11 +23,18 @@ def main() -> None:
     )
     parser.add_argument("model", help="folder with the base's config.json, or a hub name")
     parser.add_argument("--output", type=Path, help="write the findings to this JSON file")
+    parser.add_argument(
+        "--turbomind-runs",
+        type=json.loads,
+        default={},
+        help="settings of runs of this model, by name, as JSON; refuses what lmdeploy cannot serve",
+    )
     add_settings(parser, "prove_architecture")
     args = parser.parse_args()
 
     from transformers.utils import logging
 
+    from snaketune.export.turbomind_limits import check_run
     from snaketune.models.base_model import read_model_config
     from snaketune.preflight.architecture_proof import TrainingOptions, prove
 
@@ -43,7 +51,10 @@ def main() -> None:
         lora=lora if "rank" in lora else None,
         trust_remote_code=args.trust_remote_code,
     )
-    proof = prove(read_model_config(args.model, args.trust_remote_code), options)
+    config = read_model_config(args.model, args.trust_remote_code)
+    for name, run_settings in args.turbomind_runs.items():
+        check_run(name, run_settings)  # a hub model's config is on this machine only now
+    proof = prove(config, options)
     if args.output:
         write_json(args.output, proof)
     twin = proof["twin"]

@@ -20,6 +20,8 @@ from snaketune.encoding.base_tokenizer import open_tokenizer
 from snaketune.settings.command_line import add_settings
 from snaketune.tokenized.block_tokenizer import TokenizeOptions
 from snaketune.tokenized.job_parts import MEGABYTE
+from snaketune.tokenized.layout import manifest_path
+from snaketune.tokenized.stats import untrained_warning
 from snaketune.tokenized.tokenizing import merge_parts, tokenize_datasets, tokenize_part
 
 
@@ -129,8 +131,10 @@ def main() -> None:
             processes=args.threads,
             shard_bytes=shard_bytes,
         )
-    for manifest in manifests.values():
+    for name, manifest in manifests.items():
         print(summary(manifest))
+        if warning := untrained_warning(manifest_path(args.tokenized_dir, name)):
+            print(warning)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,23 @@ def proofs_of(chosen):
     return proofs
 
 
+def proof_flags(wildcards):
+    """Returns the flags of prove_architecture.py, for a hub model with the runs to check against lmdeploy's limits.
+
+    The runs are there even when the start has checked them: a parameter must not depend on what is on this machine.
+    """
+    model = MODELS[wildcards.model]
+    runs = {
+        name: {section: RUNS[name][section] for section in ("model", "turbomind", "parity", "opencompass")}
+        for name in RUNS
+        if RUNS[name]["model"]["hub"]
+        and RUNS[name]["turbomind"]["enabled"]
+        and model_key(name) == wildcards.model
+    }
+    limits = flags(turbomind_runs=json.dumps(runs, sort_keys=True)) if runs else ""
+    return f"{model['options']} {limits}".rstrip()
+
+
 # Results whose jobs ran without a proof. A new input would run them all again.
 OLD_RESULTS = (
     not Path(f"{RESULTS}/{result_paths.MODELS}").is_dir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -77,7 +78,11 @@ def project(request, cluster, repo_root, tiny_model_dir, write_processed, tmp_pa
     project.run("--cores", 2, "--until", "plan_packing", "render_train_config", "--", "train")
     own = (folder / "results/template/train_config.py").read_text()
     own = own.replace("from torch.optim", "from train_hooks import Pace\nfrom torch.optim")
-    (folder / "own.py").write_text(own.replace("custom_hooks = []", "custom_hooks = [dict(type=Pace)]"))
+    own = own.replace("custom_hooks = []", "custom_hooks = [dict(type=Pace)]")
+    (folder / "own.py").write_text(own)
+    # Its ranks refuse it: so many packed sequences are not there.
+    greedy = re.sub(r"^(global_batch|max_steps) = \d+", r"\1 = None", own, flags=re.M)
+    (folder / "greedy.py").write_text(greedy.replace("global_batch = None", "global_batch = 100_000"))
     config["train"]["config"] = "own.py"
     config["runs"] = {
         "whole": {},
@@ -85,6 +90,7 @@ def project(request, cluster, repo_root, tiny_model_dir, write_processed, tmp_pa
         **dict.fromkeys(("resubmitted", "requeued"), {"cluster": {"mem_mb": NODE_MB}}),
         "walltime": {"cluster": {"runtime": 2}},
         "local": {"train": {"processes": 2}},
+        "refused": {"train": {"config": "greedy.py"}},
     }
     with suppress(pytest.skip.Exception):
         config["environments"] = {"opencompass_python": request.getfixturevalue("opencompass")}
@@ -175,6 +181,7 @@ walltime = outcome_of("walltime")
 converted = outcome_of("converted")
 benchmarked = outcome_of("benchmarked")
 preflight = outcome_of("preflight")
+refused = outcome_of("refused")
 
 
 @pytest.fixture(scope="session")

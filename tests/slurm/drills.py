@@ -200,6 +200,13 @@ def pass_preflight(project: SlurmProject, call: Call) -> None:
     call.wait_until(lambda: "preflight: pass" in call.said(), "pass of preflight")
 
 
+def be_refused(project: SlurmProject, call: Call) -> None:
+    """Makes a call of its own, for a training whose ranks refuse it; that call must end badly."""
+    own = project.start("refused", "--nolock", "--", project.manifest("refused"))
+    own.wait_until(lambda: own.process.poll() is not None, "end")
+    assert own.process.returncode != 0, own.said()[-6000:]
+
+
 # Of the call that serves most drills. A few jobs at a time, those first that are the first of many: all at once would take
 # longer than its two minutes to start the training with a time limit.
 OPTIONS = ["--nolock", "--keep-going", "--jobs", 4, "--set-threads", "convert_pth_to_hf=4", "--prioritize"]
@@ -214,5 +221,6 @@ DRILLS = {
     "rank": Drill(kill_a_rank, ("results/rank/train.json",), HELD),
     "converted": Drill(nothing, ("results/whole/hf",)),
     "benchmarked": Drill(add_the_partition, (BENCHMARKS,)),
+    "refused": Drill(be_refused),
     "preflight": Drill(pass_preflight, ("preflight",)),
 }

@@ -100,6 +100,18 @@ def test_slurm_is_asked_every_20_seconds(project, walltime):
     assert 19 < min(pauses[2:5]) < 30, pauses
 
 
+def test_a_training_that_is_refused_is_one_attempt_and_one_job(project, refused):
+    """Refused by a rank, with exit code 2, of which Slurm and Snakemake only see that the job failed."""
+    said = (project.folder / "refused.log").read_text()
+    assert refused is None and "error: the data does not fill one optimizer step" in said
+    assert "Trying to restart" not in said
+    (attempt,) = project.attempts("refused")
+    assert "does not fill one optimizer step" in attempt and "Traceback" not in attempt
+    jobs = project.cluster.run("squeue", "-h", "-t", "all", "-o", "%i %k").stdout.splitlines()
+    own = [job for job in map(str.split, jobs) if job[1:] == ["rule_train_model_wildcards_refused"]]
+    assert [job[0] for job in own] == project.attempt_jobs("refused")
+
+
 def test_trainings_of_one_call_run_side_by_side(project, shared, whole, resubmitted):
     shared.end_well()
     first, other = (

@@ -12,6 +12,7 @@ from transformers import (
     BertConfig,
     BlenderbotSmallConfig,
     BloomConfig,
+    CohereConfig,
     DeepseekV3Config,
     DogeConfig,
     Gemma2Config,
@@ -39,7 +40,7 @@ from snaketune.models import packed_attention
 from snaketune.models.base_model import fit_attention, read_model_config
 from snaketune.models.isolation import leak, random_row
 from snaketune.models.twin import VOCABULARY, build, make_twin
-from snaketune.preflight.architecture_proof import TrainingOptions, prove
+from snaketune.preflight.architecture_proof import TrainingOptions, _works, prove
 from snaketune.training.isolation_check import require_isolated_documents
 
 LONGROPE = {
@@ -162,6 +163,13 @@ def test_a_kind_of_layer_that_would_train_wrongly_is_refused(config, changed, fo
 )
 def test_a_document_alone_is_right_for_every_architecture(config):
     prove(config, options(packing="single"))
+
+
+def test_advice_is_tried_by_the_measure_of_the_check():
+    """Logits of 1e5 differ by more than 1e-3 through rounding alone."""
+    config = CohereConfig(logit_scale=1e5)
+    assert prove(config, options())["checks"][1]["difference"] < 1e-4
+    assert _works(config, options())
 
 
 def test_a_rope_within_its_trained_length_is_not_refused():

@@ -153,7 +153,7 @@ def test_prompts_in_a_batch_do_not_see_each_other(chain):
     from snaketune.export.turbomind_folder import TurboMindFolder
     from snaketune.parity.reference_forward import transformers_logits, turbomind_logits
 
-    ids = torch.randint(3, 500, (2, 12), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(3))
     ids[1, 7:] = 0
     config, weights = AutoConfig.from_pretrained(chain / "hf"), open_safetensors(chain / "hf")
     folder = TurboMindFolder(chain / "turbomind")

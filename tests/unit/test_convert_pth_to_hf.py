@@ -36,7 +36,7 @@ MODELS = {
     "mistral": {"kind": "mistral"},
     "tied": {"kind": "llama", "tie_word_embeddings": True},
     "scaled": {"kind": "llama", "rope_parameters": LLAMA3},
-    "trimmed": {"kind": "mistral"},
+    "padded": {"kind": "mistral"},
     "mixture": {"kind": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2},
 }
 
@@ -50,7 +50,7 @@ def tokenizer_dir(tmp_path_factory, tiny_tokenizer_dir):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory, tiny_tokenizer_dir, tokenizer_dir):
-    """{name: (Hugging Face folder, model in memory)} of each of `MODELS`; one without rows that have no token."""
+    """{name: (Hugging Face folder, model in memory)} of each of `MODELS`; one with the rows that have no token."""
     from snaketune.encoding.tokenizer import load_tokenizer
     from snaketune.export.hf_convert import convert
 
@@ -58,9 +58,10 @@ def converted(tmp_path_factory, tiny_tokenizer_dir, tokenizer_dir):
     for name, settings in MODELS.items():
         base = write_base(root / name / "base", tiny_tokenizer_dir, **settings)
         config, checkpoint, model = write_checkpoint(base, tokenizer_dir, root / name)
-        padded_vocab = "trim" if name == "trimmed" else "keep"
-        convert(config, checkpoint, root / name / "hf", padded_vocab=padded_vocab)
-        if name == "trimmed":
+        convert(
+            config, checkpoint, root / name / "hf", **({"padded_vocab": "keep"} if name == "padded" else {})
+        )
+        if name != "padded":
             tokens = load_tokenizer(tokenizer_dir).vocab_size
             assert tokens < model.get_input_embeddings().weight.shape[0]
             model.resize_token_embeddings(tokens)
@@ -136,7 +137,8 @@ def test_the_folder_is_complete_and_described(converted, tokenizer_dir):
     assert config["torch_dtype"] == config["dtype"] == "float32"
     assert config["architectures"] == ["MistralForCausalLM"] and config["use_cache"]
     rows = model.get_input_embeddings().weight.shape[0]
-    assert config["vocab_size"] == manifest["vocab_size"] == rows and rows % 64 == 0
+    assert config["vocab_size"] == manifest["vocab_size"] == rows and rows % 64 != 0
+    assert read_json(converted["padded"][0] / "config.json")["vocab_size"] == -(-rows // 64) * 64
     ids = read_json(tokenizer_dir / "manifest.json")["ids"]
     assert generation["eos_token_id"] == [ids["<|im_end|>"], 2]
     assert "chat_template" in read_json(folder / "tokenizer_config.json")
@@ -144,6 +146,50 @@ def test_the_folder_is_complete_and_described(converted, tokenizer_dir):
     listed = {path.name for path in folder.iterdir()} - {"manifest.json"}
     assert set(manifest["files"]) == listed
     assert all(entry["sha256"] == sha256_file(folder / name) for name, entry in manifest["files"].items())
+
+
+def _sampled(folder, count: int) -> torch.Tensor:
+    """Returns ids that transformers samples from a folder at temperature 2, in texts of 100 ids."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    settings = {
+        "do_sample": True,
+        "temperature": 2.0,
+        "top_k": 0,
+        "min_new_tokens": 100,
+        "max_new_tokens": 100,
+    }
+    ids = model.generate(torch.ones(count // 100, 1, dtype=torch.long), pad_token_id=0, **settings)
+    return ids[:, 1:].flatten()
+
+
+def test_no_id_without_a_token_can_be_sampled(converted, tokenizer_dir):
+    """Untied heads. The padded folder shows that such ids would come."""
+    from snaketune.encoding.tokenizer import load_tokenizer
+
+    tokens = load_tokenizer(tokenizer_dir).vocab_size
+    ids = {name: _sampled(converted[name][0], 10_000) for name in ("mistral", "padded")}
+    assert all(len(each) == 10_000 for each in ids.values())
+    assert (ids["padded"] >= tokens).any()
+    assert ids["mistral"].max() < tokens
+
+
+def test_a_padding_token_outside_the_tokenizer_keeps_its_row(tiny_tokenizer_dir, tokenizer_dir, tmp_path):
+    """Otherwise transformers could not load the folder."""
+    from transformers import AutoModelForCausalLM
+
+    from snaketune.encoding.tokenizer import load_tokenizer
+    from snaketune.export.hf_convert import convert
+
+    tokens = load_tokenizer(tokenizer_dir).vocab_size
+    base = write_base(tmp_path / "base", tiny_tokenizer_dir, vocab_size=tokens + 30, pad_token_id=tokens + 9)
+    config, checkpoint, _ = write_checkpoint(base, tokenizer_dir, tmp_path)
+    convert(config, checkpoint, tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == tokens + 10
+    assert model.config.pad_token_id == tokens + 9
 
 
 def test_dtype_shards_and_equal_bytes(converted, tmp_path):
@@ -361,6 +407,7 @@ def test_a_real_training_run_as_the_guide_converts_it(
     """ZeRO-2 training, then `convert_pth_to_hf.py CONFIG PTH DST`, compared with DeepSpeed's own reader."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     from safetensors.torch import load_file
+    from tokenizers import Tokenizer
 
     talk = [
         {"role": "user", "content": "Hello"},
@@ -389,7 +436,9 @@ def test_a_real_training_run_as_the_guide_converts_it(
     reference = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "run"), tag="iter_2.pth")
     written = load_file(tmp_path / "hf" / "model.safetensors")
     assert {f"llm.{name}" for name in written} == set(reference)
-    assert all(torch.equal(value, reference[f"llm.{name}"]) for name, value in written.items())
+    tokens = Tokenizer.from_file(str(tmp_path / "hf" / "tokenizer.json")).get_vocab_size()
+    assert len(written["lm_head.weight"]) == len(written["model.embed_tokens.weight"]) == tokens
+    assert all(torch.equal(value, reference[f"llm.{name}"][: len(value)]) for name, value in written.items())
     refused = run_script(
         "convert_pth_to_hf.py", tmp_path / "config.py", tmp_path / "none", tmp_path / "x", check=False
     )

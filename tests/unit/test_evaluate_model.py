@@ -92,7 +92,7 @@ def test_loss_equals_a_plain_loop(setting):
     model = load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
     samples = load_heldout(heldout, tokenizer, ChatEncoding(), 2048)
     results = [
-        score(model, samples, tokenizer.bos_token_id, batch_tokens) for batch_tokens in (1, 300, 100_000)
+        score(model, samples, tokenizer.vocab_size, batch_tokens) for batch_tokens in (1, 300, 100_000)
     ]
     sums = {name: _reference(hf, tokenizer, conversations) for name, conversations in DATASETS.items()}
     for result in results:
@@ -109,6 +109,23 @@ def test_loss_equals_a_plain_loop(setting):
         assert result["trained_tokens"] == count
         assert result["loss"] == pytest.approx(total / count, abs=1e-5)
         assert result["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_rows_without_a_token_do_not_change_the_loss(setting, tiny_model_dir):
+    """A base grows to a multiple of 64 rows, as in training; hf/ has only those of tokens. Both must compare."""
+    from snaketune.evaluation.heldout import load_heldout
+    from snaketune.evaluation.models import load_for_evaluation
+    from snaketune.evaluation.scoring import score
+
+    tokenizer_dir, tokenizer, _, heldout = setting
+    samples = load_heldout(heldout, tokenizer, ChatEncoding(), 2048)
+    model = load_for_evaluation(
+        str(tiny_model_dir), str(tokenizer_dir), tokenizer, base=True, dtype="float32"
+    )
+    assert model.config.vocab_size > tokenizer.vocab_size
+    padded = score(model, samples, tokenizer.vocab_size)["loss"]
+    model.resize_token_embeddings(tokenizer.vocab_size)
+    assert padded == pytest.approx(score(model, samples, tokenizer.vocab_size)["loss"], abs=1e-5)
 
 
 def test_bos_is_no_target_and_long_conversations_are_cut(setting):
@@ -286,7 +303,7 @@ def test_the_command_writes_what_the_library_measures(setting, tmp_path, run_scr
     result = read_json(tmp_path / "out.json")
     assert result["slurm_job_id"] == "4711"
     model = load_for_evaluation(str(hf), str(tokenizer_dir), tokenizer, dtype="float32")
-    expected = score(model, load_heldout(heldout, tokenizer, ChatEncoding(), 2048), tokenizer.bos_token_id)
+    expected = score(model, load_heldout(heldout, tokenizer, ChatEncoding(), 2048), tokenizer.vocab_size)
     assert result["loss"] == pytest.approx(expected["loss"], abs=1e-6)
     assert set(result["datasets"]) == {"tools", "sums"}
     assert result["label"] == "tuned" and result["format"] == 1 and result["samples"] == 11

@@ -85,7 +85,7 @@ def test_losses_by_role_equal_a_plain_loop(setting, model, mask):
     _, tokenizer, _, folder = setting
     encoder, exact = (BatchEncoder(tokenizer, ChatEncoding(mask=each)) for each in (mask, "exact"))
     conversations = read_conversations(folder, encoder)
-    found = conversation_losses(model, conversations, encoder, exact, 4096, tokenizer.end_of_turn_id, 300)
+    found = conversation_losses(model, conversations, encoder, exact, 4096, tokenizer.vocab_size, 300)
     assert [each["conversation"] for each in found] == [each.place for each in conversations]
     seen = set()
     for conversation, each in zip(conversations, found, strict=True):
@@ -121,7 +121,7 @@ def test_a_border_that_the_tokenizer_merges_across_makes_the_roles_unclear(
     conversations = read_conversations(folder, compat)
     compat.encode_turns([conversations[0].turns])
     assert compat.take_counts()["straddling_messages"] == 1, "the tokenizer must merge two line breaks"
-    (found,) = conversation_losses(model, conversations, compat, exact, 4096, tokenizer.end_of_turn_id)
+    (found,) = conversation_losses(model, conversations, compat, exact, 4096, tokenizer.vocab_size)
     assert found["roles"].keys() == {"all", "unclear"}
 
 
@@ -136,7 +136,9 @@ def test_loss_on_plain_text_equals_a_plain_loop(setting, model, tmp_path):
     whole = [token for block in blocks for token in block[1:]]
     assert tokenizer.end_of_turn_id not in whole, "a control token in the text is text"
     assert tokenizer.tokenizer.decode(whole, skip_special_tokens=False) == TEXT
-    for block, (total, tokens) in zip(blocks, plain_text_losses(model, blocks, 0), strict=True):
+    for block, (total, tokens) in zip(
+        blocks, plain_text_losses(model, blocks, tokenizer.vocab_size), strict=True
+    ):
         assert tokens == len(block) - 1
         assert total == pytest.approx(sum(losses_of(model, block)), rel=1e-5)
     with pytest.raises(UserError, match="empty"):

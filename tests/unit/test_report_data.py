@@ -93,8 +93,8 @@ def count_samples(tokenized, split, name):
 
 
 @pytest.fixture
-def tables(tokenized, tmp_path):
-    """The tables of the report of a run on that data."""
+def page(tokenized, tmp_path):
+    """The report of a run on that data."""
     keys = ("identity", "data_sha256", "config_sha256", "weights_sha256", "dtype", "git_commit")
     train = dict.fromkeys(keys, "x") | {"steps": 1, "epochs": 1, "tokens": 1, "world_size": 1}
     train |= {"zero_stage": 0, "versions": {}, "run_folder": "checkpoints/x"}
@@ -104,7 +104,12 @@ def tables(tokenized, tmp_path):
         write_json(tmp_path / "evaluation" / f"{label}.json", evaluation(loss, ""))
     write_text(tmp_path / "checkpoints/x/metrics.jsonl", "")
     inputs = ReportInputs(RunFiles(tmp_path), manifest_paths(tokenized / "tokenized.json"))
-    return Tables(render_report(inputs)).tables
+    return render_report(inputs)
+
+
+@pytest.fixture
+def tables(page):
+    return Tables(page).tables
 
 
 def test_the_page_counts_what_the_files_hold(tokenized, tables):
@@ -167,6 +172,24 @@ def test_masks_reasons_and_places(tokenized, tables):
         assert len(json.loads(lines[number(sample)])["tokens"]) == number(tokens) == 80
 
 
+def test_conversations_that_lost_all_their_trained_tokens(tokenized, page):
+    lost = {}
+    for name in ("chat", "code", "empty"):
+        samples = [
+            tokens
+            for split in ("train", "valid")
+            for file in count_samples(tokenized, split, name)
+            for tokens in file
+        ]
+        # In these data every conversation has an answer.
+        lost[name] = sum(len(tokens) == 80 and not any(i > 0 for i in tokens) for tokens in samples)
+    assert lost["chat"] > 100 and lost["code"] > 50 and not lost["empty"]
+    shown = re.findall(r'<p class="bad"><span lang="en">(.*?): ([\d,]+) cut conversations lost', page)
+    folder = tokenized / "chatml_llamav13_32k" / "train" / "cn"
+    assert shown == [(str(folder / name), str(lost[name])) for name in ("chat", "code")]
+    assert page.count("请调高 data.max_tokens") == 2
+
+
 def test_a_page_of_many_datasets_draws_few(tokenized):
     datasets = [load_dataset(path) for path in manifest_paths(tokenized / "tokenized.json")]
     many = [
@@ -179,6 +202,7 @@ def test_a_page_of_many_datasets_draws_few(tokenized):
     name, histogram = summary["histograms"][0]
     assert name == "all" and sum(histogram["counts"]) == summary["rows"][0]["samples"]
     assert len(summary["quarantine_files"][0]) == 20 and summary["quarantine_files"][1] == 180
+    assert len(summary["untrained"][0]) == 20 and summary["untrained"][1] == 180
 
 
 def test_the_cost_of_training_is_that_of_all_attempts(tmp_path):

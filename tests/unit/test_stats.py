@@ -10,10 +10,12 @@ import pytest
 from ftdp_small_tokenizers import small_tokenizer
 
 from snaketune.common.files import read_json
+from snaketune.reporting.data_summary import data_summary, load_dataset
 from snaketune.tokenized import stats
+from snaketune.tokenized.bin_reader import read_line
 from snaketune.tokenized.block_tokenizer import TokenizeOptions
 from snaketune.tokenized.layout import stats_path
-from snaketune.tokenized.tokenizing import tokenize_datasets
+from snaketune.tokenized.tokenizing import merge_parts, tokenize_datasets
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def test_stats_lie_beside_the_manifest(tokenized):
     manifest = tokenized / "manifests" / "d.json"
     assert stats_path(manifest) == tokenized / "manifests" / "d" / "stats.json"
     found = read_json(stats_path(manifest))
-    assert found == stats.dataset_stats(read_json(manifest), tokenized)
+    assert found == stats.dataset_stats(read_json(manifest), tokenized, 0)
     places = by_hand(tokenized)
     lengths = [tokens for tokens, *_ in places]
     assert found["samples"] == len(lengths)
@@ -81,9 +83,9 @@ def test_stats_lie_beside_the_manifest(tokenized):
 
 def test_pieces_of_a_meta_file_make_no_difference(tokenized, monkeypatch):
     manifest = read_json(tokenized / "manifests" / "d.json")
-    whole = stats.dataset_stats(manifest, tokenized)
+    whole = stats.dataset_stats(manifest, tokenized, None)
     monkeypatch.setattr(stats, "_ROWS", 7)
-    assert stats.dataset_stats(manifest, tokenized) == whole
+    assert stats.dataset_stats(manifest, tokenized, None) == whole
 
 
 def test_an_empty_dataset(tmp_path):
@@ -94,3 +96,78 @@ def test_an_empty_dataset(tmp_path):
     found = read_json(tmp_path / "out" / "manifests" / "d" / "stats.json")
     assert found["samples"] == 0 and found["longest_samples"] == []
     assert set(found["lengths"].values()) == {None}
+
+
+LIMIT = 60
+
+
+def write_talks(folder):
+    """Writes questions of 1 to 90 words with answers, some of them not trained on, and monologues without answers."""
+    rng = random.Random(5)
+    lines = []
+    for number in range(120):
+        talk = [{"role": "user", "content": f"{number} " + "word " * rng.choice([1, 20, 35, 90])}]
+        if number % 4:
+            talk.append(
+                {"role": "assistant", "content": "yes " * rng.choice([1, 30]), "loss": number % 3 > 0}
+            )
+        lines.append(json.dumps(talk))
+    file = folder / "d" / "processed" / "f.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines))
+    return folder
+
+
+def trained(folder):
+    """Returns, for each tokenised document, which tokens after the first are trained on."""
+    file = folder / "chatml_llamav13_32k" / "train" / "cn" / "d" / "f.bin"
+    return [read_line(line)[1][1:] >= 0 for line in file.read_bytes().splitlines()]
+
+
+@pytest.mark.parametrize("mask", ["exact", "compat"])
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_conversations_that_lose_all_their_trained_tokens_are_counted(tmp_path, kind, mask):
+    source = write_talks(tmp_path / "in")
+    tokenizer, warnings = small_tokenizer(kind), []
+    for limit, shard_bytes in ((LIMIT, 1 << 30), (10**6, 1 << 30), (LIMIT, 2000)):
+        out = tmp_path / f"{limit}-{shard_bytes}"
+        made = tokenize_datasets(
+            source, out, tokenizer, TokenizeOptions(max_length=limit, mask=mask), shard_bytes=shard_bytes
+        )
+        warnings.append(stats.untrained_warning(out / "manifests" / "d.json"))
+        assert stats.UNTRAINED not in json.dumps(made), "digests of the same data stay the same"
+    cut, whole = trained(tmp_path / f"{LIMIT}-{1 << 30}"), trained(tmp_path / f"{10**6}-{1 << 30}")
+    lost = sum(before.any() and not after.any() for before, after in zip(whole, cut, strict=True))
+    never = sum(not before.any() for before in whole)
+    assert lost > 5 and never > 5
+    for name, expected in ((f"{LIMIT}-{1 << 30}", lost), (f"{10**6}-{1 << 30}", 0), (f"{LIMIT}-2000", lost)):
+        assert read_json(tmp_path / name / "manifests" / "d" / "stats.json")[stats.UNTRAINED] == expected
+    folder = tmp_path / f"{LIMIT}-{1 << 30}" / "chatml_llamav13_32k" / "train" / "cn" / "d"
+    assert warnings[0].startswith(f"warning: {folder}: {lost} of ") and "raise data.max_tokens" in warnings[0]
+    assert warnings[1] is None
+
+
+def test_tokenised_data_of_an_earlier_release_do_not_tell_and_are_kept(tmp_path):
+    source, out = write_talks(tmp_path / "in"), tmp_path / "out"
+    arguments = (source, out, small_tokenizer("byte_level"), TokenizeOptions(max_length=LIMIT))
+    before = tokenize_datasets(*arguments)
+    record, found = out / "chunks/d/f/done.json", out / "manifests/d/stats.json"
+    old = read_json(record)
+    assert old["result"]["tally"].pop("untrained") > 0
+    record.write_text(json.dumps(old))
+    bytes_before = record.read_bytes()
+    # Its stats lack the number.
+    known = read_json(found)
+    del known[stats.UNTRAINED]
+    found.write_text(json.dumps(known))
+    assert merge_parts(*arguments) == before
+    assert stats.UNTRAINED not in read_json(found) and record.read_bytes() == bytes_before
+    manifest = out / "manifests/d.json"
+    assert stats.untrained_warning(manifest) is None
+    assert data_summary([load_dataset(manifest)])["untrained"] == ([], 0)
+    # Written again, they say that it is not known.
+    found.unlink()
+    assert merge_parts(*arguments) == before
+    assert read_json(found)[stats.UNTRAINED] is None and record.read_bytes() == bytes_before
+    assert stats.untrained_warning(manifest) is None
+    assert data_summary([load_dataset(manifest)])["untrained"] == ([], 0)

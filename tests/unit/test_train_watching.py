@@ -184,6 +184,7 @@ def test_checkpoint_of_lora_is_small_and_its_model_is_the_one_in_memory(
             ids = sorted(json.loads((world / "tokenizer/manifest.json").read_text())["added"].values())
             assert len(ids) == len(rows) == 6 and not torch.equal(expected[ids], rows)
             expected[ids] = rows
+        expected = expected[: len(weight)]  # rows without a token are not written
         torch.testing.assert_close(weight, expected, atol=1e-6, rtol=0, msg=name)
     assert {p.name for p in (world / "hf/adapter").iterdir()} >= {
         "adapter_config.json",
@@ -193,7 +194,7 @@ def test_checkpoint_of_lora_is_small_and_its_model_is_the_one_in_memory(
     tokenizer = load_tokenizer(world / "tokenizer")
     merged = load_for_evaluation(str(world / "hf"), str(world / "tokenizer"), tokenizer)
     samples = load_heldout(world / "heldout", tokenizer, ChatEncoding(), 4096, 5)
-    loss = score(merged, samples, tokenizer.end_of_turn_id)["loss"]
+    loss = score(merged, samples, tokenizer.vocab_size)["loss"]
     assert loss == pytest.approx(lines_of(folder / "evals.jsonl")[-1]["loss"], abs=1e-5)
 
 

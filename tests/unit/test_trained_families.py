@@ -138,8 +138,13 @@ def test_the_written_model_is_the_trained_one(case, world, train, monkeypatch, r
             world / f"{case} hf", attn_implementation="eager"
         ).eval()
         found = written(input_ids=ids, use_cache=False).logits
+    expected = expected[..., : found.shape[-1]]  # rows without a token are not written
     torch.testing.assert_close(found, expected, atol=5e-4 * float(expected.std()), rtol=0)
-    moved = {name for name, value in written.state_dict().items() if not torch.equal(value, base[name])}
+    moved = {
+        name
+        for name, value in written.state_dict().items()
+        if not torch.equal(value, base[name][: len(value)] if value.dim() else base[name])
+    }
     assert "model.embed_tokens.weight" in moved and any(name.endswith("q_proj.weight") for name in moved)
     with_experts = any(".experts." in name for name in moved)
     assert with_experts == case.startswith("experts")

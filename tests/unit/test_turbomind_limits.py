@@ -253,6 +253,19 @@ def test_a_hub_model_is_checked_once_it_is_here(run, hub):
     check_run("one", run)
 
 
+def test_the_proof_of_an_architecture_refuses_what_lmdeploy_cannot_serve(run, tmp_path, run_script):
+    from transformers import GraniteConfig
+
+    GraniteConfig(architectures=["GraniteForCausalLM"]).save_pretrained(tmp_path)
+    run["model"] = {"path": str(tmp_path), "hub": None}
+    command = ("prove_architecture.py", tmp_path, "--output", tmp_path / "proof.json", "--turbomind-runs")
+    refused = run_script(*command, json.dumps({"one": run}), check=False)
+    assert refused.returncode == 2 and "error: config: run 'one': TurboMind" in refused.stderr
+    assert not (tmp_path / "proof.json").exists()
+    run_script(*command, json.dumps({"one": run | {"turbomind": settings(enabled=False)}}))
+    assert (tmp_path / "proof.json").is_file()
+
+
 def test_opencompass_stays_within_the_window(run, hub):
     hub(MISTRAL)
     lengths = {"max_seq_len": 4096, "longtext_max_seq_len": 32768}

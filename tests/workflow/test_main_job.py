@@ -121,6 +121,18 @@ def test_another_learning_rate_costs_the_training_and_what_follows(finished):
         }
 
 
+def test_rows_without_a_token_cost_the_conversion_and_no_training(finished):
+    """As in results of releases that wrote them by default."""
+    with kept(finished.config_file):
+        finished.configure(hf={"padded_vocab": "keep"})
+        assert finished.planned() == AFTER_TRAINING | {
+            "evaluate_model": 1,
+            "evaluate_tool_calls": 1,
+            "write_run_config": 1,
+            "plan_run": 1,
+        }
+
+
 @pytest.mark.parametrize(
     "sections", [{"packing": {"mode": "xtuner"}}, {"train": {"max_length": 256}}], ids=str
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+from itertools import pairwise
 
 
 def test_a_base_that_would_train_wrongly_costs_one_job(make_project, tmp_path):
@@ -28,3 +30,21 @@ def test_a_base_that_would_train_wrongly_costs_one_job(make_project, tmp_path):
     project.run("plan", "--until", "prove_architecture")
     (proof,) = (project.folder / "results" / "shared" / "models").glob("*/architecture.json")
     assert json.loads(proof.read_text())["attention"] == "packed"
+
+
+def test_the_first_job_checks_a_hub_model_against_the_limits_of_lmdeploy(make_project):
+    """Its config may come to this machine only with that job."""
+    project = make_project("hub")
+    project.configure(model={"path": None, "hub": "nobody/nothing"})
+
+    def command() -> list[str]:
+        done = project.run("--dry-run", "--printshellcmds", "--until", "prove_architecture", "--", "train")
+        (line,) = [line for line in done.stdout.splitlines() if "prove_architecture.py" in line]
+        return shlex.split(line.partition("2>&1")[0])
+
+    words = command()
+    (runs,) = [json.loads(after) for word, after in pairwise(words) if word == "--turbomind-runs"]
+    assert runs["demo"]["model"]["hub"] == "nobody/nothing" and "nobody/nothing" in words
+    assert runs["demo"]["turbomind"]["enabled"] and runs["demo"]["parity"]["enabled"]
+    project.configure(turbomind={"enabled": False})
+    assert "--turbomind-runs" not in command()

@@ -64,7 +64,7 @@ def conversation_losses(
     encoder: BatchEncoder,
     exact: BatchEncoder,
     max_length: int,
-    pad_id: int,
+    vocab_size: int,
     batch_tokens: int = 2048,
 ) -> list[dict[str, Any]]:
     """Returns the loss of each conversation by role.
@@ -75,7 +75,7 @@ def conversation_losses(
         encoder: The encoder used in training.
         exact: See `token_roles`.
         max_length: Maximum ids of a conversation; longer ones are cut.
-        pad_id: Any valid id.
+        vocab_size: Ids of the tokenizer.
         batch_tokens: Maximum ids of a padded batch.
 
     Returns:
@@ -100,7 +100,7 @@ def conversation_losses(
         }
         for conversation in conversations
     ]
-    for sample, losses in _losses(model, samples, pad_id, batch_tokens, "loss by role"):
+    for sample, losses in _losses(model, samples, vocab_size, batch_tokens, "loss by role"):
         place = int(sample.dataset)
         sums = result[place]["roles"]
         for role, loss in zip(roles[place], losses, strict=True):
@@ -143,25 +143,25 @@ def plain_text_blocks(path: Path, tokenizer: ExtendedTokenizer, block_tokens: in
 
 
 def plain_text_losses(
-    model, blocks: Sequence[list[int]], pad_id: int, batch_tokens: int = 2048
+    model, blocks: Sequence[list[int]], vocab_size: int, batch_tokens: int = 2048
 ) -> list[list[float]]:
     """Returns [sum of nats, tokens] for each block; the first id of a block is not a target.
 
     Args:
         model: A causal language model in eval mode.
         blocks: From `plain_text_blocks`.
-        pad_id: Any valid id.
+        vocab_size: Ids of the tokenizer.
         batch_tokens: Maximum ids of a padded batch.
     """
     samples = [Sample(str(number), ids, [True] * len(ids), False) for number, ids in enumerate(blocks)]
     result: list[list[float]] = [[0.0, 0] for _ in samples]
-    for sample, losses in _losses(model, samples, pad_id, batch_tokens, "plain text"):
+    for sample, losses in _losses(model, samples, vocab_size, batch_tokens, "plain text"):
         result[int(sample.dataset)] = [math.fsum(losses), len(losses)]
     return result
 
 
 def _losses(
-    model, samples: list[Sample], pad_id: int, batch_tokens: int, what: str
+    model, samples: list[Sample], vocab_size: int, batch_tokens: int, what: str
 ) -> Iterable[tuple[Sample, list[float]]]:
     from snaketune.common.progress import Progress
     from snaketune.evaluation.heldout import batches_by_length
@@ -169,6 +169,6 @@ def _losses(
 
     progress = Progress("tokens", sum(len(sample.ids) for sample in samples))
     for batch in batches_by_length(samples, batch_tokens):
-        for sample, losses in zip(batch, token_losses(model, batch, pad_id), strict=True):
+        for sample, losses in zip(batch, token_losses(model, batch, vocab_size), strict=True):
             yield sample, losses.tolist()
         progress.add(what, tokens=sum(len(sample.ids) for sample in batch))

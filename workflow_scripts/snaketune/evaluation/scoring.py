@@ -14,18 +14,19 @@ from snaketune.evaluation.heldout import Sample, batches_by_length
 
 
 @torch.no_grad()  # not inference_mode: training reuses the weights that ZeRO-3 gathers here
-def token_losses(model, batch: list[Sample], pad_id: int) -> list[torch.Tensor]:
+def token_losses(model, batch: list[Sample], vocab_size: int) -> list[torch.Tensor]:
     """Returns each sample's losses in nats: one fp32 value per trained token, except the first id of the row.
 
-    Rows are padded on the right. Attention is causal, so real tokens never see padding and no mask is needed.
+    Rows are padded on the right. Attention is causal, so real tokens never see padding and no mask is needed. The next
+    token is one of the tokenizer's: the base and a model in training may have spare rows, and `hf/` has none.
 
     Args:
         model: A causal language model in eval mode.
         batch: Samples of similar length.
-        pad_id: Any valid id.
+        vocab_size: Ids of the tokenizer.
     """
     length = max(len(sample.ids) for sample in batch)
-    ids = torch.full((len(batch), length), pad_id)
+    ids = torch.zeros((len(batch), length), dtype=torch.int64)
     predicts = torch.zeros((len(batch), length), dtype=torch.bool)  # position t predicts the id at t + 1
     for row, sample in enumerate(batch):
         ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
@@ -44,18 +45,18 @@ def token_losses(model, batch: list[Sample], pad_id: int) -> list[torch.Tensor]:
     for row in range(len(batch)):
         wanted = predicts[row, columns]
         targets = ids[row, columns[wanted] + 1]
-        picked = logits[row, wanted.to(device)].float()
+        picked = logits[row, wanted.to(device), :vocab_size].float()
         losses.append(cross_entropy(picked, targets.to(device), reduction="none").cpu())
     return losses
 
 
-def score(model, samples: list[Sample], pad_id: int, batch_tokens: int = 2048) -> dict[str, Any]:
+def score(model, samples: list[Sample], vocab_size: int, batch_tokens: int = 2048) -> dict[str, Any]:
     """Returns loss (nats per trained token), perplexity and counts, overall and by dataset.
 
     Args:
         model: A causal language model in eval mode.
         samples: Held-out conversations; those without a trained token count as samples but add no loss.
-        pad_id: Any valid id.
+        vocab_size: Ids of the tokenizer.
         batch_tokens: Maximum ids of a padded batch.
 
     Returns:
@@ -66,7 +67,7 @@ def score(model, samples: list[Sample], pad_id: int, batch_tokens: int = 2048) -
     sums = dict.fromkeys(sorted({sample.dataset for sample in samples}), 0.0)
     progress = Progress("tokens", sum(len(sample.ids) for sample in samples))
     for batch in batches_by_length(samples, batch_tokens):
-        own = add_losses(sums, model, batch, pad_id)
+        own = add_losses(sums, model, batch, vocab_size)
         nats.update(zip(map(id, batch), own, strict=True))
         progress.add("held-out loss", tokens=sum(len(sample.ids) for sample in batch))
     print(f"held-out loss: {progress.finish()}", flush=True)
@@ -76,10 +77,10 @@ def score(model, samples: list[Sample], pad_id: int, batch_tokens: int = 2048) -
     return summarise(sums, samples) | {"conversations": conversations}
 
 
-def add_losses(sums: dict[str, float], model, batch: list[Sample], pad_id: int) -> list[float]:
+def add_losses(sums: dict[str, float], model, batch: list[Sample], vocab_size: int) -> list[float]:
     """Adds the losses of a batch, in nats, to the sums by dataset; returns the loss of each sample."""
     own = []
-    for sample, losses in zip(batch, token_losses(model, batch, pad_id), strict=True):
+    for sample, losses in zip(batch, token_losses(model, batch, vocab_size), strict=True):
         # fp64, so that precision does not depend on the number of tokens.
         own.append(losses.double().sum().item())
         sums[sample.dataset] += own[-1]

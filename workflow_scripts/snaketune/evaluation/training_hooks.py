@@ -111,7 +111,7 @@ class HeldoutLossHook(_EverySteps):
         if not self.folder or not self.tokenizer_folder:
             raise UserError("eval_steps is set, but heldout_dir is not", fix="set heldout_dir")
         tokenizer = self.load_tokenizer()
-        self.pad_id = tokenizer.end_of_turn_id
+        self.vocab_size = tokenizer.vocab_size
         self.samples = load_heldout(
             Path(self.folder), tokenizer, self.encoding, self.max_length, self.max_samples
         )
@@ -122,7 +122,7 @@ class HeldoutLossHook(_EverySteps):
         sums = dict.fromkeys(sorted({sample.dataset for sample in self.samples}), 0.0)
         nothing = dict(sums)
         for batch, counts in self._batches(runner):
-            add_losses(sums if counts else dict(nothing), model, batch, self.pad_id)
+            add_losses(sums if counts else dict(nothing), model, batch, self.vocab_size)
         total = torch.tensor(list(sums.values()), dtype=torch.float64, device=runner.model.model.device)
         distributed.all_reduce(total)
         result = summarise(dict(zip(sums, total.tolist(), strict=True)), self.samples)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from snaketune.training.train_config import TrainConfig
 
 ADAPTER = "adapter"
+# The keys of a config.json whose values are token ids.
+_NAMES_TOKEN = ("_token_id", "_token_index")
 # For tokenizers whose manifest does not name a chat template.
 _END_OF_TURN = "<|im_end|>"
 
@@ -47,7 +49,8 @@ def convert(
         trust_remote_code: Runs Python code that comes with the base model.
         lora: Output of a LoRA run. `merge` writes a plain model. `adapter` also writes the adapter, in `peft`'s
             format, to the folder `adapter`.
-        padded_vocab: `keep` writes all vocabulary rows, `trim` only those that the tokenizer has tokens for.
+        padded_vocab: `trim` writes only the vocabulary rows that have a token, so that none of the others can be
+            sampled; `keep` writes all.
 
     Returns:
         The manifest, which is also written to `manifest.json` in the folder.
@@ -77,8 +80,11 @@ def convert(
             trained_in = training_dtype(config, record, checkpoint, state)
             weights = merged_weights(config, state, trained_in, trust_remote_code, adapter)
         model = empty_model(base, trust_remote_code)
-        rows = find_new_tokens(str(tokenizer), None)[0] if padded_vocab == "trim" else None
         settings = _base_settings(base, "config.json")
+        rows = None
+        if padded_vocab == "trim":
+            tokens, _ = find_new_tokens(str(tokenizer), None)
+            rows = max(tokens, 1 + _last_named_id(settings, model.get_input_embeddings().num_embeddings))
         is_part = settings.get("model_type") != model.config.model_type
         planned = plan_outputs(model, weights, dtype, base, rows)
         outputs = as_published(model, planned, () if is_part else set(open_base(base)))
@@ -141,6 +147,25 @@ def _base_settings(base: str, name: str) -> dict[str, Any]:
 
     path = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
     return read_json(path) if path else {}
+
+
+def _last_named_id(settings: Any, rows: int) -> int:
+    """Returns the largest token id below `rows` that a config.json names, such as `pad_token_id`; -1 if none.
+
+    transformers cannot load a model whose padding token has no row.
+    """
+    if isinstance(settings, list):
+        return max((_last_named_id(each, rows) for each in settings), default=-1)
+    if not isinstance(settings, dict):
+        return -1
+    found = [-1]
+    for key, value in settings.items():
+        if key.endswith(_NAMES_TOKEN):
+            ids = value if isinstance(value, list) else [value]
+            found += [each for each in ids if isinstance(each, int) and each < rows]
+        else:
+            found.append(_last_named_id(value, rows))
+    return max(found)
 
 
 def _token_of(config: Any, name: str) -> int | list[int] | None:

@@ -73,6 +73,11 @@ def logits_of(model: PreTrainedModel, row: Row) -> torch.Tensor:
     return model(**row.inputs(device)).logits[0].float()
 
 
+def relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns the largest difference of two sets of logits, in standard deviations of the expected ones."""
+    return ((logits - expected).abs().max() / expected.std()).item()
+
+
 @torch.no_grad()
 def leak(model: PreTrainedModel, row: Row) -> float:
     """Returns how much the logits of other documents move when one changes, relative to their standard deviation.

@@ -11,7 +11,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from snaketune.common.cli import UserError
 from snaketune.models.base_model import fit_attention
-from snaketune.models.isolation import BOUND, LENGTHS, Row, logits_of, random_row
+from snaketune.models.isolation import BOUND, LENGTHS, Row, logits_of, random_row, relative_difference
 from snaketune.models.leaking_layers import leaking_layers
 from snaketune.models.lora import add_lora, describe_lora
 from snaketune.models.twin import (
@@ -154,15 +154,15 @@ def _trained_twin(reference: PreTrainedModel, options: TrainingOptions) -> PreTr
     return model.eval()
 
 
-def _alone(reference: PreTrainedModel, row: Row) -> torch.Tensor:
-    """Returns the logits of each document of a row, computed by a model that has seen nothing else."""
-    return torch.cat([logits_of(copy.deepcopy(reference), each) for each in row.documents()])
-
-
-def _together(model: PreTrainedModel, row: Row, options: TrainingOptions) -> torch.Tensor:
-    """Returns the logits of a row as the training computes them."""
-    rows = row.documents() if options.packing == "single" else [row]
-    return torch.cat([logits_of(model, each) for each in rows])
+def _difference_from_alone(
+    model: PreTrainedModel, reference: PreTrainedModel, row: Row, options: TrainingOptions
+) -> float:
+    """Returns how far a row's logits, as training computes them, are from those of its documents alone."""
+    documents = row.documents()
+    # Each by a model that has seen nothing else.
+    alone = torch.cat([logits_of(copy.deepcopy(reference), each) for each in documents])
+    rows = documents if options.packing == "single" else [row]
+    return relative_difference(torch.cat([logits_of(model, each) for each in rows]), alone)
 
 
 @torch.no_grad()
@@ -172,7 +172,7 @@ def _check_causal(reference: PreTrainedModel) -> dict[str, Any]:
     ids = row.ids.clone()
     ids[:, half:] ^= 1
     before, after = (logits_of(reference, Row(each, row.boundaries))[:half] for each in (row.ids, ids))
-    difference = ((after - before).abs().max() / before.std()).item()
+    difference = relative_difference(after, before)
     if difference > BOUND:
         raise UserError(
             f"{reference.config.model_type} is not a causal language model: tokens see later tokens",
@@ -193,8 +193,7 @@ def _check_isolation(
 ) -> dict[str, Any]:
     worst = 0.0
     for row in rows:
-        alone, together = _alone(reference, row), _together(model, row, options)
-        difference = ((together - alone).abs().max() / alone.std()).item()
+        difference = _difference_from_alone(model, reference, row, options)
         if not difference <= BOUND:
             raise _not_alone(config, model, row, difference, options)
         worst = max(worst, difference)
@@ -241,22 +240,21 @@ def _not_alone(
     )
 
 
-def _alternatives(config: PretrainedConfig, options: TrainingOptions) -> str:
-    """Returns the settings under which this architecture trains correctly, as found by trying them."""
-    tried: list[tuple[str, dict[str, Any]]] = [
+def other_settings(options: TrainingOptions) -> list[tuple[str, dict[str, Any]]]:
+    """Returns changes of options under which an architecture may train correctly, in words and by name. Best ones first."""
+    changes = [
         ("train.attention: auto", {"attention": "auto"}),
         ("train.attention: eager", {"attention": "eager"}),
         ("packing.mode: single (each document is a packed sequence of its own)", {"packing": "single"}),
-        (
-            "packing.mode: single and train.attention: eager",
-            {"packing": "single", "attention": "eager"},
-        ),
+        ("packing.mode: single and train.attention: eager", {"packing": "single", "attention": "eager"}),
     ]
-    for words, change in tried:
-        other = TrainingOptions(**{**vars(options), "lora": None, **change})
-        if other == TrainingOptions(**{**vars(options), "lora": None}):
-            continue
-        if _works(config, other):
+    return [(words, change) for words, change in changes if replace(options, **change) != options]
+
+
+def _alternatives(config: PretrainedConfig, options: TrainingOptions) -> str:
+    """Returns the settings under which this architecture trains correctly, as found by trying them."""
+    for words, change in other_settings(options):
+        if _works(config, replace(options, lora=None, **change)):
             return f"set {words}"
     return "choose another base model"
 
@@ -271,7 +269,7 @@ def _works(config: PretrainedConfig, options: TrainingOptions) -> bool:
         model = _trained_twin(reference, options)
         with torch.no_grad():
             return all(
-                ((_together(model, row, options) - _alone(reference, row)).abs().max() <= BOUND)
+                _difference_from_alone(model, reference, row, options) <= BOUND
                 for row in _rows(config, options)
             )
     except Exception:  # whatever the model's own code raises
@@ -356,7 +354,7 @@ def _check_saved(reference: PreTrainedModel) -> dict[str, Any]:
             Path(folder), attn_implementation=reference.config._attn_implementation, dtype=torch.float32
         )
     expected = logits_of(reference, row)
-    difference = ((logits_of(loaded.eval(), row) - expected).abs().max() / expected.std()).item()
+    difference = relative_difference(logits_of(loaded.eval(), row), expected)
     if not difference <= BOUND:
         raise UserError(
             f"{reference.config.model_type} is not the same model when it is saved and loaded",
@@ -382,8 +380,8 @@ def _check_merge(reference: PreTrainedModel, options: TrainingOptions) -> tuple[
         before = logits_of(reference, row)
         expected = logits_of(model, row)
         merged = logits_of(adapted.merge_and_unload(), row)
-    moved = ((expected - before).abs().max() / before.std()).item()
-    difference = ((merged - expected).abs().max() / expected.std()).item()
+    moved = relative_difference(expected, before)
+    difference = relative_difference(merged, expected)
     if moved <= BOUND or not difference <= BOUND:
         raise UserError(
             f"LoRA does not fit {model.config.model_type}",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from snaketune.settings.schema import default_of
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 MIB = 2**20
 # A training process with a model of a few bytes takes 485 MiB after one step (torch 2.13, transformers 5.23,
@@ -64,31 +64,23 @@ class Shape:
     unknown: str | None = None
 
 
-def read_shape(
-    model_path: str,
-    vocab_size: int | None = None,
-    trust_remote_code: bool = default_of("model.trust_remote_code"),
-    lora_rank: int | None = None,
-) -> Shape:
-    """Reads the shape of a model from its config.json.
+def read_shape(model: PreTrainedModel, vocab_size: int | None = None, lora_rank: int | None = None) -> Shape:
+    """Returns the shape of a model.
 
     Args:
-        model_path: Hugging Face folder or hub name.
+        model: A model without memory for weights; gets adapters if `lora_rank` is given.
         vocab_size: Ids of the tokenizer; a model with fewer rows grows to it.
-        trust_remote_code: Runs Python code that comes with the model.
         lora_rank: Rank of the adapters, if only those are trained.
     """
-    from transformers import AutoConfig
-
     from snaketune.models.vocabulary_rows import grown_rows
     from snaketune.preflight.sizes import count_parameters
 
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code).get_text_config()
+    config = model.config.get_text_config()
     rows = grown_rows(config.vocab_size, vocab_size or 0)
     matrices = 1 if config.tie_word_embeddings else 2
     grown = matrices * (rows - config.vocab_size) * config.hidden_size
     query, key, intermediate, unknown = _widths(config)
-    weights, trained = count_parameters(model_path, trust_remote_code, lora_rank)
+    weights, trained = count_parameters(model, lora_rank)
     return Shape(
         parameters=weights + grown,
         trained=trained + (grown if lora_rank is None else 0),

@@ -160,7 +160,7 @@ def describe_family(name: str, folder: Path) -> Family:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from snaketune.preflight.architecture_proof import TrainingOptions, prove
+    from snaketune.preflight.architecture_proof import TrainingOptions, other_settings, prove
 
     torch.set_num_threads(1)
     classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
@@ -168,7 +168,7 @@ def describe_family(name: str, folder: Path) -> Family:
     attention = packing = reason = None
     lora = False
     options = TrainingOptions("auto", "best_fit", _LONGEST, True, trust_remote_code=False)
-    changes = [{}, {"attention": "eager"}, {"packing": "single"}, {"attention": "eager", "packing": "single"}]
+    changes = [{}, *(change for _, change in other_settings(options))]
     changes.append({"gradient_checkpointing": False})
     try:
         config = CONFIG_MAPPING[name](**_PUBLISHED.get(name, {}))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snaketune.preflight.check import Check
 from snaketune.settings.schema import default_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Bytes of .bin per byte of JSONL. Measured: 1.6 to 1.9.
@@ -22,19 +25,14 @@ def embedding_rows(model_path: str, trust_remote_code: bool = default_of("model.
     return empty_model(model_path, trust_remote_code).get_input_embeddings().weight.shape[0]
 
 
-def count_parameters(
-    model_path: str,
-    trust_remote_code: bool = default_of("model.trust_remote_code"),
-    lora_rank: int | None = None,
-) -> tuple[int, int]:
+def count_parameters(model: PreTrainedModel, lora_rank: int | None = None) -> tuple[int, int]:
     """Returns the number of all weights, tied ones counted once, and of the trained weights.
 
-    For LoRA, counts the adapters of the default `target_modules` and neglects the rows of new tokens.
+    For LoRA, counts the adapters of the default `target_modules`, which it adds to the model, and neglects the rows of
+    new tokens.
     """
-    from snaketune.export.hf_tensors import empty_model
     from snaketune.models.lora import add_lora, trained_share
 
-    model = empty_model(model_path, trust_remote_code)
     weights = sum(parameter.numel() for parameter in model.parameters())
     if lora_rank is None:
         return weights, weights
@@ -58,7 +56,10 @@ def run_bytes(run: Mapping[str, Any]) -> dict[str, int]:
         run: `model`, `trust_remote_code`, `dtype` and `hf_dtype` (resolved), `zero_stage`, `save_optimizer`,
             `save_total_limit`, `turbomind` (bool), `lora_rank` (None: all weights are trained and saved).
     """
-    weights, trained = count_parameters(run["model"], run["trust_remote_code"], run["lora_rank"])
+    from snaketune.export.hf_tensors import empty_model
+
+    model = empty_model(run["model"], run["trust_remote_code"])
+    weights, trained = count_parameters(model, run["lora_rank"])
     checkpoint = checkpoint_bytes(trained, run["dtype"], run["zero_stage"], run["save_optimizer"])
     return {
         "checkpoints": checkpoint * (run["save_total_limit"] + 1),

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from snaketune.common.cli import UserError
 from snaketune.common.files import read_json
-from snaketune.tokenized.layout import stats_path
+from snaketune.tokenized.layout import dataset_folder, stats_path
 from snaketune.tokenized.manifests import read_manifest
-from snaketune.tokenized.stats import LONGEST
+from snaketune.tokenized.stats import LONGEST, UNTRAINED
 
 # A run may have thousands of datasets, too many for a histogram each.
 _HISTOGRAMS = 8
@@ -58,6 +58,8 @@ def data_summary(datasets: list[Dataset]) -> dict[str, Any]:
         longest: Mappings with `dataset`, `source`, `line`, `bin`, `sample` and `tokens`, longest first.
         reasons: (reason, number) of bad lines, most common first.
         quarantine_files: A list of (path, bad lines), and the number of files left out.
+        untrained: A list of (folder, conversations that lost all their trained tokens by the cut), most first, and the
+            number of folders left out.
     """
     rows = [_row(dataset) for dataset in sorted(datasets, key=lambda dataset: dataset.stats["dataset"])]
     reasons: Counter[str] = Counter()
@@ -69,12 +71,22 @@ def data_summary(datasets: list[Dataset]) -> dict[str, Any]:
         for file in dataset.stats["files"]
         if file["quarantined"]
     ]
+    # Stats of earlier releases do not have this number.
+    untrained = sorted(
+        (
+            (str(dataset_folder(dataset.folder, "train", dataset.stats["dataset"])), number)
+            for dataset in datasets
+            if (number := dataset.stats.get(UNTRAINED))
+        ),
+        key=lambda pair: (-pair[1], pair[0]),
+    )
     return {
         "rows": [_total(rows), *rows],
         "histograms": _histograms(datasets),
         "longest": _longest(datasets),
         "reasons": sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0])),
         "quarantine_files": (sorted(files)[:_PLACES], max(0, len(files) - _PLACES)),
+        "untrained": (untrained[:_PLACES], max(0, len(untrained) - _PLACES)),
     }
 
 

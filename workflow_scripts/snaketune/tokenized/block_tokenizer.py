@@ -57,6 +57,7 @@ class TokenizedBlock:
         heldout: Number of held-out conversations.
         trained_tokens: Number of trained tokens.
         truncated: Number of conversations that were cut.
+        untrained: Number of those that lost all their trained tokens by the cut.
         source_bytes: Bytes of the block in the JSONL file.
         counts: Other counts: quarantined, and those of the encoder (`BatchEncoder.take_counts`).
         quarantined: Bad lines: line number, unchanged line without its line break, reason.
@@ -70,6 +71,7 @@ class TokenizedBlock:
     heldout: int
     trained_tokens: int
     truncated: int
+    untrained: int
     source_bytes: int
     counts: dict[str, int] = field(default_factory=dict)
     quarantined: list[tuple[int, bytes, str]] = field(default_factory=list)
@@ -86,11 +88,12 @@ class _Kept(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A line of a `.bin` file and its number of tokens."""
+    """A line of a `.bin` file and its number of tokens. `untrained`: it lost all its trained tokens by the cut."""
 
     data: bytes
     tokens: int
     truncated: bool
+    untrained: bool
 
 
 class BlockTokenizer:
@@ -126,6 +129,7 @@ class BlockTokenizer:
             heldout,
             sum(line.tokens for line in lines) - _count_untrained(data),
             sum(line.truncated for line in lines),
+            sum(line.untrained for line in lines),
             block.size,
             counts=self._encoder.take_counts() | {"quarantined": len(bad)},
             quarantined=bad,
@@ -149,7 +153,7 @@ class BlockTokenizer:
         return [
             _line_of_pieces(next(encoded), max_length, self._options.exact)
             if line is None
-            else _line(line, max_length)
+            else _line(line, line.count(b",") + 1, max_length)
             for line in straight
         ]
 
@@ -187,14 +191,18 @@ class BlockTokenizer:
         return np.fromiter(chosen, dtype=bool, count=len(kept))
 
 
-def _line(data: bytes, max_length: int) -> _Line:
-    """Wraps a line from `BatchEncoder.line`, cut if it is too long."""
-    tokens = data.count(b",") + 1
-    truncated = tokens > max_length
-    if truncated:
-        data = b", ".join(data.split(b", ", max_length)[:max_length]) + b"]}\n"
-        tokens = max_length
-    return _Line(data, tokens, truncated)
+def _line(data: bytes, tokens: int, max_length: int) -> _Line:
+    """Wraps a whole line of `tokens` ids, cut if it is too long."""
+    if tokens <= max_length:
+        return _Line(data, tokens, False, False)
+    cut = b", ".join(data.split(b", ", max_length)[:max_length]) + b"]}\n"
+    return _Line(cut, max_length, True, _is_trained(data) and not _is_trained(cut))
+
+
+def _is_trained(line: bytes) -> bool:
+    """True if any id after the first is trained on. The first is BOS, which `compat` marks and nothing predicts."""
+    _, _, others = line.partition(b",")
+    return bool(others) and others.count(b",") + 1 > _count_untrained(others)
 
 
 def _count_untrained(data: bytes) -> int:
@@ -204,20 +212,5 @@ def _count_untrained(data: bytes) -> int:
 
 
 def _line_of_pieces(spans: list[TokenSpan], max_length: int, exact: bool) -> _Line:
-    tokens = sum(len(span.ids) for span in spans)
-    truncated = tokens > max_length
-    if truncated:
-        spans = _cut(spans, max_length)
-        tokens = max_length
     data = b", ".join(filter(None, [span.write(exact) for span in spans]))
-    return _Line(b'{"tokens": [' + data + b"]}\n", tokens, truncated)
-
-
-def _cut(spans: list[TokenSpan], max_length: int) -> list[TokenSpan]:
-    result, room = [], max_length
-    for span in spans:
-        if room <= 0:
-            break
-        result.append(TokenSpan(span.ids[:room], span.trained))
-        room -= len(span.ids)
-    return result
+    return _line(b'{"tokens": [' + data + b"]}\n", sum(len(span.ids) for span in spans), max_length)

@@ -85,10 +85,11 @@ class Finisher:
             by_source.setdefault(chunk.source, []).append(chunk)
         records = {source: self._finish_file(own) for source, own in by_source.items()}
         self._remove_strangers(dataset, list(by_source))
-        manifest = self._build_manifest(dataset, records)
+        tally = Tally.merged([record["result"]["tally"] for record in records.values()])
+        manifest = self._build_manifest(dataset, records, tally)
         path = manifest_path(self.store.root, dataset)
         if not _holds(path, manifest) or not stats_path(path).exists():
-            write_stats(path, manifest, self.store.root)
+            write_stats(path, manifest, self.store.root, tally.untrained)
             write_json(path, manifest)
         return manifest
 
@@ -180,9 +181,10 @@ class Finisher:
             found.setdefault(name, []).append(path)
         return found
 
-    def _build_manifest(self, dataset: str, records: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    def _build_manifest(
+        self, dataset: str, records: dict[Path, dict[str, Any]], tally: Tally
+    ) -> dict[str, Any]:
         files = [self._entry(dataset, source, record) for source, record in records.items()]
-        tally = Tally.merged([record["result"]["tally"] for record in records.values()])
         return build_manifest(dataset, self.store.identity, files, tally.counts, tally.histogram.as_json())
 
     def _entry(self, dataset: str, source: Path, record: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Statistics of a tokenised dataset for people and the report: lengths, longest documents, shares and counts.
 
-They are computed from the manifest, the meta files and the quarantine, so they can be recreated at any time.
+They are computed from the manifest, the meta files, the quarantine and the records of the files, so they can be recreated
+at any time. No digest covers them.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any
 import numpy as np
 import orjson
 
-from snaketune.common.files import write_json
-from snaketune.tokenized.layout import meta_path, quarantine_path, stats_path
+from snaketune.common.files import read_json, write_json
+from snaketune.tokenized.layout import dataset_folder, meta_path, quarantine_path, stats_path
 from snaketune.tokenized.tally import LONGEST
 
+UNTRAINED = "truncated_untrained"
 _REASONS = 20
 _ROWS = 1 << 20
 _PERCENTILES = (50, 90, 95, 99)
@@ -26,20 +28,42 @@ _COUNTS = ("straddling_messages", "tokens_differing_from_compat", "control_messa
 
 
 def write_stats(
-    manifest_path: str | os.PathLike, manifest: Mapping[str, Any], tokenized_dir: str | os.PathLike
+    manifest_path: str | os.PathLike,
+    manifest: Mapping[str, Any],
+    tokenized_dir: str | os.PathLike,
+    untrained: int | None,
 ) -> dict[str, Any]:
-    """Writes the stats of a dataset beside its manifest, and returns them."""
-    stats = dataset_stats(manifest, tokenized_dir)
+    """Writes the stats of a dataset beside its manifest, and returns them. Arguments: see `dataset_stats`."""
+    stats = dataset_stats(manifest, tokenized_dir, untrained)
     write_json(stats_path(manifest_path), stats)
     return stats
 
 
-def dataset_stats(manifest: Mapping[str, Any], tokenized_dir: str | os.PathLike) -> dict[str, Any]:
+def untrained_warning(manifest_path: str | os.PathLike) -> str | None:
+    """Returns a sentence about the conversations of a dataset that lost all their trained tokens by the cut, if any.
+
+    Stats of earlier releases do not count them.
+    """
+    stats = stats_path(manifest_path)
+    found = read_json(stats) if stats.is_file() else {}
+    if not found.get(UNTRAINED):
+        return None
+    folder = dataset_folder(Path(manifest_path).parent.parent, "train", found["dataset"])
+    return (
+        f"warning: {folder}: {found[UNTRAINED]:,} of {found['truncated']:,} cut conversations lost all their trained tokens"
+        " and teach nothing; raise data.max_tokens (--max-length of tokenize_dataset.py), or remove them from the data"
+    )
+
+
+def dataset_stats(
+    manifest: Mapping[str, Any], tokenized_dir: str | os.PathLike, untrained: int | None
+) -> dict[str, Any]:
     """Returns the stats of a tokenised dataset.
 
     Args:
         manifest: The dataset's manifest.
         tokenized_dir: Folder that the manifest's paths are relative to.
+        untrained: Conversations that lost all their trained tokens by the cut; None if unknown.
 
     Returns:
         JSON values: counts of documents and tokens, `lengths` in tokens (mean, percentiles, shortest,
@@ -66,6 +90,7 @@ def dataset_stats(manifest: Mapping[str, Any], tokenized_dir: str | os.PathLike)
             key: totals[key]
             for key in ("samples", "heldout", "valid_samples", "tokens", "trained_tokens", "truncated")
         },
+        UNTRAINED: untrained,
         "quarantined": totals.get("quarantined", 0),
         "trained_share": manifest["trained_share"],
         **{key: counts.get(key, 0) for key in _COUNTS},

@@ -47,6 +47,8 @@ class Tally:
         sums: lines, heldout, quarantined, tokens, trained_tokens, truncated.
         samples: Number of train documents.
         source_bytes: Bytes of the lines.
+        untrained: Conversations that lost all their trained tokens by the cut; None if the record of a range, made by
+            an earlier release, does not tell.
         longest_samples: (tokens, document number from 0, line number from 1) of the longest documents,
             longest first.
         counts: Counts of the encoder.
@@ -56,6 +58,7 @@ class Tally:
     def __init__(self) -> None:
         self.sums = dict.fromkeys(_SUMS, 0)
         self.samples = self.source_bytes = 0
+        self.untrained: int | None = 0
         self.longest_samples: list[tuple[int, int, int]] = []
         self.counts: dict[str, int] = {}
         self.histogram = LengthHistogram()
@@ -74,6 +77,7 @@ class Tally:
         for key, value in zip(_SUMS, added, strict=True):
             self.sums[key] += value
         self.source_bytes += block.source_bytes
+        self._add_untrained(block.untrained)
         self.samples += len(train.lengths)
         self._count(block.counts)
         self.histogram.add(train.lengths)
@@ -95,12 +99,16 @@ class Tally:
             if key != "quarantined":
                 self.counts[key] = self.counts.get(key, 0) + value
 
+    def _add_untrained(self, more: int | None) -> None:
+        self.untrained = None if self.untrained is None or more is None else self.untrained + more
+
     def as_json(self) -> dict[str, Any]:
         """Returns the tally in the form that `merged` takes."""
         return {
             "sums": self.sums,
             "samples": self.samples,
             "source_bytes": self.source_bytes,
+            "untrained": self.untrained,
             "longest_samples": self.longest_samples,
             "counts": self.counts,
             "histogram": self.histogram.as_json()["counts"],
@@ -119,6 +127,8 @@ class Tally:
             for key in _SUMS:
                 result.sums[key] += tally["sums"][key]
             result.source_bytes += tally["source_bytes"]
+            # Not among the sums, which are in the manifest: its digest must not change.
+            result._add_untrained(tally.get("untrained", None if tally["sums"]["truncated"] else 0))
             result._count(tally["counts"])
             result.histogram.merge(LengthHistogram(tally["histogram"]))
         return result
