@@ -2,12 +2,13 @@
 
 Needs the base's config.json, not its weights, and takes seconds on one CPU core: it checks a small model of the same
 architecture with random weights. Each document of a packed sequence must get the logits, loss and gradients that it gets
-alone in plain attention.
+alone in plain attention. For ZeRO-3, two ranks must train it as a plain loop does.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from snaketune.common.cli import run
@@ -25,6 +26,8 @@ def main() -> None:
     add_settings(parser, "prove_architecture")
     args = parser.parse_args()
 
+    if args.zero_stage == 3:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # its ranks train on the CPU
     from transformers.utils import logging
 
     from snaketune.models.base_model import read_model_config
@@ -43,7 +46,14 @@ def main() -> None:
         lora=lora if "rank" in lora else None,
         trust_remote_code=args.trust_remote_code,
     )
-    proof = prove(read_model_config(args.model, args.trust_remote_code), options)
+    config = read_model_config(args.model, args.trust_remote_code)
+    proof = prove(config, options)
+    if args.zero_stage == 3:
+        from sft import import_for_training
+        from snaketune.preflight.zero3_proof import prove_zero_3
+
+        import_for_training()  # before the ranks are forked
+        proof["checks"].append(prove_zero_3(config, options))
     if args.output:
         write_json(args.output, proof)
     twin = proof["twin"]
