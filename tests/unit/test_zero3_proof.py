@@ -39,6 +39,7 @@ def proof(tmp_path, repo_root):
 )
 def test_two_ranks_train_like_a_plain_loop(case, proof):
     found = proof(case)
+    assert "refused" not in found, found
     assert found["difference"] < found["bound"] / 10
 
 
@@ -56,6 +57,23 @@ def test_what_goes_wrong_is_seen(case, found, proof):
     refused = proof(case)["refused"]
     assert f"  found:    {found}" in refused
     assert " cannot be trained with ZeRO-3\n" in refused and "to fix:   set train.zero_stage: 2" in refused
+
+
+def test_the_table_of_families_has_it(repo_root, tmp_path):
+    """Families in processes of their own, each of which starts two ranks; nothing trains an encoder."""
+    program = (
+        "import sys, json, dataclasses; from snaketune.preflight.model_families import describe_families as describe; "
+        "json.dump([dataclasses.asdict(each) for each in describe(['mamba2', 'bert', 'llama'])], open(sys.argv[1], 'w'))"
+    )
+    own = {**os.environ, "PYTHONPATH": str(repo_root / "workflow_scripts"), "OMP_NUM_THREADS": "1"}
+    done = PARENT.run(["-c", program, tmp_path / "found.json"], timeout=600, env=own)
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(each["name"], each["zero_3"]) for each in found] == [
+        ("mamba2", "yes"),
+        ("bert", None),
+        ("llama", "yes"),
+    ]
 
 
 def test_a_run_with_zero_3_is_proved(tmp_path, run_script):
