@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from render_models_docs import page
+from render_models_docs import FAMILIES, PAGES, page
+from snaketune.common.files import read_json
 from snaketune.preflight.model_families import Family
 
 LLAMA = Family(
@@ -40,3 +42,11 @@ def test_the_table_says_what_zero_3_does(language, cells):
     assert {row[0]: row[column] for row in rows[2:]} == cells
     assert len({len(row) for row in rows}) == 1 and rows[1] == ["---"] * len(rows[0])
     assert text.endswith(("bert.\n", "bert。\n"))
+
+
+@pytest.mark.parametrize("language", PAGES)
+def test_the_pages_have_the_findings_of_every_family(language):
+    found = read_json(FAMILIES)
+    assert list(found) == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "run make docs-models"
+    text = PAGES[language].read_text(encoding="utf-8")
+    assert page(text, found, language) == text, "run make docs-models"
