@@ -2,13 +2,14 @@
 
 Needs the base's config.json, not its weights, and takes seconds on one CPU core: it checks a small model of the same
 architecture with random weights. Each document of a packed sequence must get the logits, loss and gradients that it gets
-alone in plain attention.
+alone in plain attention. For ZeRO-3, two ranks must train it as a plain loop does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from snaketune.common.cli import run
@@ -32,6 +33,8 @@ def main() -> None:
     add_settings(parser, "prove_architecture")
     args = parser.parse_args()
 
+    if args.zero_stage == 3:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # its ranks train on the CPU
     from transformers.utils import logging
 
     from snaketune.export.turbomind_limits import check_run
@@ -55,6 +58,12 @@ def main() -> None:
     for name, run_settings in args.turbomind_runs.items():
         check_run(name, run_settings)  # a hub model's config is on this machine only now
     proof = prove(config, options)
+    if args.zero_stage == 3:
+        from sft import import_for_training
+        from snaketune.preflight.zero3_proof import prove_zero_3
+
+        import_for_training()  # before the ranks are forked
+        proof["checks"].append(prove_zero_3(config, options))
     if args.output:
         write_json(args.output, proof)
     twin = proof["twin"]

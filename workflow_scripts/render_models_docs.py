@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
+import os
 import re
 from pathlib import Path
 
-from snaketune.common.cli import run
-from snaketune.common.files import read_json, write_text
+from snaketune.common.cli import UserError, run
+from snaketune.common.files import read_json, write_json, write_text
+from snaketune.preflight.model_families import Family
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = {"en": REPO / "docs" / "models.md", "zh": REPO / "docs" / "zh_cn" / "models.md"}
+FAMILIES = REPO / "docs" / "models.json"
 VLLM = REPO / "workflow_scripts" / "snaketune" / "serving" / "vllm_architectures.json"
 _MARK = "<!-- table: make docs-models -->"
+_AT_ONCE = 16  # families between two writings of the findings
 
 
 def main() -> None:
-    """Runs the proof over all families, and replaces the tables of both pages."""
+    """Runs the proof over families, writes what it found to docs/models.json, and the tables of both pages from that."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--processes", type=int, default=2, help="families that run side by side (default: 2)"
@@ -28,31 +33,59 @@ def main() -> None:
         default=REPO / ".venv-turbomind" / "bin" / "python",
         help="a Python with transformers 4.57",
     )
-    parser.add_argument("--families", nargs="+", help="print these model types instead of writing the pages")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--families", nargs="+", help="run these model types alone; the rows of others stay")
+    which.add_argument("--missing", action="store_true", help="run those that docs/models.json lacks")
     args = parser.parse_args()
 
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the ranks of ZeRO-3 train on the CPU
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    from sft import import_for_training
     from snaketune.preflight.model_families import describe_families
 
+    import_for_training()  # once for all processes
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    families = describe_families(args.families, args.processes, args.python_4)
-    if args.families:
-        print(table(families, "en"))
-        return
+    found = read_json(FAMILIES) if FAMILIES.is_file() else {}
+    every = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    names = args.families or [name for name in every if not (args.missing and name in found)]
+    for first in range(0, len(names), _AT_ONCE):
+        made = {
+            "made": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "transformers": transformers.__version__,
+        }
+        for each in describe_families(names[first : first + _AT_ONCE], args.processes, args.python_4):
+            found[each.name] = {**made, **dataclasses.asdict(each)}
+        write_json(FAMILIES, {name: found[name] for name in every if name in found})
+    if missing := [name for name in every if name not in found]:
+        raise UserError(
+            "the tables are not written: docs/models.json lacks families",
+            found=", ".join(missing),
+            fix="run this again with --missing",
+        )
     for language, path in PAGES.items():
-        head = path.read_text(encoding="utf-8").partition(_MARK)[0]
-        made = datetime.datetime.now(datetime.UTC).date().isoformat()
-        note = {
-            "en": f"{made}, transformers {transformers.__version__}, CPU: {summary(families, language)}",
-            "zh": f"{made}，transformers {transformers.__version__}，CPU：{summary(families, language)}",
-        }[language]
-        write_text(path, f"{head}{_MARK}\n\n{note}\n\n{table(families, language)}")
+        write_text(path, page(path.read_text(encoding="utf-8"), read_json(FAMILIES), language))
         print(f"wrote {path.relative_to(REPO)}")
 
 
-def summary(families: list, language: str) -> str:
+def page(text: str, found: dict[str, dict], language: str) -> str:
+    """Returns a page with its table made from the findings. The date is that of the oldest row."""
+    families = [
+        Family(**{key: value for key, value in each.items() if key not in ("made", "transformers")})
+        for each in found.values()
+    ]
+    made = min(each["made"] for each in found.values())
+    versions = ", ".join(sorted({each["transformers"] for each in found.values()}))
+    note = {
+        "en": f"{made}, transformers {versions}, CPU: {summary(families, language)}",
+        "zh": f"{made}，transformers {versions}，CPU：{summary(families, language)}",
+    }[language]
+    return f"{text.partition(_MARK)[0]}{_MARK}\n\n{note}\n\n{table(families, language)}"
+
+
+def summary(families: list[Family], language: str) -> str:
     """Returns the counts as a sentence."""
     causal = [each for each in families if each.reason != "tokens see later tokens"]
     packed = sum(each.packing == "best_fit" for each in causal)
@@ -66,16 +99,17 @@ def summary(families: list, language: str) -> str:
     )
 
 
-def table(families: list, language: str) -> str:
+def table(families: list[Family], language: str) -> str:
     """Returns the Markdown table, and a line that lists the families that are not causal."""
     words = {
         "en": {
-            "head": "| Family | Packed training | LoRA | `hf/` in transformers 4.57 | TurboMind | lmdeploy >= 0.10 | vLLM 0.33 |",
+            "head": "| Family | Packed training | LoRA | ZeRO-3 | `hf/` in transformers 4.57 | TurboMind | lmdeploy >= 0.10 | vLLM 0.33 |",
             "packed": "yes, `{}`",
             "single": "`single`, `{}`: {}",
             "refused": "refused: {}",
             "yes": "yes",
             "no": "no",
+            "fails": "no: {}",
             "equal": "equal logits",
             "unknown": "unknown to it",
             "different": "**differs**",
@@ -83,12 +117,13 @@ def table(families: list, language: str) -> str:
             "aside": "Not causal language models, so refused: {}.",
         },
         "zh": {
-            "head": "| 家族 | 打包训练 | LoRA | transformers 4.57 读取 `hf/` | TurboMind | lmdeploy >= 0.10 | vLLM 0.33 |",
+            "head": "| 家族 | 打包训练 | LoRA | ZeRO-3 | transformers 4.57 读取 `hf/` | TurboMind | lmdeploy >= 0.10 | vLLM 0.33 |",
             "packed": "是，`{}`",
             "single": "`single`，`{}`：{}",
             "refused": "拒绝：{}",
             "yes": "是",
             "no": "否",
+            "fails": "否：{}",
             "equal": "logits 相同",
             "unknown": "不认识",
             "different": "**不同**",
@@ -97,26 +132,33 @@ def table(families: list, language: str) -> str:
         },
     }[language]
     known = set(read_json(VLLM)["architectures"])
-    lines = [words["head"], "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [words["head"], "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     aside = []
     for each in families:
         if each.reason == "tokens see later tokens":
             aside.append(each.name)
             continue
-        reason = re.sub(r"[|\n]", " ", each.reason or "")[:160]
+        reason = _cell(each.reason or "")
         if each.packing == "best_fit":
             packed = words["packed"].format(each.attention)
         elif each.packing == "single":
             packed = words["single"].format(each.attention, reason)
         else:
             packed = words["refused"].format(reason)
+        zero_3 = words["no"] if each.zero_3 is None else words["fails"].format(_cell(each.zero_3))
+        if each.zero_3 == "yes":
+            zero_3 = words["yes"]
         vllm = f"`{each.architecture}`" if each.architecture in known else words["no"]
         flags = [words["yes"] if flag else words["no"] for flag in (each.lora, each.turbomind)]
         lines.append(
-            f"| {each.name} | {packed} | {flags[0]} | {words.get(each.transformers_4, each.transformers_4)} | {flags[1]} | {each.direct or words['no']} | {vllm} |"
+            f"| {each.name} | {packed} | {flags[0]} | {zero_3} | {words.get(each.transformers_4, each.transformers_4)} | {flags[1]} | {each.direct or words['no']} | {vllm} |"
         )
     text = "\n".join(lines) + "\n"
     return text + (f"\n{words['aside'].format(', '.join(aside))}\n" if aside else "")
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"[|\n]", " ", text)[:160]
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from snaketune.settings.schema import default_of
 from snaketune.training.metrics_file import cut_metrics
 from snaketune.training.metrics_hook import MetricsHook
 from snaketune.training.progress_line import say
+from snaketune.training.weights_on_use import weights_on_use
 
 
 class _EverySteps(Hook):
@@ -207,7 +208,7 @@ def _evaluating(engine) -> Iterator:
     devices = [engine.device] if torch.device(engine.device).type == "cuda" else []
     engine.eval()
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), weights_on_use(model):
             yield model
     finally:
         model.generation_config = settings

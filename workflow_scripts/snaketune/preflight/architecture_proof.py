@@ -110,7 +110,7 @@ def prove(config: PretrainedConfig, options: TrainingOptions) -> dict[str, Any]:
 
 
 def _prove(config: PretrainedConfig, reference: PreTrainedModel, options: TrainingOptions) -> dict[str, Any]:
-    model = _trained_twin(reference, options)
+    model = trained_twin(reference, options)
     rows = _rows(config, options)
     checks = [_check_causal(reference)]
     checks += [
@@ -143,7 +143,7 @@ def _rope_limit(config: PretrainedConfig) -> int:
     return min(trained_length(each, text) for each in rope_parameters(text.to_dict()))
 
 
-def _trained_twin(reference: PreTrainedModel, options: TrainingOptions) -> PreTrainedModel:
+def trained_twin(reference: PreTrainedModel, options: TrainingOptions) -> PreTrainedModel:
     """Returns the reference with the attention of the training."""
     model = fit_attention(
         options.attention,
@@ -266,7 +266,7 @@ def _works(config: PretrainedConfig, options: TrainingOptions) -> bool:
         trust_remote_code=options.trust_remote_code,
     )
     try:
-        model = _trained_twin(reference, options)
+        model = trained_twin(reference, options)
         with torch.no_grad():
             return all(
                 _difference_from_alone(model, reference, row, options) <= BOUND
@@ -367,7 +367,7 @@ def _check_saved(reference: PreTrainedModel) -> dict[str, Any]:
 
 def _check_merge(reference: PreTrainedModel, options: TrainingOptions) -> tuple[dict[str, Any], str]:
     """Compares a model with LoRA to itself with the adapters merged. Also returns which layers are adapted, in words."""
-    model = _trained_twin(reference, options)
+    model = trained_twin(reference, options)
     adapted = add_lora(model, options.lora, new_ids=[])
     words = describe_lora(model)
     generator = torch.Generator().manual_seed(0)

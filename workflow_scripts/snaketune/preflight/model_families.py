@@ -8,8 +8,10 @@ import json
 import multiprocessing
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from snaketune.common.progress import Progress
 
 _LONGEST = 32768
 _LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto"}
-_SECONDS = 600  # for one family
+_SECONDS = 1800  # for one family
 # Settings of published models without which a family's default config cannot be run.
 _PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6, "topk_group": 1, "n_group": 1},
@@ -49,6 +51,8 @@ class Family:
         packing: `best_fit`, or `single` if only a document alone is right; None if nothing is.
         reason: Why packed training is refused, or None.
         lora: True if LoRA trains and merges.
+        zero_3: `yes` if two ranks train a twin with ZeRO-3 as a plain loop does, else what goes wrong; None if nothing
+            trains it.
         transformers_4: `equal` if the exported folder gives the same logits in transformers 4.57, `unknown` if that does
             not know the family, else `different`; None if it was not tried.
         turbomind: True if TurboMind's converter and our proof cover it, by its default config.
@@ -61,38 +65,70 @@ class Family:
     packing: str | None
     reason: str | None
     lora: bool
+    zero_3: str | None
     transformers_4: str | None
     turbomind: bool
     direct: str | None
 
 
-def describe_families(
-    names: Sequence[str] | None = None, processes: int = 2, python_4: Path | None = None
-) -> list[Family]:
+def describe_families(names: Sequence[str], processes: int = 2, python_4: Path | None = None) -> list[Family]:
     """Returns a description of each family, in processes that each look at one.
 
     Args:
-        names: Model types; None for all.
-        processes: Processes side by side.
+        names: Model types. Import what training needs before (`sft.import_for_training`): each process is a fork.
+        processes: Processes side by side. Each starts two ranks for ZeRO-3.
         python_4: A Python with transformers 4.57; None leaves that out.
+
+    Raises:
+        RuntimeError: The process of a family dies, or takes longer than half an hour.
     """
     import torch
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    import snaketune.preflight.architecture_proof  # noqa: F401 (once for all processes)
 
     torch.set_num_threads(1)
-    names = names or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     progress = Progress("families", len(names))
-    found = []
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         describe = functools.partial(describe_family, folder=Path(folder))
-        with multiprocessing.get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
-            for family in pool.imap(describe, names):
-                found.append(family)
-                progress.add(family.name, families=1)
+        for name, family in _each_in_a_process(describe, names, processes):
+            found[name] = family
+            progress.add(name, families=1)
         read = _read_in_4(python_4, Path(folder)) if python_4 else {}
-    return [dataclasses.replace(each, transformers_4=read.get(each.name)) for each in found]
+    return [dataclasses.replace(found[name], transformers_4=read.get(name)) for name in names]
+
+
+def _each_in_a_process(
+    function: Callable[[str], Any], names: Sequence[str], processes: int
+) -> Iterator[tuple[str, Any]]:
+    """Yields (name, result of the function) as results come. A pool's processes could not start ranks."""
+    context = multiprocessing.get_context("fork")
+    waiting = list(reversed(names))
+    running: dict[Connection, tuple[str, Any, float]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                name = waiting.pop()
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_send, args=(function, name, theirs))
+                process.start()
+                theirs.close()
+                running[ours] = (name, process, time.monotonic())
+            for pipe in wait(list(running), timeout=1):
+                name, process, _ = running.pop(pipe)
+                try:
+                    yield name, pipe.recv()
+                except EOFError:
+                    raise RuntimeError(f"the process of {name} died") from None
+                process.join()
+            for name, _, started in running.values():
+                if time.monotonic() > started + _SECONDS:
+                    raise RuntimeError(f"{name} takes longer than {_SECONDS} seconds")
+    finally:
+        for _, process, _ in running.values():
+            process.kill()
+
+
+def _send(function: Callable[[str], Any], name: str, pipe: Connection) -> None:
+    pipe.send(function(name))
 
 
 def _read_in_4(python: Path, folder: Path) -> dict[str, str]:
@@ -165,7 +201,7 @@ def describe_family(name: str, folder: Path) -> Family:
     torch.set_num_threads(1)
     classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
     architecture = classes if isinstance(classes, str) else classes[0]
-    attention = packing = reason = None
+    attention = packing = reason = zero_3 = None
     lora = False
     options = TrainingOptions("auto", "best_fit", _LONGEST, True, trust_remote_code=False)
     changes = [{}, *(change for _, change in other_settings(options))]
@@ -173,7 +209,7 @@ def describe_family(name: str, folder: Path) -> Family:
     try:
         config = CONFIG_MAPPING[name](**_PUBLISHED.get(name, {}))
     except Exception as error:  # whatever the family's own code raises
-        return Family(name, architecture, None, None, _first_line(error), False, None, False, None)
+        return Family(name, architecture, None, None, _first_line(error), False, None, None, False, None)
     for change in changes:
         tried = dataclasses.replace(options, **change)
         try:
@@ -188,6 +224,7 @@ def describe_family(name: str, folder: Path) -> Family:
             lora = True
         except UserError:
             pass
+        zero_3 = train_with_zero_3(config, tried)
         try:
             _export(config, name, folder)
         except Exception as error:  # the table then has no entry
@@ -201,10 +238,22 @@ def describe_family(name: str, folder: Path) -> Family:
         packing,
         reason,
         lora,
+        zero_3,
         None,
         _fits(values, "convert"),
         _engine(architecture) if _fits(values, "direct") else None,
     )
+
+
+def train_with_zero_3(config, options) -> str:
+    """Returns `yes` if ZeRO-3 trains a twin as a plain loop does, else what goes wrong."""
+    from snaketune.preflight.zero3_proof import prove_zero_3
+
+    try:
+        prove_zero_3(config, options)
+    except UserError as error:
+        return _reason(error)
+    return "yes"
 
 
 def _reason(error: UserError) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from snaketune.common.cli import UserError
 from snaketune.models.isolation import LEAK_16, LEAK_32, leak, random_row
+from snaketune.training.weights_on_use import weights_on_use
 
 _TRIES = 3  # with 16 bits, a router may choose other experts because of rounding
 
@@ -30,7 +31,7 @@ def require_isolated_documents(model: torch.nn.Module) -> None:
     exact = next(model.parameters()).dtype == torch.float32
     bound = LEAK_32 if exact else LEAK_16
     vocabulary = model.config.get_text_config().vocab_size
-    with _evaluating(model):
+    with _evaluating(model), weights_on_use(model):
         for seed in range(_TRIES):
             moved = leak(model, random_row(vocabulary, seed=seed))
             if moved <= bound:
