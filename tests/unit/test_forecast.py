@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from pack_samples import write_bin
 from transformers import AutoConfig
 
+from pack_samples import write_bin
 from snaketune.common.cli import UserError
 from snaketune.export.hf_tensors import empty_model
 from snaketune.models.positions import Positions, read_positions

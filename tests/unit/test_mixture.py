@@ -10,8 +10,8 @@ from decimal import ROUND_HALF_UP, Decimal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pack_samples import random_samples, write_bin
 
+from pack_samples import random_samples, write_bin
 from snaketune.common.cli import UserError
 from snaketune.packing.pack_plan import open_plan
 from snaketune.packing.packed_sequences import PackedSequences

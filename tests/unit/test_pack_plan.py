@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pack_samples import random_samples, write_bin
 
+from pack_samples import random_samples, write_bin
 from snaketune.common.cli import UserError
 from snaketune.packing.best_fit import assign_rows, best_fit_decreasing, fill_rows
 from snaketune.packing.pack_plan import open_plan

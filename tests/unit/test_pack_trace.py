@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from pack_samples import write_bin
 from tokenizers import Tokenizer
 
+from pack_samples import write_bin
 from snaketune.common.cli import UserError
 from snaketune.packing.pack_plan import open_plan
 from snaketune.packing.packed_sequences import PackedSequences

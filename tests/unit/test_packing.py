@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from pack_samples import write_bin
 
+from pack_samples import write_bin
 from snaketune.common.cli import UserError
 from snaketune.tokenized.bin_reader import TokenizedFile, read_line
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pack_samples import write_bin
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from export_models import extend_tokenizer, write_base
+from pack_samples import write_bin
 from snaketune.checkpoints.checkpoint_content import read_state_dict
 from snaketune.encoding.tokenizer import rows_needed
 from snaketune.export.hf_convert import convert
