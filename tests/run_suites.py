@@ -25,8 +25,8 @@ import warm  # noqa: E402
 UNIT = sorted((TESTS / "unit").glob("test_*.py"))
 # Files of each. The unit tests take longest, so they run in two halves.
 SUITES = {
-    "unit-1": [path for path in UNIT if path.stem < "test_p"],
-    "unit-2": [path for path in UNIT if path.stem >= "test_p"],
+    "unit-1": [path for path in UNIT if path.stem < "test_pr"],
+    "unit-2": [path for path in UNIT if path.stem >= "test_pr"],
     "workflow": [TESTS / "workflow"],
     "slurm": [TESTS / "slurm"],
 }

@@ -22,6 +22,7 @@ from warm import PARENT, SNAKEMAKE
 
 _WARM_PYTHON = """#!/bin/sh
 case "$1" in
+    {plain}) ;;
     *.py) exec {client} "$@" ;;
 esac
 exec {python} "$@"
@@ -97,13 +98,19 @@ class Project:
         return {name: int(count) for name, count in jobs.items() if name not in targets}
 
 
-@pytest.fixture(scope="session")
-def warm_python(tmp_path_factory) -> Path:
-    """A `python` that runs scripts warm and passes everything else to the real one."""
-    python = tmp_path_factory.mktemp("bin") / "python"
-    python.write_text(_WARM_PYTHON.format(python=shlex.quote(sys.executable), client=PARENT.client_command()))
+def write_python(folder: Path, plain: str = "-") -> Path:
+    """Writes a `python` that runs scripts warm, except those that the shell pattern `plain` fits, and all else as usual."""
+    python = folder / "python"
+    words = {"python": shlex.quote(sys.executable), "client": PARENT.client_command(), "plain": plain}
+    python.write_text(_WARM_PYTHON.format(**words))
     python.chmod(0o755)
     return python
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory) -> Path:
+    """A `python` whose scripts are warm."""
+    return write_python(tmp_path_factory.mktemp("bin"))
 
 
 @pytest.fixture(scope="session")
@@ -144,10 +151,10 @@ def make_project(repo_root, tmp_path_factory, warm_python):
 
 
 @pytest.fixture(scope="session")
-def finished(make_project) -> Project:
-    """A project whose main job has finished. Tests that change it restore it."""
+def finished(make_project, tmp_path_factory) -> Project:
+    """A project whose main job has finished. Tests that change it restore it. Its training's memory is measured."""
     project = make_project("finished")
-    project.run()
+    replace(project, python=write_python(tmp_path_factory.mktemp("bin"), plain="*/train_model.py")).run()
     return project
 
 
