@@ -32,6 +32,7 @@ CONFIGS = {
     "weights that the layer reads, not their module": lambda: Gemma3nTextConfig(**GEMMA_3N),
     "a weight kept in a list": LlamaConfig,
     "a rank that waits": LlamaConfig,
+    "a gradient that ranks halve": LlamaConfig,
 }
 
 
@@ -58,11 +59,17 @@ def break_it(case: str) -> None:
             distributed.barrier()
         return run(self, hidden)
 
+    def run_with_half_the_gradient(self, hidden):
+        output = run(self, hidden)
+        return output.detach() + (output - output.detach()) / 2 if "RANK" in os.environ else output
+
     if case == "a weight kept in a list":
         LlamaMLP.__init__ = build_and_keep
         LlamaMLP.forward = lambda self, hidden: run(self, hidden) * (1 + self.kept[0].detach().sum())
     elif case == "a rank that waits":
         LlamaMLP.forward = run_and_wait
+    elif case == "a gradient that ranks halve":
+        LlamaMLP.forward = run_with_half_the_gradient
     elif case == "experts as modules, gathered one at a time":
         snaketune.training.deepspeed_strategy.use_experts_together = lambda *_: None
 

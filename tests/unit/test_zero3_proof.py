@@ -51,6 +51,8 @@ def test_two_ranks_train_like_a_plain_loop(case, proof):
         ("a rank that waits", "hangs: the ranks wait for each other"),
         # Outside its module a weight is empty and its sum 0: nothing fails.
         ("a weight kept in a list", "loss "),
+        # The losses of two steps hardly show it.
+        ("a gradient that ranks halve", "model.layers."),
     ],
 )
 def test_what_goes_wrong_is_seen(case, found, proof):
