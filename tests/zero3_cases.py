@@ -33,6 +33,7 @@ CONFIGS = {
     "a weight kept in a list": LlamaConfig,
     "a rank that waits": LlamaConfig,
     "a gradient that ranks halve": LlamaConfig,
+    "a weight that ranks freeze": LlamaConfig,
 }
 
 
@@ -72,6 +73,9 @@ def break_it(case: str) -> None:
         LlamaMLP.forward = run_with_half_the_gradient
     elif case == "experts as modules, gathered one at a time":
         snaketune.training.deepspeed_strategy.use_experts_together = lambda *_: None
+    elif case == "a weight that ranks freeze":
+        freeze = lambda model, *_: next(model.parameters()).requires_grad_(False)  # noqa: E731
+        snaketune.training.deepspeed_strategy.use_experts_together = freeze
 
 
 def main(case: str, folder: Path) -> None:

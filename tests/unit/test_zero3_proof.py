@@ -53,6 +53,10 @@ def test_two_ranks_train_like_a_plain_loop(case, proof):
         ("a weight kept in a list", "loss "),
         # The losses of two steps hardly show it.
         ("a gradient that ranks halve", "model.layers."),
+        (
+            "a weight that ranks freeze",
+            "the checkpoint lacks 1 weights, model.embed_tokens.weight among them",
+        ),
     ],
 )
 def test_what_goes_wrong_is_seen(case, found, proof):
