@@ -26,10 +26,10 @@ from snaketune.evaluation.generation import generate
 from snaketune.evaluation.heldout import Sample, batches_by_length, load_heldout
 from snaketune.evaluation.scoring import add_losses, summarise
 from snaketune.settings.schema import default_of
+from snaketune.training.eval_mode import eval_mode
 from snaketune.training.metrics_file import cut_metrics
 from snaketune.training.metrics_hook import MetricsHook
 from snaketune.training.progress_line import say
-from snaketune.training.weights_on_use import weights_on_use
 
 
 class _EverySteps(Hook):
@@ -206,13 +206,11 @@ def _evaluating(engine) -> Iterator:
     model = engine.module.llm
     settings = model.generation_config
     devices = [engine.device] if torch.device(engine.device).type == "cuda" else []
-    engine.eval()
     try:
-        with torch.random.fork_rng(devices), weights_on_use(model):
+        with torch.random.fork_rng(devices), eval_mode(engine.module):
             yield model
     finally:
         model.generation_config = settings
-        engine.train()
 
 
 def _weights_are_sharded(engine) -> bool:

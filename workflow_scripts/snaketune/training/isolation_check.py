@@ -6,13 +6,11 @@ kernels that will train it.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import torch
 
 from snaketune.common.cli import UserError
 from snaketune.models.isolation import LEAK_16, LEAK_32, leak, random_row
-from snaketune.training.weights_on_use import weights_on_use
+from snaketune.training.eval_mode import eval_mode
 
 _TRIES = 3  # with 16 bits, a router may choose other experts because of rounding
 
@@ -31,7 +29,7 @@ def require_isolated_documents(model: torch.nn.Module) -> None:
     exact = next(model.parameters()).dtype == torch.float32
     bound = LEAK_32 if exact else LEAK_16
     vocabulary = model.config.get_text_config().vocab_size
-    with _evaluating(model), weights_on_use(model):
+    with eval_mode(model):
         for seed in range(_TRIES):
             moved = leak(model, random_row(vocabulary, seed=seed))
             if moved <= bound:
@@ -43,13 +41,3 @@ def require_isolated_documents(model: torch.nn.Module) -> None:
         expected=f"at most {bound:g}",
         fix="set packing.mode: single, or another train.attention; prove_architecture.py says which works",
     )
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module):
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
