@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ from transformers.integrations import deepspeed
 
 from snaketune.models.document_masks import WITH_MASKS
 from snaketune.models.documents import note_documents
-from snaketune.models.isolation import BOUND, logits_of, random_row
+from snaketune.models.isolation import BOUND, logits_of, main_output, random_row, relative_difference
 from snaketune.models.packed_attention import PACKED
 from snaketune.models.per_document import call_per_document, run_per_document
 from snaketune.models.twin import layer_list, make_twin
@@ -96,16 +97,12 @@ class _Trial:
         except Exception:  # a part that takes something else
             return self.plain(*args, **kwargs)
         try:
-            moved = (_first(self.plain(*args, **kwargs)) - _first(apart)).abs().max() / _first(apart).std()
+            moved = relative_difference(main_output(self.plain(*args, **kwargs)), main_output(apart))
         except Exception:  # a part that refuses packed sequences
-            moved = torch.tensor(torch.inf)
+            moved = math.inf
         if not moved <= BOUND:
             self.found.add(type(self.part))
         return apart
-
-
-def _first(output) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple | list) else output
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -73,9 +74,14 @@ def logits_of(model: PreTrainedModel, row: Row) -> torch.Tensor:
     return model(**row.inputs(device)).logits[0].float()
 
 
-def relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Returns the largest difference of two sets of logits, in standard deviations of the expected ones."""
-    return ((logits - expected).abs().max() / expected.std()).item()
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Returns the largest difference of two tensors, in standard deviations of the expected one."""
+    return ((found - expected).abs().max() / expected.std()).item()
+
+
+def main_output(output: Any) -> torch.Tensor:
+    """Returns the hidden states from what a part of a model returns."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 @torch.no_grad()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from snaketune.models.isolation import BOUND, Row, logits_of
+from snaketune.models.isolation import BOUND, Row, logits_of, main_output
 from snaketune.models.twin import layer_list
 
 
@@ -28,7 +27,7 @@ def leaking_layers(model: PreTrainedModel, row: Row) -> list[str]:
 
     def record(layer, args, kwargs, output):
         inputs.append(_hidden(args, kwargs).clone())
-        outputs.append(_first(output).clone())
+        outputs.append(main_output(output).clone())
 
     _run_with_hooks(model, row, layers, after=record)
     moved = []
@@ -40,7 +39,7 @@ def leaking_layers(model: PreTrainedModel, row: Row) -> list[str]:
 
     def compare(layer, args, kwargs, output):
         before = outputs[len(moved)]
-        change = (_first(output) - before)[:, stop:].abs().max() / before.std()
+        change = (main_output(output) - before)[:, stop:].abs().max() / before.std()
         moved.append(change.item() > BOUND)
 
     _run_with_hooks(model, row.with_other_document(0), layers, before=restore, after=compare)
@@ -74,10 +73,6 @@ def _run_with_hooks(
 
 def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
-
-
-def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _mixer(layer: torch.nn.Module) -> str:
