@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+
+from snaketune.preflight.zero3_proof import RowsInOrder
 
 STEPS, GLOBAL_BATCH, LR, CLIP, BETAS, DECAY = 6, 4, 5e-3, 0.5, (0.9, 0.95), 0.01
 VOCABULARY = 160
@@ -52,24 +53,17 @@ CASES = {
 }
 
 
-class Rows(Dataset):
-    """Packed sequences that are their own plan: every epoch has all of them, in order.
-
-    Documents have 1 to 30 tokens. The share of trained tokens in a packed sequence ranges from none to all.
-    """
-
-    mode = "xtuner"
-    slice_lengths = np.array([30])
+class Rows(RowsInOrder):
+    """Packed sequences of documents of 1 to 30 tokens. The share of trained tokens in one ranges from none to all."""
 
     def __init__(self, count: int = 16):
-        self.plan = self
         rng = np.random.RandomState(5)
-        self.rows = []
+        rows = []
         for number in range(count):
             lengths = rng.randint(1, 31, rng.randint(1, 5))
             ids = rng.randint(3, VOCABULARY, lengths.sum())
             share = (0.0, 0.05, 0.3, 1.0)[number % 4] if number % 3 else rng.rand()
-            self.rows.append(
+            rows.append(
                 {
                     "input_ids": ids,
                     "labels": np.where(rng.rand(len(ids)) < share, ids, -100),
@@ -77,18 +71,7 @@ class Rows(Dataset):
                     "cumulative_len": np.cumsum([0, *lengths]),
                 }
             )
-
-    def entries_per_epoch(self, world_size: int) -> int:
-        return len(self.rows)
-
-    def order(self, epoch: int) -> range:
-        return range(len(self.rows))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> dict:
-        return self.rows[row]
+        super().__init__(rows, "xtuner")
 
 
 def lr_of(step: int) -> float:

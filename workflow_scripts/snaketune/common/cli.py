@@ -20,6 +20,9 @@ class UserError(Exception):
         found: The value found.
         expected: The value expected.
         fix: The command or change that fixes it. Begins with a verb.
+
+    Attributes:
+        found: As given.
     """
 
     def __init__(self, what: str, *, found: object = None, expected: object = None, fix: str | None = None):
@@ -31,6 +34,7 @@ class UserError(Exception):
         if fix is not None:
             lines.append(f"  to fix:   {fix}")
         super().__init__("\n".join(lines))
+        self.found = found
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -258,10 +258,9 @@ def train_with_zero_3(config, options) -> str:
 
 def _reason(error: UserError) -> str:
     """Returns what an error found, or what went wrong where that says more."""
-    lines = str(error).splitlines()
-    if "not a causal" in lines[0]:
+    if "not a causal" in str(error):
         return "tokens see later tokens"
-    found = lines[1].removeprefix("  found:    ")
+    found = str(error.found).splitlines()[0]
     return found.split(": logits differ")[0] if ": logits differ" in found else found
 
 

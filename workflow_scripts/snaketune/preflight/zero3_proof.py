@@ -218,9 +218,9 @@ def _be_rank(
 
 
 def _words(error: BaseException) -> str:
+    if isinstance(error, UserError) and error.found is not None:
+        return str(error.found).splitlines()[0]
     lines = str(error).strip().splitlines() or [""]
-    if isinstance(error, UserError) and len(lines) > 1:
-        return lines[1].strip().removeprefix("found:").strip()
     if "gloo" in lines[0]:
         return _APART
     return f"{type(error).__name__}: {lines[0][:200]}"
@@ -263,7 +263,7 @@ def _config(model: PreTrainedModel, options: TrainingOptions, rows: Sequence[Row
             "train_dataloader": {
                 "batch_size": 1,
                 "num_workers": 0,
-                "dataset": {"type": lambda: _Rows(rows, options.packing)},
+                "dataset": {"type": lambda: RowsInOrder([_packed(each) for each in rows], options.packing)},
                 "sampler": {"type": PackedSampler},
                 "batch_sampler": {"type": BatchSampler, "drop_last": True, "batch_size": 1},
                 "collate_fn": {"type": packed_collate},
@@ -285,12 +285,29 @@ def _config(model: PreTrainedModel, options: TrainingOptions, rows: Sequence[Row
     )
 
 
-class _Rows(Dataset):
-    """Packed sequences that are their own plan. All tokens but the first of each document are trained."""
+def _packed(row: Row) -> dict[str, np.ndarray]:
+    """Returns a packed sequence as a plan gives it. All tokens but the first of each document are trained."""
+    labels = row.ids[0].clone()
+    labels[row.boundaries[:-1]] = IGNORE_INDEX
+    return {
+        "input_ids": row.ids[0].numpy(),
+        "labels": labels.numpy(),
+        "position_ids": row.inputs()["position_ids"][0].numpy(),
+        "cumulative_len": np.array(row.boundaries),
+    }
 
-    def __init__(self, rows: Sequence[Row], mode: str):
+
+class RowsInOrder(Dataset):
+    """Packed sequences in memory that are their own plan: every epoch has all of them, in order.
+
+    Args:
+        rows: With `input_ids`, `labels`, `position_ids` (tokens) and `cumulative_len` (documents + 1).
+        mode: As `packing.mode`.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, np.ndarray]], mode: str):
         self.rows, self.mode, self.plan = rows, mode, self
-        self.slice_lengths = np.array([max(each.ids.shape[1] for each in rows)])
+        self.slice_lengths = np.array([max(np.diff(row["cumulative_len"]).max() for row in rows)])
 
     def entries_per_epoch(self, world_size: int) -> int:
         return len(self.rows)
@@ -302,12 +319,4 @@ class _Rows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        row = self.rows[number]
-        labels = row.ids[0].clone()
-        labels[row.boundaries[:-1]] = IGNORE_INDEX
-        return {
-            "input_ids": row.ids[0].numpy(),
-            "labels": labels.numpy(),
-            "position_ids": row.inputs()["position_ids"][0].numpy(),
-            "cumulative_len": np.array(row.boundaries),
-        }
+        return self.rows[number]
