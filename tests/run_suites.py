@@ -16,9 +16,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 TESTS = Path(__file__).resolve().parent
-sys.path.insert(
-    0, str(TESTS.parent / "workflow_scripts")
-)  # warm.py needs it, as pyproject.toml gives it to pytest
+# For warm.py. pytest gets the same from pyproject.toml.
+sys.path.insert(0, str(TESTS.parent / "workflow_scripts"))
 
 import warm  # noqa: E402
 

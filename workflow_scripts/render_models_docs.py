@@ -58,7 +58,8 @@ def main() -> None:
         }
         for each in describe_families(names[first : first + _AT_ONCE], args.processes, args.python_4):
             found[each.name] = {**made, **dataclasses.asdict(each)}
-        write_json(FAMILIES, {name: found[name] for name in every if name in found})
+        found = {name: found[name] for name in every if name in found}
+        write_json(FAMILIES, found)
     if missing := [name for name in every if name not in found]:
         raise UserError(
             "the tables are not written: docs/models.json lacks families",
@@ -66,7 +67,7 @@ def main() -> None:
             fix="run this again with --missing",
         )
     for language, path in PAGES.items():
-        write_text(path, page(path.read_text(encoding="utf-8"), read_json(FAMILIES), language))
+        write_text(path, page(path.read_text(encoding="utf-8"), found, language))
         print(f"wrote {path.relative_to(REPO)}")
 
 
